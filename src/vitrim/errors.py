@@ -1,0 +1,42 @@
+"""Mistakes a user can make, each told in one line that says what to do."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class VitrimError(ValueError):
+    """Base of every mistake the user can mend; the command line prints its text and exits with 2."""
+
+
+class UnknownNameError(VitrimError):
+    """A name that is in no table; carries the nearest names that are."""
+
+    def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
+        names = sorted(known)
+        near = get_close_matches(name, names, n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(names)}"
+        super().__init__(f"unknown {kind} {name!r}; {hint}")
+
+
+class ScheduleError(VitrimError):
+    """A schedule that cannot be carried out on this model."""
+
+
+class ScoreError(VitrimError):
+    """A score that this model or place cannot supply."""
+
+
+class UnsupportedModelError(VitrimError):
+    """A model that no adapter can change."""
+
+
+class CheckpointError(VitrimError):
+    """A file of weights that is missing, unsafe or made for another model."""
+
+
+class DataError(VitrimError):
+    """Images that are missing, unreadable or of the wrong kind."""
+
+
+class RecipeError(VitrimError):
+    """A recipe that contradicts itself or the run folder it points to."""

@@ -1,0 +1,48 @@
+"""What a model costs per image: MACs with and without products of activations, parameters, tokens per block."""
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from ..models.adapter import find_adapter
+from ..models.attach import attached
+from ..tokens import Plan
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Cost of one image.
+
+    macs: multiply-accumulates of everything that is executed, attention products included.
+    macs_linear_only: the same without products of activations, as some papers count.
+    params: parameters, shared ones once.
+    token_counts: tokens leaving each block, prefix included.
+    """
+
+    macs: int
+    macs_linear_only: int
+    params: int
+    token_counts: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return (
+            f"{self.macs / 1e9:.3f} GMACs ({self.macs_linear_only / 1e9:.3f} without attention products), "
+            f"{self.params / 1e6:.2f} M parameters, tokens {' '.join(map(str, self.token_counts))}"
+        )
+
+
+def cost(model: nn.Module) -> Cost:
+    """Cost of one image of the model's own input size, with whatever reduction is attached, in its present mode.
+
+    Raises:
+        UnsupportedModelError: no adapter knows the model.
+    """
+    adapter, handle = find_adapter(model), attached(model)
+    if handle is None:
+        g = adapter.geometry(model)
+        plan, reducer = Plan(g.num_patches, g.num_prefix, g.depth, ()), None
+    else:
+        plan, reducer = handle.plan(), handle.reduction.reducer if handle.reduction else None
+    macs = adapter.macs(model, plan, reducer)
+    params = sum(parameter.numel() for parameter in model.parameters())
+    return Cost(macs.total, macs.linear, params, plan.token_counts)

@@ -1,0 +1,225 @@
+"""Put a reduction into a model, and take it out again without a trace."""
+
+from collections.abc import Sequence
+from types import TracebackType
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ScoreError, VitrimError
+from ..tokens import Constant, Curriculum, Plan, Reducer, Reduction, Schedule, TokenState, make_plan
+from ..tokens.curricula import History
+from ..tokens.reduction import Phase
+from .adapter import Geometry, find_adapter
+from .reduced import Trace
+
+_TRACE = "vitrim_trace"
+_HANDLE = "vitrim_handle"
+
+
+class Handle:
+    """A reduction at work in a model. Made by `attach`; use it as a context manager, or call `remove`."""
+
+    def __init__(self, model: nn.Module, reduction: Reduction | None, cls_only: bool) -> None:
+        self.model = model
+        self.adapter = find_adapter(model)
+        self.geometry: Geometry = self.adapter.geometry(model)
+        self.cls_only = cls_only
+        self.reduction = reduction
+        self._strength = 1.0
+        self._plans: dict[tuple[int, bool], Plan] = {}
+        self._last: Trace | None = None
+        self._check()
+        if reduction is not None:
+            self._schedule = reduction.schedule.resolve(self._macs_of)
+            self._strength = reduction.curriculum.strength(0.0)
+            self._prepare()
+
+    @property
+    def reducer(self) -> Reducer:
+        """The reducer at work."""
+        if self.reduction is None:
+            raise VitrimError("no reducer is attached")
+        return self.reduction.reducer
+
+    @property
+    def schedule(self) -> Schedule | None:
+        """The schedule at full strength, with nothing left to solve for."""
+        return None if self.reduction is None else self._schedule
+
+    @property
+    def strength(self) -> float:
+        """How much of the schedule acts now, in [0, 1]; see `set_epoch`."""
+        return self._strength
+
+    @property
+    def token_counts(self) -> tuple[int, ...]:
+        """Tokens leaving each block in the model's present mode, prefix tokens included."""
+        return self.plan().token_counts
+
+    @property
+    def states(self) -> list[TokenState]:
+        """One `TokenState` per block of the latest forward pass."""
+        if self._last is None:
+            raise VitrimError("no forward pass has been made since the reduction was attached")
+        return [self._last.state(block) for block in range(self.geometry.depth)]
+
+    def plan(self, num_patches: int | None = None, training: bool | None = None) -> Plan:
+        """The cuts for so many patch tokens (default: the model's own input size), in this mode of the model."""
+        num_patches = self.geometry.num_patches if num_patches is None else num_patches
+        training = self.model.training if training is None else training
+        key = (num_patches, training)
+        if key not in self._plans:
+            self._plans[key] = self._make_plan(num_patches, training)
+        return self._plans[key]
+
+    def set_epoch(self, epoch: float, history: History = ()) -> float:
+        """Move the curriculum to `epoch` (may be a fraction); returns the strength that acts from now on."""
+        if self.reduction is not None:
+            strength = self.reduction.curriculum.strength(epoch, history)
+            if strength != self._strength:
+                self._strength = strength
+                self._prepare()
+        return self._strength
+
+    def remove(self) -> None:
+        """Give the model back exactly as it was. Calling it twice does no harm."""
+        if getattr(self.model, _HANDLE, None) is not self:
+            return
+        for block in self.adapter.blocks(self.model):
+            block.__class__ = type(block).__mro__[2]
+            del block.vitrim_handle, block.vitrim_index
+        self.model.__class__ = type(self.model).__mro__[2]
+        del self.model.vitrim_handle
+
+    def __enter__(self) -> "Handle":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.remove()
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_last": None}
+
+    # What the reduced blocks and models call.
+
+    def trace_of(self, x: Tensor, block: int) -> Trace:
+        """The trace of these tokens on their way into `block`."""
+        num_patches = x.shape[1] - self.geometry.num_prefix
+        if block == 0:
+            return Trace(self.plan(num_patches), x.shape[0])
+        trace = getattr(x, _TRACE, None)
+        if trace is None and self._last is not None:
+            # A wrapper between the blocks (FSDP, a hook) replaced the tensor: the latest pass is the one it came from.
+            trace = self._last.upto(block, self.reduction.reducer if self.reduction else None)
+        if trace is None:
+            raise VitrimError(f"block {block} was called on its own; run the model from its first block")
+        return trace
+
+    def leave(self, x: Tensor, trace: Trace) -> Tensor:
+        """Send the tokens on, with their trace."""
+        setattr(x, _TRACE, trace)
+        self._last = trace
+        return x
+
+    def last_trace(self, num_tokens: int) -> Trace | None:
+        """The latest trace, if so many tokens (prefix included) can have come out of it."""
+        trace = self._last
+        return trace if trace is not None and trace.plan.token_counts[-1] == num_tokens else None
+
+    def forget(self) -> None:
+        """Drop the latest trace (after tracing, when its tensors are not real)."""
+        self._last = None
+
+    def _make_plan(self, num_patches: int, training: bool) -> Plan:
+        g = self.geometry
+        if self.reduction is None or not self.reduction.active(training):
+            plan = Plan(num_patches, g.num_prefix, g.depth, ())
+        else:
+            schedule = self._schedule if self._strength == 1 else self._schedule.scaled(self._strength)
+            plan = make_plan(
+                schedule, self.reducer, depth=g.depth, num_patches=num_patches, num_prefix=g.num_prefix
+            )
+        return plan.for_prefix_only() if self.cls_only else plan
+
+    def _prepare(self) -> None:
+        # Plans for the nominal size are made ahead, so that a compiled forward pass only looks them up.
+        self._plans = {}
+        for training in (True, False):
+            self.plan(training=training)
+
+    def _macs_of(self, schedule: Schedule) -> int:
+        g = self.geometry
+        plan = make_plan(
+            schedule, self.reducer, depth=g.depth, num_patches=g.num_patches, num_prefix=g.num_prefix, limits=False
+        )
+        plan = plan.for_prefix_only() if self.cls_only else plan
+        return self.adapter.macs(self.model, plan, self.reducer).total
+
+    def _check(self) -> None:
+        g, name = self.geometry, type(self.model).__name__
+        if self.cls_only and g.head != "prefix":
+            raise VitrimError(f"cls_only needs a head that reads CLS alone; the head of this {name} pools patch tokens")
+        if self.reduction is not None and self.reduction.reducer.needs == "cls_row" and not g.has_cls:
+            raise ScoreError(
+                f"this {name} has no CLS token to score with; use TopK(score='norm'), 'key_norm', "
+                "'mean_attention' or ToMe()"
+            )
+
+
+def attach(
+    model: nn.Module,
+    reducer: Reducer | Reduction | str | None = None,
+    schedule: Schedule | None = None,
+    *,
+    curriculum: Curriculum | None = None,
+    phase: Phase = "both",
+    cls_only: bool = False,
+) -> Handle:
+    """Make the model reduce its tokens, in place, until `handle.remove()`.
+
+    Args:
+        model: any model that an adapter claims (`vitrim list adapters`). Attach before compiling or wrapping it.
+        reducer: which tokens go, with `schedule`; or a whole `Reduction`, or its text
+            (`"TopK() @ KeepRate(0.7)"`); None reduces nothing (for `cls_only` alone).
+        schedule: how many tokens stay, and where.
+        curriculum: how the schedule grows over training; moved by `handle.set_epoch`.
+        phase: reduce in "train", "eval" or "both" modes of the model.
+        cls_only: let the last block compute prefix tokens alone. Logits stay the same; features of patch tokens
+            are no longer returned. Only for heads that read CLS.
+
+    Raises:
+        UnsupportedModelError: no adapter can change the model, or something is attached already.
+        ScheduleError, ScoreError: the model cannot do what is asked.
+    """
+    if getattr(model, _HANDLE, None) is not None:
+        raise VitrimError("a reduction is attached to this model already; call handle.remove() first")
+    if isinstance(reducer, str):
+        reducer = Reduction.parse(reducer, phase)
+    if isinstance(reducer, Reducer):
+        if schedule is None:
+            raise VitrimError("a reducer needs a schedule, for example vitrim.KeepRate(0.7)")
+        reducer = Reduction(reducer, schedule, curriculum or Constant(), phase)
+    elif schedule is not None or curriculum is not None:
+        raise VitrimError("schedule and curriculum go with a reducer; a Reduction holds its own")
+    handle = Handle(model, reducer, cls_only)
+    blocks: Sequence[nn.Module] = handle.adapter.blocks(model)
+    for index, block in enumerate(blocks):
+        block.__class__ = handle.adapter.reduced_class(block)
+        block.vitrim_handle, block.vitrim_index = handle, index  # type: ignore[assignment]
+    model.__class__ = handle.adapter.reduced_class(model)
+    model.vitrim_handle = handle  # type: ignore[assignment]
+    return handle
+
+
+def attached(model: nn.Module) -> Handle | None:
+    """The handle at work in this model, None if there is none."""
+    handle = getattr(model, _HANDLE, None)
+    return handle if isinstance(handle, Handle) else None
+
+
+def exporting() -> bool:
+    """Whether the model is being traced for export, when tensors are not real."""
+    return torch.compiler.is_exporting()

@@ -1,0 +1,181 @@
+"""The forward pass of a block with a cut, shared by all families, and the trace that travels with the tokens.
+
+A family supplies five steps (`norm_tokens`, `project`, `attend`, `feed_forward`, `head_scale`); everything that decides which
+work can be left out is here:
+- a block without a cut runs its own, original forward pass;
+- where lost tokens leave no trace, their queries, attention rows and output projection are never computed;
+- where the head reads prefix tokens alone, the last block computes only those.
+"""
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import VitrimError
+from ..tokens import Assignment, Evidence, Plan, Reducer, TokenState, take
+from .adapter import needed
+
+if TYPE_CHECKING:
+    from .attach import Handle
+
+
+@dataclass(frozen=True, eq=False)
+class Trace:
+    """What has been done to the tokens of one forward pass so far. Immutable: each block makes the next one.
+
+    It travels as an attribute of the token tensor itself, so that recomputation under activation checkpointing,
+    and several forward passes before one backward, each find the trace that belongs to their tokens.
+    """
+
+    plan: Plan
+    num_images: int
+    assignments: tuple[tuple[int, Assignment], ...] = ()
+    size_BN: Tensor | None = None
+    score_BN: Tensor | None = None
+
+    def then(self, block: int, assignment: Assignment, reducer: Reducer) -> "Trace":
+        """The trace after one more cut; sizes and scores are followed only where the reducer reads them."""
+        size = score = None
+        if reducer.tracks_size:
+            size = self.size_BN
+            if size is None:
+                size = torch.ones(self.num_images, assignment.num_in, device=assignment.kept_BK.device)
+            size = assignment.size(size)
+        if reducer.carries_scores and assignment.score_BN is not None:
+            score = assignment.carry(assignment.score_BN)
+        return replace(
+            self, assignments=(*self.assignments, (block, assignment)), size_BN=size, score_BN=score
+        )
+
+    def upto(self, block: int, reducer: Reducer | None) -> "Trace":
+        """The trace as it was when the tokens reached `block`."""
+        trace = Trace(self.plan, self.num_images)
+        for at, assignment in self.assignments:
+            if at < block and reducer is not None:
+                trace = trace.then(at, assignment, reducer)
+        return trace
+
+    def state(self, block: int | None = None) -> TokenState:
+        """Where the input tokens are after `block` (None: at the end)."""
+        cuts = [a for at, a in self.assignments if block is None or at <= block]
+        device = self.assignments[0][1].kept_BK.device if self.assignments else None
+        return TokenState.start(self.num_images, self.plan.num_patches, device).after(cuts)
+
+    def bias(self, dtype: torch.dtype) -> Tensor | None:
+        """log(size) of all tokens, prefix included, as an attention mask (B, 1, 1, T); None while all sizes are one."""
+        if self.size_BN is None:
+            return None
+        log_size = nn.functional.pad(self.size_BN.log(), (self.plan.num_prefix, 0))
+        return log_size.to(dtype)[:, None, None, :]
+
+
+class ReducedBlock(nn.Module):
+    """Mixin placed before a family's own block class; overrides `forward` alone."""
+
+    vitrim_handle: "Handle"
+    vitrim_index: int
+    accepts: ClassVar[str] = "images"
+
+    def norm_tokens(self, x_BTC: Tensor) -> Tensor:
+        """The norm before attention."""
+        raise NotImplementedError
+
+    def project(self, normed_BTC: Tensor, first: int, last: int) -> tuple[Tensor, ...]:
+        """Streams `first` to `last` (exclusive) of (query, key, value) for these tokens, each (B, H, T, D), normed."""
+        raise NotImplementedError
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, normed_BQC: Tensor
+    ) -> Tensor:
+        """Fused attention, output projection, layer scale and drop path: what is added to the residual stream."""
+        raise NotImplementedError
+
+    def feed_forward(self, x_BTC: Tensor) -> Tensor:
+        """The MLP half of the block, residual included."""
+        raise NotImplementedError
+
+    @property
+    def head_scale(self) -> float:
+        """The factor of the attention logits."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
+        """The block on tokens (B, T, C); returns (B, T', C) with T' as the plan says."""
+        handle, index = self.vitrim_handle, self.vitrim_index
+        trace = handle.trace_of(x, index)
+        plan = trace.plan
+        before, inside = plan.cut(index, "before"), plan.cut(index, "inside")
+        prefix_only = plan.prefix_only and index == plan.depth - 1
+        if before is None and inside is None and not prefix_only and trace.size_BN is None:
+            if trace.assignments:
+                _refuse_mask(args, kwargs)
+            return handle.leave(super().forward(x, *args, **kwargs), trace)
+        _refuse_mask(args, kwargs)
+        reducer = handle.reducer
+        if before is not None:
+            assignment = reducer.assign(self._foresee(x, trace, needed(reducer, before)), before.keep)
+            x = assignment.apply(x, trace.size_BN, plan.num_prefix)
+            trace = trace.then(index, assignment, reducer)
+        normed = self.norm_tokens(x)
+        bias = trace.bias(x.dtype)
+        if prefix_only:
+            x, query_rows = x[:, : plan.num_prefix], normed[:, : plan.num_prefix]
+            key, value = self.project(normed, 1, 3)
+            (query,) = self.project(query_rows, 0, 1)
+            x = x + self.attend(query, key, value, bias, query_rows)
+        elif inside is not None and reducer.drops_queries:
+            key, value = self.project(normed, 1, 3)
+            evidence = self._evidence(x, trace, key=key, bias=bias)
+            if needed(reducer, inside) == "cls_row":
+                evidence = replace(evidence, cls_query_BH1D=self.project(normed[:, :1], 0, 1)[0])
+            assignment = reducer.assign(evidence, inside.keep)
+            rows = assignment.rows(plan.num_prefix)
+            x, query_rows = take(x, rows), take(normed, rows)
+            (query,) = self.project(query_rows, 0, 1)
+            x = x + self.attend(query, key, value, bias, query_rows)
+            trace = trace.then(index, assignment, reducer)
+        else:
+            query, key, value = self.project(normed, 0, 3)
+            x = x + self.attend(query, key, value, bias, normed)
+            if inside is not None:
+                evidence = self._evidence(x, trace, query, key, bias)
+                assignment = reducer.assign(evidence, inside.keep)
+                x = assignment.apply(x, trace.size_BN, plan.num_prefix)
+                trace = trace.then(index, assignment, reducer)
+        return handle.leave(self.feed_forward(x), trace)
+
+    def _evidence(
+        self, x: Tensor, trace: Trace, query: Tensor | None = None, key: Tensor | None = None, bias: Tensor | None = None
+    ) -> Evidence:
+        return Evidence(
+            num_prefix=trace.plan.num_prefix,
+            block=self.vitrim_index,
+            training=self.training,
+            scale=self.head_scale,
+            hidden_BTC=x,
+            cls_query_BH1D=None if query is None else query[:, :, :1],
+            query_BHTD=query,
+            key_BHTD=key,
+            bias_B11T=bias,
+            previous_BN=trace.score_BN,
+        )
+
+    def _foresee(self, x: Tensor, trace: Trace, needs: str) -> Evidence:
+        """Evidence before the block: the queries and keys that this block would give to the incoming tokens."""
+        if needs in ("nothing", "hidden"):
+            return self._evidence(x, trace)
+        normed, bias = self.norm_tokens(x), trace.bias(x.dtype)
+        if needs == "attention":
+            return self._evidence(x, trace, *self.project(normed, 0, 2), bias)
+        (key,) = self.project(normed, 1, 2)
+        evidence = self._evidence(x, trace, key=key, bias=bias)
+        if needs == "cls_row":
+            evidence = replace(evidence, cls_query_BH1D=self.project(normed[:, :1], 0, 1)[0])
+        return evidence
+
+
+def _refuse_mask(args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+    if any(value is not None and value is not False for value in (*args, *kwargs.values())):
+        raise VitrimError("an attention mask cannot be combined with token reduction; call handle.remove() first")

@@ -1,0 +1,54 @@
+"""Pure token reduction: scores, reducers, schedules, curricula. Tensors only, no model in sight."""
+
+from .assignment import Assignment, TokenState, take
+from .curricula import CURRICULA, Adaptive, Constant, CosineWarmup, Curriculum, Delayed, Polynomial
+from .reducers import REDUCERS, Reducer, ToMe, TopK
+from .reduction import Reduction, render
+from .schedules import (
+    SCHEDULES,
+    Budget,
+    ConstantR,
+    Counts,
+    Cut,
+    KeepRate,
+    Plan,
+    PowerLaw,
+    Schedule,
+    Stages,
+    make_plan,
+)
+from .scores import SCORES, Evidence, Score, score
+
+__all__ = [
+    "CURRICULA",
+    "REDUCERS",
+    "SCHEDULES",
+    "SCORES",
+    "Adaptive",
+    "Assignment",
+    "Budget",
+    "Constant",
+    "ConstantR",
+    "CosineWarmup",
+    "Counts",
+    "Curriculum",
+    "Cut",
+    "Delayed",
+    "Evidence",
+    "KeepRate",
+    "Plan",
+    "Polynomial",
+    "PowerLaw",
+    "Reducer",
+    "Reduction",
+    "Schedule",
+    "Score",
+    "Stages",
+    "ToMe",
+    "TokenState",
+    "TopK",
+    "make_plan",
+    "render",
+    "score",
+    "take",
+]

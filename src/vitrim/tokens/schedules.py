@@ -1,0 +1,321 @@
+"""How many patch tokens survive at each place, as integers fixed before the forward pass.
+
+A schedule names the blocks at which it cuts and how many tokens each cut keeps. `make_plan` carries it out
+on paper for one model: all counts are known, and checked, before a tensor is touched. To add a schedule,
+subclass `Schedule` with `blocks`, `target` and `scaled`.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from math import ceil, floor
+from typing import Literal
+
+from ..errors import ScheduleError
+from .reducers import Reducer
+
+Place = Literal["before", "inside"]
+SCHEDULES: dict[str, type["Schedule"]] = {}
+_ROUNDING = 1e-9  # 0.7 * 10 must count as 7 whichever way binary fractions fall.
+
+
+@dataclass(frozen=True)
+class Cut:
+    """One place at which tokens go: `before` a block, or `inside` it between attention and MLP."""
+
+    block: int
+    place: Place
+    num_in: int
+    keep: int
+    num_out: int
+    first: bool = False
+    """Whether no cut comes earlier in the model, so that there are no scores to carry over."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A schedule carried out for one number of tokens. Counts of patch tokens in `cuts`, all tokens in `token_counts`."""
+
+    num_patches: int
+    num_prefix: int
+    depth: int
+    cuts: tuple[Cut, ...]
+    prefix_only: bool = False
+    """Whether the last block computes the prefix tokens alone, for a head that reads nothing else."""
+
+    def cut(self, block: int, place: Place) -> Cut | None:
+        """The cut at that place, None where there is none."""
+        for cut in self.cuts:
+            if cut.block == block and cut.place == place:
+                return cut
+        return None
+
+    @property
+    def token_counts(self) -> tuple[int, ...]:
+        """Tokens leaving each block, prefix tokens included."""
+        counts: list[int] = []
+        now = self.num_patches
+        for block in range(self.depth):
+            now = next((cut.num_out for cut in reversed(self.cuts) if cut.block == block), now)
+            counts.append(now + self.num_prefix)
+        if self.prefix_only:
+            counts[-1] = self.num_prefix
+        return tuple(counts)
+
+    def for_prefix_only(self) -> "Plan":
+        """The same plan where the last block computes prefix tokens alone, which makes a cut inside it pointless."""
+        kept = tuple(cut for cut in self.cuts if (cut.block, cut.place) != (self.depth - 1, "inside"))
+        return replace(self, cuts=kept, prefix_only=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """Base of all schedules. `round_to` rounds the length of the sequence after a cut up to a multiple."""
+
+    place: Place = "inside"
+    round_to: int = 1
+
+    def __init_subclass__(cls) -> None:
+        SCHEDULES[cls.__name__] = cls
+
+    def __post_init__(self) -> None:
+        if self.place not in ("before", "inside"):
+            raise ScheduleError(f"place is 'before' or 'inside', not {self.place!r}")
+        if self.round_to < 1:
+            raise ScheduleError(f"round_to is a positive integer, not {self.round_to}")
+
+    def blocks(self, depth: int) -> Sequence[int]:
+        """Blocks that hold a cut, ascending."""
+        raise NotImplementedError
+
+    def target(self, block: int, depth: int, num_now: int, num_patches: int) -> int:
+        """Patch tokens to keep at `block`, of `num_now` that reach it and `num_patches` at the input."""
+        raise NotImplementedError
+
+    def scaled(self, strength: float) -> "Schedule":
+        """The same schedule with its reduction multiplied by `strength` in [0, 1]; 0 keeps everything."""
+        raise NotImplementedError
+
+    def check(self, depth: int, num_patches: int, reducer: Reducer) -> None:
+        """Raise `ScheduleError` where the schedule asks for what a model of that size cannot give."""
+        for block in self.blocks(depth):
+            if not 0 <= block < depth:
+                raise ScheduleError(f"{self} cuts at block {block}, but the model has blocks 0 to {depth - 1}")
+
+    def resolve(self, macs_of: Callable[["Schedule"], int]) -> "Schedule":
+        """A schedule with nothing left to solve for; `macs_of` tells the MACs of the model under a schedule."""
+        return self
+
+
+def make_plan(
+    schedule: Schedule, reducer: Reducer, *, depth: int, num_patches: int, num_prefix: int, limits: bool = True
+) -> Plan:
+    """Carry the schedule out for `num_patches` patch tokens; `limits` turns its checks on."""
+    if limits:
+        schedule.check(depth, num_patches, reducer)
+    cuts: list[Cut] = []
+    now = num_patches
+    for block in schedule.blocks(depth):
+        keep = schedule.target(block, depth, now, num_patches)
+        fixed = num_prefix + reducer.extra_tokens
+        keep = ceil((keep + fixed) / schedule.round_to) * schedule.round_to - fixed
+        keep = max(keep, reducer.fewest(now), 1)
+        if keep < now:
+            cuts.append(Cut(block, schedule.place, now, keep, keep + reducer.extra_tokens, first=not cuts))
+            now = keep + reducer.extra_tokens
+    return Plan(num_patches, num_prefix, depth, tuple(cuts))
+
+
+def _fraction(value: float, what: str) -> None:
+    if not 0 < value <= 1:
+        raise ScheduleError(f"{what} lies in (0, 1], not {value}")
+
+
+@dataclass(frozen=True)
+class PowerLaw(Schedule):
+    """Every block l of L keeps `floor(n * (1 - r_max * ((l+1)/L)^alpha))` of its n patch tokens, never fewer than 1.
+
+    `r_max` above 1 is clamped to dropping all but one token where the law asks for more.
+    """
+
+    r_max: float = 0.6
+    alpha: float = 2.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.r_max < 0:
+            raise ScheduleError(f"r_max is 0 or more, not {self.r_max}")
+        if self.alpha <= 0:
+            raise ScheduleError(f"alpha is above 0, not {self.alpha}")
+
+    def blocks(self, depth: int) -> Sequence[int]:
+        return range(depth)
+
+    def target(self, block: int, depth: int, num_now: int, num_patches: int) -> int:
+        return max(1, floor(num_now * (1 - self.r_max * ((block + 1) / depth) ** self.alpha) + _ROUNDING))
+
+    def scaled(self, strength: float) -> Schedule:
+        return replace(self, r_max=self.r_max * strength)
+
+
+@dataclass(frozen=True)
+class KeepRate(Schedule):
+    """At the blocks `at`, keep `ceil(rate * n)` of the n patch tokens, an earlier fused token included (EViT).
+
+    `at` defaults to a quarter, half and three quarters of the depth: (3, 6, 9) of 12.
+    """
+
+    rate: float = 0.7
+    at: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _fraction(self.rate, "keep rate")
+        if self.at is not None:
+            places = (self.at,) if isinstance(self.at, int) else tuple(self.at)
+            object.__setattr__(self, "at", places)
+            if not places or list(places) != sorted(set(places)):
+                raise ScheduleError(f"at lists block indices, ascending and each once, not {self.at}")
+
+    def blocks(self, depth: int) -> Sequence[int]:
+        return self.at if self.at is not None else tuple(sorted({depth // 4, depth // 2, 3 * depth // 4}))
+
+    def target(self, block: int, depth: int, num_now: int, num_patches: int) -> int:
+        return ceil(self.rate * num_now - _ROUNDING)
+
+    def scaled(self, strength: float) -> Schedule:
+        return replace(self, rate=1 - strength * (1 - self.rate))
+
+
+@dataclass(frozen=True)
+class Stages(Schedule):
+    """Before each named block, keep `floor(fraction * N)` of the N ORIGINAL patch tokens (PTP-FAKD)."""
+
+    fractions: Mapping[int, float]
+    place: Place = field(default="before", kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        stages = dict(self.fractions)
+        object.__setattr__(self, "fractions", _FrozenDict(stages))
+        values = list(stages.values())
+        if not stages or list(stages) != sorted(stages):
+            raise ScheduleError(f"stages name block indices in ascending order, not {stages}")
+        for value in values:
+            _fraction(value, "stage fraction")
+        if values != sorted(values, reverse=True):
+            raise ScheduleError(f"stage fractions are of the original tokens and cannot grow: {stages}")
+
+    def blocks(self, depth: int) -> Sequence[int]:
+        return tuple(self.fractions)
+
+    def target(self, block: int, depth: int, num_now: int, num_patches: int) -> int:
+        return max(1, floor(self.fractions[block] * num_patches + _ROUNDING))
+
+    def scaled(self, strength: float) -> Schedule:
+        return replace(self, fractions={b: 1 - strength * (1 - f) for b, f in self.fractions.items()})
+
+
+class _FrozenDict(dict[int, float]):
+    """A dict that can be hashed, so that schedules stay hashable; never changed after it is made."""
+
+    def __hash__(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return hash(tuple(self.items()))
+
+
+@dataclass(frozen=True)
+class ConstantR(Schedule):
+    """Every block removes `r` patch tokens (ToMe); a reducer that can remove fewer removes what it can."""
+
+    r: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.r < 0:
+            raise ScheduleError(f"r is 0 or more tokens, not {self.r}")
+
+    def blocks(self, depth: int) -> Sequence[int]:
+        return range(depth)
+
+    def target(self, block: int, depth: int, num_now: int, num_patches: int) -> int:
+        return max(1, num_now - self.r)
+
+    def scaled(self, strength: float) -> Schedule:
+        return replace(self, r=round(self.r * strength))
+
+    def check(self, depth: int, num_patches: int, reducer: Reducer) -> None:
+        super().check(depth, num_patches, reducer)
+        most = (num_patches - 1) // depth
+        if self.r > most and reducer.fewest(num_patches) == 1:
+            raise ScheduleError(
+                f"{self} removes {self.r} tokens in each of {depth} blocks, more than the {num_patches} there are; "
+                f"use r of at most {most}"
+            )
+
+
+@dataclass(frozen=True)
+class Counts(Schedule):
+    """Patch tokens that leave each block, one number per block from block 0 on (a fused token not counted)."""
+
+    counts: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "counts", tuple(self.counts))
+        if not self.counts or min(self.counts) < 1:
+            raise ScheduleError(f"counts are 1 or more tokens per block, not {list(self.counts)}")
+        if list(self.counts) != sorted(self.counts, reverse=True):
+            raise ScheduleError(f"counts cannot grow from block to block: {list(self.counts)}")
+
+    def blocks(self, depth: int) -> Sequence[int]:
+        return range(len(self.counts))
+
+    def target(self, block: int, depth: int, num_now: int, num_patches: int) -> int:
+        # A fused token must not make a block that asks for nothing cut again.
+        same = block > 0 and self.counts[block] == self.counts[block - 1]
+        return num_now if same else min(self.counts[block], num_now)
+
+    def scaled(self, strength: float) -> Schedule:
+        if strength == 1:
+            return self
+        raise ScheduleError("Counts fixes every number of tokens and cannot follow a curriculum; use KeepRate or PowerLaw")
+
+    def check(self, depth: int, num_patches: int, reducer: Reducer) -> None:
+        if len(self.counts) != depth:
+            raise ScheduleError(f"Counts lists {len(self.counts)} blocks, but the model has {depth}")
+        if self.counts[0] > num_patches:
+            raise ScheduleError(f"Counts keeps {self.counts[0]} patch tokens, but the model has only {num_patches}")
+
+
+@dataclass(frozen=True)
+class Budget(Schedule):
+    """The gentlest scaling of `shape` whose cost fits the budget, solved when it is attached to a model.
+
+    Args:
+        macs: a fraction in (0, 1] of the dense model's MACs, or an absolute number of MACs per image.
+        shape: how the reduction spreads over depth; its strength is what is solved for.
+    """
+
+    macs: float
+    shape: Schedule = PowerLaw(r_max=1.0, alpha=1.4)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.macs <= 0:
+            raise ScheduleError(f"a budget of MACs is above 0, not {self.macs}")
+
+    def blocks(self, depth: int) -> Sequence[int]:
+        raise ScheduleError("a Budget must be attached to a model before it has cuts")
+
+    def resolve(self, macs_of: Callable[[Schedule], int]) -> Schedule:
+        dense, least = macs_of(self.shape.scaled(0.0)), macs_of(self.shape)
+        limit = self.macs * dense if self.macs <= 1 else self.macs
+        if limit < least:
+            raise ScheduleError(
+                f"{self.shape} cannot reach {limit / 1e6:.1f} M MACs; the least is {least / 1e6:.1f} M "
+                f"({least / dense:.3f} of the model)"
+            )
+        low, high = 0.0, 1.0  # `high` always meets the budget.
+        for _ in range(40):
+            middle = (low + high) / 2
+            low, high = (low, middle) if macs_of(self.shape.scaled(middle)) <= limit else (middle, high)
+        return self.shape.scaled(high)

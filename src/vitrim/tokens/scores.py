@@ -1,0 +1,176 @@
+"""How much each patch token matters: one function per score, higher = keep, never negative.
+
+A score reads an `Evidence` and returns (B, N). Its `needs` says what the block must compute for it, so
+that nothing else is computed. To add one, write the function under `@score(...)`; nothing else changes.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..errors import ScoreError, UnknownNameError
+
+Needs = Literal["nothing", "key", "cls_row", "attention", "hidden"]
+
+
+@dataclass(frozen=True, eq=False)
+class Evidence:
+    """What a block can tell about its tokens at a cut. Shapes: B images, T = P + N tokens, H heads, D head dims.
+
+    hidden_BTC: residual stream at the place of the cut. cls_query_BH1D, query_BHTD, key_BHTD: after q/k norm.
+    bias_B11T: added to the attention logits (log of token sizes). previous_BN: score carried from earlier cuts.
+    """
+
+    num_prefix: int
+    block: int
+    training: bool
+    scale: float
+    hidden_BTC: Tensor
+    cls_query_BH1D: Tensor | None = None
+    query_BHTD: Tensor | None = None
+    key_BHTD: Tensor | None = None
+    bias_B11T: Tensor | None = None
+    previous_BN: Tensor | None = None
+
+    @property
+    def num_patches(self) -> int:
+        """N, the patch tokens that reach the cut."""
+        return self.hidden_BTC.shape[1] - self.num_prefix
+
+    @property
+    def key(self) -> Tensor:
+        """Keys of all tokens, (B, H, T, D)."""
+        if self.key_BHTD is None:
+            raise ScoreError("this score reads keys, which the block did not supply; declare needs='key'")
+        return self.key_BHTD
+
+    def cls_attention(self) -> Tensor:
+        """Attention of CLS to all tokens, (B, H, T): one extra query row beside fused attention."""
+        if self.cls_query_BH1D is None:
+            raise ScoreError("this score reads the CLS query, which the block did not supply; declare needs='cls_row'")
+        return self._softmax(self.cls_query_BH1D, self.key).squeeze(2)
+
+    def attention_of_head(self, head: int) -> Tensor:
+        """Attention of every token to every token in one head, (B, T, T); one head at a time keeps memory small."""
+        if self.query_BHTD is None:
+            raise ScoreError("this score reads all queries, which the block did not supply; declare needs='attention'")
+        one = slice(head, head + 1)
+        return self._softmax(self.query_BHTD[:, one], self.key[:, one]).squeeze(1)
+
+    def mean_over_heads(self, per_head: Callable[[Tensor], Tensor]) -> Tensor:
+        """Mean over heads of a function of (B, T, T) attention."""
+        num_heads = self.key.shape[1]
+        total = per_head(self.attention_of_head(0))
+        for head in range(1, num_heads):
+            total = total + per_head(self.attention_of_head(head))
+        return total / num_heads
+
+    def _softmax(self, query: Tensor, key: Tensor) -> Tensor:
+        logits = (query * self.scale) @ key.transpose(-2, -1)
+        if self.bias_B11T is not None:
+            logits = logits + self.bias_B11T
+        # Half precision would tie most scores; the row is small, so float32 costs nothing.
+        return logits.float().softmax(-1) if logits.dtype.itemsize < 4 else logits.softmax(-1)
+
+
+@dataclass(frozen=True)
+class Score:
+    """A named score: the function, what it needs, and whether its values are attention probabilities."""
+
+    name: str
+    needs: Needs
+    is_probability: bool
+    compute: Callable[[Evidence], Tensor]
+    summary: str
+
+
+SCORES: dict[str, Score] = {}
+
+
+def score(needs: Needs, is_probability: bool = False) -> Callable[[Callable[[Evidence], Tensor]], Score]:
+    """Enter a function in the table of scores under its own name."""
+
+    def enter(function: Callable[[Evidence], Tensor]) -> Score:
+        summary = (function.__doc__ or "").strip().splitlines()[0]
+        made = Score(function.__name__, needs, is_probability, function, summary)
+        SCORES[made.name] = made
+        return made
+
+    return enter
+
+
+def find_score(name: str) -> Score:
+    """The score of that name; `UnknownNameError` with the nearest names otherwise."""
+    if name not in SCORES:
+        raise UnknownNameError("score", name, SCORES)
+    return SCORES[name]
+
+
+@score(needs="cls_row", is_probability=True)
+def cls_attention(e: Evidence) -> Tensor:
+    """Attention of CLS to each patch, mean over heads (EViT, arXiv 2202.07800)."""
+    return e.cls_attention().mean(1)[:, e.num_prefix :]
+
+
+@score(needs="attention", is_probability=True)
+def mean_attention(e: Evidence) -> Tensor:
+    """Attention each patch receives from all other patches, mean over heads and queries."""
+
+    def received(attention_BTT: Tensor) -> Tensor:
+        patches = attention_BTT[:, e.num_prefix :, e.num_prefix :]
+        own = patches.diagonal(dim1=1, dim2=2)
+        return (patches.sum(1) - own) / max(e.num_patches - 1, 1)
+
+    return e.mean_over_heads(received)
+
+
+@score(needs="attention")
+def attention_entropy(e: Evidence) -> Tensor:
+    """How far the entropy of the patch's attention row stays below uniform, in nats, mean over heads."""
+
+    def negentropy(attention_BTT: Tensor) -> Tensor:
+        rows = attention_BTT[:, e.num_prefix :]
+        entropy = -(rows * rows.clamp(min=torch.finfo(rows.dtype).tiny).log()).sum(-1)
+        most = torch.tensor(float(rows.shape[-1]), dtype=rows.dtype, device=rows.device).log()
+        return (most - entropy).clamp(min=0)
+
+    return e.mean_over_heads(negentropy)
+
+
+@score(needs="attention")
+def attention_variance(e: Evidence) -> Tensor:
+    """Variance over keys of the patch's attention row, mean over heads."""
+    return e.mean_over_heads(lambda attention_BTT: attention_BTT[:, e.num_prefix :].var(-1, correction=0))
+
+
+@score(needs="attention")
+def attention_sharpness(e: Evidence) -> Tensor:
+    """Largest entry of the patch's attention row, mean over heads."""
+    return e.mean_over_heads(lambda attention_BTT: attention_BTT[:, e.num_prefix :].amax(-1))
+
+
+@score(needs="hidden")
+def norm(e: Evidence) -> Tensor:
+    """L2 norm of the patch's hidden state (PTP-FAKD)."""
+    return e.hidden_BTC[:, e.num_prefix :].norm(dim=-1)
+
+
+@score(needs="key")
+def key_norm(e: Evidence) -> Tensor:
+    """L2 norm of the patch's key, mean over heads."""
+    return e.key[:, :, e.num_prefix :].norm(dim=-1).mean(1)
+
+
+@score(needs="nothing")
+def random(e: Evidence) -> Tensor:
+    """Uniform noise: fresh per image in training; in evaluation one fixed draw per block, the same for all images."""
+    like = e.hidden_BTC
+    if e.training:
+        return torch.rand(like.shape[0], e.num_patches, device=like.device)
+    # A draw that depends on the image's place in the batch would make results depend on the batch size.
+    index = torch.arange(e.num_patches, device=like.device, dtype=torch.float64)
+    draw = ((index * 12.9898 + (e.block + 1) * 78.233).sin() * 43758.5453).frac().abs()
+    return draw.float().expand(like.shape[0], -1)
