@@ -139,9 +139,7 @@ class Handle:
             plan = Plan(num_patches, g.num_prefix, g.depth, ())
         else:
             schedule = self._schedule if self._strength == 1 else self._schedule.scaled(self._strength)
-            plan = make_plan(
-                schedule, self.reducer, depth=g.depth, num_patches=num_patches, num_prefix=g.num_prefix
-            )
+            plan = make_plan(schedule, self.reducer, depth=g.depth, num_patches=num_patches, num_prefix=g.num_prefix)
         return plan.for_prefix_only() if self.cls_only else plan
 
     def _prepare(self) -> None:

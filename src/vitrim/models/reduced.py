@@ -45,9 +45,7 @@ class Trace:
             size = assignment.size(size)
         if reducer.carries_scores and assignment.score_BN is not None:
             score = assignment.carry(assignment.score_BN)
-        return replace(
-            self, assignments=(*self.assignments, (block, assignment)), size_BN=size, score_BN=score
-        )
+        return replace(self, assignments=(*self.assignments, (block, assignment)), size_BN=size, score_BN=score)
 
     def upto(self, block: int, reducer: Reducer | None) -> "Trace":
         """The trace as it was when the tokens reached `block`."""
@@ -86,9 +84,7 @@ class ReducedBlock(nn.Module):
         """Streams `first` to `last` (exclusive) of (query, key, value) for these tokens, each (B, H, T, D), normed."""
         raise NotImplementedError
 
-    def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, normed_BQC: Tensor
-    ) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, normed_BQC: Tensor) -> Tensor:
         """Fused attention, output projection, layer scale and drop path: what is added to the residual stream."""
         raise NotImplementedError
 
@@ -147,7 +143,12 @@ class ReducedBlock(nn.Module):
         return handle.leave(self.feed_forward(x), trace)
 
     def _evidence(
-        self, x: Tensor, trace: Trace, query: Tensor | None = None, key: Tensor | None = None, bias: Tensor | None = None
+        self,
+        x: Tensor,
+        trace: Trace,
+        query: Tensor | None = None,
+        key: Tensor | None = None,
+        bias: Tensor | None = None,
     ) -> Evidence:
         return Evidence(
             num_prefix=trace.plan.num_prefix,

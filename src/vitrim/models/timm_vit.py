@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
-from timm.layers import Attention, AttentionPoolLatent
+from timm.layers import Attention
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
@@ -37,9 +37,7 @@ class ReducedTimmBlock(ReducedBlock, Block):
         norms = (attn.q_norm, attn.k_norm, nn.Identity())[first:last]
         return tuple(norm(stream) for norm, stream in zip(norms, streams, strict=True))
 
-    def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, normed_BQC: Tensor
-    ) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, normed_BQC: Tensor) -> Tensor:
         attn = self.attn
         dropout = attn.attn_drop.p if self.training else 0.0
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout)

@@ -120,7 +120,9 @@ class Adaptive(Curriculum):
         if self.threshold is None:
             object.__setattr__(self, "threshold", 0.01 if self.signal == "slope" else 0.5)
         if not 0 < self.step <= 1 or self._threshold <= 0:
-            raise ScheduleError(f"Adaptive needs step in (0, 1] and threshold above 0, not {self.step}, {self.threshold}")
+            raise ScheduleError(
+                f"Adaptive needs step in (0, 1] and threshold above 0, not {self.step}, {self.threshold}"
+            )
 
     @property
     def _threshold(self) -> float:

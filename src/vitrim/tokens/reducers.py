@@ -90,7 +90,9 @@ class TopK(Reducer):
         if self.fuse not in (None, "sum", "mean"):
             raise ScoreError(f"fuse is None, 'sum' or 'mean', not {self.fuse!r}")
         if self.fuse == "sum" and not found.is_probability:
-            raise ScoreError(f"fuse='sum' adds up attention probabilities, which {self.score!r} is not; use fuse='mean'")
+            raise ScoreError(
+                f"fuse='sum' adds up attention probabilities, which {self.score!r} is not; use fuse='mean'"
+            )
         if not 0 <= self.momentum < 1:
             raise ScoreError(f"momentum lies in [0, 1), not {self.momentum}")
         if self.shallow is not None and self.shallow < 0:
@@ -176,4 +178,3 @@ class ToMe(Reducer):
         kept = lost.to(torch.uint8).sort(dim=1, stable=True).indices[:, :keep]
         slot = (~lost).long().cumsum(1) - 1
         return Assignment.merge(num_tokens, kept, moved, slot.gather(1, joined))
-

@@ -62,7 +62,9 @@ class Reduction:
         parts.insert(0, _build(tree, text))
         kinds = (Reducer, Schedule, Curriculum)
         if not 2 <= len(parts) <= 3 or not all(isinstance(p, k) for p, k in zip(parts, kinds, strict=False)):
-            raise ScheduleError(f"{text!r} is not `reducer @ schedule` or `reducer @ schedule @ curriculum`; {_EXAMPLE}")
+            raise ScheduleError(
+                f"{text!r} is not `reducer @ schedule` or `reducer @ schedule @ curriculum`; {_EXAMPLE}"
+            )
         return cls(*parts, phase=phase)  # pyright: ignore[reportArgumentType]
 
 

@@ -277,7 +277,9 @@ class Counts(Schedule):
     def scaled(self, strength: float) -> Schedule:
         if strength == 1:
             return self
-        raise ScheduleError("Counts fixes every number of tokens and cannot follow a curriculum; use KeepRate or PowerLaw")
+        raise ScheduleError(
+            "Counts fixes every number of tokens and cannot follow a curriculum; use KeepRate or PowerLaw"
+        )
 
     def check(self, depth: int, num_patches: int, reducer: Reducer) -> None:
         if len(self.counts) != depth:
