@@ -1,6 +1,7 @@
 """Put a reduction into a model, and take it out again without a trace."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 
 import torch
@@ -81,6 +82,16 @@ class Handle:
                 self._strength = strength
                 self._prepare()
         return self._strength
+
+    def install(self) -> None:
+        """Put the reduction (back) into the model."""
+        if attached(self.model) is not None:
+            raise VitrimError("a reduction is attached to this model already; call handle.remove() first")
+        for index, block in enumerate(self.adapter.blocks(self.model)):
+            block.__class__ = self.adapter.reduced_class(block)
+            block.vitrim_handle, block.vitrim_index = self, index  # type: ignore[assignment]
+        self.model.__class__ = self.adapter.reduced_class(self.model)
+        self.model.vitrim_handle = self  # type: ignore[assignment]
 
     def remove(self) -> None:
         """Give the model back exactly as it was. Calling it twice does no harm."""
@@ -192,7 +203,7 @@ def attach(
         UnsupportedModelError: no adapter can change the model, or something is attached already.
         ScheduleError, ScoreError: the model cannot do what is asked.
     """
-    if getattr(model, _HANDLE, None) is not None:
+    if attached(model) is not None:
         raise VitrimError("a reduction is attached to this model already; call handle.remove() first")
     if isinstance(reducer, str):
         reducer = Reduction.parse(reducer, phase)
@@ -203,13 +214,24 @@ def attach(
     elif schedule is not None or curriculum is not None:
         raise VitrimError("schedule and curriculum go with a reducer; a Reduction holds its own")
     handle = Handle(model, reducer, cls_only)
-    blocks: Sequence[nn.Module] = handle.adapter.blocks(model)
-    for index, block in enumerate(blocks):
-        block.__class__ = handle.adapter.reduced_class(block)
-        block.vitrim_handle, block.vitrim_index = handle, index  # type: ignore[assignment]
-    model.__class__ = handle.adapter.reduced_class(model)
-    model.vitrim_handle = handle  # type: ignore[assignment]
+    handle.install()
     return handle
+
+
+@contextmanager
+def attached_instead(
+    model: nn.Module, reduction: Reduction | str | None, *, cls_only: bool = False
+) -> Iterator[Handle]:
+    """Attach this reduction for a while, in place of whatever is attached; the old handle comes back as it was."""
+    before = attached(model)
+    if before is not None:
+        before.remove()
+    try:
+        with attach(model, reduction, cls_only=cls_only) as handle:
+            yield handle
+    finally:
+        if before is not None:
+            before.install()
 
 
 def attached(model: nn.Module) -> Handle | None:

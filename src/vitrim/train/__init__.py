@@ -1,0 +1,1 @@
+"""One recipe, one loop: training, evaluation and the folders that runs leave behind."""

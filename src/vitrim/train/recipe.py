@@ -1,0 +1,249 @@
+"""One recipe describes a run completely. Plain data: this module imports no torch, so that the command starts fast."""
+
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from ..errors import RecipeError, UnknownNameError
+
+
+@dataclass
+class ModelSpec:
+    """Which network.
+
+    Args:
+        name: a timm name, a folder written by `vitrim.save`, or a weights file.
+        pretrained: start from timm's published weights (downloaded by timm).
+        checkpoint: weights to start from: a model folder, a .safetensors or .pth file.
+        reset_head: take everything but the classifier from the checkpoint.
+        args: further arguments of the timm constructor.
+    """
+
+    name: str = "vitrim_digits_vit"
+    pretrained: bool = False
+    checkpoint: str | None = None
+    reset_head: bool = False
+    args: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class DataSpec:
+    """Which images.
+
+    Args:
+        name: "digits" (scikit-learn's, built in), "folder" (one folder per split, in it one per class), or any
+            data set name of timm's reader, such as torch/cifar10, hfds/uoft-cs/cifar10 or wds/....
+        root: folder of the data set, or where to download it to.
+        download: fetch the data set if the reader can.
+        train_split: name of the training split.
+        test_split: name of the test split; by default test, val or validation, whichever exists.
+        holdout: fraction of the training images set aside to choose the epoch; the test images are read once.
+        limit: use so many training images at most, the same for a given seed.
+        image_size: side of the square input in pixels; by default the model's own.
+        crop_pct: centre crop at evaluation; by default the model's own.
+        workers: processes that read images; 0 reads them in the training process.
+        on_corrupt: "skip" replaces an unreadable image by the next one and counts it, "refuse" stops.
+    """
+
+    name: str = "digits"
+    root: str | None = None
+    download: bool = False
+    train_split: str = "train"
+    test_split: str | None = None
+    holdout: float = 0.1
+    limit: int | None = None
+    image_size: int | None = None
+    crop_pct: float | None = None
+    workers: int = 2
+    on_corrupt: Literal["skip", "refuse"] = "refuse"
+
+
+@dataclass
+class AugmentSpec:
+    """How training images are varied.
+
+    Args:
+        crop: "none", "pad" (shift by up to an eighth, zeros come in), or "resized" (random resized crop).
+        scale: smallest area of a "resized" crop.
+        flip: mirror every second image.
+        randaugment: timm's configuration string, such as rand-m9-n2-mstd0.5.
+        erasing: probability of random erasing.
+        mixup: alpha of mixup, 0 = off.
+        cutmix: alpha of cutmix, 0 = off.
+        mix_prob: probability that a batch is mixed at all.
+        smoothing: label smoothing.
+    """
+
+    crop: Literal["none", "pad", "resized"] = "none"
+    scale: float = 0.08
+    flip: bool = False
+    randaugment: str | None = None
+    erasing: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    mix_prob: float = 1.0
+    smoothing: float = 0.0
+
+
+@dataclass
+class OptimSpec:
+    """How weights are changed.
+
+    Args:
+        name: optimiser, by its timm name.
+        lr: peak learning rate. weight_decay: not applied to biases and norms.
+        layer_decay: factor on the learning rate from each layer to the one below.
+        warmup_epochs: linear warm-up from a hundredth of lr. min_lr: where the cosine ends.
+        clip: largest norm of the gradient, 0 = off.
+        ema: decay of the moving average of weights that is evaluated and saved, 0 = off.
+        freeze: train the classifier alone (linear probe).
+        accumulate: batches per update.
+        precision: "no" is float32.
+    """
+
+    name: str = "adamw"
+    lr: float = 1e-3
+    weight_decay: float = 0.05
+    layer_decay: float | None = None
+    warmup_epochs: float = 1.0
+    min_lr: float = 1e-6
+    clip: float = 1.0
+    ema: float = 0.0
+    freeze: bool = False
+    accumulate: int = 1
+    precision: Literal["no", "bf16", "fp16"] = "no"
+
+
+@dataclass
+class Recipe:
+    """Everything that determines a run. The same recipe gives the same numbers, interrupted or not.
+
+    Args:
+        model: the network.
+        data: the images.
+        augment: how training images are varied.
+        optim: how weights are changed.
+        reduction: `reducer @ schedule [@ curriculum]`, for example `TopK() @ PowerLaw(0.6, 2.0) @ Delayed(4)`.
+        phase: whether tokens are reduced in "train", "eval" or "both".
+        distill: distillation terms, for example `Logits(weight=0.7) + ClsStages(weight=0.3)`.
+        teacher: the teacher of these terms.
+        epochs: passes over the training images.
+        batch_size: images per update and all processes together.
+        seed: of weights, order, augmentation and dropout.
+        compile: use torch.compile.
+        checkpointing: recompute activations to save memory.
+        track: name of an experiment tracker that accelerate knows, such as tensorboard or wandb.
+    """
+
+    model: ModelSpec = field(default_factory=ModelSpec)
+    data: DataSpec = field(default_factory=DataSpec)
+    augment: AugmentSpec = field(default_factory=AugmentSpec)
+    optim: OptimSpec = field(default_factory=OptimSpec)
+    reduction: str | None = None
+    phase: Literal["both", "train", "eval"] = "both"
+    distill: str | None = None
+    teacher: ModelSpec | None = None
+    epochs: int = 10
+    batch_size: int = 128
+    seed: int = 0
+    compile: bool = False
+    checkpointing: bool = False
+    track: str | None = None
+
+    def check(self) -> None:
+        """Raise `RecipeError` for numbers that make no sense."""
+        for name, value, low, high in (
+            ("epochs", self.epochs, 1, None),
+            ("batch_size", self.batch_size, 1, None),
+            ("data.holdout", self.data.holdout, 0, 0.9),
+            ("optim.lr", self.optim.lr, 0, None),
+            ("optim.accumulate", self.optim.accumulate, 1, None),
+            ("optim.ema", self.optim.ema, 0, 0.9999999),
+            ("augment.smoothing", self.augment.smoothing, 0, 0.999),
+            ("augment.mix_prob", self.augment.mix_prob, 0, 1),
+            ("augment.erasing", self.augment.erasing, 0, 1),
+            ("data.workers", self.data.workers, 0, None),
+            ("data.limit", self.data.limit or 1, 1, None),
+        ):
+            if value < low or (high is not None and value > high):
+                raise RecipeError(
+                    f"{name} is {value}; it must be {low} or more" + (f", at most {high}" if high else "")
+                )
+        if self.distill is not None and self.teacher is None:
+            raise RecipeError("distill needs a teacher; set teacher.name, or leave distill out")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The recipe as nested plain data."""
+        return asdict(self)
+
+    def to_yaml(self) -> str:
+        """The recipe as a complete file, options in the order of their definition."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> "Recipe":
+        """A recipe from nested plain data; unknown names are errors with the nearest known one."""
+        return _fill(cls, data, "recipe")
+
+    @classmethod
+    def read(cls, path: str | Path) -> "Recipe":
+        """A recipe from a YAML file."""
+        return cls.from_dict(read_yaml(path))
+
+    def differences(self, other: "Recipe") -> list[str]:
+        """Options in which two recipes differ, as `name: this -> other`."""
+        mine, theirs = flatten(self.to_dict()), flatten(other.to_dict())
+        names = [name for name in {**mine, **theirs} if mine.get(name) != theirs.get(name)]
+        return [f"{name}: {mine.get(name)!r} -> {theirs.get(name)!r}" for name in names]
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """A YAML file that holds a mapping."""
+    try:
+        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RecipeError(f"{path} does not exist") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        raise RecipeError(f"{path} does not hold options but {type(data).__name__}")
+    return data
+
+
+def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """`base` with `changes` laid over it, option by option."""
+    merged = dict(base)
+    for name, value in changes.items():
+        old = merged.get(name)
+        merged[name] = merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def flatten(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested options as `outer.inner` names."""
+    flat: dict[str, Any] = {}
+    for name, value in data.items():
+        if isinstance(value, dict) and value:
+            flat.update(flatten(value, f"{prefix}{name}."))
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+_SPECS = {"model": ModelSpec, "teacher": ModelSpec, "data": DataSpec, "augment": AugmentSpec, "optim": OptimSpec}
+
+
+def _fill(kind: type, data: dict[str, Any], where: str) -> Any:
+    known = {f.name for f in fields(kind)}
+    for name in data:
+        if name not in known:
+            raise UnknownNameError(f"option in {where}", str(name), known)
+    values = {
+        name: _fill(_SPECS[name], value, f"{where}.{name}")
+        if kind is Recipe and name in _SPECS and isinstance(value, dict) and is_dataclass(_SPECS[name])
+        else value
+        for name, value in data.items()
+    }
+    return kind(**values)
