@@ -1,7 +1,29 @@
-"""Adapters: the only room that knows a foreign class. Importing it fills the table of adapters."""
+"""Adapters: the only room that knows a foreign class. Importing it fills the table of adapters and timm's registry."""
 
+from . import hybrid as _hybrid  # noqa: F401  (enters its models in timm's registry)
 from . import timm_vit as _timm_vit  # noqa: F401  (enters itself in the table)
 from .adapter import ADAPTERS, Adapter, Geometry, find_adapter
 from .attach import Handle, attach, attached, attached_instead
+from .build import build_model
+from .store import load, save
+from .weights import read_weights
+from .widths import BlockWidths, RemovedBranch, set_widths, widths_of
 
-__all__ = ["ADAPTERS", "Adapter", "Geometry", "Handle", "attach", "attached", "attached_instead", "find_adapter"]
+__all__ = [
+    "ADAPTERS",
+    "Adapter",
+    "BlockWidths",
+    "Geometry",
+    "Handle",
+    "RemovedBranch",
+    "attach",
+    "attached",
+    "attached_instead",
+    "build_model",
+    "find_adapter",
+    "load",
+    "read_weights",
+    "save",
+    "set_widths",
+    "widths_of",
+]

@@ -77,11 +77,14 @@ class Handle:
     def set_epoch(self, epoch: float, history: History = ()) -> float:
         """Move the curriculum to `epoch` (may be a fraction); returns the strength that acts from now on."""
         if self.reduction is not None:
-            strength = self.reduction.curriculum.strength(epoch, history)
-            if strength != self._strength:
-                self._strength = strength
-                self._prepare()
+            self.set_strength(self.reduction.curriculum.strength(epoch, history))
         return self._strength
+
+    def set_strength(self, strength: float) -> None:
+        """Let so much of the schedule act, in [0, 1], until the curriculum is moved again."""
+        if strength != self._strength:
+            self._strength = strength
+            self._prepare()
 
     def install(self) -> None:
         """Put the reduction (back) into the model."""

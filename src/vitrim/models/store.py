@@ -1,0 +1,193 @@
+"""Models on disk: `model.safetensors`, which holds all that is needed, and `vitrim.json`, the same description to read.
+
+The description travels in the header of the weights, so that one atomic replacement swaps both at once.
+"""
+
+import json
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from timm.models import get_model_args
+from torch import nn
+
+from ..errors import CheckpointError, UnknownNameError, UnsupportedModelError
+from ..tokens import Reduction
+from .attach import attach, attached
+from .weights import misfits, read_weights
+from .widths import BlockWidths, set_widths, widths_of
+
+SCHEMA = 1
+WEIGHTS, DESCRIPTION = "model.safetensors", "vitrim.json"
+_KEY = "vitrim"
+_DATA = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
+"""What a model expects of its images; kept, since it belongs to the weights and not to the architecture."""
+
+
+def save(model: nn.Module, folder: str | Path, *, overwrite: bool = False, **extra: Any) -> Path:
+    """Write a model that `load` brings back whole, its reduction and its uneven widths included.
+
+    Args:
+        model: made by `timm.create_model`, `vitrim.build_model` or `vitrim.load`; on any device, in any dtype.
+        folder: made if it does not exist.
+        overwrite: replace a model that is there already.
+        extra: anything JSON can hold, kept under "extra".
+
+    Raises:
+        CheckpointError: a model is there already, or this one cannot be rebuilt from a description.
+    """
+    folder = Path(folder)
+    if (folder / WEIGHTS).exists() and not overwrite:
+        raise CheckpointError(f"{folder} holds a model already; choose another folder or pass overwrite=True")
+    text = json.dumps(describe(model) | {"extra": extra}, indent=2)
+    # Copies, because safetensors refuses tensors that share memory.
+    state = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in model.state_dict().items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, write in (
+        (WEIGHTS, lambda path: save_file(state, path, metadata={_KEY: text})),
+        (DESCRIPTION, lambda path: path.write_text(text + "\n")),
+    ):
+        temporary = folder / f".{name}.{os.getpid()}"
+        try:
+            write(temporary)
+            os.replace(temporary, folder / name)
+        finally:
+            temporary.unlink(missing_ok=True)
+    return folder
+
+
+def load(folder: str | Path, **args: Any) -> nn.Module:
+    """The model that `save` wrote, in eval mode on the CPU, with its reduction attached.
+
+    Args:
+        folder: what `save` wrote, or the `model.safetensors` in it.
+        args: arguments for the architecture that change no weight, such as `drop_path_rate`.
+
+    Raises:
+        CheckpointError: nothing there, damaged, or written by a newer version.
+    """
+    path = weights_path(folder)
+    record = read_description(path)
+    model = _rebuild(record, args)
+    state = read_weights(path)
+    if faults := misfits(model.state_dict(), state):
+        raise CheckpointError(f"{path} does not fit its own description: {faults}")
+    model.load_state_dict(state, assign=True)
+    if (cut := record["reduction"]) is not None:
+        reduction = None if cut["text"] is None else Reduction.parse(cut["text"], cut["phase"])
+        attach(model, reduction, cls_only=cut["cls_only"]).set_strength(cut["strength"])
+    return model.eval()
+
+
+def weights_path(folder: str | Path) -> Path:
+    """The file of weights that a folder written by `save` holds."""
+    folder = Path(folder)
+    path = folder if folder.name == WEIGHTS else folder / WEIGHTS
+    if not path.is_file():
+        raise CheckpointError(f"no model at {folder}: {path} is missing")
+    return path
+
+
+def read_description(path: Path) -> dict[str, Any]:
+    """What `save` wrote of the model in this file of weights; CheckpointError if it was written by something else."""
+    try:
+        with safe_open(path, "pt") as file:
+            text = (file.metadata() or {}).get(_KEY)
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is damaged or cut short; copy or download it again") from error
+    if text is None:
+        raise CheckpointError(
+            f"{path} was not written by vitrim.save; name its architecture: "
+            f"vitrim.build_model('<timm name>', checkpoint={str(path)!r})"
+        )
+    record = json.loads(text)
+    if record["schema"] > SCHEMA:
+        raise CheckpointError(f"{path} has schema {record['schema']}, this vitrim reads up to {SCHEMA}; update vitrim")
+    return record
+
+
+def describe(model: nn.Module) -> dict[str, Any]:
+    """All that `load` needs to build the model again, weights excepted, as plain JSON values."""
+    handle = attached(model)
+    config = getattr(model, "pretrained_cfg", None)
+    # A model built without a factory has no such record, and its class alone does not say its size.
+    if not config or not hasattr(model, "_model_args"):
+        raise CheckpointError(
+            f"this {type(model).__name__} was not made by timm.create_model, so it cannot be rebuilt; make it with "
+            "timm.create_model or vitrim.build_model, or write model.state_dict() with safetensors yourself"
+        )
+    dropout = {name: value for name, value in model._model_args.items() if name.endswith("_rate")}
+    record: dict[str, Any] = {
+        "schema": SCHEMA,
+        "architecture": config["architecture"],
+        "args": get_model_args(model, dropout),
+        "num_classes": getattr(model, "num_classes", None),
+        "data": {name: config[name] for name in _DATA if config.get(name) is not None},
+        "widths": None,
+        "reduction": None,
+        "versions": {name: version(name) for name in ("vitrim", "timm", "torch")} | {"python": platform.python_version()},
+    }
+    for name, value in record["args"].items():
+        if not _is_plain(value):
+            raise CheckpointError(f"the model was made with {name}={value!r}, which JSON cannot hold; give it by name")
+    record["widths"] = _uneven_widths(model, record)
+    if handle is not None:
+        reduction = handle.reduction
+        # The schedule as it acts, so that a budget is not solved anew by another version.
+        fixed = None if reduction is None else replace(reduction, schedule=handle.schedule)
+        record["reduction"] = {
+            "text": None if fixed is None else str(fixed),
+            "phase": None if fixed is None else fixed.phase,
+            "strength": handle.strength,
+            "cls_only": handle.cls_only,
+        }
+    return record
+
+
+def _rebuild(record: Mapping[str, Any], args: Mapping[str, Any]) -> nn.Module:
+    """The described model with fresh weights, without reduction."""
+    name = record["architecture"]
+    if not timm.is_model(name):
+        raise UnknownNameError("architecture", name, timm.list_models())
+    stored = {key: tuple(value) if isinstance(value, list) else value for key, value in record["args"].items()}
+    data = {key: tuple(value) if isinstance(value, list) else value for key, value in record["data"].items()}
+    model = timm.create_model(name, pretrained_cfg_overlay=data, **stored | dict(args))
+    if record["widths"] is not None:
+        set_widths(model, [BlockWidths(**widths) for widths in record["widths"]])
+    return model
+
+
+def _uneven_widths(model: nn.Module, record: Mapping[str, Any]) -> list[dict[str, int]] | None:
+    """Widths of the blocks where they differ from the architecture's own; proves that the model can be rebuilt."""
+    own = model.state_dict()
+    with torch.device("meta"):
+        stock = _rebuild(record, {})
+        if not misfits(stock.state_dict(), own):
+            return None
+        try:
+            widths = widths_of(model)
+            set_widths(stock, widths)
+        except (UnsupportedModelError, ValueError):
+            widths = None
+        if faults := misfits(stock.state_dict(), own):
+            raise CheckpointError(
+                f"the model differs from the {record['architecture']} that its description builds: {faults}; "
+                "undo the change, or write model.state_dict() with safetensors yourself"
+            )
+    return None if widths is None else [asdict(block) for block in widths]
+
+
+def _is_plain(value: object) -> bool:
+    try:
+        json.dumps(value)
+    except TypeError:
+        return False
+    return True
