@@ -96,7 +96,7 @@ class RunFolder:
             reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
             kept = "the one before is kept" if self.state_path.exists() else "there is none yet"
             raise CheckpointError(
-                f"cannot write the checkpoint in {part.parent} ({reason}); {kept}; free some space and repeat the command"
+                f"cannot write the checkpoint in {part.parent} ({reason}); {kept}; free some space, then repeat"
             ) from None
         finally:
             part.unlink(missing_ok=True)

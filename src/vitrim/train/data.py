@@ -72,22 +72,19 @@ class _Digits:
         return Image.fromarray(self.pixels[index]), int(self.targets[index])
 
 
-def open_images(spec: DataSpec, train: bool, channels: int = 3) -> Images:
+def open_images(spec: DataSpec, train: bool) -> Images:
     """The training or test images of a data set.
 
     Raises:
         DataError: folder missing, split missing, class without images, unknown data set.
     """
-    mode = "L" if channels == 1 else "RGB"
     if spec.name == "digits":
-        return Images(_Digits(train), [str(digit) for digit in range(10)], mode)
+        return Images(_Digits(train), [str(digit) for digit in range(10)])
     if spec.name == "folder":
-        return _open_folder(spec, train, mode)
+        return _open_folder(spec, train)
     split = spec.train_split if train else spec.test_split or "validation"
     try:
-        source = create_dataset(
-            spec.name, root=spec.root, split=split, is_training=train, download=spec.download, input_img_mode=mode
-        )
+        source = create_dataset(spec.name, root=spec.root, split=split, is_training=train, download=spec.download)
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(f"cannot open data set {spec.name!r} in {spec.root}: {reason}") from None
@@ -98,10 +95,10 @@ def open_images(spec: DataSpec, train: bool, channels: int = 3) -> Images:
     classes = getattr(source, "classes", None) or getattr(getattr(source, "reader", None), "class_to_idx", None)
     if classes is None:
         raise DataError(f"data set {spec.name!r} does not name its classes")
-    return Images(source, list(classes), mode)
+    return Images(source, list(classes))
 
 
-def _open_folder(spec: DataSpec, train: bool, mode: str) -> Images:
+def _open_folder(spec: DataSpec, train: bool) -> Images:
     if spec.root is None:
         raise DataError("a folder of images needs data.root")
     root = Path(spec.root)
@@ -116,14 +113,14 @@ def _open_folder(spec: DataSpec, train: bool, mode: str) -> Images:
     if not classes:
         raise DataError(f"{found} has no class folders; expected {found}/CLASS/image.jpg")
     try:
-        source = create_dataset("", root=str(found), search_split=False, input_img_mode=mode)
+        source = create_dataset("", root=str(found), search_split=False)
     except RuntimeError:
         raise DataError(f"{found} holds no images") from None
     names = source.reader.class_to_idx
     empty = [p.name for p in classes if p.name not in names]
     if empty:
         raise DataError(f"class folder {found / empty[0]} holds no images; fill it or remove it")
-    return Images(source, list(names), mode)
+    return Images(source, list(names))
 
 
 class Stream(Dataset[tuple[Tensor, int, int]]):
@@ -221,13 +218,20 @@ def transforms_for(
     return T.Compose(steps)
 
 
-def make_splits(model: nn.Module, spec: DataSpec, augment: AugmentSpec, seed: int) -> Splits:
-    """Open a data set for training. Epochs are chosen on a held-out part of the training images."""
-    channels = resolve_model_data_config(model)["input_size"][0]
-    train, test = open_images(spec, True, channels), open_images(spec, False, channels)
+def open_both(spec: DataSpec) -> tuple[Images, Images]:
+    """The training and the test images of a data set, which must have the same classes."""
+    train, test = open_images(spec, True), open_images(spec, False)
     if train.classes != test.classes:
         only = sorted(set(train.classes) ^ set(test.classes))
         raise DataError(f"training and test images have different classes: {', '.join(only[:5])}")
+    return train, test
+
+
+def make_splits(
+    train: Images, test: Images, model: nn.Module, spec: DataSpec, augment: AugmentSpec, seed: int
+) -> Splits:
+    """Streams for a model. Epochs are chosen on a held-out part of the training images."""
+    train.mode = test.mode = "L" if resolve_model_data_config(model)["input_size"][0] == 1 else "RGB"
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(mix(seed, 1))).tolist()
     order = order[: spec.limit]
     held = round(spec.holdout * len(order))
@@ -235,14 +239,19 @@ def make_splits(model: nn.Module, spec: DataSpec, augment: AugmentSpec, seed: in
         raise DataError(f"{len(order)} training images are too few to hold {spec.holdout:.0%} of them out")
     skip = spec.on_corrupt == "skip"
     plain, varied = transforms_for(model, spec), transforms_for(model, spec, augment)
-    every = range(len(test))
-    select = Stream(train, sorted(order[:held]), plain, seed, skip) if held else None
     return Splits(
-        Stream(train, sorted(order[held:]), varied, seed, skip),
-        select,
-        Stream(test, every, plain, seed, skip),
-        train.classes,
+        train=Stream(train, sorted(order[held:]), varied, seed, skip),
+        select=Stream(train, sorted(order[:held]), plain, seed, skip) if held else None,
+        test=Stream(test, range(len(test)), plain, seed, skip),
+        classes=train.classes,
     )
+
+
+def test_stream(model: nn.Module, spec: DataSpec) -> Stream:
+    """The test images of a data set as this model wants to see them."""
+    images = open_images(spec, False)
+    images.mode = "L" if resolve_model_data_config(model)["input_size"][0] == 1 else "RGB"
+    return Stream(images, range(len(images)), transforms_for(model, spec), 0, spec.on_corrupt == "skip")
 
 
 def make_loader(

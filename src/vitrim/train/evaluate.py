@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,6 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..measure.cost import Cost, cost
 from ..models import attached_instead, find_adapter
 from ..tokens import KeepRate, Reduction, TopK
 from .data import Stream, make_loader
@@ -33,21 +32,26 @@ class Figures:
         return {f"{prefix}_accuracy": self.accuracy, f"{prefix}_loss": self.loss}
 
 
+def evaluate(model: nn.Module, stream: Stream, **options: Any) -> Figures:
+    """Figures of one model; options as in `evaluate_all`."""
+    return evaluate_all({"model": model}, stream, **options)["model"]
+
+
 @torch.inference_mode()
-def evaluate(
-    model: nn.Module,
+def evaluate_all(
+    models: Mapping[str, nn.Module],
     stream: Stream,
     *,
     batch_size: int = 128,
     workers: int = 0,
     accelerator: Accelerator | None = None,
     tick: Callable[[int, int], None] | None = None,
-) -> Figures:
-    """Run the model over a stream in eval mode and put its mode back.
+) -> dict[str, Figures]:
+    """Run models over a stream, in eval mode, side by side, so that time lost to the machine hits all alike.
 
     Args:
-        model: returns logits (B, classes); whatever is attached to it acts.
-        stream: images with their classes.
+        models: each returns logits (B, classes); whatever is attached acts. Their mode is put back.
+        stream: images with their classes, read once for all models.
         batch_size: images at a time, all processes together.
         workers: processes that read images.
         accelerator: places and shares the work; by default one process on the best device.
@@ -55,39 +59,49 @@ def evaluate(
     """
     accelerator = accelerator or Accelerator()
     loader, _ = make_loader(stream, batch_size, workers)
-    prepared: Any = accelerator.prepare_data_loader(loader) if accelerator.num_processes > 1 else loader
-    device, was_training = accelerator.device, model.training
-    model.eval().to(device)
-    hits = seen = unreadable = 0
-    loss = seconds = 0.0
-    for done, (images, targets, index) in enumerate(prepared, 1):
+    batches: Any = accelerator.prepare_data_loader(loader) if accelerator.num_processes > 1 else loader
+    device = accelerator.device
+    modes = {name: model.training for name, model in models.items()}
+    tallies = {name: _Tally() for name in models}
+    for model in models.values():
+        model.eval().to(device)
+    names = list(models)
+    for done, (images, targets, index) in enumerate(batches, 1):
         images, targets, index = images.to(device), targets.to(device), index.to(device)
-        start = _clock(device)
-        with accelerator.autocast():
-            logits = model(images)
-        seconds += _clock(device) - start
-        logits, targets, index = _gather(accelerator, logits.float(), targets, index)
-        valid = index >= 0
-        logits, targets = logits[valid], targets[valid]
-        hits += int((logits.argmax(1) == targets).sum())
-        loss += float(F.cross_entropy(logits, targets, reduction="sum"))
-        seen += len(targets)
-        unreadable += int((~valid).sum())
+        for name in names[done % len(names) :] + names[: done % len(names)]:
+            start = _clock(device)
+            with accelerator.autocast():
+                logits = models[name](images)
+            tallies[name].seconds += _clock(device) - start
+            tallies[name].add(*_gather(accelerator, logits.float(), targets, index))
         if tick is not None:
             tick(done, len(loader))
-    model.train(was_training)
-    return Figures(hits / max(seen, 1), loss / max(seen, 1), seconds, seen / max(seconds, 1e-9), seen, unreadable)
+    for name, model in models.items():
+        model.train(modes[name])
+    return {name: tally.figures() for name, tally in tallies.items()}
 
 
-def evaluate_under(
-    model: nn.Module, reduction: Reduction | str | None, stream: Stream, **options: Any
-) -> tuple[Figures, Cost]:
-    """Evaluate with this reduction in place of whatever is attached (None: dense), with every exact saving on.
+@dataclass
+class _Tally:
+    hits: int = 0
+    seen: int = 0
+    unreadable: int = 0
+    loss: float = 0.0
+    seconds: float = 0.0
 
-    The model comes back as it was.
-    """
-    with attached_instead(model.eval(), reduction, cls_only=reads_prefix_only(model)):
-        return evaluate(model, stream, **options), cost(model)
+    def add(self, logits: Tensor, targets: Tensor, index: Tensor) -> None:
+        valid = index >= 0  # An unreadable image came with its neighbour's pixels and a negative index.
+        logits, targets = logits[valid], targets[valid]
+        self.hits += int((logits.argmax(1) == targets).sum())
+        self.loss += float(F.cross_entropy(logits, targets, reduction="sum"))
+        self.seen += len(targets)
+        self.unreadable += int((~valid).sum())
+
+    def figures(self) -> Figures:
+        seen, seconds = max(self.seen, 1), self.seconds
+        return Figures(
+            self.hits / seen, self.loss / seen, seconds, self.seen / max(seconds, 1e-9), self.seen, self.unreadable
+        )
 
 
 def reads_prefix_only(model: nn.Module) -> bool:

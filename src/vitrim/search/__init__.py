@@ -1,0 +1,1 @@
+"""Many models or many runs: compare, sweep, tabulate."""

@@ -1,0 +1,122 @@
+"""Models side by side on the same images: accuracy, time, tokens and cost."""
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from torch import nn
+
+from ..errors import DataError
+from ..measure.cost import cost
+from ..measure.environment import environment
+from ..measure.table import Column, Table
+from ..models import attach, attached, build_model, load
+from ..train.data import open_images, test_stream
+from ..train.evaluate import evaluate_all, reads_prefix_only
+from ..train.recipe import DataSpec
+
+COLUMNS = (
+    Column("model", "model"),
+    Column("method", "method"),
+    Column("accuracy", "accuracy", ".2%"),
+    Column("seconds", "time [s]", ".2f"),
+    Column("speed", "speed ratio", ".2f"),
+    Column("images_per_second", "images/s", ".0f"),
+    Column("gmacs", "GMACs", ".4f"),
+    Column("macs_ratio", "MACs ratio", ".2f"),
+    Column("tokens", "tokens leaving each block"),
+)
+OWN, DENSE = "as saved", "dense"
+
+
+def open_model(spec: str, num_classes: int | None = None) -> nn.Module:
+    """A model from a run folder, a folder written by `vitrim.save`, a weights file or a timm name."""
+    folder = Path(spec)
+    for candidate in (folder / "model", folder):
+        if (candidate / "vitrim.json").exists():
+            return load(candidate)
+    return build_model(spec, num_classes=num_classes)
+
+
+def variant(model: nn.Module, method: str) -> nn.Module:
+    """A copy of the model that shares its weights, under this method: "dense", "as saved" or a reduction."""
+    memo: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    other = copy.deepcopy(model, memo)
+    before = attached(other)
+    if method == OWN:
+        return other
+    if before is not None:
+        before.remove()
+    if method != DENSE:
+        attach(other.eval(), method, cls_only=reads_prefix_only(other))
+    return other
+
+
+@contextmanager
+def prepared(model: nn.Module, method: str | None) -> Iterator[nn.Module]:
+    """The model under a method, None for its own."""
+    yield variant(model, method or OWN).eval()
+
+
+def compare(
+    models: Sequence[str],
+    data: DataSpec,
+    methods: Sequence[str],
+    *,
+    batch_size: int = 128,
+    device: str = "auto",
+    tick: Callable[[int, int], None] | None = None,
+) -> Table:
+    """Evaluate every model under every method on the test images of `data`.
+
+    The first model and method are the baseline of the ratios. Exact savings are on for reduced models; "dense"
+    is the model as timm runs it.
+
+    Raises:
+        DataError: a model's number of classes is not that of the data.
+    """
+    opened = {name: open_model(name) for name in models}
+    classes = len(open_images(data, False).classes)
+    for name, model in opened.items():
+        if model.num_classes != classes:
+            raise DataError(
+                f"{name} tells {model.num_classes} classes apart, but the images have {classes}; train it on them first"
+            )
+    variants = {(name, method): variant(model, method) for name, model in opened.items() for method in methods}
+    rows = figures_of(variants, next(iter(opened.values())), data, batch_size=batch_size, device=device, tick=tick)
+    title = f"{data.name} test images, {rows[0]['num_images']} of them"
+    return Table(title, COLUMNS, rows, notes=_notes(rows), environment=environment())
+
+
+def figures_of(
+    variants: dict[tuple[str, str], nn.Module], preprocess: nn.Module, data: DataSpec, *,
+    batch_size: int = 128, device: str = "auto", tick: Callable[[int, int], None] | None = None,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """One row of figures per (model, method), evaluated side by side; ratios are to the first."""
+    accelerator = Accelerator(cpu=device == "cpu")
+    named = {f"{number}": model for number, model in enumerate(variants.values())}
+    stream = test_stream(preprocess, data)
+    found = evaluate_all(named, stream, batch_size=batch_size, workers=data.workers, accelerator=accelerator, tick=tick)
+    rows: list[dict[str, Any]] = []
+    for (name, method), number in zip(variants, named, strict=True):
+        figures, spent = found[number], cost(named[number].eval())
+        rows.append({
+            "model": Path(name).name, "method": method, "accuracy": figures.accuracy, "loss": figures.loss,
+            "seconds": figures.seconds, "images_per_second": figures.images_per_second,
+            "gmacs": spent.macs / 1e9, "tokens": list(spent.token_counts),
+            "num_images": figures.num_images, "unreadable": figures.unreadable,
+        })  # fmt: skip
+    for row in rows:
+        row["speed"] = rows[0]["seconds"] / row["seconds"]
+        row["macs_ratio"] = rows[0]["gmacs"] / row["gmacs"]
+    return rows
+
+
+def _notes(rows: list[dict[str, Any]]) -> list[str]:
+    notes = ["Time is spent inside the model; models took turns batch by batch. Ratios are to the first row."]
+    if rows[0]["unreadable"]:
+        notes.append(f"{rows[0]['unreadable']} images could not be read and were left out.")
+    return notes

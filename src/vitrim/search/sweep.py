@@ -1,0 +1,106 @@
+"""One method at many settings, at test time only: a grid, or a Bayesian search along the accuracy-cost frontier."""
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import nn
+
+from ..errors import ScheduleError
+from ..measure.environment import environment
+from ..measure.table import Column, Table
+from ..tokens import Reduction
+from ..train.recipe import DataSpec
+from .compare import COLUMNS, DENSE, figures_of, open_model, variant
+
+Settings = Mapping[str, Sequence[float]]
+
+
+def sweep(
+    models: Sequence[str],
+    data: DataSpec,
+    method: str,
+    vary: Settings,
+    *,
+    search: Literal["grid", "tpe"] = "grid",
+    trials: int = 20,
+    seed: int = 0,
+    batch_size: int = 128,
+    device: str = "auto",
+    tick: Callable[[int, int], None] | None = None,
+) -> Table:
+    """Evaluate `method` at many settings on the test images of `data`; the first row of each model is dense.
+
+    Args:
+        models: as in `compare`.
+        data: the images.
+        method: a reduction with names in braces, such as `TopK() @ PowerLaw(0.6, {alpha})`.
+        vary: the values of each name; for "tpe" its lowest and highest value.
+        search: "grid" tries every combination, all side by side; "tpe" asks optuna's sampler for `trials` settings
+            with high accuracy and few MACs, one after another.
+        trials: settings that "tpe" tries.
+        seed: of the sampler.
+        batch_size: images at a time.
+        device: "auto", "cpu" or "cuda".
+        tick: called with (batches done, batches in all).
+    """
+    for name in vary:
+        if f"{{{name}}}" not in method:
+            raise ScheduleError(f"{method!r} does not use {{{name}}}")
+    rows: list[dict[str, Any]] = []
+    for spec in models:
+        model = open_model(spec)
+        options: dict[str, Any] = {"batch_size": batch_size, "device": device, "tick": tick}
+        if search == "grid":
+            rows += _grid(spec, model, data, method, vary, options)
+        else:
+            rows += _bayes(spec, model, data, method, vary, trials, seed, options)
+    columns = (COLUMNS[0], *(Column(name, name, ".3g") for name in vary), *COLUMNS[2:])
+    notes = ["Test time only: weights are those of the named model. Ratios are to the dense row of the same model."]
+    return Table(f"{method} over {', '.join(vary)}", columns, rows, notes=notes, environment=environment())
+
+
+def _fill(method: str, setting: Mapping[str, float]) -> str:
+    try:
+        text = method.format(**setting)
+    except (KeyError, IndexError, ValueError):
+        raise ScheduleError(f"{method!r} names a setting that is not varied; give values for it") from None
+    Reduction.parse(text)  # So that a mistake is told before anything runs.
+    return text
+
+
+def _grid(
+    spec: str, model: nn.Module, data: DataSpec, method: str, vary: Settings, options: dict[str, Any]
+) -> list[dict[str, Any]]:
+    settings = [dict(zip(vary, values, strict=True)) for values in product(*vary.values())]
+    texts = [_fill(method, setting) for setting in settings]
+    variants: dict[tuple[str, str], nn.Module] = {(spec, DENSE): variant(model, DENSE)}
+    variants |= {(spec, text): variant(model, text) for text in texts}
+    rows = figures_of(variants, model, data, **options)
+    return [rows[0], *({**row, **setting} for row, setting in zip(rows[1:], settings, strict=True))]
+
+
+def _bayes(
+    spec: str, model: nn.Module, data: DataSpec, method: str, vary: Settings, trials: int, seed: int,
+    options: dict[str, Any],
+) -> list[dict[str, Any]]:  # fmt: skip
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    rows: list[dict[str, Any]] = []
+
+    def objective(trial: optuna.Trial) -> tuple[float, float]:
+        setting = {name: trial.suggest_float(name, min(values), max(values)) for name, values in vary.items()}
+        text = _fill(method, setting)
+        pair = {(spec, DENSE): variant(model, DENSE), (spec, text): variant(model, text)}
+        found = figures_of(pair, model, data, **options)
+        if not rows:
+            rows.append(found[0])
+        rows.append({**found[1], **setting})
+        return found[1]["accuracy"], found[1]["gmacs"]
+
+    study = optuna.create_study(directions=["maximize", "minimize"], sampler=optuna.samplers.TPESampler(seed=seed))
+    study.optimize(objective, n_trials=trials)
+    best = {id(rows[trial.number + 1]) for trial in study.best_trials}
+    return [row if id(row) not in best else {**row, "model": f"{Path(spec).name} *"} for row in rows]

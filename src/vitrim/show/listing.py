@@ -1,0 +1,32 @@
+"""What can be named on the command line, in recipes and in Python."""
+
+from collections.abc import Iterable
+
+from ..models import ADAPTERS
+from ..tokens import CURRICULA, REDUCERS, SCHEDULES, SCORES
+
+
+def listing(kind: str = "all") -> str:
+    """The tables of names, each with its first line of documentation."""
+    import timm
+
+    tables: dict[str, Iterable[tuple[str, str]]] = {
+        "reducers": ((name, _first(c)) for name, c in REDUCERS.items()),
+        "scores": ((name, score.summary) for name, score in SCORES.items()),
+        "schedules": ((name, _first(c)) for name, c in SCHEDULES.items()),
+        "curricula": ((name, _first(c)) for name, c in CURRICULA.items()),
+        "adapters": ((adapter.name, adapter.covers) for adapter in ADAPTERS),
+        "models": ((name, "") for name in timm.list_models("vitrim_*")),
+    }
+    lines: list[str] = []
+    for name, rows in tables.items():
+        if kind in (name, "all"):
+            lines.append(name)
+            lines += [f"  {entry:<22}{text}".rstrip() for entry, text in rows]
+    if kind in ("models", "all"):
+        lines.append("  and every timm model that an adapter covers, by its timm name")
+    return "\n".join(lines)
+
+
+def _first(kind: type) -> str:
+    return (kind.__doc__ or "").strip().splitlines()[0]

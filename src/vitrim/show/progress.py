@@ -1,0 +1,47 @@
+"""Live progress of a run: one bar per epoch, one line per finished epoch."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+Report = Callable[[str, Mapping[str, Any]], None]
+
+
+@contextmanager
+def live(console: Console | None = None, label: str = "") -> Iterator[Report]:
+    """A function for the training loop to call; where there is no terminal only finished epochs are printed."""
+    console = console or Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), TextColumn("{task.fields[figures]}"))
+    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as progress:
+        task = progress.add_task(label, total=None, figures="")
+
+        def report(event: str, figures: Mapping[str, Any]) -> None:
+            if event == "step":
+                name = f"{label} epoch {figures['epoch'] + 1}".strip()
+                progress.update(
+                    task, description=name, completed=figures["step"], total=figures["steps"], figures=_now(figures)
+                )
+            elif event == "epoch":
+                progress.console.print(_line(label, figures), highlight=False)
+                progress.reset(task)
+
+        yield report
+
+
+def _now(figures: Mapping[str, Any]) -> str:
+    text = f"loss {figures['loss']:.3f}  acc {figures['accuracy']:.1%}  {figures['images_per_second']:.0f} images/s"
+    return text if figures["tokens"] is None else f"{text}  {figures['tokens']} tokens"
+
+
+def _line(label: str, figures: Mapping[str, Any]) -> str:
+    parts = [f"{label} epoch {figures['epoch'] + 1}/{figures['epochs']}".strip()]
+    parts.append(f"train loss {figures['train_loss']:.3f}")
+    if "val_accuracy" in figures:
+        parts.append(f"held-out accuracy {figures['val_accuracy']:.2%}")
+    if figures.get("strength") is not None:
+        parts.append(f"tokens {figures['tokens'][0]} to {figures['tokens'][-1]}")
+    parts.append(f"{figures['images_per_second']:.0f} images/s")
+    return "  ".join(parts)
