@@ -1,0 +1,164 @@
+"""A study: rows x seeds under one recipe, each row tested under several methods, tabulated with mean and deviation.
+
+A study file holds `title`, `base` (recipe options), `rows` (name: changes), `test` (name: method), `seeds`, optionally
+`sweep` (method, vary), `published` (figures to print beside) and `scales`, whose entries are laid over all of it.
+"""
+
+import statistics
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import RecipeError, UnknownNameError
+from ..measure.environment import environment
+from ..measure.table import Column, Table
+from ..train.checkpoint import write_atomic
+from ..train.loop import train
+from ..train.recipe import Recipe, merge, read_yaml
+from .compare import figures_of, open_model, variant
+from .sweep import sweep
+
+Report = Callable[[str, Mapping[str, Any]], None]
+_PARTS = {"title", "base", "rows", "test", "seeds", "sweep", "published", "scales"}
+
+COLUMNS = (
+    Column("row", "model"),
+    Column("test", "at test"),
+    Column("accuracy", "accuracy", ".2%"),
+    Column("accuracy_std", "std", ".2%"),
+    Column("n", "n", "d"),
+    Column("published", "published", ".2%"),
+    Column("seconds", "test time [s]", ".2f"),
+    Column("speed", "speed ratio", ".2f"),
+    Column("gmacs", "GMACs", ".4f"),
+    Column("macs_ratio", "MACs ratio", ".2f"),
+    Column("images_per_second", "images/s", ".0f"),
+    Column("train_seconds", "training [s]", ".0f"),
+    Column("tokens", "tokens leaving each block"),
+)
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study file at one scale."""
+
+    title: str
+    base: dict[str, Any]
+    rows: dict[str, dict[str, Any]]
+    test: dict[str, str]
+    seeds: list[int]
+    sweep: dict[str, Any] | None
+    published: dict[str, dict[str, float]]
+
+    @classmethod
+    def read(cls, path: str | Path, scale: str, root: str | None = None) -> "Study":
+        """Read a study file; `root` takes the place of its image folder."""
+        data = read_yaml(path)
+        for name in data:
+            if name not in _PARTS:
+                raise UnknownNameError("part of a study", str(name), _PARTS)
+        scales = data.pop("scales", {})
+        if scale not in scales and scale != "full":
+            raise UnknownNameError("scale", scale, [*scales, "full"])
+        data = merge(data, scales.get(scale) or {})
+        for name in ("base", "rows"):
+            if not isinstance(data.get(name), dict):
+                raise RecipeError(f"{path} has no {name!r} with options in it")
+        if root is not None:
+            data["base"] = merge(data["base"], {"data": {"root": root}})
+        return cls(
+            title=data.get("title", Path(path).stem),
+            base=data["base"],
+            rows={name: changes or {} for name, changes in data["rows"].items()},
+            test=data.get("test") or {"as saved": "as saved"},
+            seeds=list(data.get("seeds") or [0]),
+            sweep=data.get("sweep"),
+            published=data.get("published") or {},
+        )
+
+    def recipe(self, row: str, seed: int) -> Recipe:
+        """The recipe of one run."""
+        return Recipe.from_dict(merge(merge(self.base, self.rows[row]), {"seed": seed}))
+
+
+def run_study(
+    file: str | Path,
+    out: str | Path,
+    *,
+    scale: str = "small",
+    root: str | None = None,
+    command: str = "",
+    report: Report | None = None,
+) -> Table:
+    """Train every row with every seed, then test all of them side by side; returns the table, written to `out`.
+
+    Runs lie in `out/ROW-sSEED`. Finished ones are not repeated, interrupted ones continue.
+
+    Raises:
+        RecipeError: the study was edited under runs that are there already.
+    """
+    study, out = Study.read(file, scale, root), Path(out)
+    finished: dict[tuple[str, int], dict[str, Any]] = {}
+    for seed in study.seeds:
+        for row in study.rows:
+            recipe, folder = study.recipe(row, seed), run_folder(out, row, seed)
+            finished[row, seed] = train(recipe, folder, command=command, report=report)
+    found = {seed: _test(study, out, seed) for seed in study.seeds}
+    table = _tabulate(study, scale, found, finished)
+    for suffix in (".md", ".csv", ".json"):
+        table.write(out / f"table{suffix}", overwrite=True)
+    write_atomic(out / "command.txt", command + "\n")
+    if study.sweep is not None:
+        models = [str(run_folder(out, row, study.seeds[0])) for row in study.rows]
+        data = study.recipe(next(iter(study.rows)), study.seeds[0]).data
+        swept = sweep(models, data, study.sweep["method"], study.sweep["vary"])
+        for suffix in (".md", ".csv", ".json"):
+            swept.write(out / f"sweep{suffix}", overwrite=True)
+    return table
+
+
+def run_folder(out: Path, row: str, seed: int) -> Path:
+    """Where the run of a row and seed lies."""
+    return out / f"{row.replace(' ', '-')}-s{seed}"
+
+
+def _test(study: Study, out: Path, seed: int) -> dict[tuple[str, str], dict[str, Any]]:
+    """Figures of all rows under all methods, one seed, side by side."""
+    models = {row: open_model(str(run_folder(out, row, seed))) for row in study.rows}
+    pairs = [(row, test) for row in study.rows for test in study.test]
+    variants = {(row, test): variant(models[row], study.test[test]) for row, test in pairs}
+    recipe = study.recipe(next(iter(study.rows)), seed)
+    rows = figures_of(variants, models[next(iter(models))], recipe.data, batch_size=recipe.batch_size)
+    return dict(zip(pairs, rows, strict=True))
+
+
+def _tabulate(
+    study: Study, scale: str, found: dict[int, dict[tuple[str, str], dict[str, Any]]],
+    finished: dict[tuple[str, int], dict[str, Any]],
+) -> Table:  # fmt: skip
+    rows: list[dict[str, Any]] = []
+    for row, test in found[study.seeds[0]]:
+        per_seed = [found[seed][row, test] for seed in study.seeds]
+        accuracies = [figures["accuracy"] for figures in per_seed]
+        numbers = ("seconds", "speed", "images_per_second", "gmacs", "macs_ratio")
+        rows.append({
+            "row": row,
+            "test": test,
+            "accuracy": statistics.fmean(accuracies),
+            "accuracy_std": statistics.stdev(accuracies) if len(accuracies) > 1 else None,
+            "n": len(accuracies),
+            "published": study.published.get(f"{row}, {test}", {}).get("accuracy"),
+            **{name: statistics.fmean(figures[name] for figures in per_seed) for name in numbers},
+            "train_seconds": statistics.fmean(finished[row, seed]["train_seconds"] for seed in study.seeds),
+            "tokens": per_seed[0]["tokens"],
+        })  # fmt: skip
+    recipe = study.recipe(rows[0]["row"], study.seeds[0])
+    result = finished[rows[0]["row"], study.seeds[0]]
+    notes = [
+        f"Scale {scale}: {recipe.epochs} epochs on {result['train_images']} images "
+        f"({result['test_images']} test images), {len(study.seeds)} seed{'s' if len(study.seeds) > 1 else ''}. "
+        "The epoch is chosen on held-out training images; test images are read once.",
+        "Test time is spent inside the model; all rows took turns batch by batch. Ratios are to the first row.",
+    ]
+    return Table(study.title, COLUMNS, rows, notes=notes, environment=environment())
