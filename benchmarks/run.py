@@ -1,0 +1,64 @@
+"""Produces the committed speed table: reductions and their plain counterparts beside dense timm, in interleaved rounds.
+
+    python benchmarks/run.py --threads 2 --rounds 20 --out results/bench-deit-s-cpu
+
+The process should have the machine to itself.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from jsonargparse import auto_cli
+
+from baselines import evit_materialised, tome_materialised
+from vitrim.measure.bench_table import BenchTable
+from vitrim.measure.speed import bench, prepare
+from vitrim.models import build_model
+
+METHODS = {
+    "TopK() @ KeepRate(0.7)": "evit-materialised 0.7",
+    "TopK(fuse=sum) @ KeepRate(0.7)": "evit-materialised 0.7",
+    "TopK() @ KeepRate(0.5)": "evit-materialised 0.5",
+    "TopK(fuse=sum) @ KeepRate(0.5)": "evit-materialised 0.5",
+    "ToMe() @ ConstantR(13)": "tome-materialised r=13",
+    "TopK() @ PowerLaw(0.6, 2.0)": None,
+}
+"""Each reduction with the plain form of the same method, where there is one."""
+
+
+def compare(table: BenchTable, batch_sizes: Sequence[int]) -> str:
+    """Every reduction against dense and against its plain form, as a Markdown table."""
+    lines = ["| model | batch | over dense | over plain form | plain form |", "|---|---:|---:|---:|---|"]
+    for batch_size in batch_sizes:
+        for method, plain in METHODS.items():
+            over_plain = table.speedup(method, plain, batch_size) if plain else "-"
+            over_dense = table.speedup(method, "dense", batch_size)
+            lines.append(f"| `{method}` | {batch_size} | {over_dense} | {over_plain} | {plain or '-'} |")
+    return "\n".join(lines) + "\n"
+
+
+def main(
+    model: str = "deit_small_patch16_224",
+    batch_sizes: tuple[int, ...] = (32, 1),
+    threads: int | None = 2,
+    rounds: int = 20,
+    dtype: str = "float32",
+    device: str | None = "cpu",
+    out: str = "results/bench-deit-s-cpu",
+) -> None:
+    """Measure, print, and write OUT.md and OUT.json."""
+    dense = build_model(model)
+    models = {"dense": dense, **{method: prepare(dense, method) for method in ("dense+cls_only", *METHODS)}}
+    for rate in (0.7, 0.5):
+        models[f"evit-materialised {rate}"] = evit_materialised(dense, rate)
+    models["tome-materialised r=13"] = tome_materialised(dense, 13)
+    options = {"batch_sizes": batch_sizes, "threads": threads, "rounds": rounds, "dtype": dtype, "device": device}
+    table = bench(models, **options)
+    text = f"# Speed of {model}\n\n{table.markdown()}\n## Against the plain forms\n\n{compare(table, batch_sizes)}"
+    print(text)
+    table.write(f"{out}.json", overwrite=True)
+    Path(f"{out}.md").write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    auto_cli(main, as_positional=False)
