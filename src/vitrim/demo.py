@@ -1,0 +1,124 @@
+"""Everything in miniature on real images, offline: train, prune without training, train with pruning, measure, look.
+
+The images are scikit-learn's handwritten digits; the network is a ViT of 8 blocks on 64 tokens.
+"""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from torch import nn
+
+from .measure.environment import environment
+from .measure.speed import bench
+from .measure.table import Column, Table
+from .models import attach, find_adapter
+from .search.compare import DENSE, figures_of, open_model, variant
+from .show.pictures import show
+from .show.plots import cost_accuracy_plot
+from .show.progress import live
+from .show.report import write_report
+from .tokens import Reduction
+from .train.checkpoint import write_atomic
+from .train.data import test_stream
+from .train.loop import train
+from .train.recipe import AugmentSpec, DataSpec, OptimSpec, Recipe
+
+TRAINED_WITH = "TopK() @ PowerLaw(r_max=0.6, alpha=2.0)"
+METHODS = {
+    "pruned at every layer": ["TopK() @ PowerLaw(r_max=0.4, alpha=2.0)", TRAINED_WITH],
+    "pruned in three stages": ["TopK() @ KeepRate(rate=0.7)", "TopK() @ KeepRate(rate=0.5)"],
+    "EViT (pruned and fused)": ["TopK(fuse='sum') @ KeepRate(rate=0.7)", "TopK(fuse='sum') @ KeepRate(rate=0.5)"],
+    "ToMe (merged)": ["ToMe() @ ConstantR(r=4)", "ToMe() @ ConstantR(r=7)"],
+}
+COLUMNS = (
+    Column("model", "weights"),
+    Column("method", "at test"),
+    Column("accuracy", "accuracy", ".2%"),
+    Column("macs", "MACs", ",d"),
+    Column("images_per_second", "images/s", ".0f"),
+    Column("speed", "speed ratio", ".2f"),
+    Column("tokens", "tokens"),
+)
+
+
+def run_demo(out: str | Path, epochs: int | None = None, command: str = "") -> Table:
+    """Run, or show again, the demonstration in folder `out`; returns the table of all methods.
+
+    Args:
+        out: folder of the two runs, the pictures and the report.
+        epochs: passes over the 1,437 training digits for each of the two trainings.
+        command: what the user typed, for the report.
+    """
+    out, console = Path(out), Console()
+    recipes = {"dense": _recipe(epochs, None), "pruned": _recipe(epochs, TRAINED_WITH)}
+    for number, (name, recipe) in enumerate(recipes.items(), 1):
+        how = "with pruning switched on half-way" if recipe.reduction else "as it is"
+        console.rule(f"{number} of 4: train a small ViT {how}", align="left")
+        with live(console, name) as report:
+            train(recipe, out / name, command=command, report=report)
+    console.rule("3 of 4: drop methods into the trained networks, at test time only", align="left")
+    models = {name: open_model(str(out / name)) for name in recipes}
+    table = _measure(models, recipes["dense"].data)
+    console.print(table.text(), highlight=False)
+    console.rule("4 of 4: pictures and report", align="left")
+    _illustrate(models["dense"], recipes["dense"].data, table, out)
+    result = {"title": "vitrim in miniature", "table": table.to_dict()}
+    write_atomic(out / "result.json", json.dumps(result, indent=2))
+    write_atomic(out / "environment.json", json.dumps(environment(), indent=2))
+    write_atomic(out / "command.txt", command + "\n")
+    console.print(f"Open {write_report(out)}; pictures lie beside it.")
+    return table
+
+
+def _recipe(epochs: int | None, reduction: str | None) -> Recipe:
+    epochs = epochs or 7
+    return Recipe(
+        data=DataSpec(name="digits", workers=0),
+        augment=AugmentSpec(smoothing=0.05),
+        optim=OptimSpec(lr=2e-3),
+        reduction=reduction and f"{reduction} @ Delayed({epochs // 2})",
+        epochs=epochs,
+        batch_size=64,
+    )
+
+
+def _measure(models: dict[str, nn.Module], data: DataSpec) -> Table:
+    dense, pruned = models["dense"], models["pruned"]
+    variants = {("trained dense", DENSE): variant(dense, DENSE)}
+    variants |= {("trained dense", text): variant(dense, text) for text in _flat(METHODS.values())}
+    variants |= {("trained with pruning", text): variant(pruned, text) for text in (DENSE, TRAINED_WITH)}
+    rows = figures_of(variants, dense, data, device="cpu")
+    timed = bench({str(at): model for at, model in enumerate(variants.values())}, batch_sizes=(128,), rounds=5)
+    families = {text: name for name, texts in METHODS.items() for text in texts}
+    for row, time in zip(rows, timed.rows, strict=True):
+        row |= {
+            "macs": round(row["gmacs"] * 1e9),
+            "images_per_second": time.images_per_second,
+            "speed": time.speedup.median,
+            "family": families.get(row["method"], "dense"),
+            "method": row["method"] if row["method"] == DENSE else str(Reduction.parse(row["method"])),
+        }
+    notes = [
+        f"{rows[0]['num_images']} test digits. Speed: batch of 128, median of 5 rounds in which all methods took turns; "
+        "ratios are to the first row."
+    ]
+    return Table("Digits: accuracy against cost", COLUMNS, rows, notes=notes, environment=environment())
+
+
+def _illustrate(model: nn.Module, data: DataSpec, table: Table, out: Path) -> None:
+    points = [{**row, "method": row["family"], "dense": row["method"] == DENSE} for row in table.rows]
+    cost_accuracy_plot([p for p in points if p["model"] == "trained dense"], out / "accuracy-against-cost.png")
+    digits, names = test_stream(model, data), ("pruned", "merged")
+    for name, text in zip(names, (TRAINED_WITH, "ToMe() @ ConstantR(r=7)"), strict=True):
+        images = torch.stack([digits[index * 37][0] for index in range(6)])
+        drawn = variant(model, DENSE)
+        blocks = range(1, find_adapter(drawn).geometry(drawn).depth, 2)
+        attach(drawn, text)
+        show(drawn, images, out / f"tokens-{name}.png", montage=True, blocks=list(blocks), overwrite=True)
+
+
+def _flat(lists: Iterable[list[str]]) -> list[str]:
+    return [text for texts in lists for text in texts]
