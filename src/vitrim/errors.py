@@ -40,3 +40,7 @@ class DataError(VitrimError):
 
 class RecipeError(VitrimError):
     """A recipe that contradicts itself or the run folder it points to."""
+
+
+class DistillError(VitrimError):
+    """Distillation terms, a teacher or a cache that do not fit the student."""

@@ -1,0 +1,36 @@
+"""Distillation: terms, live and cached teachers, and the module that a training loop calls."""
+
+from .cache import CachedViews, TeacherCache
+from .distiller import Distilled, Distiller, student_grid
+from .features import Anatomy, Wanted
+from .losses import LOSSES
+from .objective import TERMS, WEIGHTS, Term, Terms
+from .teacher import Teacher
+from .terms import Cls, ClsStages, DistToken, Labels, Logits, Merged, Tokens
+from .views import MixedViews, SeededViews, Views
+
+__all__ = [
+    "LOSSES",
+    "TERMS",
+    "WEIGHTS",
+    "Anatomy",
+    "CachedViews",
+    "Cls",
+    "ClsStages",
+    "DistToken",
+    "Distilled",
+    "Distiller",
+    "Labels",
+    "Logits",
+    "Merged",
+    "MixedViews",
+    "SeededViews",
+    "Teacher",
+    "TeacherCache",
+    "Term",
+    "Terms",
+    "Tokens",
+    "Views",
+    "Wanted",
+    "student_grid",
+]

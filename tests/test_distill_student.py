@@ -1,0 +1,288 @@
+"""Distilling into reduced students: positions, gradients, checkpointing, several processes, no labels."""
+
+import copy
+import pickle
+
+import pytest
+import timm
+import torch
+from torch import multiprocessing as mp
+from torch.nn.parallel import DistributedDataParallel
+
+import vitrim
+from vitrim.distill import Distiller, Teacher, Wanted, student_grid
+from vitrim.distill.features import group_means, look, whereabouts
+from vitrim.errors import VitrimError
+
+ALL = "Labels() + Logits(0.7) + ClsStages(0.3) + Cls(0.5) + Tokens(0.5) + Merged(0.5)"
+
+
+def vit(name="vit_tiny_patch16_224", **args):
+    options = {"img_size": 64, "depth": 6, "embed_dim": 48, "num_heads": 3, "num_classes": 5} | args
+    return timm.create_model(name, **options)
+
+
+def teacher(**args):
+    return Teacher(vit(**{"embed_dim": 96, "depth": 3} | args))
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(7)
+
+
+class Constant(torch.nn.Module):
+    """A projection that hands the student's tokens on, so that losses are zero where positions agree."""
+
+    def forward(self, x):
+        return x
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "TopK() @ KeepRate(0.7, at=(1, 3, 4))",
+        "TopK(norm) @ Stages({2: 0.75, 4: 0.5})",
+        "TopK(fuse=sum) @ KeepRate(0.7, at=(1, 3, 4))",
+        "TopK(norm, fuse=mean) @ KeepRate(0.8, at=(0, 1, 2, 3, 4, 5))",
+        "TopK(fuse=sum) @ Counts([15, 15, 13, 12, 11, 10])",
+        "ToMe() @ ConstantR(2)",
+        "ToMe() @ KeepRate(0.6, at=(1, 4))",
+        None,
+    ],
+)
+def test_targets_stand_where_the_tokens_came_from(text):
+    """The blocks are made to pass tokens on unchanged, so that each token shows which positions it is made of."""
+    model = vit(num_classes=0).eval()
+    for block in model.blocks:
+        torch.nn.init.zeros_(block.attn.proj.weight)
+        torch.nn.init.zeros_(block.mlp.fc2.weight)
+    model.norm = torch.nn.Identity()
+    images = torch.randn(3, 3, 64, 64)
+    embedded = model.forward_features(images)[:, 1:]  # (B, N, C), by position
+    if text is not None:
+        handle = vitrim.attach(model, text)
+    found = look(model, images, Wanted(tokens=True))
+    where = whereabouts(model, found["tokens"])
+    target, count = group_means(embedded, where["origin"], found["tokens"].shape[1])
+    single = (count == 1) & ~where["fused"]
+    merged = (count > 1) & ~where["fused"]
+    torch.testing.assert_close(found["tokens"][single], embedded_at(embedded, where["origin"], single))
+    torch.testing.assert_close(found["tokens"][merged], target[merged])
+    if text is None:
+        assert bool(single.all())
+    elif "ToMe" in text:
+        assert int(where["fused"].sum()) == 0
+        assert int(merged.sum()) > 0
+    elif "fuse" in text:
+        assert bool(where["fused"].any(1).all())
+        assert handle.states[-1].size.shape == where["fused"].shape
+        # A weighted sum is not the mean of its members, so taking it for a target would be wrong.
+        assert not torch.allclose(found["tokens"][where["fused"]], target[where["fused"]], atol=1e-3)
+    else:
+        assert bool(single.all())
+        assert single.shape[1] < 16
+
+
+def embedded_at(embedded, origin, single):
+    rows = []
+    for b in range(single.shape[0]):
+        for slot in torch.nonzero(single[b]).flatten().tolist():
+            (member,) = torch.nonzero(origin[b] == slot).flatten().tolist()
+            rows.append(embedded[b, member])
+    return torch.stack(rows)
+
+
+def test_loss_is_zero_for_a_student_that_equals_its_teacher():
+    student = vit(num_classes=5).eval()
+    distiller = Distiller(
+        student, Teacher(copy.deepcopy(student)), "Logits() + ClsStages() + Cls() + Tokens(loss=smooth_l1)"
+    )
+    for name in ("cls", "tokens"):
+        distiller.projections[name] = Constant()
+    out = distiller.eval()(torch.randn(2, 3, 64, 64))
+    assert all(float(value) < 1e-10 for value in out.terms.values())
+    vitrim.attach(student, "TopK() @ KeepRate(0.5, at=(5,))")  # The last cut leaves the kept tokens as they were.
+    assert float(distiller(torch.randn(2, 3, 64, 64)).terms["tokens"]) < 1e-10
+
+
+def test_total_is_the_weighted_sum_and_follows_progress():
+    distiller = Distiller(
+        vit(), teacher(), "Labels(Linear(0.3, 0.5)) + Logits(Linear(0.7, 0.5)) + ClsStages(0.3)"
+    ).eval()
+    images, labels = torch.randn(4, 3, 64, 64), torch.tensor([0, 1, 2, 3])
+    for progress, a in ((0.0, 0.7), (0.5, 0.6), (1.0, 0.5)):
+        out = distiller(images, labels, progress=progress)
+        t = out.terms
+        expected = (1 - a) * t["labels"] + a * t["logits"] + 0.3 * t["cls_stages"]
+        torch.testing.assert_close(out.loss.detach(), expected)
+        torch.testing.assert_close(t["labels"], torch.nn.functional.cross_entropy(distiller.student(images), labels))
+    soft = torch.nn.functional.one_hot(labels, 5).float() * 0.8 + 0.04
+    assert distiller(images, soft).loss.isfinite()
+
+
+@pytest.mark.parametrize("text", [None, "TopK(fuse=sum) @ KeepRate(0.6, at=(1, 3))", "ToMe() @ ConstantR(2)"])
+def test_gradient_reaches_student_and_projections_only(text):
+    student = vit()
+    if text:
+        vitrim.attach(student, text)
+    distiller = Distiller(student, teacher(), ALL).train()
+    out = distiller(torch.randn(2, 3, 64, 64), torch.tensor([0, 4]))
+    out.loss.backward()
+    assert out.logits.shape == (2, 5)
+    assert set(out.terms) == {"labels", "logits", "cls_stages", "cls", "tokens", "merged"}
+    for name, parameter in distiller.named_parameters():
+        assert (parameter.grad is None) == name.startswith("teacher."), name
+    live = [p for name, p in distiller.named_parameters() if not name.startswith(("teacher.", "projections.merged"))]
+    assert all(bool(p.grad.abs().sum() > 0) for p in live)
+
+
+@pytest.mark.parametrize("text", ["TopK(fuse=sum) @ KeepRate(0.6, at=(1, 3))", "ToMe() @ ConstantR(2)"])
+@pytest.mark.parametrize("terms", [ALL, "Cls() + Tokens()"])
+def test_activation_checkpointing_changes_nothing(text, terms):
+    student = vit().double()
+    vitrim.attach(student, text)
+    distiller = Distiller(student, teacher(), terms).double().train()
+    images, labels = torch.randn(2, 3, 64, 64).double(), torch.tensor([0, 4])
+    gradients = []
+    for recompute in (False, True):
+        student.set_grad_checkpointing(recompute)
+        distiller.zero_grad()
+        distiller(images, labels).loss.backward()
+        gradients.append({n: p.grad.clone() for n, p in distiller.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("classes", [0, 5])
+def test_training_without_labels_or_head(classes):
+    student = vit(num_classes=classes)
+    vitrim.attach(student, "TopK(fuse=sum) @ KeepRate(0.7, at=(1, 3))")
+    distiller = Distiller(student, teacher(num_classes=0), "Cls() + Tokens()").train()
+    optimiser = torch.optim.AdamW([p for p in distiller.parameters() if p.requires_grad], lr=1e-3)
+    images = torch.randn(4, 3, 64, 64)
+    head = copy.deepcopy(student.head.state_dict())
+    losses = []
+    for _ in range(8):
+        out = distiller(images)
+        optimiser.zero_grad()
+        out.loss.backward()
+        optimiser.step()
+        losses.append(float(out.loss.detach()))
+    assert out.logits is None
+    assert losses[-1] < losses[0]
+    assert all(torch.equal(head[name], value) for name, value in student.head.state_dict().items())
+
+
+def test_distillation_token_learns_from_the_teacher_and_cls_from_labels():
+    student = vit("deit_tiny_distilled_patch16_224").double()
+    distiller = Distiller(student, teacher(), "Labels() + DistToken()").double().train()
+    images, labels = torch.randn(2, 3, 64, 64).double(), torch.tensor([0, 4])
+    out = distiller(images, labels)
+    student.set_distilled_training(True)
+    own, dist = student(images)
+    hard = distiller.teacher.model(images).argmax(1)
+    torch.testing.assert_close(out.terms["labels"], torch.nn.functional.cross_entropy(own, labels).detach())
+    torch.testing.assert_close(out.terms["dist_token"], torch.nn.functional.cross_entropy(dist, hard).detach())
+
+
+def test_eager_and_compiled_agree():
+    student = vit()
+    vitrim.attach(student, "TopK(fuse=sum) @ KeepRate(0.7, at=(1, 3))")
+    distiller = Distiller(student, teacher(), "Logits() + ClsStages() + Cls() + Tokens()").eval()
+    images = torch.randn(2, 3, 64, 64)
+    plain = distiller(images)
+    compiled = torch.compile(distiller, backend="eager")(images)
+    torch.testing.assert_close(compiled.loss, plain.loss)
+    torch.testing.assert_close(compiled.terms, plain.terms)
+
+
+def test_half_precision_sums_in_float32():
+    distiller = Distiller(vit(), teacher(), "Logits() + ClsStages() + Cls() + Tokens()").eval()
+    images = torch.randn(2, 3, 64, 64)
+    plain = distiller(images)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = distiller(images)
+    assert half.loss.dtype == torch.float32
+    torch.testing.assert_close(half.loss, plain.loss, rtol=0.05, atol=0.01)
+
+
+def test_student_is_left_as_it_was():
+    student = vit()
+    state = pickle.dumps(student)
+    distiller = Distiller(student, teacher(), "Cls() + Tokens()")
+    distiller(torch.randn(2, 3, 64, 64))
+    assert pickle.dumps(student) == state
+    assert student_grid(student) == (4, 4)
+    clone = copy.deepcopy(distiller)
+    assert clone.student is not student
+
+
+def _worker(rank, folder, terms):
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    student = vit(depth=3)
+    vitrim.attach(student, "ToMe() @ ConstantR(2)")
+    wrapped = DistributedDataParallel(Distiller(student, teacher(depth=2), terms).train())
+    torch.manual_seed(1)
+    images = torch.randn(4, 3, 64, 64)
+    for _ in range(2):  # The second pass is the one that complains of parameters without a gradient.
+        wrapped.zero_grad()
+        wrapped(images[2 * rank : 2 * rank + 2]).loss.backward()
+    if rank == 0:
+        grads = {n: p.grad for n, p in wrapped.module.named_parameters() if p.grad is not None}
+        torch.save(grads, f"{folder}/grads.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_equal_one(tmp_path):
+    """Headless terms on a student with a head: DDP must not wait for it, nor for the teacher."""
+    terms = "Cls() + Tokens() + Merged()"
+    mp.spawn(_worker, (str(tmp_path), terms), nprocs=2)
+    torch.manual_seed(0)
+    student = vit(depth=3)
+    vitrim.attach(student, "ToMe() @ ConstantR(2)")
+    distiller = Distiller(student, teacher(depth=2), terms).train()
+    torch.manual_seed(1)
+    distiller(torch.randn(4, 3, 64, 64)).loss.backward()
+    grads = torch.load(tmp_path / "grads.pt", weights_only=True)
+    alone = {n: p.grad for n, p in distiller.named_parameters() if p.grad is not None}
+    assert grads.keys() == alone.keys()
+    for name, gradient in alone.items():
+        torch.testing.assert_close(grads[name], gradient, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("student", "teach", "terms", "part"),
+    [
+        ({}, {"num_classes": 7}, "Logits()", "has 7 classes, the student 5"),
+        ({"num_classes": 0}, {}, "Logits()", "student vit_tiny_patch16_224 has no head"),
+        ({}, {"num_classes": 0}, "Logits()", "teacher vit_tiny_patch16_224 has no head"),
+        ({}, {}, "DistToken()", "with a distillation token"),
+        ({"class_token": False, "global_pool": "avg"}, {}, "Cls()", "reads CLS"),
+        ({"depth": 2}, {}, "ClsStages()", None),
+    ],
+)
+def test_pairs_that_do_not_fit_take_one_line(student, teach, terms, part):
+    images = torch.randn(2, 3, 64, 64)
+    with pytest.raises(VitrimError) as told:
+        Distiller(vit(**student), teacher(**teach), terms)(images)
+    assert "\n" not in str(told.value)
+    assert (part or "too few for 3 stages") in str(told.value)
+
+
+def test_other_mistakes_take_one_line():
+    student, images = vit(), torch.randn(2, 3, 64, 64)
+    with pytest.raises(VitrimError, match="needs a teacher"):
+        Distiller(student, None, "Cls()")
+    with pytest.raises(VitrimError, match="share weights"):
+        Distiller(student, Teacher(student), "Cls()")
+    with pytest.raises(VitrimError, match="needs labels"):
+        Distiller(vit(), None, "Labels()")(images)
+    pruned = vit()
+    vitrim.attach(pruned, "TopK() @ KeepRate(0.7)", cls_only=True)
+    with pytest.raises(VitrimError, match="cls_only=False"):
+        Distiller(pruned, teacher(), "Tokens()")(images)
+    assert Distiller(pruned, teacher(), "Cls()")(images).loss.isfinite()
