@@ -74,9 +74,8 @@ def _from_file(path: Path, num_classes: int | None, reset_head: bool, args: dict
             f"{path} does not say its architecture; name it: build_model('<timm name>', checkpoint={str(path)!r})"
         )
     found: Converted = convert_torchvision(state, num_heads=args.pop("num_heads", None))
-    classes = found.args["num_classes"] if num_classes is None else num_classes
-    sizes = {**found.args, "num_classes": classes, **args}
-    model = _create(found.name, None, False, {"pretrained_cfg_overlay": found.data, **sizes})
+    classes = found.num_classes if num_classes is None else num_classes
+    model = _create(found.name, classes, False, {"pretrained_cfg_overlay": found.data, **found.sizes, **args})
     load_weights(model, found.state, path, reset_head=reset_head or classes == 0)
     return model
 

@@ -7,7 +7,8 @@ Convolutions Help Transformers See Better" (Xiao et al., 2021): on few images it
 from itertools import pairwise
 from typing import Any
 
-from timm.layers import PatchEmbed, to_2tuple
+from timm.layers.helpers import to_2tuple
+from timm.layers.patch_embed import PatchEmbed
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import nn
@@ -25,15 +26,16 @@ class ConvStem(PatchEmbed):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        patch, dd = self.patch_size[0], {"device": self.proj.weight.device, "dtype": self.proj.weight.dtype}
         if self.patch_size not in ((1, 1), (2, 2), (4, 4), (8, 8)):
             raise ValueError(f"a convolutional stem has square patches of 1, 2, 4 or 8 px, not {self.patch_size}")
-        width, bias = self.proj.out_channels, self.proj.bias is not None
+        plain: nn.Conv2d = self.proj  # pyright: ignore[reportAssignmentType]
+        width, dd = plain.out_channels, {"device": plain.weight.device, "dtype": plain.weight.dtype}
         layers: list[nn.Module] = []
-        for index, (old, new) in enumerate(pairwise((self.proj.in_channels, width // 4, width // 2, width))):
+        for index, (old, new) in enumerate(pairwise((plain.in_channels, width // 4, width // 2, width))):
             last = index == 2  # All others have a norm, which makes a bias useless.
-            stride = 2 if patch >= 2 ** (index + 1) else 1
-            layers.append(nn.Conv2d(old, new, kernel_size=3, stride=stride, padding=1, bias=bias and last, **dd))
+            stride = 2 if self.patch_size[0] >= 2 ** (index + 1) else 1
+            bias = last and plain.bias is not None
+            layers.append(nn.Conv2d(old, new, kernel_size=3, stride=stride, padding=1, bias=bias, **dd))
             layers += [] if last else [nn.BatchNorm2d(new, **dd), nn.GELU()]
         self.proj = nn.Sequential(*layers)
 

@@ -5,7 +5,6 @@ The description travels in the header of the weights, so that one atomic replace
 
 import json
 import os
-import platform
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from importlib.metadata import version
@@ -133,7 +132,7 @@ def describe(model: nn.Module) -> dict[str, Any]:
         "data": {name: config[name] for name in _DATA if config.get(name) is not None},
         "widths": None,
         "reduction": None,
-        "versions": {name: version(name) for name in ("vitrim", "timm", "torch")} | {"python": platform.python_version()},
+        "versions": {name: version(name) for name in ("vitrim", "timm", "torch")},
     }
     for name, value in record["args"].items():
         if not _is_plain(value):

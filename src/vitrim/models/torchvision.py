@@ -48,10 +48,11 @@ _HEADS = {1280: 16}  # vit_h_14 has heads of 80 dims; all others have 64.
 
 @dataclass(frozen=True, eq=False)
 class Converted:
-    """A timm architecture, the arguments that give it the size of the checkpoint, and its state dict."""
+    """A timm architecture, the arguments that give it the sizes of the checkpoint, its classes and its state dict."""
 
     name: str
-    args: dict[str, int | float]
+    sizes: dict[str, int | float]
+    num_classes: int
     state: dict[str, Tensor]
 
     @property
@@ -91,7 +92,7 @@ def convert_torchvision(state: Mapping[str, Tensor], *, num_heads: int | None = 
     heads = num_heads or _HEADS.get(width) or width // 64
     if not heads or width % heads:
         raise CheckpointError(f"cannot divide {width} dims into heads of 64; say how many with num_heads=")
-    args = {
+    sizes = {
         "embed_dim": width,
         "depth": len(blocks),
         "num_heads": heads,
@@ -100,9 +101,9 @@ def convert_torchvision(state: Mapping[str, Tensor], *, num_heads: int | None = 
         "patch_size": patch,
         "img_size": grid * patch,
         "in_chans": channels,
-        "num_classes": out["head.weight"].shape[0] if "head.weight" in out else 0,
     }
-    return Converted(_NAMES.get((width, len(blocks), patch), "vit_base_patch16_224"), args, out)
+    name = _NAMES.get((width, len(blocks), patch), "vit_base_patch16_224")
+    return Converted(name, sizes, out["head.weight"].shape[0] if "head.weight" in out else 0, out)
 
 
 def _gather(plain: Mapping[str, Tensor]) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:

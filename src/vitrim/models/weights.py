@@ -3,7 +3,6 @@
 import argparse
 from collections.abc import Mapping
 from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
 from safetensors.torch import load_file
@@ -40,14 +39,14 @@ def read_weights(path: str | Path) -> State:
         raise CheckpointError(f"{path} is a Git LFS pointer, not weights; run git lfs pull")
     try:
         content = load_file(path) if path.suffix == ".safetensors" else _unpickle(path)
-    except UnpicklingError as error:
-        if start[:2] != b"PK" and start[:1] != b"\x80":
-            raise CheckpointError(f"{path} is no file of weights") from error
-        raise CheckpointError(
-            f"{path} holds code, refused; convert it to safetensors, or save the state dict alone, where you trust it"
-        ) from error
-    except Exception as error:  # Readers of foreign bytes fail in many ways; all of them mean the same.
-        raise CheckpointError(f"{path} is damaged or cut short; copy or download it again") from error
+    except Exception as error:  # Readers of foreign bytes fail in many ways.
+        # torch.save writes pickles of protocol 2; it says which global a pickle must not name.
+        foreign_pickle = start[:1] == b"\x80" and start[1:2] > b"\x02"
+        if foreign_pickle or "GLOBAL" in str(error):
+            raise CheckpointError(
+                f"{path} holds code, refused; convert it to safetensors, or save its state dict alone, if you trust it"
+            ) from error
+        raise CheckpointError(f"{path} is damaged, cut short or no file of weights; get it again") from error
     return _unwrap(content, path)
 
 
@@ -106,8 +105,10 @@ def load_weights(model: nn.Module, state: State, source: str | Path, *, reset_he
         except (RuntimeError, KeyError, ValueError, AttributeError, AssertionError) as error:
             raise CheckpointError(f"{source} does not fit {type(model).__name__}: {_line(error)}") from error
     own = model.state_dict()
-    kept = {name: value for name, value in own.items() if reset_head and name.startswith(tuple(f"{h}." for h in heads))}
-    state = {name: value for name, value in state.items() if name not in kept} | kept
+    if reset_head:
+        prefixes = tuple(f"{head}." for head in heads)
+        state = {name: value for name, value in state.items() if not name.startswith(prefixes)}
+        state |= {name: value for name, value in own.items() if name.startswith(prefixes)}
     if faults := misfits(own, state):
         raise CheckpointError(f"{source} does not fit {_name(model)}: {faults}")
     model.load_state_dict(state)
