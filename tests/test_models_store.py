@@ -199,8 +199,10 @@ def test_models_that_cannot_be_described_are_refused(tmp_path):
     with pytest.raises(CheckpointError, match=r"differs from the vit_tiny_patch16_224.*head.0.weight"):
         vitrim.save(changed, tmp_path / "c")
     callable_argument = tiny(act_layer=torch.nn.ReLU)
-    with pytest.raises(CheckpointError, match=r"act_layer=.*give it by name"):
+    with pytest.raises(CheckpointError, match=r"act_layer=.*give a plain value or a name"):
         vitrim.save(callable_argument, tmp_path / "d")
+    with pytest.raises(CheckpointError, match="JSON cannot hold confusion="):
+        vitrim.save(tiny(), tmp_path / "e", confusion=torch.zeros(2))
     assert not any(tmp_path.iterdir())
 
 

@@ -6,6 +6,7 @@ The description travels in the header of the weights, so that one atomic replace
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -18,7 +19,7 @@ from safetensors.torch import save_file
 from timm.models import get_model_args
 from torch import nn
 
-from ..errors import CheckpointError, UnknownNameError, UnsupportedModelError
+from ..errors import CheckpointError, UnknownNameError, VitrimError
 from ..tokens import Reduction
 from .attach import attach, attached
 from .weights import misfits, read_weights
@@ -46,6 +47,7 @@ def save(model: nn.Module, folder: str | Path, *, overwrite: bool = False, **ext
     folder = Path(folder)
     if (folder / WEIGHTS).exists() and not overwrite:
         raise CheckpointError(f"{folder} holds a model already; choose another folder or pass overwrite=True")
+    _check_plain(extra)
     text = json.dumps(describe(model) | {"extra": extra}, indent=2)
     # Copies, because safetensors refuses tensors that share memory.
     state = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in model.state_dict().items()}
@@ -134,9 +136,7 @@ def describe(model: nn.Module) -> dict[str, Any]:
         "reduction": None,
         "versions": {name: version(name) for name in ("vitrim", "timm", "torch")},
     }
-    for name, value in record["args"].items():
-        if not _is_plain(value):
-            raise CheckpointError(f"the model was made with {name}={value!r}, which JSON cannot hold; give it by name")
+    _check_plain(record["args"])
     record["widths"] = _uneven_widths(model, record)
     if handle is not None:
         reduction = handle.reduction
@@ -171,11 +171,10 @@ def _uneven_widths(model: nn.Module, record: Mapping[str, Any]) -> list[dict[str
         stock = _rebuild(record, {})
         if not misfits(stock.state_dict(), own):
             return None
-        try:
+        widths = None
+        with suppress(VitrimError):  # Whatever cannot be narrowed shows as a misfit below.
             widths = widths_of(model)
             set_widths(stock, widths)
-        except (UnsupportedModelError, ValueError):
-            widths = None
         if faults := misfits(stock.state_dict(), own):
             raise CheckpointError(
                 f"the model differs from the {record['architecture']} that its description builds: {faults}; "
@@ -184,9 +183,9 @@ def _uneven_widths(model: nn.Module, record: Mapping[str, Any]) -> list[dict[str
     return None if widths is None else [asdict(block) for block in widths]
 
 
-def _is_plain(value: object) -> bool:
-    try:
-        json.dumps(value)
-    except TypeError:
-        return False
-    return True
+def _check_plain(values: Mapping[str, object]) -> None:
+    for name, value in values.items():
+        try:
+            json.dumps(value)
+        except TypeError as error:
+            raise CheckpointError(f"JSON cannot hold {name}={value!r}; give a plain value or a name") from error
