@@ -1,13 +1,15 @@
 """Adapters: the only room that knows a foreign class. Importing it fills the table of adapters and timm's registry."""
 
 from . import hybrid as _hybrid  # noqa: F401  (enters its models in timm's registry)
+from . import timm_sublayers as _timm_sublayers  # noqa: F401  (enters its layers in the table of elastic ones)
 from . import timm_vit as _timm_vit  # noqa: F401  (enters itself in the table)
 from .adapter import ADAPTERS, Adapter, Geometry, find_adapter
 from .attach import Handle, attach, attached, attached_instead
 from .build import build_model
 from .store import load, save
+from .sublayers import RemovedBranch
 from .weights import read_weights
-from .widths import BlockWidths, RemovedBranch, set_widths, widths_of
+from .widths import BlockWidths, narrow, set_widths, widths_of
 
 __all__ = [
     "ADAPTERS",
@@ -22,6 +24,7 @@ __all__ = [
     "build_model",
     "find_adapter",
     "load",
+    "narrow",
     "read_weights",
     "save",
     "set_widths",

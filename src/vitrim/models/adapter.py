@@ -74,6 +74,9 @@ class Adapter:
         """The module-level subclass that takes the place of the class of this block, or of the model itself."""
         raise NotImplementedError
 
+    def check_plan(self, model: nn.Module, plan: Plan, reducer: Reducer) -> None:
+        """Raise `ScoreError` if a block where the plan cuts cannot supply what the reducer reads."""
+
     def macs(self, model: nn.Module, plan: Plan, reducer: Reducer | None) -> Macs:
         """MACs of one image under the plan, as the reduced model executes it."""
         raise NotImplementedError

@@ -1,17 +1,17 @@
 """Blocks of uneven width: fewer dims in every head, fewer hidden units, or a branch that is gone altogether.
 
-A narrowed block stays a stock timm block; only a branch of width 0 is replaced, by a `RemovedBranch`.
+A narrowed block stays a stock block of its family; only a branch of width 0 is replaced, by a `RemovedBranch`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from timm.layers import Attention, Mlp
-from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from ..errors import UnsupportedModelError, VitrimError
+from ..errors import VitrimError
+from .adapter import find_adapter
+from .sublayers import Kind, elastic, sublayers
 
 
 @dataclass(frozen=True)
@@ -22,128 +22,57 @@ class BlockWidths:
     hidden: int
 
 
-class RemovedBranch(nn.Module):
-    """What is left of an attention or MLP branch of width 0: a constant, zero unless something is learnt or put there.
-
-    A branch without inputs still has the bias of its output projection, which is where the mean of what was removed
-    may be kept. Costs no MACs.
-    """
-
-    def __init__(self, dim: int, device: torch.device | None = None, dtype: torch.dtype | None = None) -> None:
-        super().__init__()
-        self.bias = nn.Parameter(torch.zeros(dim, device=device, dtype=dtype))
-
-    def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
-        """The constant, in the shape of `x` (..., C); attention masks change nothing."""
-        return self.bias.to(x.dtype).expand_as(x)
-
-
 def widths_of(model: nn.Module) -> tuple[BlockWidths, ...]:
     """The widths of every block, in order.
 
     Raises:
-        UnsupportedModelError: the model is not made of stock timm blocks.
+        UnsupportedModelError: the model is not made of blocks whose widths can change.
     """
-    return tuple(BlockWidths(_head_dim(block.attn), _hidden(block.mlp)) for block in _stock_blocks(model))
+    found: dict[tuple[int, Kind], int] = {}
+    parts = sublayers(model)
+    with elastic(model) as layers:
+        for part in parts:
+            found[part.block, part.kind] = layers[part.name].full_width
+    depth = len(find_adapter(model).blocks(model))
+    return tuple(BlockWidths(found.get((i, "attention"), 0), found.get((i, "mlp"), 0)) for i in range(depth))
 
 
-@torch.no_grad()
 def set_widths(model: nn.Module, widths: Sequence[BlockWidths]) -> None:
-    """Narrow the blocks in place: the leading dims of every head and the leading hidden units stay.
-
-    The narrow model computes what the wide one does with its trailing dims masked: the rows of q take the factor
-    sqrt(new / old), which keeps the scale of the attention logits; the biases of proj and fc2 stay as they are.
-    Parameters are replaced, so make the optimizer afterwards.
+    """Narrow the blocks in place: the leading dims of every head and the leading hidden units stay. See `narrow`.
 
     Raises:
         VitrimError: a list of another length, or a width that is negative or larger than it was.
-        UnsupportedModelError: blocks that are not stock timm blocks, or norms and gates that tie the dims together.
+        UnsupportedModelError: blocks of a kind that no width can be given to.
     """
-    blocks = _stock_blocks(model)
-    if len(widths) != len(blocks):
-        raise VitrimError(f"{len(widths)} widths for {len(blocks)} blocks; give one BlockWidths per block")
-    for index, (new, old) in enumerate(zip(widths, widths_of(model), strict=True)):
+    present = widths_of(model)
+    if len(widths) != len(present):
+        raise VitrimError(f"{len(widths)} widths for {len(present)} blocks; give one BlockWidths per block")
+    for index, (new, old) in enumerate(zip(widths, present, strict=True)):
         if not 0 <= new.head_dim <= old.head_dim or not 0 <= new.hidden <= old.hidden:
             raise VitrimError(f"block {index} can be narrowed from {old} only, not set to {new}")
-        if new.head_dim < old.head_dim:
-            _check_free(index, blocks[index].attn, ("q_norm", "k_norm", "norm", "gate"))
-        if new.hidden < old.hidden:
-            _check_free(index, blocks[index].mlp, ("norm",))
-    for block, new in zip(blocks, widths, strict=True):
-        if new.head_dim < _head_dim(block.attn):
-            block.attn = _narrow_attention(block.attn, new.head_dim)
-        if new.hidden < _hidden(block.mlp):
-            block.mlp = _narrow_mlp(block.mlp, new.hidden)
+    wanted = {"attention": [w.head_dim for w in widths], "mlp": [w.hidden for w in widths]}
+    narrow(model, {part.name: wanted[part.kind][part.block] for part in sublayers(model)})
 
 
-def _narrow_attention(attn: Attention, head_dim: int) -> nn.Module:
-    if head_dim == 0:
-        return _removed(attn.proj)
-    heads, old = attn.num_heads, attn.head_dim
-    dims = torch.arange(heads * old, device=attn.qkv.weight.device).view(heads, old)[:, :head_dim].flatten()
-    rows = torch.cat([dims + stream * heads * old for stream in range(3)])
-    attn.qkv = _linear(attn.qkv, rows=rows)
-    attn.proj = _linear(attn.proj, columns=dims)
-    for param in attn.qkv.parameters():
-        param[: heads * head_dim] *= (head_dim / old) ** 0.5
-    attn.head_dim, attn.attn_dim, attn.scale = head_dim, heads * head_dim, head_dim**-0.5
-    return attn
+def narrow(model: nn.Module, widths: Mapping[str, int], means: Mapping[str, Tensor] | None = None) -> None:
+    """Narrow sub-layers, given by their names in the model, in place and for good.
 
+    The narrow model computes what the wide one does with its trailing dims masked: queries (or the weights of their
+    norm) take the factor sqrt(new / old), which keeps the scale of the attention logits. A norm inside a sub-layer
+    becomes a norm over what is left. Parameters are replaced, so make the optimizer afterwards.
 
-def _narrow_mlp(mlp: Mlp, hidden: int) -> nn.Module:
-    if hidden == 0:
-        return _removed(mlp.fc2)
-    units = torch.arange(hidden, device=mlp.fc1.weight.device)
-    mlp.fc1, mlp.fc2 = _linear(mlp.fc1, rows=units), _linear(mlp.fc2, columns=units)
-    return mlp
+    Args:
+        model: with stock sub-layers.
+        widths: dims per head or hidden units that stay; sub-layers that are not named stay as they are.
+        means: per sub-layer the mean of every input to its last projection. What the lost units add on average moves
+            into that projection's bias; without it biases stay as they are.
+    """
+    with elastic(model) as layers, torch.no_grad():
+        narrower = {name: width for name, width in widths.items() if width < layers[name].full_width}
+        for name, width in narrower.items():
+            layers[name].shrink(width, None if means is None else means[name])
+        gone = {name: layers[name].remains() for name, width in narrower.items() if width == 0}
+    for name, branch in gone.items():
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, branch)
 
-
-def _removed(last: nn.Linear) -> RemovedBranch:
-    branch = RemovedBranch(last.out_features, last.weight.device, last.weight.dtype)
-    if last.bias is not None:
-        branch.bias.copy_(last.bias)
-    return branch.train(last.training)
-
-
-def _linear(layer: nn.Linear, rows: Tensor | None = None, columns: Tensor | None = None) -> nn.Linear:
-    weight, bias = layer.weight, layer.bias
-    if rows is not None:
-        weight, bias = weight[rows], None if bias is None else bias[rows]
-    if columns is not None:
-        weight = weight[:, columns]
-    out = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device=weight.device, dtype=weight.dtype)
-    out.weight.copy_(weight)
-    if bias is not None:
-        out.bias.copy_(bias)
-    return out.requires_grad_(layer.weight.requires_grad).train(layer.training)
-
-
-def _head_dim(attn: nn.Module) -> int:
-    return 0 if isinstance(attn, RemovedBranch) else attn.head_dim
-
-
-def _hidden(mlp: nn.Module) -> int:
-    return 0 if isinstance(mlp, RemovedBranch) else mlp.fc1.out_features
-
-
-def _stock_blocks(model: nn.Module) -> list[nn.Module]:
-    blocks = list(getattr(model, "blocks", ()))
-    for index, block in enumerate(blocks):
-        attn, mlp = getattr(block, "attn", None), getattr(block, "mlp", None)
-        stock = type(attn) in (Attention, RemovedBranch) and type(mlp) in (Mlp, RemovedBranch)
-        if not isinstance(block, Block) or not stock:
-            raise UnsupportedModelError(
-                f"blocks.{index} is no stock timm Block with Attention and Mlp; uneven widths need one"
-            )
-    if not blocks:
-        raise UnsupportedModelError(f"{type(model).__name__} has no transformer blocks to narrow")
-    return blocks
-
-
-def _check_free(index: int, branch: nn.Module, parts: tuple[str, ...]) -> None:
-    tied = [part for part in parts if not isinstance(getattr(branch, part, None), nn.Identity | None)]
-    if tied:
-        raise UnsupportedModelError(
-            f"blocks.{index} cannot be narrowed without changing what it computes: its {type(branch).__name__} has "
-            f"{' and '.join(tied)}"
-        )

@@ -1,0 +1,217 @@
+"""The chain of a super-network as data: nested sub-networks, each one sub-layer narrower than the one before.
+
+Growing follows PIAD: of every sub-layer the outer units whose importance per MAC is lowest go first, merged so that
+densities fall outwards, until the saving asked for is reached.
+"""
+
+import hashlib
+import json
+from bisect import bisect_left
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import CheckpointError, VitrimError
+from ..measure.cost import cost
+from ..models.sublayers import Kind, elastic
+
+SCHEMA = 1
+GROUPS: dict[Kind, int] = {"attention": 8, "mlp": 32}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One step of the chain: `module` gets `width`; MACs and parameters are those of the whole network after it.
+
+    importance: what the units lost here were thought to be worth (sensitivity of the sub-layer times their share).
+    """
+
+    module: str
+    width: int
+    macs: int
+    params: int
+    importance: float
+
+
+@dataclass(frozen=True)
+class UnitCost:
+    """What one unit of width of a sub-layer costs, and by how many units it is cut at a time."""
+
+    width: int
+    step: int
+    macs: int
+    macs_linear_only: int
+    params: int
+    left_params: int
+    """Parameters that a removed sub-layer gains: the constant that stays, where there was no bias before."""
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Network 0 is the full one, network k the full one after the first k entries; `len` counts them all.
+
+    units: what a unit of each sub-layer costs. macs, macs_linear_only, params: the cost of the full network.
+    weights: hash of the weights that this chain belongs to, empty while they are in training.
+    """
+
+    units: Mapping[str, UnitCost]
+    macs: int
+    macs_linear_only: int
+    params: int
+    entries: tuple[Entry, ...] = ()
+    weights: str = ""
+    schema: int = field(default=SCHEMA)
+
+    def __post_init__(self) -> None:
+        widths, before = {name: unit.width for name, unit in self.units.items()}, self.macs
+        for index, entry in enumerate(self.entries):
+            if not 0 <= entry.width < widths.get(entry.module, 0) or entry.macs >= before:
+                raise CheckpointError(f"entry {index} of the chain, {entry.module} {entry.width}, makes nothing narrower")
+            widths[entry.module], before = entry.width, entry.macs
+
+    def __len__(self) -> int:
+        return len(self.entries) + 1
+
+    def widths(self, index: int) -> dict[str, int]:
+        """The width of every sub-layer in network `index` (negative: from the smallest)."""
+        widths = {name: unit.width for name, unit in self.units.items()}
+        for entry in self.entries[: range(len(self))[index]]:
+            widths[entry.module] = entry.width
+        return widths
+
+    def macs_at(self, index: int) -> int:
+        """MACs of network `index`, attention products included."""
+        return self.macs if range(len(self))[index] == 0 else self.entries[range(len(self))[index] - 1].macs
+
+    def params_at(self, index: int) -> int:
+        """Parameters of network `index`."""
+        return self.params if range(len(self))[index] == 0 else self.entries[range(len(self))[index] - 1].params
+
+    def macs_linear_only_at(self, index: int) -> int:
+        """MACs of network `index` without products of activations, as some papers count."""
+        lost = ((unit.width - now) * unit.macs_linear_only for unit, now in self._both(index))
+        return self.macs_linear_only - sum(lost)
+
+    def largest(self, what: str, most: float) -> int:
+        """The largest network with at most so many "macs" or "params".
+
+        Raises:
+            VitrimError: not even the smallest fits; names its cost.
+        """
+        values = [-getattr(self, f"{what}_at")(index) for index in range(len(self))]
+        index = bisect_left(values, -most)
+        if index == len(self):
+            raise VitrimError(
+                f"no sub-network has {what} <= {most:,.0f}; the smallest has {-values[-1]:,} "
+                f"({values[-1] / values[0]:.3f} of the full network)"
+            )
+        return index
+
+    def to_json(self) -> str:
+        """Text that `from_json` reads."""
+        return json.dumps(asdict(self), indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> "Chain":
+        """Read what `to_json` wrote.
+
+        Raises:
+            CheckpointError: no chain, a newer schema, or entries that make nothing narrower.
+        """
+        try:
+            raw = json.loads(text)
+            if raw["schema"] > SCHEMA:
+                raise CheckpointError(f"the chain has schema {raw['schema']}, this vitrim reads up to {SCHEMA}; update")
+            units = {name: UnitCost(**unit) for name, unit in raw["units"].items()}
+            return cls(**raw | {"units": units, "entries": tuple(Entry(**entry) for entry in raw["entries"])})
+        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+            raise CheckpointError(f"this is no chain of sub-networks: {error!r}") from None
+
+    def _both(self, index: int) -> list[tuple[UnitCost, int]]:
+        widths = self.widths(index)
+        return [(unit, widths[name]) for name, unit in self.units.items()]
+
+
+def start_chain(model: nn.Module, *, groups: Mapping[Kind, int] = GROUPS, width_multiple: int = 8) -> Chain:
+    """The chain that holds the full network alone.
+
+    Args:
+        model: with nothing attached, at the input size whose cost counts.
+        groups: into how many groups the width of each kind of sub-layer is cut.
+        width_multiple: every width but the full one is a multiple of it, which keeps matrix products fast.
+    """
+    if width_multiple < 1 or any(number < 1 for number in groups.values()):
+        raise VitrimError("width_multiple and groups are positive integers")
+    full = cost(model)
+    with elastic(model) as layers:
+        units = {}
+        for name, layer in layers.items():
+            macs, width = layer.unit_macs(full.token_counts[0]), layer.full_width
+            step = -(-width // (groups[layer.kind] * width_multiple)) * width_multiple
+            units[name] = UnitCost(width, step, macs.total, macs.linear, layer.unit_params(), layer.left_params())
+    return Chain(units, full.macs, full.macs_linear_only, full.params)
+
+
+def grow(
+    chain: Chain, shares: Mapping[str, Tensor], sensitivity: Mapping[str, float], saving: float, floor: float = 1e-6
+) -> Chain:
+    """The chain, longer until its smallest network saves the fraction `saving` of the full network's MACs.
+
+    Args:
+        chain: what there is already; all of it stays.
+        shares: per sub-layer what each of its remaining units contributes, in the order of the units; scaled to sum 1.
+        sensitivity: relative rise of the loss when a sub-layer is removed from the smallest network. Sub-layers where
+            it is not positive go first.
+        saving: in [0, 1); if all widths at 0 save less, the chain ends there.
+        floor: smallest sensitivity to reckon with.
+    """
+    widths = chain.widths(-1)
+    queue: list[tuple[bool, float, list[tuple[str, int, float]]]] = []
+    for name, unit in chain.units.items():
+        if widths[name] == 0:
+            continue
+        rise, share = sensitivity[name], shares[name].double().cpu()
+        if len(share) != widths[name]:
+            raise VitrimError(f"{len(share)} shares for the {widths[name]} units of {name}")
+        value = max(rise, floor) * share / share.sum().clamp_min(torch.finfo(torch.float64).tiny)
+        edges = list(pairwise([*range(0, widths[name], unit.step), widths[name]]))
+        cuts = [(name, low, value[low:high].sum().item()) for low, high in edges]
+        macs = [(high - low) * unit.macs for low, high in edges]
+        for density, members in _falling_outwards([cut[2] for cut in cuts], macs):
+            queue.append((rise > floor, density, [cuts[index] for index in reversed(members)]))
+    # Sorting is stable, and the groups of one sub-layer have different densities: outer ones always come first.
+    queue.sort(key=lambda item: item[:2])
+    entries, macs, params = list(chain.entries), chain.macs_at(-1), chain.params_at(-1)
+    goal = chain.macs * (1 - saving)
+    for name, width, importance in (cut for *_, members in queue for cut in members):
+        if macs <= goal:
+            break
+        unit, lost = chain.units[name], widths[name] - width
+        macs, params = macs - lost * unit.macs, params - lost * unit.params + (unit.left_params if width == 0 else 0)
+        entries.append(Entry(name, width, macs, params, importance))
+        widths[name] = width
+    return replace(chain, entries=tuple(entries))
+
+
+def _falling_outwards(importance: list[float], macs: list[int]) -> list[tuple[float, list[int]]]:
+    """Merge neighbours (inner first) until importance per MAC falls from each merged group to the next outer one."""
+    merged: list[tuple[float, int, list[int]]] = []
+    for index, new in enumerate(zip(importance, macs, strict=True)):
+        value, size, members = *new, [index]
+        while merged and value / size >= merged[-1][0] / merged[-1][1]:
+            inner = merged.pop()
+            value, size, members = value + inner[0], size + inner[1], inner[2] + members
+        merged.append((value, size, members))
+    return [(value / size, members) for value, size, members in merged]
+
+
+def hash_of(model: nn.Module) -> str:
+    """SHA-256 of names, types, shapes and bytes of all weights and buffers that are saved."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -1,0 +1,175 @@
+"""PIAD: train all networks of a chain together while the chain still grows.
+
+At the start of each of the first epochs the smallest network is judged and made smaller still; every step then trains
+networks drawn from the chain. By default the full, the smallest and a random one, the full one teaching the others
+(sandwich rule with in-place distillation, Yu & Huang 2019); rule="original" is SKD as published.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..errors import CheckpointError, UnknownNameError, VitrimError
+from ..models.sublayers import Kind, elastic
+from .chain import GROUPS, Chain, grow, hash_of, start_chain
+from .importance import sensitivities, unit_shares
+from .sampler import RULES, draw, narrowed
+from .statistics import Batch, is_headless, output_of
+from .supernet import SuperNet
+
+
+@dataclass(frozen=True)
+class Piad:
+    """How a super-network is trained.
+
+    grow_epochs: epochs over which the chain grows; the saving rises linearly to max_saving.
+    max_saving: fraction of the MACs that the smallest network saves in the end.
+    rule: a name in `sampler.RULES`.
+    distill: whether smaller networks learn from the full one, or from the external teacher where there is one.
+    temperature: of that distillation; its loss is scaled by the temperature squared.
+    num_images, probe_images: for importance and for sensitivities, at every growth.
+    labels: whether growth reads the labels of its loader.
+    """
+
+    grow_epochs: int = 50
+    max_saving: float = 0.875
+    rule: str = "sandwich"
+    distill: bool = True
+    temperature: float = 1.0
+    num_images: int = 1024
+    probe_images: int = 256
+    labels: bool = True
+    seed: int = 0
+    groups: Mapping[Kind, int] = field(default_factory=lambda: dict(GROUPS))
+    width_multiple: int = 8
+
+    def __post_init__(self) -> None:
+        if self.rule not in RULES:
+            raise UnknownNameError("sampling rule", self.rule, RULES)
+        if not 0 < self.max_saving < 1 or self.grow_epochs < 1 or not self.temperature > 0:
+            raise VitrimError("max_saving lies in (0, 1), grow_epochs is at least 1 and temperature positive")
+
+
+@dataclass(frozen=True)
+class Term:
+    """One loss to send backwards, and the network of the chain that it trains."""
+
+    network: int
+    loss: Tensor
+    last: bool
+    """Whether it is the last of its step: only then do processes need to exchange gradients."""
+
+
+class Stratifier:
+    """What a training loop calls. Use it as a context manager around training: inside, the model can be narrowed.
+
+    Args:
+        model: the network to train, its units ordered by `wpac` already; unwrapped.
+        config: how.
+        chain: to go on from; default: the full network alone.
+        teacher: an external teacher, frozen and in eval mode; default: the full network itself.
+    """
+
+    def __init__(
+        self, model: nn.Module, config: Piad, chain: Chain | None = None, teacher: nn.Module | None = None
+    ) -> None:
+        self.model, self.config, self.teacher = model, config, teacher
+        self.chain = chain or start_chain(model, groups=config.groups, width_multiple=config.width_multiple)
+        self.epoch = -1
+        if config.rule != "sandwich" and config.distill and teacher is None:
+            raise VitrimError(f"rule {config.rule!r} never runs the full network first, so give a teacher or distill=False")
+        self._stack = ExitStack()
+
+    def __enter__(self) -> "Stratifier":
+        self._stack.enter_context(elastic(self.model))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    def start_epoch(self, epoch: int, loader: Iterable[Batch]) -> Chain:
+        """Extend the chain as this epoch asks; does nothing for an epoch begun before, so a resumed one is safe.
+
+        Args:
+            epoch: from 0.
+            loader: batches of images, or of (images, integer labels), without mixing; each process its own share.
+        """
+        c = self.config
+        while self.epoch < min(epoch, c.grow_epochs - 1):
+            self.epoch += 1
+            widths = self.chain.widths(-1)
+            rises = sensitivities(self.model, loader, widths, num_images=c.probe_images, labels=c.labels)
+            shares = unit_shares(self.model, loader, widths, num_images=c.num_images, labels=c.labels)
+            self.chain = grow(self.chain, shares, rises, c.max_saving * (self.epoch + 1) / c.grow_epochs)
+        return self.chain
+
+    def losses(
+        self, images: Tensor, targets: Tensor | None, step: int, model: nn.Module | None = None
+    ) -> Iterator[Term]:
+        """The losses of one step, one network at a time; send each backwards before asking for the next.
+
+        Args:
+            images: (B, channels, height, width).
+            targets: class indices (B,) or probabilities (B, classes); None: distillation alone.
+            step: counts all steps of the run; decides together with the seed which networks are drawn.
+            model: the wrapped model to call (DistributedDataParallel, compiled); default: the model itself.
+        """
+        c = self.config
+        drawn = draw(c.rule, len(self.chain), c.seed, step)
+        target_of_students = None
+        if c.distill and self.teacher is not None:
+            with torch.no_grad():
+                target_of_students = output_of(self.teacher, images)
+        for position, index in enumerate(drawn):
+            with narrowed(self.model, self.chain.widths(index)):
+                out = output_of(model or self.model, images)
+                taught = target_of_students is not None and (self.teacher is not None or position > 0)
+                if taught:
+                    loss = imitation_loss(out, target_of_students, c.temperature, is_headless(self.model))
+                elif targets is not None:
+                    loss = F.cross_entropy(out, targets)
+                else:
+                    raise VitrimError("without labels the full network needs a teacher of its own; give one")
+                if c.distill and target_of_students is None:
+                    target_of_students = out.detach()
+                # Inside the context: activation checkpointing recomputes the forward pass while going backwards.
+                yield Term(index, loss, position == len(drawn) - 1)
+
+    @contextmanager
+    def network(self, index: int) -> Iterator[nn.Module]:
+        """The model as one network of the chain, for evaluation."""
+        with narrowed(self.model, self.chain.widths(index)):
+            yield self.model
+
+    def finish(self) -> SuperNet:
+        """The trained super-network; call it after the context has ended."""
+        return SuperNet(self.model, replace(self.chain, weights=hash_of(self.model)))
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that resuming needs beside the weights."""
+        return {"epoch": self.epoch, "chain": self.chain.to_json(), "config": asdict(self.config)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up where `state_dict` was taken.
+
+        Raises:
+            CheckpointError: it was taken under another configuration.
+        """
+        mine = asdict(self.config)
+        changed = [name for name, value in state["config"].items() if mine.get(name) != value]
+        if changed:
+            raise CheckpointError(f"the checkpoint was written with another {', '.join(changed)}; resume with the same one")
+        self.epoch, self.chain = state["epoch"], Chain.from_json(state["chain"])
+
+
+def imitation_loss(out: Tensor, taught: Tensor, temperature: float, features: bool) -> Tensor:
+    """KL(teacher || student) at a temperature, times its square, mean over images; for features one minus cosine."""
+    if features:
+        return (1 - F.cosine_similarity(out, taught, dim=1)).mean()
+    student, teacher = (F.log_softmax(logits / temperature, dim=1) for logits in (out, taught))
+    return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * temperature**2

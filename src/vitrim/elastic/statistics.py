@@ -1,0 +1,261 @@
+"""One pass over images: what every head dimension and hidden unit does to the model's own verdict, in float64 sums.
+
+S is one number per batch (`objective_of`), F an activation, G = dS/dF. Nothing is kept per image or token: the sums of
+two processes add up to the sums of one, and memory does not grow with the number of images.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import DataError, VitrimError
+from ..models.sublayers import elastic
+
+Batch = Tensor | tuple[Tensor, ...] | list[Tensor]
+
+
+@dataclass
+class HeadSums:
+    """Sums over tokens for one attention layer; streams q, k, v lie in the first dimension (H heads of h dims)."""
+
+    tokens: Tensor
+    plain_3Hh: Tensor
+    weight_3H: Tensor
+    first_3Hh: Tensor
+    second_3Hhh: Tensor
+    taylor_3Hh: Tensor
+    mixed_Hh: Tensor
+
+    @classmethod
+    def zeros(cls, heads: int, dim: int, device: torch.device) -> "HeadSums":
+        """Sums of nothing yet."""
+        shapes = ((), (3, heads, dim), (3, heads), (3, heads, dim), (3, heads, dim, dim), (3, heads, dim), (heads, dim))
+        return cls(*(torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes))
+
+    def add(self, f_TA: Tensor, g_TA: Tensor, covariance: bool) -> None:
+        """Take in the activations and gradients of T tokens, each row (3, H, h) flattened."""
+        shape = self.plain_3Hh.shape
+        f = f_TA.double().view(-1, *shape).permute(1, 2, 0, 3)
+        taylor = (f_TA.double() * g_TA.double()).abs_().view(-1, *shape).permute(1, 2, 0, 3)
+        self.taylor_3Hh += taylor.sum(2)
+        self.tokens += f_TA.shape[0]
+        if not covariance:
+            return
+        weight = taylor.mean(3)
+        weighted = f * weight.unsqueeze(3)
+        self.plain_3Hh += f.sum(2)
+        self.weight_3H += weight.sum(2)
+        self.first_3Hh += weighted.sum(2)
+        self.second_3Hhh += weighted.mT @ f
+
+    def covariance(self, *streams: int) -> Tensor:
+        """sum w c c^T (H, h, h) over these streams, each centred on its own plain mean."""
+        centre = self.plain_3Hh / self.tokens
+        cross = self.first_3Hh.unsqueeze(-1) * centre.unsqueeze(-2)
+        outer = centre.unsqueeze(-1) * centre.unsqueeze(-2) * self.weight_3H[..., None, None]
+        return (self.second_3Hhh - cross - cross.mT + outer)[list(streams)].sum(0)
+
+    def energy(self, value_Hhh: Tensor, query_key_Hhh: Tensor) -> Tensor:
+        """Importance of dimension j of all heads once the streams are rotated to these axes (h).
+
+        Each stream's saliency, the mean |G F|, is spread over its new axes by their part of the weighted variance. The
+        root of the variance is taken because saliency is linear in the activations.
+        """
+        shares = torch.zeros_like(self.plain_3Hh[0])
+        for streams, axes in (((2,), value_Hhh), ((0, 1), query_key_Hhh)):
+            variance = torch.einsum("hij,hik,hkj->hj", axes, self.covariance(*streams), axes).clamp_min(0).sqrt()
+            saliency = self.weight_3H[list(streams)].sum(0) / self.tokens
+            shares += variance / variance.sum(1, keepdim=True).clamp_min(1e-300) * saliency[:, None]
+        return shares.sum(0)
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean of every dimension that enters the output projection (H*h)."""
+        return (self.mixed_Hh / self.tokens).flatten()
+
+    @property
+    def taylor(self) -> Tensor:
+        """Mean |G F| of dimension j of q, k and v over tokens, summed over heads (h)."""
+        return (self.taylor_3Hh / self.tokens).sum((0, 1))
+
+
+@dataclass
+class UnitSums:
+    """Sums over tokens for the hidden units of one MLP."""
+
+    tokens: Tensor
+    plain: Tensor
+    taylor_sum: Tensor
+    fisher_sum: Tensor
+
+    @classmethod
+    def zeros(cls, units: int, device: torch.device) -> "UnitSums":
+        """Sums of nothing yet."""
+        return cls(*(torch.zeros(s, dtype=torch.float64, device=device) for s in ((), (units,), (units,), (units,))))
+
+    def add(self, a_TU: Tensor, g_TU: Tensor) -> None:
+        """Take in the activations and gradients of T tokens."""
+        a = a_TU.double()
+        self.tokens += a.shape[0]
+        self.plain += a.sum(0)
+        product = a.mul_(g_TU.double())
+        self.taylor_sum += product.abs().sum(0)
+        # In half precision most of these squares would be zero.
+        self.fisher_sum += product.square_().sum(0) / 2
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean of every unit's input to the last projection."""
+        return self.plain / self.tokens
+
+    @property
+    def taylor(self) -> Tensor:
+        """Mean |G F| of every unit."""
+        return self.taylor_sum / self.tokens
+
+    @property
+    def fisher(self) -> Tensor:
+        """Mean 0.5 G^2 F^2 of every unit."""
+        return self.fisher_sum / self.tokens
+
+
+Sums = HeadSums | UnitSums
+
+
+def output_of(model: nn.Module, images: Tensor) -> Tensor:
+    """Logits (B, classes) or pooled features (B, C) of any served model, heads of a distilled one averaged."""
+    out = model(images)
+    if isinstance(out, tuple):
+        out = sum(out) / len(out)
+    if not isinstance(out, Tensor):
+        out = out.logits if getattr(out, "logits", None) is not None else out.pooler_output
+    return out
+
+
+def is_headless(model: nn.Module) -> bool:
+    """Whether the model gives features instead of class logits."""
+    return getattr(model, "num_classes", None) == 0
+
+
+def objective_of(model: nn.Module, labels: bool) -> Callable[[Tensor, Tensor | None], Tensor]:
+    """The scalar S of a batch: logit of the true class, of the model's own first choice, or squared feature norm.
+
+    Raises:
+        VitrimError: labels are asked for and the model has no head to read them with.
+    """
+    if is_headless(model):
+        if labels:
+            raise VitrimError("this model has no head, so labels say nothing about it; leave labels=True out")
+        return lambda out, _: out.square().sum()
+    if labels:
+        return lambda out, target: out.gather(1, target.view(-1, 1)).sum()
+    return lambda out, _: out.amax(1).sum()
+
+
+def images_of(batch: Batch) -> Tensor:
+    """The images of a batch, with or without labels beside them."""
+    return batch if isinstance(batch, Tensor) else batch[0]
+
+
+def batches(
+    data: Iterable[Batch], model: nn.Module, num_images: int, labels: bool
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """(images, labels or None) on the model's device, at most `num_images` images over all processes together.
+
+    Raises:
+        DataError: there are no images, or labels are asked for and not given.
+    """
+    parameter = next(model.parameters())
+    left = wanted = -(-num_images // world_size())
+    for batch in data:
+        images = images_of(batch)
+        target = None if isinstance(batch, Tensor) or len(batch) < 2 else batch[1]
+        if labels and (target is None or target.is_floating_point()):
+            raise DataError("labels=True needs batches of (images, integer labels)")
+        images = images[:left].to(parameter.device, parameter.dtype, non_blocking=True)
+        yield images, target[:left].to(parameter.device) if labels and target is not None else None
+        left -= len(images)
+        if left <= 0:
+            return
+    if left == wanted:
+        raise DataError("the data holds no images; give batches of images, from an iterator that is not used up")
+
+
+def collect(
+    model: nn.Module, data: Iterable[Batch], num_images: int = 1024, labels: bool = False, covariance: bool = True
+) -> dict[str, Sums]:
+    """Sums for every sub-layer, by name, over `num_images` images in eval mode; added up over all processes.
+
+    Costs a forward pass and a backward pass without weight gradients; `covariance` adds the second moments.
+    """
+    objective = objective_of(model, labels)
+    with elastic(model) as layers, frozen(model):
+        device = next(model.parameters()).device
+        sums: dict[str, Sums] = {}
+        for name, layer in layers.items():
+            width = layer.vitrim_width
+            if width == 0:
+                continue
+            if layer.kind == "attention":
+                sums[name] = HeadSums.zeros(layer.num_heads, width, device)
+            else:
+                sums[name] = UnitSums.zeros(width, device)
+            layer.vitrim_tap = _tap(sums[name], covariance)
+        try:
+            for images, target in batches(data, model, num_images, labels):
+                with torch.enable_grad():
+                    objective(output_of(model, images), target).backward()
+        finally:
+            for layer in layers.values():
+                layer.vitrim_tap = None
+    for each in sums.values():
+        for option in fields(each):
+            all_reduce(getattr(each, option.name))
+    return sums
+
+
+def _tap(sums: Sums, covariance: bool) -> Callable[[str, Tensor], None]:
+    def tap(name: str, x: Tensor) -> None:
+        flat = x.detach().flatten(0, 1)
+        if name == "mixed":
+            sums.mixed_Hh += flat.double().sum(0).view_as(sums.mixed_Hh)
+            return
+        if not x.requires_grad:
+            x.requires_grad_()
+        if isinstance(sums, HeadSums):
+            x.register_hook(lambda g: sums.add(flat, g.flatten(0, 1), covariance))
+        else:
+            x.register_hook(lambda g: sums.add(flat, g.flatten(0, 1)))
+
+    return tap
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Eval mode without weight gradients; everything as before afterwards."""
+    wanted = {p: p.requires_grad for p in model.parameters()}
+    modes = {m: m.training for m in model.modules()}
+    model.eval().requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter, flag in wanted.items():
+            parameter.requires_grad_(flag)
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def world_size() -> int:
+    """Number of processes, 1 outside of torch.distributed."""
+    ready = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if ready else 1
+
+
+def all_reduce(x: Tensor) -> Tensor:
+    """Add the tensor up over all processes, in place."""
+    if world_size() > 1:
+        torch.distributed.all_reduce(x)
+    return x

@@ -1,0 +1,157 @@
+"""A super-network: one set of ordered weights, and the chain of every smaller network inside it.
+
+`stratify` makes one without training, from unlabelled images, in minutes (SKD's WPAC, with importance from the same
+pass); training it further (PIAD) is in `piad.py`.
+"""
+
+import copy
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ..errors import CheckpointError, VitrimError
+from ..models import attached
+from ..models.store import load, save
+from ..models.sublayers import Kind
+from .chain import GROUPS, Chain, grow, hash_of, start_chain
+from .extract import choose, cut
+from .importance import sensitivities
+from .sampler import narrowed
+from .statistics import Batch, images_of
+from .wpac import wpac
+
+CHAIN, MEANS = "chain.json", "means.safetensors"
+
+
+@dataclass(frozen=True)
+class SuperNet:
+    """The full network with its units in order, its chain, and the means that make up for lost units.
+
+    means: None after training with PIAD, where sub-networks have learnt to do without.
+    """
+
+    model: nn.Module
+    chain: Chain
+    means: Mapping[str, Tensor] | None = None
+
+    def extract(
+        self,
+        *,
+        macs: float | None = None,
+        params: float | None = None,
+        latency: float | None = None,
+        compensate: bool | None = None,
+    ) -> nn.Module:
+        """The largest sub-network within one budget, as a model of its own; needs no data and no training.
+
+        Args:
+            macs: most multiply-accumulates per image, attention products included.
+            params: most parameters.
+            latency: longest forward pass at batch size 1, in milliseconds, measured where the model is.
+            compensate: add what lost units contribute on average to the biases; default: where the means are known.
+
+        Any budget in (0, 1] is a fraction of the full network's cost.
+
+        Raises:
+            VitrimError: not exactly one budget, or one that not even the smallest network meets.
+        """
+        index = choose(self.model, self.chain, macs=macs, params=params, latency=latency)
+        return self.cut(index, compensate)
+
+    def cut(self, index: int, compensate: bool | None = None) -> nn.Module:
+        """Sub-network `index` of the chain as a model of its own (0: full, -1: smallest)."""
+        if compensate and self.means is None:
+            raise VitrimError("this super-network holds no means; leave compensate=True out")
+        return cut(self.model, self.chain, index, None if compensate is False else self.means)
+
+    @contextmanager
+    def at(self, index: int) -> Iterator[nn.Module]:
+        """Run the super-network itself as sub-network `index`, without compensation, until the context ends."""
+        with narrowed(self.model, self.chain.widths(index)):
+            yield self.model
+
+    def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
+        """Write weights, chain and means into one folder; `vitrim.load` reads it as the full model."""
+        chain = replace(self.chain, weights=hash_of(self.model))
+        folder = save(self.model, folder, overwrite=overwrite)
+        (folder / CHAIN).write_text(chain.to_json() + "\n")
+        (folder / MEANS).unlink(missing_ok=True)
+        if self.means is not None:
+            save_file({name: mean.cpu().contiguous() for name, mean in self.means.items()}, folder / MEANS)
+        return folder
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "SuperNet":
+        """Read what `save` wrote.
+
+        Raises:
+            CheckpointError: no super-network there, or the chain was made for other weights.
+        """
+        folder = Path(folder)
+        if not (folder / CHAIN).is_file():
+            raise CheckpointError(f"{folder} holds no {CHAIN}, so no super-network; make one with vitrim.stratify")
+        chain = Chain.from_json((folder / CHAIN).read_text())
+        model = load(folder)
+        if hash_of(model) != chain.weights:
+            raise CheckpointError(f"{folder / CHAIN} belongs to other weights than those beside it; stratify them again")
+        return cls(model, chain, load_file(folder / MEANS) if (folder / MEANS).is_file() else None)
+
+
+def stratify(
+    model: nn.Module,
+    data: Iterable[Batch],
+    *,
+    labels: bool = False,
+    num_images: int = 1024,
+    groups: Mapping[Kind, int] = GROUPS,
+    width_multiple: int = 8,
+    max_saving: float = 0.875,
+    rounds: int = 4,
+    ordering: str = "wpac",
+    say: Callable[[str], None] = print,
+) -> SuperNet:
+    """Turn a trained model into a super-network without training it; the model given stays as it is.
+
+    Args:
+        model: any model that an adapter serves, with nothing attached, at the input size whose cost counts.
+        data: an iterable of batches of images (B, channels, height, width), or of (images, labels).
+        labels: whether the labels are classes of this model's head; without, its own first choice takes their place.
+        num_images: images to look at. A sixteenth of them also judges which sub-layers can go.
+        groups: into how many groups the widths of "attention" and "mlp" are cut.
+        width_multiple: every width but the full one is a multiple of it.
+        max_saving: fraction of the MACs that the smallest network of the chain saves.
+        rounds: how often the sub-layers are judged anew, each time on the smallest network found so far.
+        ordering: how units are ordered; see `wpac.ORDERINGS`.
+        say: called with lines to show.
+
+    Raises:
+        UnsupportedModelError: no adapter knows the model, or a part of it forbids changing widths.
+        VitrimError: a reduction is attached, or a number is out of its range.
+    """
+    if attached(model) is not None:
+        raise VitrimError("token reduction is attached to this model; call handle.remove(), stratify, then attach again")
+    if not 0 < max_saving < 1 or rounds < 1 or num_images < 1:
+        raise VitrimError("max_saving lies in (0, 1), rounds and num_images are at least 1")
+    model = copy.deepcopy(model)
+    # Kept, so that an iterator that can be read only once serves too; there are few of them.
+    probe_images = max(32, num_images // 16)
+    source = iter(data)
+    probe: list[Batch] = []
+    while probe_images > sum(len(images_of(batch)) for batch in probe) and (batch := next(source, None)) is not None:
+        probe.append(batch)
+    ordered = wpac(
+        model, itertools.chain(probe, source), num_images=num_images, labels=labels, ordering=ordering, say=say
+    )
+    chain = start_chain(model, groups=groups, width_multiple=width_multiple)
+    for number in range(1, rounds + 1):
+        widths = chain.widths(-1)
+        rises = sensitivities(model, probe, widths, num_images=probe_images, labels=labels)
+        shares = {name: ordered.shares[name][: widths[name]] for name in rises}
+        chain = grow(chain, shares, rises, max_saving * number / rounds)
+    return SuperNet(model, replace(chain, weights=hash_of(model)), ordered.means)
+

@@ -1,0 +1,163 @@
+"""WPAC: put the dimensions of every head and the units of every MLP in order of weight, without changing the function.
+
+Values are rotated onto the principal axes of their saliency-weighted covariance, queries and keys of a head together
+onto theirs; hidden units are permuted. Stratified super-networks (SKD) then cut from the end. Other orderings that a
+study compares with stand in the same table.
+"""
+
+import itertools
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UnknownNameError, VitrimError
+from ..models.sublayers import Elastic, elastic
+from .statistics import Batch, HeadSums, Sums, UnitSums, batches, collect, frozen, output_of, world_size
+
+Axes = tuple[Tensor, Tensor]
+"""Orthogonal matrices (H, h, h) for the values and for queries and keys, new axes in columns, best first."""
+
+ORDERINGS: dict[str, tuple[Callable[[Elastic, HeadSums], Axes], Callable[[Elastic, UnitSums], Tensor]]] = {}
+"""Name -> (axes of an attention layer, order of the units of an MLP, best first)."""
+
+
+@dataclass(frozen=True)
+class Ordered:
+    """What an ordering did.
+
+    max_difference: largest change of any output on a batch of images.
+    means: per sub-layer the mean of every input to its last projection, in the new order.
+    shares: per sub-layer how much each unit of width counts, in the new order.
+    """
+
+    max_difference: float
+    means: dict[str, Tensor]
+    shares: dict[str, Tensor]
+
+
+def wpac(
+    model: nn.Module,
+    data: Iterable[Batch],
+    *,
+    num_images: int = 1024,
+    labels: bool = False,
+    ordering: str = "wpac",
+    say: Callable[[str], None] = print,
+) -> Ordered:
+    """Order all sub-layers of the model in place and prove on images that its function is the same.
+
+    Args:
+        model: any model that an adapter serves.
+        data: an iterable of batches of images (B, 3, height, width), or of (images, labels).
+        num_images: images to look at, over all processes together.
+        labels: weigh by the true class's logit instead of by the model's own first choice.
+        ordering: a name in `ORDERINGS`.
+        say: called with one line about the largest difference.
+
+    Raises:
+        UnsupportedModelError: a gate or a norm forbids the rotation.
+        VitrimError: the outputs moved by more than rounding explains; the model is spoilt then.
+    """
+    if ordering not in ORDERINGS:
+        raise UnknownNameError("ordering", ordering, ORDERINGS)
+    source = iter(data)
+    first = list(itertools.islice(source, 1))
+    sums = collect(model, itertools.chain(first, source), num_images, labels)
+    images, _ = next(batches(first, model, 32 * world_size(), False))
+    with frozen(model), torch.no_grad():
+        before = output_of(model, images)
+        means, shares = apply(model, sums, ordering)
+        after = output_of(model, images)
+    difference = (before - after).abs().max().item()
+    say(f"{ordering}: function preserved, max |difference| = {difference:.1e} ({before.dtype})".replace("torch.", ""))
+    limit = {torch.float64: 1e-10, torch.float32: 1e-5}.get(before.dtype, 5e-2) * max(1.0, before.abs().max().item())
+    if not difference <= limit:
+        raise VitrimError(f"{ordering} changed the outputs by {difference:.1e}, more than {limit:.1e}; report this model")
+    return Ordered(difference, means, shares)
+
+
+def apply(
+    model: nn.Module, sums: Mapping[str, Sums], ordering: str
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Change the weights; returns means and shares, see `Ordered`."""
+    axes_of, order_of = ORDERINGS[ordering]
+    means: dict[str, Tensor] = {}
+    shares: dict[str, Tensor] = {}
+    with elastic(model) as layers:
+        for name, each in sums.items():
+            layer = layers[name]
+            if isinstance(each, UnitSums):
+                order = order_of(layer, each)
+                layer.order_units(order)
+                means[name], shares[name] = each.mean[order], each.taylor[order]
+                continue
+            value, query_key = axes_of(layer, each)
+            if layer.rotates_query_key:
+                layer.rotate(value, query_key)
+                shares[name] = each.energy(value, query_key)
+            else:
+                order = each.taylor_3Hh[:2].sum((0, 1)).argsort(descending=True, stable=True)
+                layer.rotate(value)
+                layer.order_query_key(order)
+                axes = torch.eye(len(order), dtype=value.dtype, device=value.device)[:, order].expand_as(value)
+                shares[name] = each.energy(value, axes)
+            means[name] = torch.einsum("hi,hij->hj", each.mean.view(value.shape[:2]), value).flatten()
+    return means, shares
+
+
+def principal_axes(covariance_Hhh: Tensor) -> Tensor:
+    """Eigenvectors (H, h, h) in columns, largest eigenvalue first, signs fixed so that every process agrees."""
+    vectors = torch.linalg.eigh((covariance_Hhh + covariance_Hhh.mT) / 2).eigenvectors.flip(-1)
+    largest = vectors.gather(-2, vectors.abs().argmax(-2, keepdim=True))
+    return vectors * torch.where(largest < 0, -1.0, 1.0)
+
+
+def permutation(score_Hh: Tensor) -> Tensor:
+    """The permutation of every head's dims by descending score, as matrices (H, h, h)."""
+    order = score_Hh.argsort(dim=-1, descending=True, stable=True)
+    return nn.functional.one_hot(order, order.shape[-1]).mT.double()
+
+
+def _register(name: str, heads: Callable[[Elastic, HeadSums], tuple[Tensor, Tensor]], units: Callable) -> None:
+    def axes(layer: Elastic, sums: HeadSums) -> Axes:
+        value, query_key = heads(layer, sums)
+        return permutation(value), permutation(query_key)
+
+    ORDERINGS[name] = (axes, lambda layer, sums: units(layer, sums).argsort(descending=True, stable=True))
+
+
+def _norms(layer: Elastic) -> Tensor:
+    weight = layer.qkv.weight.detach().double()
+    return weight.view(3, layer.num_heads, layer.head_dim, -1).norm(dim=-1)
+
+
+def _random(shape: torch.Size, like: Tensor) -> Tensor:
+    generator = torch.Generator().manual_seed(shape.numel())
+    return torch.rand(shape, generator=generator, dtype=torch.float64).to(like.device)
+
+
+ORDERINGS["wpac"] = (
+    lambda _, sums: (principal_axes(sums.covariance(2)), principal_axes(sums.covariance(0, 1))),
+    lambda _, sums: sums.fisher.argsort(descending=True, stable=True),
+)
+_register(
+    "taylor",
+    lambda _, sums: (sums.taylor_3Hh[2], sums.taylor_3Hh[:2].sum(0)),
+    lambda _, sums: sums.taylor,
+)
+_register(
+    "magnitude",
+    lambda layer, _: (_norms(layer)[2], _norms(layer)[:2].sum(0)),
+    lambda layer, _: sum(
+        p.detach().double().unflatten(0, (parts, -1)).square().flatten(2).sum((0, 2))
+        for linear, parts in layer.first
+        for p in (linear.weight,)
+    ),
+)
+_register(
+    "random",
+    lambda _, sums: (_random(sums.plain_3Hh.shape, sums.tokens)[2], _random(sums.plain_3Hh.shape, sums.tokens)[0]),
+    lambda _, sums: _random(sums.taylor_sum.shape, sums.tokens),
+)
