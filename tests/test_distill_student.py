@@ -286,3 +286,25 @@ def test_other_mistakes_take_one_line():
     with pytest.raises(VitrimError, match="cls_only=False"):
         Distiller(pruned, teacher(), "Tokens()")(images)
     assert Distiller(pruned, teacher(), "Cls()")(images).loss.isfinite()
+
+
+class Foreign(torch.nn.Module):
+    """A network that answers as Hugging Face's do."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(3, 5)
+        self.config = type("Config", (), {"num_labels": 5})
+
+    def forward(self, images):
+        return type("Output", (), {"logits": self.layer(images.mean((2, 3)))})
+
+
+def test_any_network_can_learn_from_logits():
+    images, labels = torch.randn(2, 3, 64, 64), torch.tensor([0, 4])
+    distiller = Distiller(Foreign(), Teacher(Foreign(), input_size=(32, 32)), "Labels() + Logits()")
+    out = distiller(images, labels)
+    torch.testing.assert_close(out.logits, distiller.student(images).logits)
+    assert float(out.terms["logits"]) > 0
+    with pytest.raises(VitrimError, match="gives the student's logits alone"):
+        Distiller(Foreign(), teacher(), "Tokens()")
