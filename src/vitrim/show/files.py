@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from itertools import count
 from pathlib import Path
 from typing import TypeVar
 
@@ -58,13 +59,12 @@ def picture_paths(names: Sequence[str], out: Path, montage: bool) -> list[Path]:
     if montage:
         return [out if single else out / "montage.png"] * len(names)
     flat = [name.replace("/", "-") for name in names]
-    # a.jpg and a.png keep their endings, equal names get a number.
+    # a.jpg and a.png keep their endings, names that are equal still get a number.
     stems = [Path(name).stem for name in flat]
     twice = Counter(stems)
-    stems = [name if twice[stem] > 1 else stem for name, stem in zip(flat, stems, strict=True)]
-    seen: Counter[str] = Counter()
-    paths: list[Path] = []
-    for stem in stems:
-        seen[stem] += 1
-        paths.append(out / (f"{stem}.png" if seen[stem] == 1 else f"{stem}-{seen[stem]}.png"))
-    return paths
+    paths: dict[Path, None] = {}
+    for stem, name in zip(stems, flat, strict=True):
+        wanted = name if twice[stem] > 1 else stem
+        tries = (f"{wanted}.png" if number == 1 else f"{wanted}-{number}.png" for number in count(1))
+        paths[next(out / name for name in tries if out / name not in paths)] = None
+    return list(paths)

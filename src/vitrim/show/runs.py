@@ -179,9 +179,9 @@ def say(name: str, value: Any) -> str:
 def _duration(seconds: float) -> str:
     if seconds < 60:
         return f"{seconds:.3g} s"
-    minutes, left = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {left:02d} s"
+    if seconds < 3600:
+        return "{} min {:02d} s".format(*divmod(round(seconds), 60))
+    return "{} h {:02d} min".format(*divmod(round(seconds / 60), 60))
 
 
 def _text(path: Path, notes: list[str]) -> str:
