@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
 from torch import nn
 
 from ..errors import DataError
@@ -14,8 +13,9 @@ from ..measure.cost import cost
 from ..measure.environment import environment
 from ..measure.table import Column, Table
 from ..models import attach, attached, build_model, load
-from ..train.data import open_images, test_stream
-from ..train.evaluate import evaluate_all, reads_prefix_only
+from ..train.data import test_stream
+from ..train.evaluate import evaluate_all, make_accelerator, reads_prefix_only
+from ..train.images import open_images
 from ..train.recipe import DataSpec
 
 COLUMNS = (
@@ -96,7 +96,7 @@ def figures_of(
     batch_size: int = 128, device: str = "auto", tick: Callable[[int, int], None] | None = None,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """One row of figures per (model, method), evaluated side by side; ratios are to the first."""
-    accelerator = Accelerator(cpu=device == "cpu")
+    accelerator = make_accelerator(cpu=device == "cpu")
     named = {f"{number}": model for number, model in enumerate(variants.values())}
     stream = test_stream(preprocess, data)
     found = evaluate_all(named, stream, batch_size=batch_size, workers=data.workers, accelerator=accelerator, tick=tick)
@@ -107,7 +107,7 @@ def figures_of(
             "model": Path(name).name, "method": method, "accuracy": figures.accuracy, "loss": figures.loss,
             "seconds": figures.seconds, "images_per_second": figures.images_per_second,
             "gmacs": spent.macs / 1e9, "tokens": list(spent.token_counts),
-            "num_images": figures.num_images, "unreadable": figures.unreadable,
+            "num_images": figures.num_images, "unreadable": list(figures.unreadable),
         })  # fmt: skip
     for row in rows:
         row["speed"] = rows[0]["seconds"] / row["seconds"]
@@ -118,5 +118,6 @@ def figures_of(
 def _notes(rows: list[dict[str, Any]]) -> list[str]:
     notes = ["Time is spent inside the model; models took turns batch by batch. Ratios are to the first row."]
     if rows[0]["unreadable"]:
-        notes.append(f"{rows[0]['unreadable']} images could not be read and were left out.")
+        names = rows[0]["unreadable"]
+        notes.append(f"{len(names)} images could not be read and were left out: {', '.join(names[:3])}.")
     return notes

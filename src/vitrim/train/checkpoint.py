@@ -7,54 +7,63 @@
 import json
 import os
 import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from torch import nn
 
 from ..errors import CheckpointError, RecipeError
+from ..models import save
 from .recipe import Recipe
+
+_PART = ".part"
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
     """Replace a file in one step: a reader, or a crash, meets the old content or the new, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    try:
+    with _replacing(path) as part:
         part.write_bytes(content.encode() if isinstance(content, str) else content)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 class RunFolder:
-    """One run on disk. `open` starts it or continues it; only the main process writes."""
+    """One run on disk. `check` refuses a foreign folder, `start` writes what the run is; only one process writes."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
 
-    def open(self, recipe: Recipe, command: str, environment: Mapping[str, Any]) -> None:
-        """Start the run, or check that the folder holds this very recipe.
+    def check(self, recipe: Recipe) -> None:
+        """Refuse a folder that holds another recipe, or something else; changes nothing.
 
         Raises:
-            RecipeError: the folder belongs to another recipe, or to something else.
+            RecipeError: names the options that differ.
         """
-        written = self.path / "recipe.yaml"
-        if written.exists():
-            changed = Recipe.read(written).differences(recipe)
-            if changed:
+        if self._recipe_path.exists():
+            if changed := Recipe.read(self._recipe_path).differences(recipe):
+                more = f" and {len(changed) - 4} more" if len(changed) > 4 else ""
                 raise RecipeError(
-                    f"{self.path} holds a run of another recipe ({'; '.join(changed[:3])}); "
+                    f"{self.path} holds a run of another recipe ({'; '.join(changed[:4])}{more}); "
                     "choose another folder with --out, or remove this one"
                 )
-            return
-        if self.path.exists() and any(self.path.iterdir()):
+        elif self.path.exists() and not self.path.is_dir():
+            raise RecipeError(f"{self.path} is a file; choose a folder with --out")
+        elif self.path.exists() and any(not name.name.endswith(_PART) for name in self.path.iterdir()):
             raise RecipeError(f"{self.path} is not empty and holds no run; choose another folder with --out")
-        self.path.mkdir(parents=True, exist_ok=True)
-        write_atomic(self.path / "command.txt", command + "\n")
-        write_atomic(self.path / "environment.json", json.dumps(environment, indent=2))
-        write_atomic(written, recipe.to_yaml())
+
+    def start(self, recipe: Recipe, command: str, environment: Mapping[str, Any]) -> None:
+        """Write what the run is, the recipe first, so that a folder with anything in it can be told."""
+        for left in (*self.path.rglob(f"*{_PART}"), *self.model_path.glob(".*")):  # What a crash interrupted.
+            left.unlink()
+        for path, content in (
+            (self._recipe_path, recipe.to_yaml()),
+            (self.path / "command.txt", command + "\n"),
+            (self.path / "environment.json", json.dumps(environment, indent=2)),
+        ):
+            if not path.exists():
+                write_atomic(path, content)
 
     @property
     def result(self) -> dict[str, Any] | None:
@@ -77,6 +86,16 @@ class RunFolder:
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
     @property
+    def model_path(self) -> Path:
+        """Where the chosen weights are kept."""
+        return self.path / "model"
+
+    def save_model(self, model: nn.Module) -> None:
+        """Replace the chosen weights."""
+        with _told(self.model_path):
+            save(model, self.model_path, overwrite=True)
+
+    @property
     def state_path(self) -> Path:
         """Where the state of training is kept."""
         return self.path / "checkpoint" / "state.pt"
@@ -87,19 +106,8 @@ class RunFolder:
         Raises:
             CheckpointError: it could not be written (full disk); the one before is still there.
         """
-        part = self.state_path.with_suffix(".part")
-        try:
-            part.parent.mkdir(parents=True, exist_ok=True)
+        with _replacing(self.state_path) as part:
             torch.save(dict(state), part)
-            os.replace(part, self.state_path)
-        except (OSError, RuntimeError) as error:
-            reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
-            kept = "the one before is kept" if self.state_path.exists() else "there is none yet"
-            raise CheckpointError(
-                f"cannot write the checkpoint in {part.parent} ({reason}); {kept}; free some space, then repeat"
-            ) from None
-        finally:
-            part.unlink(missing_ok=True)
 
     def load_state(self) -> dict[str, Any] | None:
         """The latest checkpoint, None if there is none. Holds tensors and plain data only; code is refused."""
@@ -108,4 +116,35 @@ class RunFolder:
         try:
             return torch.load(self.state_path, map_location="cpu", weights_only=True)
         except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-            raise CheckpointError(f"{self.state_path} cannot be read ({str(error).splitlines()[0]})") from None
+            reason = "it holds code" if isinstance(error, pickle.UnpicklingError) else "it is damaged or cut short"
+            raise CheckpointError(f"{self.state_path} cannot be read ({reason}); remove it to start anew") from None
+
+    @property
+    def _recipe_path(self) -> Path:
+        return self.path / "recipe.yaml"
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A path to write to, which takes the place of `path` in one step once it is whole and on the disk."""
+    part = path.with_name(path.name + _PART)
+    try:
+        with _told(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield part
+            with part.open("rb") as written:
+                os.fsync(written.fileno())
+            os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """Tell a failed write (full disk, no permission) in one line."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
+        kept = "; the one before is kept" if path.exists() else ""
+        raise CheckpointError(f"cannot write {path} ({reason}){kept}; free some space, then repeat") from None

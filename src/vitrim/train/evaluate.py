@@ -3,14 +3,17 @@
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.data_loader import prepare_data_loader
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..errors import DataError
 from ..models import attached_instead, find_adapter
 from ..tokens import KeepRate, Reduction, TopK
 from .data import Stream, make_loader
@@ -18,18 +21,25 @@ from .data import Stream, make_loader
 
 @dataclass(frozen=True)
 class Figures:
-    """What one evaluation found. `seconds` is time inside the model alone; `accuracy` a fraction."""
+    """What one evaluation found. `seconds` is time inside the model alone; `accuracy` a fraction.
+
+    `unreadable` names the images that could not be read; they count nowhere else.
+    """
 
     accuracy: float
     loss: float
     seconds: float
     images_per_second: float
     num_images: int
-    unreadable: int
+    unreadable: tuple[str, ...] = ()
 
-    def prefixed(self, prefix: str) -> dict[str, float]:
-        """The figures as a flat mapping for a metrics file."""
-        return {f"{prefix}_accuracy": self.accuracy, f"{prefix}_loss": self.loss}
+
+def make_accelerator(**options: Any) -> Accelerator:
+    """An accelerator with these very options; accelerate keeps those of the first one in a process for good."""
+    if PartialState._shared_state:
+        AcceleratorState._reset_state(reset_partial_state=PartialState().num_processes == 1)
+        GradientState._reset_state()
+    return Accelerator(**options)
 
 
 def evaluate(model: nn.Module, stream: Stream, **options: Any) -> Figures:
@@ -57,37 +67,37 @@ def evaluate_all(
         accelerator: places and shares the work; by default one process on the best device.
         tick: called with (batches done, batches in all).
     """
-    accelerator = accelerator or Accelerator()
-    loader, _ = make_loader(stream, batch_size, workers)
-    batches: Any = accelerator.prepare_data_loader(loader) if accelerator.num_processes > 1 else loader
+    accelerator = accelerator or make_accelerator()
     device = accelerator.device
+    loader, _ = make_loader(stream, batch_size, workers)
+    # Not by the accelerator, which would keep the loader and its workers for as long as it lives.
+    batches = prepare_data_loader(loader, device, split_batches=True, put_on_device=True)
     modes = {name: model.training for name, model in models.items()}
     tallies = {name: _Tally() for name in models}
     for model in models.values():
         model.eval().to(device)
     names = list(models)
     for done, (images, targets, index) in enumerate(batches, 1):
-        images, targets, index = images.to(device), targets.to(device), index.to(device)
         for name in names[done % len(names) :] + names[: done % len(names)]:
             start = _clock(device)
             with accelerator.autocast():
                 logits = models[name](images)
             tallies[name].seconds += _clock(device) - start
-            tallies[name].add(*_gather(accelerator, logits.float(), targets, index))
+            tallies[name].add(*accelerator.gather_for_metrics((logits.float(), targets, index)))
         if tick is not None:
             tick(done, len(loader))
     for name, model in models.items():
         model.train(modes[name])
-    return {name: tally.figures() for name, tally in tallies.items()}
+    return {name: tally.figures(stream) for name, tally in tallies.items()}
 
 
 @dataclass
 class _Tally:
     hits: int = 0
     seen: int = 0
-    unreadable: int = 0
     loss: float = 0.0
     seconds: float = 0.0
+    unreadable: set[int] = field(default_factory=set)
 
     def add(self, logits: Tensor, targets: Tensor, index: Tensor) -> None:
         valid = index >= 0  # An unreadable image came with its neighbour's pixels and a negative index.
@@ -95,12 +105,14 @@ class _Tally:
         self.hits += int((logits.argmax(1) == targets).sum())
         self.loss += float(F.cross_entropy(logits, targets, reduction="sum"))
         self.seen += len(targets)
-        self.unreadable += int((~valid).sum())
+        self.unreadable |= {-1 - i for i in index[~valid].tolist()}
 
-    def figures(self) -> Figures:
-        seen, seconds = max(self.seen, 1), self.seconds
+    def figures(self, stream: Stream) -> Figures:
+        if self.seen == 0:
+            raise DataError("there is no image to evaluate on")
+        names = tuple(sorted(stream.images.name(index) for index in self.unreadable))
         return Figures(
-            self.hits / seen, self.loss / seen, seconds, self.seen / max(seconds, 1e-9), self.seen, self.unreadable
+            self.hits / self.seen, self.loss / self.seen, self.seconds, self.seen / self.seconds, self.seen, names
         )
 
 
@@ -122,12 +134,6 @@ def attention_entropy(model: nn.Module, images: Tensor) -> float:
     share = score / score.sum(1, keepdim=True)
     entropy = torch.special.entr(share).sum(1) / math.log(share.shape[1])
     return float(entropy.mean())
-
-
-def _gather(accelerator: Accelerator, *tensors: Tensor) -> tuple[Tensor, ...]:
-    if accelerator.num_processes == 1:
-        return tensors
-    return tuple(accelerator.gather_for_metrics(tensors))
 
 
 def _clock(device: torch.device) -> float:

@@ -1,8 +1,10 @@
 """One recipe describes a run completely. Plain data: this module imports no torch, so that the command starts fast."""
 
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from types import NoneType, UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -171,12 +173,20 @@ class Recipe:
                 raise RecipeError(
                     f"{name} is {value}; it must be {low} or more" + (f", at most {high}" if high else "")
                 )
+        if self.batch_size % self.optim.accumulate:
+            raise RecipeError(f"batch_size {self.batch_size} is not a multiple of accumulate {self.optim.accumulate}")
         if self.distill is not None and self.teacher is None:
             raise RecipeError("distill needs a teacher; set teacher.name, or leave distill out")
 
+    def check_processes(self, number: int) -> None:
+        """Raise `RecipeError` where a batch cannot be shared evenly among so many processes."""
+        batch = self.batch_size // self.optim.accumulate
+        if batch % number:
+            raise RecipeError(f"a batch of {batch} images cannot be shared evenly among {number} processes")
+
     def to_dict(self) -> dict[str, Any]:
         """The recipe as nested plain data."""
-        return asdict(self)
+        return _plain(asdict(self))
 
     def to_yaml(self) -> str:
         """The recipe as a complete file, options in the order of their definition."""
@@ -193,8 +203,8 @@ class Recipe:
         return cls.from_dict(read_yaml(path))
 
     def differences(self, other: "Recipe") -> list[str]:
-        """Options in which two recipes differ, as `name: this -> other`."""
-        mine, theirs = flatten(self.to_dict()), flatten(other.to_dict())
+        """Options in which two recipes differ once they are written down, as `name: this -> other`."""
+        mine, theirs = (flatten(yaml.safe_load(recipe.to_yaml())) for recipe in (self, other))
         names = [name for name in {**mine, **theirs} if mine.get(name) != theirs.get(name)]
         return [f"{name}: {mine.get(name)!r} -> {theirs.get(name)!r}" for name in names]
 
@@ -232,18 +242,48 @@ def flatten(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _plain(entry) for name, entry in value.items()}
+    return [_plain(entry) for entry in value] if isinstance(value, list | tuple) else value
+
+
 _SPECS = {"model": ModelSpec, "teacher": ModelSpec, "data": DataSpec, "augment": AugmentSpec, "optim": OptimSpec}
 
 
 def _fill(kind: type, data: dict[str, Any], where: str) -> Any:
-    known = {f.name for f in fields(kind)}
-    for name in data:
-        if name not in known:
-            raise UnknownNameError(f"option in {where}", str(name), known)
-    values = {
-        name: _fill(_SPECS[name], value, f"{where}.{name}")
-        if kind is Recipe and name in _SPECS and isinstance(value, dict) and is_dataclass(_SPECS[name])
-        else value
-        for name, value in data.items()
-    }
+    hints = get_type_hints(kind)
+    values: dict[str, Any] = {}
+    for name, value in data.items():
+        if name not in hints:
+            raise UnknownNameError(f"option in {where}", str(name), hints)
+        spec = _SPECS.get(name) if kind is Recipe else None
+        path = name if kind is Recipe else f"{where}.{name}"
+        values[name] = (
+            _fill(spec, value, name) if spec and isinstance(value, dict) else _typed(hints[name], value, path)
+        )
     return kind(**values)
+
+
+def _typed(hint: Any, value: Any, where: str) -> Any:
+    """The value, if it is of the kind that the option takes."""
+    kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    for kind in kinds:
+        if get_origin(kind) is Literal:
+            if value in get_args(kind):
+                return value
+        elif kind is float and isinstance(value, int | float | str) and not isinstance(value, bool):
+            with suppress(ValueError):  # YAML reads 1e-3 as text.
+                return float(value)
+        elif type(value) is (get_origin(kind) or kind):
+            return value
+    choices = " or ".join(_named(kind) for kind in kinds)
+    raise RecipeError(f"{where} is {value!r}; it must be {choices}")
+
+
+def _named(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return ", ".join(map(repr, get_args(kind)))
+    return {NoneType: "null", str: "text", int: "a whole number", float: "a number", bool: "true or false"}.get(
+        kind, "a mapping of options"
+    )
