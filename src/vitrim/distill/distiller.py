@@ -20,7 +20,7 @@ class Known(Protocol):
 
 
 class Distilled(NamedTuple):
-    """loss: weighted sum, with its graph. terms: each one unweighted, detached. logits: the student's, or None."""
+    """loss: weighted sum, with its graph. terms: each one unweighted, detached. logits: (B, K), detached, or None."""
 
     loss: Tensor
     terms: dict[str, Tensor]
@@ -102,7 +102,8 @@ class Distiller(nn.Module):
         values = {term.name: term.compare(batch, maps.get(term.name)) for term in self.terms.terms}
         weighted = [term.weight_at(progress) * values[term.name] for term in self.terms.terms]
         loss = sum(weighted[1:], weighted[0])
-        return Distilled(loss, {name: value.detach() for name, value in values.items()}, student.get("logits"))
+        logits = student["logits"].detach() if "logits" in student else None
+        return Distilled(loss, {name: value.detach() for name, value in values.items()}, logits)
 
     def _ask(self, images: Tensor, student: Outputs) -> Outputs:
         if not any(term.asks for term in self.terms.terms):
