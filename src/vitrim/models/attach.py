@@ -1,7 +1,8 @@
 """Put a reduction into a model, and take it out again without a trace."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from types import TracebackType
 
 import torch
@@ -29,10 +30,11 @@ class Handle:
         self.reduction = reduction
         self._strength = 1.0
         self._plans: dict[tuple[int, bool], Plan] = {}
+        self._originals: list[tuple[nn.Module, type[nn.Module]]] = []
         self._last: Trace | None = None
         self._check()
         if reduction is not None:
-            self._schedule = reduction.schedule.resolve(self._macs_of)
+            self._schedule = reduction.schedule.resolve(self._macs_of())
             self._strength = reduction.curriculum.strength(0.0)
             self._prepare()
 
@@ -61,9 +63,8 @@ class Handle:
     @property
     def states(self) -> list[TokenState]:
         """One `TokenState` per block of the latest forward pass."""
-        if self._last is None:
-            raise VitrimError("no forward pass has been made since the reduction was attached")
-        return [self._last.state(block) for block in range(self.geometry.depth)]
+        trace = self.last_trace()
+        return [trace.state(block) for block in range(self.geometry.depth)]
 
     def plan(self, num_patches: int | None = None, training: bool | None = None) -> Plan:
         """The cuts for so many patch tokens (default: the model's own input size), in this mode of the model."""
@@ -90,21 +91,21 @@ class Handle:
         """Put the reduction (back) into the model."""
         if attached(self.model) is not None:
             raise VitrimError("a reduction is attached to this model already; call handle.remove() first")
-        for index, block in enumerate(self.adapter.blocks(self.model)):
-            block.__class__ = self.adapter.reduced_class(block)
-            block.vitrim_handle, block.vitrim_index = self, index  # type: ignore[assignment]
-        self.model.__class__ = self.adapter.reduced_class(self.model)
-        self.model.vitrim_handle = self  # type: ignore[assignment]
+        # Looked up before anything is changed, so that a refusal leaves the model as it was.
+        blocks = self.adapter.blocks(self.model)
+        changes = [(module, type(module), self.adapter.reduced_class(module)) for module in (*blocks, self.model)]
+        for index, (module, original, reduced) in enumerate(changes):
+            self._originals.append((module, original))
+            module.__class__ = reduced
+            module.vitrim_handle, module.vitrim_index = self, index
 
     def remove(self) -> None:
         """Give the model back exactly as it was. Calling it twice does no harm."""
-        if getattr(self.model, _HANDLE, None) is not self:
-            return
-        for block in self.adapter.blocks(self.model):
-            block.__class__ = type(block).__mro__[2]
-            del block.vitrim_handle, block.vitrim_index
-        self.model.__class__ = type(self.model).__mro__[2]
-        del self.model.vitrim_handle
+        for module, original in self._originals:
+            module.__class__ = original
+            del module.vitrim_handle, module.vitrim_index
+        self._originals = []
+        self._last = None
 
     def __enter__(self) -> "Handle":
         return self
@@ -123,11 +124,17 @@ class Handle:
         """The trace of these tokens on their way into `block`."""
         num_patches = x.shape[1] - self.geometry.num_prefix
         if block == 0:
-            return Trace(self.plan(num_patches), x.shape[0])
+            return Trace(self.plan(num_patches), self.reduction.reducer if self.reduction else None, x.shape[0])
         trace = getattr(x, _TRACE, None)
         if trace is None and self._last is not None:
             # A wrapper between the blocks (FSDP, a hook) replaced the tensor: the latest pass is the one it came from.
-            trace = self._last.upto(block, self.reduction.reducer if self.reduction else None)
+            trace = self._last.upto(block)
+            if recomputing() and (trace.size_BN is not None or trace.score_BN is not None):
+                # Another pass may have come in between, whose sizes would be silently wrong for these tokens.
+                raise VitrimError(
+                    "this reducer carries sizes or scores from block to block, which reentrant activation "
+                    "checkpointing loses; pass use_reentrant=False"
+                )
         if trace is None:
             raise VitrimError(f"block {block} was called on its own; run the model from its first block")
         return trace
@@ -135,17 +142,30 @@ class Handle:
     def leave(self, x: Tensor, trace: Trace) -> Tensor:
         """Send the tokens on, with their trace."""
         setattr(x, _TRACE, trace)
-        self._last = trace
+        if not recomputing():
+            self._last = trace
         return x
 
-    def last_trace(self, num_tokens: int) -> Trace | None:
-        """The latest trace, if so many tokens (prefix included) can have come out of it."""
-        trace = self._last
-        return trace if trace is not None and trace.plan.token_counts[-1] == num_tokens else None
+    def finish(self, x: Tensor) -> Tensor:
+        """Hand the trace of the latest pass to its final tokens, so that a head applied later finds the right one."""
+        if self._last is not None:
+            setattr(x, _TRACE, self._last)
+        if torch.compiler.is_exporting():
+            self._last = None  # Its tensors are not real.
+        return x
 
-    def forget(self) -> None:
-        """Drop the latest trace (after tracing, when its tensors are not real)."""
-        self._last = None
+    def trace_at_head(self, x: Tensor) -> Trace | None:
+        """The trace of final tokens (B, T, C): their own, or that of the latest pass if they can be its outcome."""
+        trace = getattr(x, _TRACE, self._last)
+        if trace is None or x.is_meta or (trace.num_images, trace.plan.token_counts[-1]) != tuple(x.shape[:2]):
+            return None
+        return trace
+
+    def last_trace(self) -> Trace:
+        """The trace of the latest forward pass."""
+        if self._last is None:
+            raise VitrimError("no forward pass has been made since the reduction was attached")
+        return self._last
 
     def _make_plan(self, num_patches: int, training: bool) -> Plan:
         g = self.geometry
@@ -154,6 +174,7 @@ class Handle:
         else:
             schedule = self._schedule if self._strength == 1 else self._schedule.scaled(self._strength)
             plan = make_plan(schedule, self.reducer, depth=g.depth, num_patches=num_patches, num_prefix=g.num_prefix)
+            self.adapter.check_plan(self.model, plan, self.reducer)
         return plan.for_prefix_only() if self.cls_only else plan
 
     def _prepare(self) -> None:
@@ -162,13 +183,19 @@ class Handle:
         for training in (True, False):
             self.plan(training=training)
 
-    def _macs_of(self, schedule: Schedule) -> int:
+    def _macs_of(self) -> Callable[[Schedule], int]:
         g = self.geometry
-        plan = make_plan(
-            schedule, self.reducer, depth=g.depth, num_patches=g.num_patches, num_prefix=g.num_prefix, limits=False
-        )
-        plan = plan.for_prefix_only() if self.cls_only else plan
-        return self.adapter.macs(self.model, plan, self.reducer).total
+
+        @cache  # Most steps of a bisection end at a plan met before.
+        def of_plan(plan: Plan) -> int:
+            plan = plan.for_prefix_only() if self.cls_only else plan
+            return self.adapter.macs(self.model, plan, self.reducer).total
+
+        def of_schedule(schedule: Schedule) -> int:
+            sizes = {"depth": g.depth, "num_patches": g.num_patches, "num_prefix": g.num_prefix}
+            return of_plan(make_plan(schedule, self.reducer, **sizes, limits=False))
+
+        return of_schedule
 
     def _check(self) -> None:
         g, name = self.geometry, type(self.model).__name__
@@ -243,6 +270,6 @@ def attached(model: nn.Module) -> Handle | None:
     return handle if isinstance(handle, Handle) else None
 
 
-def exporting() -> bool:
-    """Whether the model is being traced for export, when tensors are not real."""
-    return torch.compiler.is_exporting()
+def recomputing() -> bool:
+    """Whether the block runs inside a backward pass, to recompute what activation checkpointing did not store."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

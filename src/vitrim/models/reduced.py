@@ -1,20 +1,21 @@
 """The forward pass of a block with a cut, shared by all families, and the trace that travels with the tokens.
 
-A family supplies five steps (`norm_tokens`, `project`, `attend`, `feed_forward`, `head_scale`); everything that decides which
-work can be left out is here:
+A family supplies five steps (`norm_tokens`, `project`, `attend`, `feed_forward`, `head_scale`); everything that
+decides which work can be left out is here:
 - a block without a cut runs its own, original forward pass;
 - where lost tokens leave no trace, their queries, attention rows and output projection are never computed;
 - where the head reads prefix tokens alone, the last block computes only those.
 """
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import VitrimError
 from ..tokens import Assignment, Evidence, Plan, Reducer, TokenState, take
+from ..tokens.scores import Needs
 from .adapter import needed
 
 if TYPE_CHECKING:
@@ -27,32 +28,38 @@ class Trace:
 
     It travels as an attribute of the token tensor itself, so that recomputation under activation checkpointing,
     and several forward passes before one backward, each find the trace that belongs to their tokens.
+
+    size_BN: input tokens behind each patch token, None while every token stands for itself alone.
+    score_BN: the scores that the next cut may reuse, None if there are none.
     """
 
     plan: Plan
+    reducer: Reducer | None
     num_images: int
     assignments: tuple[tuple[int, Assignment], ...] = ()
     size_BN: Tensor | None = None
     score_BN: Tensor | None = None
 
-    def then(self, block: int, assignment: Assignment, reducer: Reducer) -> "Trace":
-        """The trace after one more cut; sizes and scores are followed only where the reducer reads them."""
-        size = score = None
-        if reducer.tracks_size:
-            size = self.size_BN
-            if size is None:
-                size = torch.ones(self.num_images, assignment.num_in, device=assignment.kept_BK.device)
+    def then(self, block: int, assignment: Assignment) -> "Trace":
+        """The trace after one more cut."""
+        size = self.size_BN
+        if size is None and assignment.moved_BR is not None:
+            size = torch.ones(self.num_images, assignment.num_in, device=assignment.kept_BK.device)
+        if size is not None:
             size = assignment.size(size)
-        if reducer.carries_scores and assignment.score_BN is not None:
+        score = None
+        if assignment.score_BN is not None and self.reducer is not None and self.reducer.carries_scores:
             score = assignment.carry(assignment.score_BN)
-        return replace(self, assignments=(*self.assignments, (block, assignment)), size_BN=size, score_BN=score)
+        # The weights of a fused token hold the graph of the whole pass, which must not outlive it.
+        assignments = (*self.assignments, (block, assignment.detach()))
+        return replace(self, assignments=assignments, size_BN=size, score_BN=score)
 
-    def upto(self, block: int, reducer: Reducer | None) -> "Trace":
+    def upto(self, block: int) -> "Trace":
         """The trace as it was when the tokens reached `block`."""
-        trace = Trace(self.plan, self.num_images)
+        trace = Trace(self.plan, self.reducer, self.num_images)
         for at, assignment in self.assignments:
-            if at < block and reducer is not None:
-                trace = trace.then(at, assignment, reducer)
+            if at < block:
+                trace = trace.then(at, assignment)
         return trace
 
     def state(self, block: int | None = None) -> TokenState:
@@ -62,11 +69,11 @@ class Trace:
         return TokenState.start(self.num_images, self.plan.num_patches, device).after(cuts)
 
     def bias(self, dtype: torch.dtype) -> Tensor | None:
-        """log(size) of all tokens, prefix included, as an attention mask (B, 1, 1, T); None while all sizes are one."""
-        if self.size_BN is None:
+        """log(size) of all tokens, prefix included, as attention mask (B, 1, 1, T); None where attention is plain."""
+        if self.size_BN is None or self.reducer is None or not self.reducer.prop_attn:
             return None
-        log_size = nn.functional.pad(self.size_BN.log(), (self.plan.num_prefix, 0))
-        return log_size.to(dtype)[:, None, None, :]
+        log_size = self.size_BN.to(torch.promote_types(dtype, torch.float32)).log().to(dtype)
+        return nn.functional.pad(log_size, (self.plan.num_prefix, 0))[:, None, None, :]
 
 
 class ReducedBlock(nn.Module):
@@ -74,7 +81,6 @@ class ReducedBlock(nn.Module):
 
     vitrim_handle: "Handle"
     vitrim_index: int
-    accepts: ClassVar[str] = "images"
 
     def norm_tokens(self, x_BTC: Tensor) -> Tensor:
         """The norm before attention."""
@@ -104,24 +110,25 @@ class ReducedBlock(nn.Module):
         plan = trace.plan
         before, inside = plan.cut(index, "before"), plan.cut(index, "inside")
         prefix_only = plan.prefix_only and index == plan.depth - 1
-        if before is None and inside is None and not prefix_only and trace.size_BN is None:
+        bias, reducer = trace.bias(x.dtype), trace.reducer
+        if before is None and inside is None and bias is None and not prefix_only:
             if trace.assignments:
                 _refuse_mask(args, kwargs)
             return handle.leave(super().forward(x, *args, **kwargs), trace)
         _refuse_mask(args, kwargs)
-        reducer = handle.reducer
-        if before is not None:
-            assignment = reducer.assign(self._foresee(x, trace, needed(reducer, before)), before.keep)
+        if before is not None and reducer is not None:
+            evidence = self._foresee(x, trace, bias, needed(reducer, before))
+            assignment = reducer.assign(evidence, before.keep)
             x = assignment.apply(x, trace.size_BN, plan.num_prefix)
-            trace = trace.then(index, assignment, reducer)
+            trace = trace.then(index, assignment)
+            bias = trace.bias(x.dtype)
         normed = self.norm_tokens(x)
-        bias = trace.bias(x.dtype)
         if prefix_only:
             x, query_rows = x[:, : plan.num_prefix], normed[:, : plan.num_prefix]
             key, value = self.project(normed, 1, 3)
             (query,) = self.project(query_rows, 0, 1)
             x = x + self.attend(query, key, value, bias, query_rows)
-        elif inside is not None and reducer.drops_queries:
+        elif inside is not None and reducer is not None and reducer.drops_queries:
             key, value = self.project(normed, 1, 3)
             evidence = self._evidence(x, trace, key=key, bias=bias)
             if needed(reducer, inside) == "cls_row":
@@ -131,15 +138,15 @@ class ReducedBlock(nn.Module):
             x, query_rows = take(x, rows), take(normed, rows)
             (query,) = self.project(query_rows, 0, 1)
             x = x + self.attend(query, key, value, bias, query_rows)
-            trace = trace.then(index, assignment, reducer)
+            trace = trace.then(index, assignment)
         else:
             query, key, value = self.project(normed, 0, 3)
             x = x + self.attend(query, key, value, bias, normed)
-            if inside is not None:
+            if inside is not None and reducer is not None:
                 evidence = self._evidence(x, trace, query, key, bias)
                 assignment = reducer.assign(evidence, inside.keep)
                 x = assignment.apply(x, trace.size_BN, plan.num_prefix)
-                trace = trace.then(index, assignment, reducer)
+                trace = trace.then(index, assignment)
         return handle.leave(self.feed_forward(x), trace)
 
     def _evidence(
@@ -163,11 +170,11 @@ class ReducedBlock(nn.Module):
             previous_BN=trace.score_BN,
         )
 
-    def _foresee(self, x: Tensor, trace: Trace, needs: str) -> Evidence:
+    def _foresee(self, x: Tensor, trace: Trace, bias: Tensor | None, needs: Needs) -> Evidence:
         """Evidence before the block: the queries and keys that this block would give to the incoming tokens."""
         if needs in ("nothing", "hidden"):
             return self._evidence(x, trace)
-        normed, bias = self.norm_tokens(x), trace.bias(x.dtype)
+        normed = self.norm_tokens(x)
         if needs == "attention":
             return self._evidence(x, trace, *self.project(normed, 0, 2), bias)
         (key,) = self.project(normed, 1, 2)

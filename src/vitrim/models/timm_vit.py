@@ -1,22 +1,24 @@
 """Adapter for timm's `VisionTransformer` and `VisionTransformerDistilled` built on the standard `Block`."""
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from timm.layers import Attention
+from timm.models._features import feature_take_indices
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..errors import UnsupportedModelError
+from ..errors import ScoreError, UnsupportedModelError, VitrimError
 from ..tokens import Plan, Reducer
-from .adapter import Adapter, BlockShape, Geometry, Macs, block_macs
-from .attach import Handle, exporting
+from .adapter import Adapter, BlockShape, Geometry, Macs, block_macs, needed
+from .attach import Handle
 from .reduced import ReducedBlock
+from .sublayers import RemovedBranch
 
 
 class ReducedTimmBlock(ReducedBlock, Block):
@@ -26,7 +28,9 @@ class ReducedTimmBlock(ReducedBlock, Block):
         return self.norm1(x_BTC)
 
     def project(self, normed_BTC: Tensor, first: int, last: int) -> tuple[Tensor, ...]:
-        attn = self.attn
+        attn: Any = self.attn
+        if isinstance(attn, RemovedBranch):  # Nothing is projected, and nothing attends.
+            return (normed_BTC.new_empty(normed_BTC.shape[0], 1, normed_BTC.shape[1], 0),) * (last - first)
         part = slice(first * attn.attn_dim, last * attn.attn_dim)
         if type(attn.qkv) is nn.Linear:
             bias = attn.qkv.bias
@@ -39,6 +43,8 @@ class ReducedTimmBlock(ReducedBlock, Block):
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, normed_BQC: Tensor) -> Tensor:
         attn = self.attn
+        if isinstance(attn, RemovedBranch):
+            return self.drop_path1(self.ls1(attn(normed_BQC)))
         dropout = attn.attn_drop.p if self.training else 0.0
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout)
         out = attn.norm(out.transpose(1, 2).flatten(2))
@@ -51,7 +57,8 @@ class ReducedTimmBlock(ReducedBlock, Block):
 
     @property
     def head_scale(self) -> float:
-        return self.attn.head_dim**-0.5
+        attn: Any = self.attn
+        return 1.0 if isinstance(attn, RemovedBranch) else attn.head_dim**-0.5
 
 
 class _ReducedModel(nn.Module):
@@ -59,53 +66,49 @@ class _ReducedModel(nn.Module):
 
     vitrim_handle: Handle
 
-    def forward(self, *args: object, **kwargs: object) -> Tensor:
-        out = super().forward(*args, **kwargs)
-        if exporting():
-            self.vitrim_handle.forget()
-        return out
+    def forward_features(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
+        return self.vitrim_handle.finish(super().forward_features(x, *args, **kwargs))
 
     def pool(self, x: Tensor, pool_type: str | None = None) -> Tensor:
         kind = self.global_pool if pool_type is None else pool_type
-        trace = self.vitrim_handle.last_trace(x.shape[1])
-        grown = trace is not None and any(a.moved_BR is not None for _, a in trace.assignments)
-        if trace is None or not grown or kind not in ("avg", "avgmax", "map"):
+        trace = self.vitrim_handle.trace_at_head(x)
+        if self.vitrim_handle.cls_only and kind not in ("", "token"):
+            raise VitrimError(f"cls_only leaves no patch tokens to pool by {kind!r}; attach again without it")
+        if trace is None or trace.size_BN is None or kind not in ("avg", "avgmax", "map"):
             return super().pool(x, pool_type)
-        prefix = self.num_prefix_tokens
-        size = trace.state().size.to(x.dtype)
-        if self.pool_include_prefix:
-            size = F.pad(size, (prefix, 0), value=1.0)
-        else:
-            x = x[:, prefix:]
         if self.attn_pool is not None:
-            mask = size.log()[:, None, None, :] if self.vitrim_handle.reducer.tracks_size else None
-            return self.attn_pool(x, attn_mask=mask)
-        mean = (x * size.unsqueeze(2)).sum(1) / size.sum(1, keepdim=True)
-        return mean if kind == "avg" else 0.5 * (x.amax(1) + mean)
+            bias = trace.bias(x.dtype)
+            first = 0 if self.pool_include_prefix else self.num_prefix_tokens
+            return self.attn_pool(x[:, first:], attn_mask=None if bias is None else bias[..., first:])
+        size = trace.size_BN.to(torch.promote_types(x.dtype, torch.float32))
+        size = F.pad(size, (self.num_prefix_tokens, 0), value=float(self.pool_include_prefix))
+        mean = (x * (size / size.sum(1, keepdim=True)).to(x.dtype).unsqueeze(2)).sum(1)
+        return mean if kind == "avg" else 0.5 * (super().pool(x, "max") + mean)
 
-    def forward_intermediates(self, x: Tensor, *args: object, output_fmt: str = "NCHW", **kwargs: object) -> object:
+    def forward_intermediates(
+        self, x: Tensor, indices: int | list[int] | None = None, *args: Any, output_fmt: str = "NCHW", **kwargs: Any
+    ) -> Any:
         """As timm's; with output_fmt="NCHW" each map is spread over the whole grid, zero where a token was dropped."""
         if output_fmt != "NCHW":
-            return super().forward_intermediates(x, *args, output_fmt=output_fmt, **kwargs)
+            return super().forward_intermediates(x, indices, *args, output_fmt=output_fmt, **kwargs)
+        if self.vitrim_handle.cls_only:
+            raise VitrimError("cls_only computes no map of patch tokens; attach again without it")
         grid = self.patch_embed.dynamic_feat_size(tuple(x.shape[-2:]))
-        out = super().forward_intermediates(x, *args, output_fmt="NLC", **kwargs)
-        counts = self.vitrim_handle.plan(grid[0] * grid[1]).token_counts
+        out = super().forward_intermediates(x, indices, *args, output_fmt="NLC", **kwargs)
+        blocks = sorted(set(feature_take_indices(len(self.blocks), indices)[0]))
+        trace = self.vitrim_handle.last_trace()
 
-        def spread(tokens: Tensor) -> Tensor:
-            block = counts.index(tokens.shape[1] + self.num_prefix_tokens)
-            full = self.vitrim_handle.states[block].spread(tokens)
-            return full.transpose(1, 2).unflatten(2, grid).contiguous()
+        def spread(block: int, tokens: Any) -> Any:
+            if isinstance(tokens, tuple):
+                return spread(block, tokens[0]), tokens[1]
+            return trace.state(block).spread(tokens).transpose(1, 2).unflatten(2, grid).contiguous()
 
-        def each(item: object) -> object:
-            if isinstance(item, tuple):
-                return spread(item[0]), item[1]
-            return spread(item) if isinstance(item, Tensor) else item
+        def maps(features: list[Any]) -> list[Any]:
+            return [spread(block, tokens) for block, tokens in zip(blocks, features, strict=True)]
 
         if isinstance(out, dict):
-            return {**out, "image_intermediates": [each(item) for item in out["image_intermediates"]]}
-        if isinstance(out, tuple):
-            return out[0], [each(item) for item in out[1]]
-        return [each(item) for item in out]
+            return {**out, "image_intermediates": maps(out["image_intermediates"])}
+        return (out[0], maps(out[1])) if isinstance(out, tuple) else maps(out)
 
 
 class ReducedVisionTransformer(_ReducedModel, VisionTransformer):
@@ -114,6 +117,18 @@ class ReducedVisionTransformer(_ReducedModel, VisionTransformer):
 
 class ReducedVisionTransformerDistilled(_ReducedModel, VisionTransformerDistilled):
     """`VisionTransformerDistilled` with a reduction attached."""
+
+
+class _Ends(nn.Module):
+    """What lies before and after the blocks of a model, as one call."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, image: Tensor, tokens: Tensor) -> None:
+        self.model.patch_embed(image)
+        self.model.forward_head(tokens)
 
 
 class TimmViT(Adapter):
@@ -131,14 +146,15 @@ class TimmViT(Adapter):
     def claims(self, model: nn.Module) -> bool:
         return isinstance(model, VisionTransformer)
 
-    def check(self, model: nn.Module) -> None:
+    def check(self, model: Any) -> None:
         if type(model) not in (*self._reduced, *self._reduced.values()):
             raise UnsupportedModelError(
                 f"{type(model).__qualname__} overrides parts of VisionTransformer that the {self.name} adapter "
                 f"cannot keep; it covers {self.covers}"
             )
         for index, block in enumerate(model.blocks):
-            for part, known in ((block, (Block, ReducedTimmBlock)), (getattr(block, "attn", None), (Attention,))):
+            attn = getattr(block, "attn", None)
+            for part, known in ((block, (Block, ReducedTimmBlock)), (attn, (Attention, RemovedBranch))):
                 if type(part) not in known:
                     raise UnsupportedModelError(
                         f"blocks.{index} holds a {type(part).__name__}, which the {self.name} adapter cannot cut; "
@@ -160,23 +176,33 @@ class TimmViT(Adapter):
             input_size=(model.in_chans, height, width),
         )
 
-    def blocks(self, model: nn.Module) -> Sequence[nn.Module]:
+    def blocks(self, model: Any) -> Sequence[nn.Module]:
         return list(model.blocks)
 
     def reduced_class(self, module: nn.Module) -> type[nn.Module]:
         return self._reduced[type(module)]
 
-    def macs(self, model: nn.Module, plan: Plan, reducer: Reducer | None) -> Macs:
+    def check_plan(self, model: nn.Module, plan: Plan, reducer: Reducer) -> None:
+        for cut in plan.cuts:
+            reads = needed(reducer, cut)
+            if isinstance(model.blocks[cut.block].attn, RemovedBranch) and reads not in ("nothing", "hidden"):
+                raise ScoreError(
+                    f"the attention of block {cut.block} was removed, so it gives no {reads} to choose "
+                    "tokens by; cut at another block or use TopK(score='norm')"
+                )
+
+    def macs(self, model: Any, plan: Plan, reducer: Reducer | None) -> Macs:
         total = self._ends(model, plan)
         tokens = plan.num_patches + plan.num_prefix
         for index, (block, leaving) in enumerate(zip(model.blocks, plan.token_counts, strict=True)):
             attn = block.attn
+            removed = isinstance(attn, RemovedBranch)
             shape = BlockShape(
-                width=attn.qkv.in_features,
-                attn_dim=attn.attn_dim,
-                head_dim=attn.head_dim,
+                width=model.embed_dim,
+                attn_dim=0 if removed else attn.attn_dim,
+                head_dim=0 if removed else attn.head_dim,
                 mlp_macs=sum(m.in_features * m.out_features for m in block.mlp.modules() if isinstance(m, nn.Linear)),
-                gate=attn.gate is not None,
+                gate=not removed and attn.gate is not None,
             )
             prefix_only = plan.prefix_only and index == plan.depth - 1
             cuts = plan.cut(index, "before"), plan.cut(index, "inside")
@@ -186,13 +212,17 @@ class TimmViT(Adapter):
 
     def _ends(self, model: nn.Module, plan: Plan) -> Macs:
         """Patch embedding and head, whose modules are foreign: counted by PyTorch on tensors without storage."""
-        param = next(model.parameters())
-        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-            image = torch.empty(1, *self.geometry(model).input_size, device=param.device, dtype=param.dtype)
-            tokens = torch.empty(1, plan.token_counts[-1], model.embed_dim, device=param.device, dtype=param.dtype)
-            with FlopCounterMode(display=False) as counter:
-                model.patch_embed(image)
-                model.forward_head(tokens)
+        ends = _Ends(model)
+        state = {
+            name: torch.empty_like(tensor, device="meta")
+            for name, tensor in (*ends.named_parameters(), *ends.named_buffers())
+            if not name.startswith("model.blocks.")
+        }
+        dtype = next(model.parameters()).dtype
+        image = torch.empty(1, *self.geometry(model).input_size, device="meta", dtype=dtype)
+        tokens = torch.empty(1, plan.token_counts[-1], model.embed_dim, device="meta", dtype=dtype)
+        with FlopCounterMode(display=False) as counter:
+            functional_call(ends, state, (image, tokens))
         counts = counter.get_flop_counts().get("Global", {})
         products = sum(flops for op, flops in counts.items() if "bmm" in str(op) or "attention" in str(op))
         return Macs((counter.get_total_flops() - products) // 2, products // 2)

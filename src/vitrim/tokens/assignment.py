@@ -5,7 +5,7 @@ slot, M tokens leaving, C channels. Prefix tokens are never part of an assignmen
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ def take(x_BNC: Tensor, index_BK: Tensor) -> Tensor:
     num_images, num_tokens = x_BNC.shape[0], x_BNC.shape[1]
     start_B1 = torch.arange(num_images, device=x_BNC.device).unsqueeze(1) * num_tokens
     rows = x_BNC.flatten(0, 1).index_select(0, (index_BK + start_B1).flatten())
-    return rows.unflatten(0, (num_images, index_BK.shape[1]))
+    return rows.reshape(num_images, index_BK.shape[1], x_BNC.shape[2])
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,10 +52,9 @@ class Assignment:
         """`moved_BR` join the kept tokens in `slot_BR`, as a mean weighted by size."""
         return cls(num_in, kept_BK.shape[1], kept_BK, moved_BR, slot_BR)
 
-    @property
-    def merges(self) -> bool:
-        """True when moved tokens join kept ones (ToMe), rather than one appended token or nothing."""
-        return self.moved_BR is not None and self.weight_BR is None
+    def detach(self) -> "Assignment":
+        """The same cut without the graph of its weights."""
+        return self if self.weight_BR is None else replace(self, weight_BR=self.weight_BR.detach())
 
     def rows(self, num_prefix: int) -> Tensor:
         """Rows of the whole sequence that keep a slot, prefix first: (B, P + K)."""
@@ -76,16 +75,16 @@ class Assignment:
             fused = self.weight_BR.to(moved.dtype).unsqueeze(1) @ moved
             return torch.cat([kept, fused], dim=1)
         if size_BN is None:
-            size_BN = x_BNC.new_ones(x_BNC.shape[0], self.num_in)
-        size_BN = size_BN.to(x_BNC.dtype)
-        moved = take(x_BNC, self.moved_BR + num_prefix) * size_BN.gather(1, self.moved_BR).unsqueeze(2)
-        kept_size = size_BN.gather(1, self.kept_BK)
+            size_BN = torch.ones(x_BNC.shape[0], self.num_in, device=x_BNC.device)
+        # Half precision cannot count above 256, nor add up many small shares: merge in float32 at least.
+        size_BN = size_BN.to(torch.promote_types(x_BNC.dtype, torch.float32))
         new_size = self.size(size_BN)
-        # Only slots that receive something may change, so that an untouched token stays bit-equal.
-        scale = torch.nn.functional.pad(kept_size / new_size, (num_prefix, 0), value=1.0)
-        share = moved / new_size.gather(1, self.slot_BR).unsqueeze(2)
-        index = (self.slot_BR + num_prefix).unsqueeze(2).expand_as(share)
-        return (kept * scale.unsqueeze(2)).scatter_add(1, index, share.to(kept.dtype))
+        # A token that nothing joins is multiplied by one, so it stays bit-equal.
+        scale = torch.nn.functional.pad(size_BN.gather(1, self.kept_BK) / new_size, (num_prefix, 0), value=1.0)
+        share = size_BN.gather(1, self.moved_BR) / new_size.gather(1, self.slot_BR)
+        moved = take(x_BNC, self.moved_BR + num_prefix) * share.unsqueeze(2)
+        index = (self.slot_BR + num_prefix).unsqueeze(2).expand_as(moved)
+        return (kept * scale.unsqueeze(2)).scatter_add(1, index, moved).to(x_BNC.dtype)
 
     def size(self, size_BN: Tensor) -> Tensor:
         """Input tokens behind each outgoing token, (B, M), from those behind each incoming one."""

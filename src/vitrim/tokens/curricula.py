@@ -6,6 +6,7 @@ figures, so that a resumed run follows the same path. To add one, subclass `Curr
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from math import cos, pi
 from typing import Literal
 
@@ -137,7 +138,7 @@ class Adaptive(Curriculum):
             return min(max((1 - history[-1]["attention_entropy"]) / self._threshold, 0.0), 1.0)
         strength = 0.0
         losses = [figures["val_loss"] for figures in history if "val_loss" in figures]
-        for before, after in zip(losses, losses[1:], strict=False):
+        for before, after in pairwise(losses):
             fell = (before - after) / max(abs(before), 1e-12)
             if fell >= self._threshold:
                 strength = min(1.0, strength + self.step)

@@ -22,7 +22,7 @@ class Reducer:
 
     extra_tokens: ClassVar[int] = 0
     """Tokens appended by a cut beside the kept ones."""
-    tracks_size: ClassVar[bool] = False
+    prop_attn: ClassVar[bool] = False
     """Whether log(size) enters the attention logits after a cut."""
 
     def __init_subclass__(cls) -> None:
@@ -60,9 +60,17 @@ class Reducer:
         raise NotImplementedError
 
 
+def ranking(score_BN: Tensor) -> Tensor:
+    """Indices of (B, N) scores from the highest to the lowest; ties go to the lower index."""
+    if torch.compiler.is_exporting():
+        # ONNX knows no stable sort, but its own operator breaks ties by index anyway.
+        return score_BN.sort(dim=1, descending=True).indices
+    return score_BN.sort(dim=1, descending=True, stable=True).indices
+
+
 def order_by(score_BN: Tensor, keep: int) -> tuple[Tensor, Tensor]:
     """Indices of the `keep` highest scores and of the rest, each ascending; ties go to the lower index."""
-    order_BN = score_BN.sort(dim=1, descending=True, stable=True).indices
+    order_BN = ranking(score_BN)
     return order_BN[:, :keep].sort(dim=1).values, order_BN[:, keep:].sort(dim=1).values
 
 
@@ -97,6 +105,8 @@ class TopK(Reducer):
             raise ScoreError(f"momentum lies in [0, 1), not {self.momentum}")
         if self.shallow is not None and self.shallow < 0:
             raise ScoreError(f"shallow is a block index, 0 or more, not {self.shallow}")
+        if self.shallow is not None and self.normalise and self.fuse is not None:
+            raise ScoreError("normalise and shallow carry scores that can be negative and cannot weigh a fused token")
 
     @property
     def extra_tokens(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -119,13 +129,14 @@ class TopK(Reducer):
 
     def assign(self, evidence: Evidence, keep: int) -> Assignment:
         previous = evidence.previous_BN
-        fresh = previous is None or self.reads_evidence(evidence.block)
-        raw = find_score(self.score).compute(evidence) if fresh or previous is None else previous
-        score = raw
-        if fresh and self.normalise:
-            score = (raw - raw.mean(1, keepdim=True)) / raw.std(1, keepdim=True, correction=0).clamp(min=1e-12)
-        if fresh and previous is not None and self.momentum > 0:
-            score = self.momentum * previous + (1 - self.momentum) * score
+        if previous is None or self.reads_evidence(evidence.block):
+            raw = score = find_score(self.score).compute(evidence)
+            if self.normalise:
+                score = (raw - raw.mean(1, keepdim=True)) / raw.std(1, keepdim=True, correction=0).clamp(min=1e-12)
+            if previous is not None:
+                score = self.momentum * previous + (1 - self.momentum) * score
+        else:
+            raw = score = previous
         kept, rest = order_by(score.detach(), keep)
         if self.fuse is None:
             return Assignment.drop(evidence.num_patches, kept, score.detach())
@@ -147,11 +158,7 @@ class ToMe(Reducer):
         prop_attn: add log(size) to the attention logits of later blocks.
     """
 
-    prop_attn: bool = True
-
-    @property
-    def tracks_size(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.prop_attn
+    prop_attn: bool = True  # pyright: ignore[reportIncompatibleVariableOverride]
 
     @property
     def needs(self) -> Needs:
@@ -167,14 +174,15 @@ class ToMe(Reducer):
         num_tokens = evidence.num_patches
         num_moved = num_tokens - keep
         metric = evidence.key[:, :, evidence.num_prefix :].detach().mean(1)
-        metric = metric / metric.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(metric.dtype).tiny)
+        metric = torch.nn.functional.normalize(metric, dim=-1, eps=torch.finfo(metric.dtype).tiny)
         similarity, partner = (metric[:, ::2] @ metric[:, 1::2].transpose(1, 2)).max(dim=2)
-        edge = similarity.sort(dim=1, descending=True, stable=True).indices[:, :num_moved]
+        edge = ranking(similarity)[:, :num_moved]
         moved = edge * 2
         joined = partner.gather(1, edge) * 2 + 1
         # Survivors in their original order, and the slot of each odd token among them.
         lost = torch.zeros(moved.shape[0], num_tokens, dtype=torch.bool, device=moved.device)
         lost = lost.scatter(1, moved, torch.ones_like(moved, dtype=torch.bool))
-        kept = lost.to(torch.uint8).sort(dim=1, stable=True).indices[:, :keep]
+        own = torch.arange(num_tokens, device=moved.device)
+        kept = torch.where(lost, num_tokens, own).sort(dim=1).values[:, :keep]
         slot = (~lost).long().cumsum(1) - 1
         return Assignment.merge(num_tokens, kept, moved, slot.gather(1, joined))

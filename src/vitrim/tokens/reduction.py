@@ -31,7 +31,7 @@ class Reduction:
         if self.phase not in ("both", "train", "eval"):
             raise ScheduleError(f"phase is 'both', 'train' or 'eval', not {self.phase!r}")
         curriculum, schedule = self.curriculum, self.schedule
-        if isinstance(curriculum, Polynomial) and isinstance(schedule, KeepRate) and curriculum.final != 1:
+        if isinstance(curriculum, Polynomial) and isinstance(schedule, KeepRate) and curriculum.final != 1:  # noqa: SIM102
             if abs(1 - schedule.rate - curriculum.final) > 1e-9:
                 raise ScheduleError(
                     f"Polynomial ends at drop ratio {curriculum.final}, but KeepRate({schedule.rate}) drops "
@@ -50,12 +50,12 @@ class Reduction:
 
     @classmethod
     def parse(cls, text: str, phase: Phase = "both") -> "Reduction":
-        """Read `reducer @ schedule` or `reducer @ schedule @ curriculum`; errors name what is wrong and what is known."""
+        """Read `reducer @ schedule` or `reducer @ schedule @ curriculum`; errors say what is wrong and known."""
         try:
             tree = ast.parse(text.strip(), mode="eval").body
         except SyntaxError as error:
             raise ScheduleError(f"cannot read {text!r} as a reduction: {error.msg}; {_EXAMPLE}") from None
-        parts: list[Part] = []
+        parts: list[object] = []
         while isinstance(tree, ast.BinOp) and isinstance(tree.op, ast.MatMult):
             parts.insert(0, _build(tree.right, text))
             tree = tree.left

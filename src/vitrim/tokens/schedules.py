@@ -33,7 +33,7 @@ class Cut:
 
 @dataclass(frozen=True)
 class Plan:
-    """A schedule carried out for one number of tokens. Counts of patch tokens in `cuts`, all tokens in `token_counts`."""
+    """A schedule carried out for one number of tokens: `cuts` count patch tokens, `token_counts` all tokens."""
 
     num_patches: int
     num_prefix: int

@@ -4,8 +4,12 @@ A score reads an `Evidence` and returns (B, N). Its `needs` says what the block 
 that nothing else is computed. To add one, write the function under `@score(...)`; nothing else changes.
 """
 
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# (torch leaves an argument of Tensor.norm untyped.)
+
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import log
 from typing import Literal
 
 import torch
@@ -134,8 +138,7 @@ def attention_entropy(e: Evidence) -> Tensor:
     def negentropy(attention_BTT: Tensor) -> Tensor:
         rows = attention_BTT[:, e.num_prefix :]
         entropy = -(rows * rows.clamp(min=torch.finfo(rows.dtype).tiny).log()).sum(-1)
-        most = torch.tensor(float(rows.shape[-1]), dtype=rows.dtype, device=rows.device).log()
-        return (most - entropy).clamp(min=0)
+        return (log(rows.shape[-1]) - entropy).clamp(min=0)
 
     return e.mean_over_heads(negentropy)
 
@@ -173,4 +176,4 @@ def random(e: Evidence) -> Tensor:
     # A draw that depends on the image's place in the batch would make results depend on the batch size.
     index = torch.arange(e.num_patches, device=like.device, dtype=torch.float64)
     draw = ((index * 12.9898 + (e.block + 1) * 78.233).sin() * 43758.5453).frac().abs()
-    return draw.float().expand(like.shape[0], -1)
+    return draw.to(torch.promote_types(like.dtype, torch.float32)).expand(like.shape[0], -1)

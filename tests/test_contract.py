@@ -1,0 +1,272 @@
+"""The ten laws of a reduction, for every reducer and schedule on every model that an adapter covers."""
+
+import copy
+import pickle
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import vitrim
+from references import REDUCER_REFERENCES, SCORE_REFERENCES, reduced_vit
+from vitrim.errors import VitrimError
+from vitrim.models import ADAPTERS, Handle, find_adapter
+from vitrim.tokens import REDUCERS, SCHEDULES, SCORES, Reducer, Schedule
+from zoo import MODELS, ZOO, build, images
+
+# A reducer without an entry takes part as its defaults make it.
+VARIANTS: dict[str, list[Reducer]] = {
+    "TopK": [vitrim.TopK(), vitrim.TopK(fuse="sum"), vitrim.TopK("norm", fuse="mean")],
+    "ToMe": [vitrim.ToMe(), vitrim.ToMe(prop_attn=False)],
+}
+SCHEDULE_OF: dict[str, Schedule] = {
+    "PowerLaw": vitrim.PowerLaw(0.6, 1.5),
+    "KeepRate": vitrim.KeepRate(0.6, at=(0, 2)),
+    "Stages": vitrim.Stages({0: 0.8, 1: 0.5}),
+    "ConstantR": vitrim.ConstantR(4),
+    "Counts": vitrim.Counts((25, 14, 9)),
+    "Budget": vitrim.Budget(0.8),
+}
+REDUCTIONS = [reducer for name in REDUCERS for reducer in VARIANTS.get(name, [REDUCERS[name]()])]
+each_model = pytest.mark.parametrize(("adapter", "name"), MODELS, ids=[name for _, name in MODELS])
+each_reducer = pytest.mark.parametrize("reducer", REDUCTIONS, ids=str)
+
+
+def suited(reducer: Reducer, model: nn.Module) -> Reducer:
+    """The reducer with a score that a model without CLS can supply."""
+    if reducer.needs == "cls_row" and not find_adapter(model).geometry(model).has_cls:
+        return replace(reducer, score="mean_attention")
+    return reducer
+
+
+def each_schedule(model: nn.Module, reducer: Reducer) -> Iterator[Handle]:
+    """A handle for each schedule, and for both places where a schedule leaves the place open."""
+    for schedule in SCHEDULE_OF.values():
+        shape = vitrim.Budget(0.8, shape=vitrim.PowerLaw(1.0, place="before"))
+        moved = shape if isinstance(schedule, vitrim.Budget) else replace(schedule, place="before")
+        for placed in dict.fromkeys((schedule, moved)):
+            with vitrim.attach(model, suited(reducer, model), placed) as handle:
+                yield handle
+
+
+def test_every_entry_of_every_table_takes_part() -> None:
+    assert {adapter.name for adapter in ADAPTERS} == set(ZOO)
+    assert set(SCHEDULE_OF) == set(SCHEDULES)
+    assert set(REDUCER_REFERENCES) == set(REDUCERS)
+    assert set(SCORE_REFERENCES) == set(SCORES)
+    for adapter, name in MODELS:
+        assert find_adapter(build(adapter, name)).name == adapter
+
+
+@each_reducer
+@each_model
+def test_law_1_nothing_to_drop_is_bit_equal(adapter: str, name: str, reducer: Reducer) -> None:
+    model, x = build(adapter, name), images()
+    dense = model(x)
+    for schedule in (vitrim.KeepRate(1.0), vitrim.PowerLaw(0.0), vitrim.ConstantR(0)):
+        with vitrim.attach(model, suited(reducer, model), schedule):
+            assert torch.equal(model(x), dense)
+            assert torch.equal(model.forward_features(x), model.forward_features(x))
+
+
+@each_model
+def test_law_1_prefix_only_last_block_leaves_logits_alone(adapter: str, name: str) -> None:
+    model, x = build(adapter, name).double(), images(dtype=torch.float64)
+    if find_adapter(model).geometry(model).head != "prefix":
+        with pytest.raises(VitrimError, match="cls_only needs a head that reads CLS"):
+            vitrim.attach(model, cls_only=True)
+        return
+    reduction = "TopK(cls_attention) @ KeepRate(0.6, at=(0, 2))"
+    with vitrim.attach(model, reduction):
+        reduced = model(x)
+    dense = model(x)
+    with vitrim.attach(model, cls_only=True) as handle:
+        assert (model(x) - dense).abs().max() < 1e-12
+        assert handle.token_counts[-1] == model.num_prefix_tokens
+    with vitrim.attach(model, reduction, cls_only=True):
+        # The cut inside the last block acts on the MLP of patch tokens alone, which nothing reads.
+        assert (model(x) - reduced).abs().max() < 1e-12
+
+
+@each_reducer
+@each_model
+def test_laws_2_3_4_prefix_counts_and_sizes(adapter: str, name: str, reducer: Reducer) -> None:
+    model, x = build(adapter, name), images()
+    before: dict[int, Tensor] = {}
+    after: dict[int, Tensor] = {}
+    for index, block in enumerate(model.blocks):
+        block.register_forward_pre_hook(lambda _, args, i=index: before.__setitem__(i, args[0]))
+        block.norm1.register_forward_pre_hook(lambda _, args, i=index: after.__setitem__(i, args[0]))
+    lengths: list[int] = []
+    for block in model.blocks:
+        block.register_forward_hook(lambda _, args, out: lengths.append(out.shape[1]))
+    prefix = model.num_prefix_tokens
+    for handle in each_schedule(model, reducer):
+        lengths.clear()
+        model(x)
+        assert tuple(lengths) == handle.token_counts
+        assert len(set(lengths)) > 1, "the schedule must cut something here"
+        for cut in handle.plan().cuts:
+            if cut.place == "before":
+                assert torch.equal(before[cut.block][:, :prefix], after[cut.block][:, :prefix])
+                assert after[cut.block].shape[1] == prefix + cut.num_out
+        for state, length in zip(handle.states, lengths, strict=True):
+            num_slots = length - prefix
+            assert state.size.shape == (len(x), num_slots)
+            assert state.origin.min() >= -1
+            for origin, size in zip(state.origin, state.size, strict=True):
+                behind = torch.bincount(origin[origin >= 0], minlength=num_slots)
+                assert torch.equal(behind.float(), size), "every slot stands for as many tokens as point at it"
+                assert size.min() >= 1
+            if isinstance(reducer, vitrim.ToMe) or reducer.extra_tokens:
+                assert torch.equal(state.size.sum(1), torch.full((len(x),), float(state.origin.shape[1])))
+
+
+@each_reducer
+@each_model
+def test_laws_5_and_6_remove_deepcopy_pickle(adapter: str, name: str, reducer: Reducer) -> None:
+    model, x = build(adapter, name), images()
+    dense, classes = model(x), [type(module) for module in model.modules()]
+    keys, attributes = list(model.state_dict()), {n: set(vars(m)) for n, m in model.named_modules()}
+    handle = vitrim.attach(model, suited(reducer, model), vitrim.KeepRate(0.6, at=(0, 2)))
+    reduced = model(x)
+    assert list(model.state_dict()) == keys
+    twin, thawed = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+    handle.remove()
+    handle.remove()
+    assert torch.equal(model(x), dense)
+    assert [type(module) for module in model.modules()] == classes
+    assert {n: set(vars(m)) for n, m in model.named_modules()} == attributes
+    for other in (twin, thawed):
+        own = vitrim.attached(other)
+        assert own is not None
+        assert own.model is other
+        assert torch.equal(other(x), reduced)
+        assert len(own.states) == len(handle.token_counts)
+        own.remove()
+        assert torch.equal(other(x), dense)
+
+
+@each_reducer
+@pytest.mark.parametrize("name", ["vit", "dinov2_registers", "siglip"])
+def test_law_7_gradients_survive_recomputation(name: str, reducer: Reducer) -> None:
+    model, x, other = build("timm-vit", name).double(), *(images(dtype=torch.float64, seed=s) for s in (1, 2))
+
+    def gradients() -> list[Tensor]:
+        model.zero_grad()
+        (model(x).square().sum() + model(other).sum()).backward()  # Two passes before one backward.
+        return [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+
+    reducer = suited(reducer, model)
+    with vitrim.attach(model, reducer, vitrim.KeepRate(0.6, at=(0, 1))) as handle:
+        plain = gradients()
+        seen = handle.states
+        model.set_grad_checkpointing()
+        recomputed = gradients()
+        assert all(torch.equal(a.origin, b.origin) for a, b in zip(handle.states, seen, strict=True))
+    assert len(plain) == len(recomputed) > 30
+    for a, b in zip(plain, recomputed, strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-12, atol=1e-12)
+
+
+@each_reducer
+@pytest.mark.parametrize("name", ["deit_distilled", "gap"])
+def test_law_8_full_graph_compile(name: str, reducer: Reducer) -> None:
+    model, x = build("timm-vit", name), images()
+    torch._dynamo.reset()
+    with vitrim.attach(model, suited(reducer, model), vitrim.KeepRate(0.6, at=(0, 2))), torch.no_grad():
+        compiled = torch.compile(model, fullgraph=True, backend="eager")
+        torch.testing.assert_close(compiled(x), model(x))
+
+
+def test_law_8_compile_with_inductor() -> None:
+    model, x = build("timm-vit", "vit"), images()
+    model.blocks = model.blocks[:1]
+    torch._dynamo.reset()
+    with vitrim.attach(model, vitrim.TopK(fuse="sum"), vitrim.KeepRate(0.6, at=(0,))), torch.no_grad():
+        torch.testing.assert_close(torch.compile(model, fullgraph=True)(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+EXPORTED = [("vit", reducer) for reducer in REDUCTIONS] + [("gap", vitrim.ToMe()), ("vit", vitrim.TopK("random"))]
+
+
+@pytest.mark.parametrize(("name", "reducer"), EXPORTED, ids=str)
+def test_law_8_export_and_onnx_with_another_batch_size(
+    name: str, reducer: Reducer, tmp_path: pytest.TempPathFactory
+) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model, x = build("timm-vit", name), images(2)
+    batch = {0: torch.export.Dim("batch", min=1, max=64)}
+    with vitrim.attach(model, suited(reducer, model), vitrim.KeepRate(0.6, at=(0, 2))) as handle, torch.no_grad():
+        program = torch.export.export(model, (x,), dynamic_shapes=(batch,))
+        assert handle._last is None, "tensors of the tracer must not stay behind"
+        file = str(tmp_path / "model.onnx")
+        torch.onnx.export(program, (), file, dynamo=True, verbose=False)
+        session = onnxruntime.InferenceSession(file)
+        for count in (1, 5):
+            y = images(count, seed=count)
+            eager = model(y)
+            torch.testing.assert_close(program.module()(y), eager)
+            (out,) = session.run(None, {session.get_inputs()[0].name: y.numpy()})
+            torch.testing.assert_close(torch.from_numpy(out), eager, rtol=1e-4, atol=1e-4)
+
+
+@each_reducer
+@each_model
+def test_law_9_an_image_does_not_depend_on_its_batch(adapter: str, name: str, reducer: Reducer) -> None:
+    model, x = build(adapter, name).double(), images(4, dtype=torch.float64)
+    for schedule in (SCHEDULE_OF["KeepRate"], SCHEDULE_OF["Stages"]):
+        with vitrim.attach(model, suited(reducer, model), schedule) as handle:
+            together = model(x)
+            origin = handle.states[-1].origin
+            for i in (0, 3):
+                assert (model(x[i : i + 1])[0] - together[i]).abs().max() < 1e-12
+                assert torch.equal(handle.states[-1].origin[0], origin[i])
+
+
+def agrees_with_reference(model: nn.Module, reducer: Reducer, schedule: Schedule, *, cls_only: bool = False) -> None:
+    x = images(2, dtype=torch.float64)
+    with vitrim.attach(model, reducer, schedule) as handle:
+        plan = handle.plan()
+    with vitrim.attach(model, reducer, schedule, cls_only=cls_only) as handle:
+        fast = model(x)
+        for image, logits, origin in zip(x, fast, handle.states[-1].origin, strict=True):
+            expected, tokens = reduced_vit(model, image, reducer, plan)
+            assert (logits - expected).abs().max() < 1e-10
+            if not cls_only:
+                for slot, members in enumerate(tokens.members):
+                    assert set((origin == slot).nonzero().flatten().tolist()) == members
+                assert set((origin == -1).nonzero().flatten().tolist()) == tokens.lost
+
+
+@each_reducer
+@each_model
+@pytest.mark.parametrize("place", ["inside", "before"])
+def test_law_10_equals_slow_reference(adapter: str, name: str, reducer: Reducer, place: str) -> None:
+    model = build(adapter, name).double()
+    agrees_with_reference(model, suited(reducer, model), vitrim.KeepRate(0.6, at=(0, 2), place=place))
+
+
+@pytest.mark.parametrize("score", sorted(SCORES))
+@pytest.mark.parametrize("place", ["inside", "before"])
+def test_law_10_every_score(score: str, place: str) -> None:
+    model = build("timm-vit", "dinov2_registers").double()
+    schedule = vitrim.KeepRate(0.6, at=(0, 1), place=place)
+    agrees_with_reference(model, vitrim.TopK(score), schedule)
+    agrees_with_reference(model, vitrim.TopK(score, normalise=True, momentum=0.7, fuse="mean"), schedule)
+
+
+@pytest.mark.parametrize(
+    "reducer", [vitrim.TopK(shallow=0), vitrim.TopK(shallow=0, fuse="sum"), vitrim.TopK("norm", momentum=0.5)], ids=str
+)
+def test_law_10_scores_carried_over_depth(reducer: Reducer) -> None:
+    agrees_with_reference(build("timm-vit", "deit").double(), reducer, vitrim.ConstantR(5))
+
+
+@each_reducer
+@pytest.mark.parametrize("name", ["deit_distilled", "dinov2_registers"])
+def test_law_10_prefix_only(name: str, reducer: Reducer) -> None:
+    schedule = vitrim.KeepRate(0.6, at=(0, 1, 2))
+    agrees_with_reference(build("timm-vit", name).double(), reducer, schedule, cls_only=True)

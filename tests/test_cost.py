@@ -1,0 +1,106 @@
+"""Cost against PyTorch's own FLOP counter on tensors without storage, and against published figures."""
+
+import pytest
+import timm
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import vitrim
+from vitrim.models import find_adapter
+
+MODELS = [
+    "vit_tiny_patch16_224",
+    "deit_small_patch16_224",
+    "deit_base_distilled_patch16_224",
+    "deit3_small_patch16_224",
+    "vit_small_patch14_dinov2",
+    "vit_small_patch14_reg4_dinov2",
+    "vit_base_patch16_clip_224",
+    "vit_base_patch16_siglip_224",
+    "vit_giant_patch14_dinov2",
+    "vit_small_r26_s32_224",
+    "vit_medium_patch16_gap_240",
+]
+REDUCTIONS = [
+    None,
+    "TopK() @ KeepRate(0.7)",
+    "TopK(fuse=sum) @ KeepRate(0.5, place=before)",
+    "TopK(mean_attention) @ PowerLaw(0.6)",
+    "TopK(norm, fuse=mean) @ Stages({4: 0.85, 8: 0.5})",
+    "ToMe() @ ConstantR(4)",
+]
+
+
+def meta(name: str, **options: object) -> nn.Module:
+    with torch.device("meta"):
+        return timm.create_model(name, **options).eval()
+
+
+def counted(model: nn.Module) -> int:
+    """MACs of one image as executed; fused attention is spelled out on tensors without storage."""
+    size = find_adapter(model).geometry(model).input_size
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.empty(1, *size, device="meta"))
+    return counter.get_total_flops() // 2
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_agrees_with_the_flop_counter(name: str) -> None:
+    model = meta(name)
+    geometry = find_adapter(model).geometry(model)
+    for text in REDUCTIONS:
+        if text is None:
+            assert vitrim.cost(model).macs == pytest.approx(counted(model), rel=1e-3)
+            continue
+        if not geometry.has_cls:
+            text = text.replace("TopK()", "TopK(key_norm)").replace("TopK(fuse", "TopK(mean_attention, fuse")
+        for cls_only in {False, geometry.head == "prefix"}:
+            with vitrim.attach(model, text, cls_only=cls_only):
+                assert vitrim.cost(model).macs == pytest.approx(counted(model), rel=1e-3), (text, cls_only)
+
+
+def test_published_figures() -> None:
+    deit = meta("deit_small_patch16_224")
+    assert vitrim.cost(deit).macs / 1e9 == pytest.approx(4.6, abs=0.05)
+    assert vitrim.cost(deit).macs_linear_only / 1e9 == pytest.approx(4.26, abs=0.02)
+    assert vitrim.cost(meta("deit_tiny_patch16_224")).macs / 1e9 == pytest.approx(1.26, abs=0.01)
+    assert vitrim.cost(meta("deit_base_patch16_224")).macs / 1e9 == pytest.approx(17.6, abs=0.1)
+    with vitrim.attach(deit, vitrim.ToMe(), vitrim.ConstantR(13)):
+        assert vitrim.cost(deit).macs / 1e9 == pytest.approx(2.71, abs=0.03)
+    small = meta("vit_small_patch14_dinov2", img_size=224, init_values=None)
+    assert vitrim.cost(small).macs / 1e6 == pytest.approx(6127.2, rel=0.01)
+    with vitrim.attach(small, vitrim.TopK(fuse="sum"), vitrim.KeepRate(0.7, at=(3, 6, 9))):
+        assert vitrim.cost(small).macs / 1e6 == pytest.approx(3963.7, rel=0.01)
+
+
+def test_formula_of_a_standard_block() -> None:
+    model = meta("vit_tiny_patch16_224", depth=1, num_classes=0)
+    n, width = 197, 192
+    block = 3 * n * width**2 + 2 * n**2 * width + n * width**2 + 8 * n * width**2
+    assert vitrim.cost(model).macs == block + 196 * 768 * width
+    assert vitrim.cost(model).macs_linear_only == block - 2 * n**2 * width + 196 * 768 * width
+
+
+def test_prefix_only_last_block_saves_what_it_should() -> None:
+    model = meta("deit_small_patch16_224")
+    dense = vitrim.cost(model)
+    with vitrim.attach(model, cls_only=True):
+        saved = 1 - vitrim.cost(model).macs / dense.macs
+    assert saved == pytest.approx(0.069, abs=0.002)
+    assert vitrim.cost(model) == dense
+    assert dense.params == sum(parameter.numel() for parameter in model.parameters())
+    assert "197 197" in str(dense)
+
+
+def test_follows_the_mode_and_an_earlier_forward_pass_changes_nothing() -> None:
+    model = timm.create_model("vit_base_patch16_siglip_224", img_size=64, embed_dim=24, num_heads=3, depth=4).eval()
+    dense = vitrim.cost(model).macs
+    with vitrim.attach(model, vitrim.ToMe(), vitrim.ConstantR(2), phase="train"):
+        assert vitrim.cost(model).macs == dense
+        model.train()
+        reduced = vitrim.cost(model)
+        assert reduced.macs < dense
+        for batch in (1, 2):
+            model(torch.randn(batch, 3, 64, 64))
+            assert vitrim.cost(model) == reduced

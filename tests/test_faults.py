@@ -1,0 +1,271 @@
+"""Each fault that other implementations show on current libraries, and each way a handle can be misused."""
+
+import gc
+import weakref
+
+import pytest
+import timm
+import torch
+from timm.models.vision_transformer import ParallelScalingBlock
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import vitrim
+from references import reduced_vit
+from vitrim.errors import ScoreError, UnsupportedModelError, VitrimError
+from vitrim.models import attached_instead
+from zoo import SMALL, build, images
+
+CUT = vitrim.KeepRate(0.6, at=(0, 2))
+
+
+@pytest.mark.parametrize("name", ["deit3", "qk_norm", "gated"])
+def test_layer_scale_and_qk_norm_are_not_lost(name: str) -> None:
+    model, x = build("timm-vit", name).double(), images(1, dtype=torch.float64)
+    with vitrim.attach(model, vitrim.ToMe(), vitrim.ConstantR(1)) as handle:
+        expected, _ = reduced_vit(model, x[0], vitrim.ToMe(), handle.plan())
+        assert (model(x)[0] - expected).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("reducer", [vitrim.ToMe(), vitrim.TopK(fuse="sum")], ids=str)
+def test_register_tokens_are_never_merged(reducer: vitrim.tokens.Reducer) -> None:
+    model, x = build("timm-vit", "dinov2_registers"), images(2)
+    with vitrim.attach(model, reducer, vitrim.PowerLaw(1.0, 0.5)) as handle:
+        model(x)
+        assert handle.states[-1].origin.shape == (2, 25)
+        assert model.forward_features(x).shape[1] == model.num_prefix_tokens + handle.states[-1].size.shape[1]
+        assert model.num_prefix_tokens == 5
+
+
+def test_distillation_token_keeps_the_shape() -> None:
+    model, x = build("timm-vit", "deit_distilled"), images(2)
+    with vitrim.attach(model, vitrim.TopK(fuse="sum"), CUT) as handle:
+        assert model(x).shape == (2, 5)
+        assert handle.token_counts == (18, 18, 13)
+
+
+def test_a_patched_model_is_never_left_dense() -> None:
+    for name in ("eva02_tiny_patch14_224", "beit_base_patch16_224", "cait_xxs24_224", "swin_tiny_patch4_window7_224"):
+        with torch.device("meta"):
+            model = timm.create_model(name)
+        with pytest.raises(UnsupportedModelError) as raised:
+            vitrim.attach(model, vitrim.ToMe(), vitrim.ConstantR(4))
+        assert type(model).__name__ in str(raised.value)
+        assert "timm-vit" in str(raised.value)
+
+
+def test_foreign_blocks_and_heads_are_refused_by_name() -> None:
+    parallel = timm.create_model("vit_tiny_patch16_224", **SMALL, block_fn=ParallelScalingBlock)
+    differential = timm.create_model("vit_tiny_patch16_224", **{**SMALL, "embed_dim": 36}, attn_layer="diff")
+    for model, says in (
+        (parallel, "ParallelScalingBlock"),
+        (differential, "DiffAttention"),
+        (nn.Linear(2, 2), "Linear"),
+    ):
+        with pytest.raises(UnsupportedModelError, match=says):
+            vitrim.attach(model, vitrim.ToMe(), vitrim.ConstantR(1))
+        assert vitrim.attached(model) is None
+    compiled = torch.compile(build("timm-vit", "vit"), backend="eager")
+    with pytest.raises(UnsupportedModelError, match="before wrapping or compiling"):
+        vitrim.attach(compiled, vitrim.ToMe(), vitrim.ConstantR(1))
+
+
+@pytest.mark.parametrize("reducer", [vitrim.ToMe(), vitrim.TopK(fuse="mean")], ids=str)
+def test_recomputation_and_forward_features_work(reducer: vitrim.tokens.Reducer) -> None:
+    model, x = build("timm-vit", "vit").train(), images(2)
+    model.set_grad_checkpointing()
+    with vitrim.attach(model, reducer, CUT) as handle:
+        model.forward_features(x).sum().backward()
+        assert model.blocks[0].attn.qkv.weight.grad.abs().sum() > 0
+        assert [state.size.shape[1] for state in handle.states] == [n - 1 for n in handle.token_counts]
+
+
+def test_reentrant_recomputation_is_refused_where_it_would_be_wrong() -> None:
+    model, x = build("timm-vit", "vit"), images(2).requires_grad_()
+    with vitrim.attach(model, vitrim.ToMe(), CUT):
+        y = model._pos_embed(model.patch_embed(x))
+        for block in model.blocks:
+            y = torch.utils.checkpoint.checkpoint(block, y, use_reentrant=True)
+        with pytest.raises(VitrimError, match="use_reentrant=False"):
+            y.sum().backward()
+
+
+def test_batch_of_two_neither_fails_nor_differs() -> None:
+    model = build("timm-vit", "vit").double()
+    with vitrim.attach(model, vitrim.TopK("mean_attention"), vitrim.PowerLaw(0.8, 1.0)):
+        for seed in range(30):
+            x = images(2, dtype=torch.float64, seed=seed)
+            alone = torch.cat([model(x[:1]), model(x[1:])])
+            assert (model(x) - alone).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("score", ["cls_attention", "mean_attention"])
+def test_attention_dropout_does_not_leak_into_scores(score: str) -> None:
+    model, x = build("timm-vit", "vit"), images(2)
+    for reducer in (vitrim.TopK(score), vitrim.TopK(score, fuse="sum")):
+        with vitrim.attach(model, reducer, vitrim.KeepRate(0.6, at=(0,))) as handle:
+            model.eval()(x)
+            quiet = handle.states[0]
+            for block in model.blocks:
+                block.attn.attn_drop.p = 0.5
+            model.train()(x)
+            assert torch.equal(handle.states[0].origin, quiet.origin)
+            assert torch.equal(handle.states[0].score, quiet.score)
+            first = model(x)
+            assert not torch.equal(first, model(x)), "the dropout itself must act"
+
+
+@pytest.mark.parametrize("name", ["vit", "gap"])
+def test_half_precision_counts_beyond_256(name: str) -> None:
+    assignment = vitrim.tokens.Assignment.merge(
+        3, torch.tensor([[1, 2]]), moved_BR=torch.tensor([[0]]), slot_BR=torch.tensor([[0]])
+    )
+    x, size = torch.tensor([[[4.0], [8.0], [5.0]]]), torch.tensor([[1.0, 301.0, 1.0]])
+    exact = assignment.apply(x.double(), size)
+    assert exact[0, 0, 0] == pytest.approx((4 + 8 * 301) / 302)
+    for dtype in (torch.bfloat16, torch.float16):
+        half = assignment.apply(x.to(dtype), size)
+        assert half.dtype == dtype
+        assert torch.equal(half, exact.to(dtype))
+    assert assignment.size(size).tolist() == [[302.0, 1.0]]
+    model = build("timm-vit", name).bfloat16()
+    with vitrim.attach(model, vitrim.ToMe(), CUT) as handle:
+        assert model(images(2).bfloat16()).dtype == torch.bfloat16
+        assert handle.states[-1].size.sum() == 50
+
+
+@pytest.mark.parametrize("reducer", [vitrim.TopK("key_norm"), vitrim.TopK("norm", fuse="mean"), vitrim.ToMe()], ids=str)
+@pytest.mark.parametrize("name", ["siglip", "clip", "gap"])
+def test_autocast(name: str, reducer: vitrim.tokens.Reducer) -> None:
+    model, x = build("timm-vit", name), images(2)
+    with vitrim.attach(model, reducer, CUT):
+        exact = model(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert (model(x) - exact).abs().mean() < 0.2 * exact.std()
+
+
+@pytest.mark.parametrize(
+    "reducer", [vitrim.TopK(), vitrim.TopK("attention_entropy"), vitrim.TopK(fuse="sum"), vitrim.ToMe()], ids=str
+)
+def test_accelerators_meet_no_host_tensor_and_no_wait(reducer: vitrim.tokens.Reducer) -> None:
+    """Tensors that only claim to be on an accelerator raise when mixed with the host's, or when a value is read."""
+    model = build("timm-vit", "vit").train()
+    with FakeTensorMode():
+        for module in model.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                setattr(module, name, nn.Parameter(torch.empty(parameter.shape, device="cuda")))
+        x = torch.empty(2, 3, 40, 40, device="cuda")
+        with vitrim.attach(model, reducer, CUT) as handle:
+            model(x).sum().backward()
+            assert {state.origin.device.type for state in handle.states[:1]} == {"cuda"}
+
+
+def test_features_of_two_passes_keep_their_own_sizes() -> None:
+    model = build("timm-vit", "gap").double()
+    a, b = (images(2, dtype=torch.float64, seed=seed) for seed in (1, 2))
+    with vitrim.attach(model, vitrim.ToMe(), CUT):
+        apart = model(a), model(b)
+        features = model.forward_features(a), model.forward_features(b)
+        for logits, feature in zip(apart, features, strict=True):
+            assert torch.equal(model.forward_head(feature), logits)
+
+
+def test_intermediates_are_spread_by_block_even_where_counts_repeat() -> None:
+    model, x = build("timm-vit", "vit"), images(2)
+    reducer = vitrim.TopK(fuse="mean")
+    with vitrim.attach(model, reducer, vitrim.ConstantR(1)) as handle:  # One token goes, one fused token comes.
+        assert handle.token_counts == (26, 26, 26)
+        flat = model.forward_intermediates(x, [0, 2], output_fmt="NLC", intermediates_only=True)
+        maps = model.forward_intermediates(x, [2, 0], intermediates_only=True)
+        for block, tokens, spread in zip((0, 2), flat, maps, strict=True):
+            origin = handle.states[block].origin
+            for image in range(2):
+                for patch in range(25):
+                    expected = tokens[image, origin[image, patch]]
+                    assert torch.equal(spread[image, :, patch // 5, patch % 5], expected)
+
+
+def test_dropped_places_of_a_map_are_zero_and_prefix_tokens_stay() -> None:
+    model, x = build("timm-vit", "dinov2_registers"), images(2)
+    with vitrim.attach(model, vitrim.TopK(), CUT) as handle:
+        final, pairs = model.forward_intermediates(x, return_prefix_tokens=True)
+        assert final.shape[1] == handle.token_counts[-1]
+        for state, (spread, prefix) in zip(handle.states, pairs, strict=True):
+            assert torch.equal((spread == 0).all(1).flatten(1), state.origin < 0)
+            assert prefix.shape == (2, 5, 24)
+    with vitrim.attach(model, cls_only=True), pytest.raises(VitrimError, match="no map of patch tokens"):
+        model.forward_intermediates(x)
+
+
+def test_dynamic_image_sizes() -> None:
+    model = build("timm-vit", "dynamic_size")
+    with vitrim.attach(model, vitrim.TopK(), CUT) as handle:
+        for size in (40, 64, 24, 40):
+            model(images(1, size))
+            num = (size // 8) ** 2
+            assert handle.states[-1].origin.shape == (1, num)
+            assert handle.states[-1].size.shape[1] + 1 == handle.plan(num).token_counts[-1]
+
+
+def test_nothing_of_a_pass_is_held_but_the_assignments() -> None:
+    model, x = build("timm-vit", "vit"), images(2)
+    seen: list[weakref.ref[torch.Tensor]] = []
+    model.blocks[0].mlp.register_forward_hook(lambda _, args, out: seen.append(weakref.ref(out)))
+    with vitrim.attach(model, vitrim.TopK(fuse="sum"), CUT) as handle:
+        model(x)  # The graph is dropped with the result.
+        gc.collect()
+        assert seen[0]() is None
+        assert not any(assignment.weight_BR.requires_grad for _, assignment in handle.last_trace().assignments)
+
+
+def test_phase_and_epoch() -> None:
+    model, x = build("timm-vit", "vit"), images(1)
+    dense = model(x)
+    with vitrim.attach(model, vitrim.TopK(), CUT, phase="train", curriculum=vitrim.Delayed(3)) as handle:
+        assert torch.equal(model(x), dense)
+        model.train()
+        assert handle.token_counts == (26, 26, 26)
+        assert handle.set_epoch(3) == 1
+        assert handle.token_counts == (16, 16, 10)
+        model.eval()
+        assert torch.equal(model(x), dense)
+
+
+def test_attach_twice_and_attached_instead() -> None:
+    model = build("timm-vit", "vit")
+    with vitrim.attach(model, vitrim.TopK(), CUT) as handle:
+        with pytest.raises(VitrimError, match="attached to this model already"):
+            vitrim.attach(model, vitrim.ToMe(), CUT)
+        with attached_instead(model, "ToMe() @ ConstantR(2)") as other:
+            assert other.token_counts == (24, 22, 20)
+        assert vitrim.attached(model) is handle
+        with pytest.raises(VitrimError, match="attached to this model already"), attached_instead(model, None):
+            vitrim.attach(model, vitrim.ToMe(), CUT)
+        assert vitrim.attached(model) is handle
+
+
+def test_a_refused_reduction_leaves_the_model_alone() -> None:
+    model = build("timm-vit", "gap")
+    classes = [type(module) for module in model.modules()]
+    refused = [
+        ((vitrim.TopK(), CUT), ScoreError, "no CLS token to score with"),
+        ((vitrim.TopK("norm"), vitrim.KeepRate(0.5, at=(7,))), VitrimError, "cuts at block 7"),
+        ((vitrim.TopK("norm"), vitrim.ConstantR(9)), VitrimError, "use r of at most 8"),
+        ((vitrim.TopK("norm"),), VitrimError, "needs a schedule"),
+        ((None, CUT), VitrimError, "go with a reducer"),
+    ]
+    for args, error, says in refused:
+        with pytest.raises(error, match=says):
+            vitrim.attach(model, *args)
+        assert [type(module) for module in model.modules()] == classes
+
+
+def test_misuse_is_told_in_words() -> None:
+    model, x = build("timm-vit", "vit"), images(1)
+    with vitrim.attach(model, vitrim.TopK(), CUT) as handle:
+        with pytest.raises(VitrimError, match="no forward pass has been made"):
+            _ = handle.states
+        with pytest.raises(VitrimError, match="run the model from its first block"):
+            model.blocks[1](torch.zeros(1, 16, 24))
+        with pytest.raises(VitrimError, match="attention mask cannot be combined"):
+            model(x, attn_mask=torch.zeros(26, 26))

@@ -1,0 +1,75 @@
+"""Imports go downward only: cli > show > search > train > distill, elastic > measure > models > tokens > errors."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import vitrim
+
+PACKAGE = Path(vitrim.__file__).parent
+RANK = {
+    "errors": 0,
+    "notation": 1,
+    "tokens": 2,
+    "models": 3,
+    "measure": 4,
+    "elastic": 5,
+    "distill": 5,
+    "train": 6,
+    "search": 7,
+    "show": 8,
+    "demo": 9,
+    "cli": 10,
+}
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+def imported(path: Path) -> Iterator[tuple[int, str]]:
+    """Line and absolute name of every module that the file imports, wherever in the file it does so."""
+    package = ["vitrim", *path.relative_to(PACKAGE).parent.parts]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            base = base + (node.module.split(".") if node.module else [])
+            yield from ((node.lineno, ".".join([*base, alias.name])) for alias in node.names)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_go_downward(path: Path) -> None:
+    room = room_of(path)
+    if room == "__init__":
+        return
+    assert room in RANK, f"{path.name} lies in no room of the design"
+    for line, name in imported(path):
+        parts = name.split(".")
+        if parts[0] != "vitrim" or len(parts) == 1 or parts[1] in (room, "__version__"):
+            continue
+        other = parts[1]
+        if other not in RANK:  # A name of the package itself, which stands above every room.
+            assert RANK[room] >= RANK["demo"], f"{path}:{line} imports {name}; import it from its own room"
+        else:
+            assert RANK[other] < RANK[room], f"{path}:{line}: {room} may not import {name}"
+
+
+def test_tokens_know_torch_alone() -> None:
+    for path in (PACKAGE / "tokens").glob("*.py"):
+        for line, name in imported(path):
+            assert name.split(".")[0] not in ("timm", "torchvision", "transformers", "accelerate"), f"{path}:{line}"
+
+
+def test_report_imports_no_torch() -> None:
+    for path in (PACKAGE / "show").glob("report*.py"):
+        for line, name in imported(path):
+            assert name.split(".")[0] not in ("torch", "timm", "torchvision"), f"{path}:{line} imports {name}"
+
+
+def test_no_room_is_called_utils() -> None:
+    assert not [path for path in FILES if path.stem in ("utils", "util", "helpers", "misc", "common")]

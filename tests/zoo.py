@@ -1,0 +1,90 @@
+"""One tiny instance of every kind of model that an adapter claims to cover, with weights that leave no part idle."""
+
+from collections.abc import Callable
+
+import timm
+import torch
+from timm.layers import GluMlp, HybridEmbed, SwiGLU
+from timm.layers.attention import Attention
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+SMALL = {"img_size": 40, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 3, "num_classes": 5}
+"""25 patch tokens, an odd number, in 3 blocks."""
+
+
+def _named(name: str, **options: object) -> nn.Module:
+    return timm.create_model(name, **{**SMALL, **options})
+
+
+def _plain(**options: object) -> nn.Module:
+    return VisionTransformer(**{**SMALL, **options})
+
+
+class _GatedAttention(Attention):
+    """timm's attention with its output gate on, under the class that the adapter expects."""
+
+    def __new__(cls, *args: object, **options: object) -> Attention:
+        return Attention(*args, **{**options, "gated": True})
+
+
+class _ConvStem(nn.Module):
+    """Four times smaller maps of eight channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_features = 8
+        self.conv = nn.Conv2d(3, 8, 3, stride=4, padding=1)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.conv(image).relu()
+
+
+def _hybrid_embed(img_size: int, patch_size: int, embed_dim: int, **options: object) -> nn.Module:
+    return HybridEmbed(_ConvStem(), img_size=img_size, patch_size=2, feature_size=(10, 10), embed_dim=embed_dim)
+
+
+TIMM: dict[str, Callable[[], nn.Module]] = {
+    "vit": lambda: _named("vit_tiny_patch16_224"),
+    "deit": lambda: _named("deit_tiny_patch16_224"),
+    "deit_distilled": lambda: VisionTransformerDistilled(**SMALL),
+    "deit3": lambda: _named("deit3_small_patch16_224"),
+    "dinov2": lambda: _named("vit_small_patch14_dinov2"),
+    "dinov2_registers": lambda: _named("vit_small_patch14_reg4_dinov2"),
+    "clip": lambda: _named("vit_base_patch32_clip_quickgelu_224"),
+    "siglip": lambda: _named("vit_base_patch16_siglip_224"),
+    "gap": lambda: _plain(global_pool="avg", class_token=False),
+    "gap_with_cls": lambda: _plain(global_pool="avg", reg_tokens=1),
+    "gap_including_prefix": lambda: _plain(global_pool="avg", pool_include_prefix=True, fc_norm=False),
+    "avgmax": lambda: _plain(global_pool="avgmax", fc_norm=True),
+    "qk_norm": lambda: _plain(qk_norm=True, scale_attn_norm=True, qkv_bias=False),
+    "gated": lambda: _plain(attn_layer=_GatedAttention),
+    "swiglu": lambda: _plain(mlp_layer=SwiGLU, init_values=0.1),
+    "glu": lambda: _plain(mlp_layer=GluMlp),
+    "hybrid": lambda: _plain(embed_layer=_hybrid_embed),
+    "dynamic_size": lambda: _plain(dynamic_img_size=True),
+}
+ZOO: dict[str, dict[str, Callable[[], nn.Module]]] = {"timm-vit": TIMM}
+"""Adapter name -> models. An adapter without an entry fails the contract suite."""
+
+
+def build(adapter: str, name: str) -> nn.Module:
+    """The model in evaluation mode, every parameter redrawn so that none is zero, one or alike."""
+    model = ZOO[adapter][name]().eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            draw = torch.randn(parameter.shape, generator=generator)
+            fan_in = parameter[0].numel() if parameter.ndim > 1 and parameter.shape[0] > 1 else parameter.shape[-1]
+            # Matrices keep the scale of their input; vectors (norms, biases, layer scale) are far from 0 and from 1.
+            parameter.copy_(draw / fan_in**0.5 if parameter.ndim > 1 else 0.6 + 0.3 * draw)
+    return model
+
+
+def images(count: int = 3, size: int = 40, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    """Random images (count, 3, size, size)."""
+    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+MODELS = [(adapter, name) for adapter, models in ZOO.items() for name in models]
