@@ -78,6 +78,13 @@ def test_kept_patches_keep_their_pixels_and_dropped_ones_fade():
             assert np.ptp(after[patch]) < 60 < np.ptp(before[patch])
 
 
+def test_dropped_patches_of_a_grey_image_are_not_grey():
+    grey = np.random.default_rng(5).integers(0, 256, (64, 64, 1), dtype=np.uint8).repeat(3, axis=2)
+    after = patches_of(draw_tokens(make_canvas(grey, (2, 2), 64), np.array([0, -1, -1, 1]), np.zeros(2, bool)), 2, 2)
+    blue = [(patch[..., 2] - patch[..., 0]).min() for patch in after]
+    assert [excess > 40 for excess in blue] == [False, True, True, False]
+
+
 def test_merged_patches_take_their_mean_colour_inside_a_border():
     rng = np.random.default_rng(1)
     canvas = canvas_of(rng)

@@ -12,7 +12,7 @@ from PIL import Image
 Canvas = NDArray[np.uint8]
 Grid = tuple[int, int]
 
-VEIL = np.array([229, 231, 235])
+GREY_VEIL, BLUE_VEIL = np.array([229, 231, 235]), np.array([182, 212, 240])
 
 
 def make_canvas(pixels_HWC: NDArray[np.uint8], grid: Grid, side: int) -> Canvas:
@@ -37,7 +37,8 @@ def draw_tokens(canvas: Canvas, origin_N: NDArray[np.int64], fused_M: NDArray[np
     """What is left after a cut.
 
     A token of one patch shows its pixels. Merged patches take the mean colour of their group, inside a border.
-    Dropped patches fade to grey. So do patches behind a fused token, which carry a dot in its mean colour.
+    Dropped patches fade to grey, or to blue where the image itself is grey. So do patches behind a fused token,
+    which carry a dot in its mean colour.
     """
     out = canvas.copy()
     rows, columns = canvas.shape[0], canvas.shape[2]
@@ -48,11 +49,12 @@ def draw_tokens(canvas: Canvas, origin_N: NDArray[np.int64], fused_M: NDArray[np
     dropped = origin < 0
     fused = ~dropped & fused_M[slot]
     merged = ~dropped & ~fused & (population_M[slot] > 1)
+    veil = _veil(canvas)
     by_patch = out.transpose(0, 2, 1, 3, 4)  # a view: (rows, columns, patch height, patch width, 3)
-    by_patch[dropped] = _fade(by_patch[dropped], VEIL)
+    by_patch[dropped] = _fade(by_patch[dropped], veil)
     tint = colour_M[slot[fused]][:, None, None]
-    by_patch[fused] = _fade(by_patch[fused], 0.78 * VEIL + 0.22 * tint)
-    by_patch[fused] = np.where(_dot(canvas), 0.3 * VEIL + 0.7 * tint, by_patch[fused])
+    by_patch[fused] = _fade(by_patch[fused], 0.78 * veil + 0.22 * tint)
+    by_patch[fused] = np.where(_dot(canvas), 0.3 * veil + 0.7 * tint, by_patch[fused])
     by_patch[merged] = colour_M[slot[merged]][:, None, None]
     _outline(out, origin, merged, colour_M)
     return to_image(out)
@@ -69,7 +71,7 @@ def draw_scores(canvas: Canvas, score_N: NDArray[np.floating]) -> Image.Image:
     out = (0.8 * heat[:, None, :, None] + 0.2 * grey).astype(np.uint8)
     lost = ~np.isfinite(score_N).reshape(rows, columns)
     by_patch = out.transpose(0, 2, 1, 3, 4)
-    by_patch[lost] = _fade(canvas.transpose(0, 2, 1, 3, 4)[lost], VEIL)
+    by_patch[lost] = _fade(canvas.transpose(0, 2, 1, 3, 4)[lost], _veil(canvas))
     return to_image(out)
 
 
@@ -80,6 +82,11 @@ def slot_colours(canvas: Canvas, origin_N: NDArray[np.int64], num_slots: int) ->
     total_M3 = np.zeros((num_slots, 3))
     np.add.at(total_M3, origin_N[stays], patch_N3[stays])
     return total_M3 / np.bincount(origin_N[stays], minlength=num_slots).clip(min=1)[:, None]
+
+
+def _veil(canvas: Canvas) -> NDArray[np.int64]:
+    """The colour over lost patches, one that the image itself does not have."""
+    return BLUE_VEIL if (canvas.max(axis=4) == canvas.min(axis=4)).all() else GREY_VEIL
 
 
 def _fade(patches: NDArray[np.generic], towards: NDArray[np.floating]) -> NDArray[np.uint8]:
