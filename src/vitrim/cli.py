@@ -1,17 +1,22 @@
 """The command: verbs to plain functions, nothing else. torch is imported inside the verbs, so that help is instant."""
 
 import os
+import re
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import is_dataclass
+from difflib import get_close_matches
 from inspect import signature
 from typing import Any, Literal, NoReturn
 
 import docstring_parser
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ArgumentParser, set_parsing_settings
 
+from . import __version__
 from .errors import VitrimError
 from .train.recipe import DataSpec, Recipe
+from .train.stopping import Stopped
 
 Device = Literal["auto", "cpu", "cuda"]
 
@@ -43,16 +48,15 @@ def evaluate(
 
     Args:
         model: timm names, folders written by vitrim, or run folders.
-        data: the images.
+        data: the images; what is not given is taken from the recipe of the first run.
         method: reductions to put in at test time, such as "TopK() @ KeepRate(0.7)"; "dense" takes any out.
         batch_size: images at a time.
         device: where to run.
         out: file to write the table to (.md, .csv or .json).
     """
-    from .search.compare import compare
+    from .search.compare import compare, data_of
 
-    table = compare(model, data, method or ["dense"], batch_size=batch_size, device=device)
-    deliver(table, out)
+    deliver(compare(model, data_of(model, data), method or ["dense"], batch_size=batch_size, device=device), out)
 
 
 def bench(
@@ -105,7 +109,7 @@ def sweep(
 
     Args:
         model: timm names, folders written by vitrim, or run folders.
-        data: the images.
+        data: the images; what is not given is taken from the recipe of the first run.
         method: a reduction with names in braces, such as "TopK() @ PowerLaw({r_max}, {alpha})".
         vary: values for each name ({"alpha": [1.0, 1.5, 2.0]}); with tpe, the lowest and highest value.
         search: "grid" tries all, "tpe" (Bayesian) looks for the frontier of accuracy and MACs in so many trials.
@@ -114,9 +118,11 @@ def sweep(
         device: where to run.
         out: file to write the table to (.md, .csv or .json).
     """
+    from .search.compare import data_of
     from .search.sweep import sweep as run
 
-    deliver(run(model, data, method, vary, search=search, trials=trials, batch_size=batch_size, device=device), out)
+    options = {"search": search, "trials": trials, "batch_size": batch_size, "device": device}
+    deliver(run(model, data_of(model, data), method, vary, **options), out)
 
 
 def study(
@@ -148,6 +154,7 @@ def show(
     out: str,
     method: str | None = None,
     montage: bool = False,
+    scores: bool = False,
     limit: int = 16,
     blocks: list[int] | None = None,
     overwrite: bool = False,
@@ -161,6 +168,7 @@ def show(
         out: folder for the pictures.
         method: reduction to show, such as "TopK() @ KeepRate(0.7)"; by default the model's own.
         montage: one picture for all images.
+        scores: add a heat map of the scores on which each cut was decided.
         limit: images at most.
         blocks: show these blocks instead of every cut.
         overwrite: replace pictures that exist.
@@ -169,22 +177,25 @@ def show(
     from .search.compare import open_model, prepared
     from .show.pictures import show as draw
 
-    with prepared(open_model(model, device), method) as network:
-        written = draw(network, images, out, montage=montage, limit=limit, blocks=blocks, overwrite=overwrite)
-    for path in written:
-        print(path)
+    with prepared(open_model(model), method) as network:
+        drawn = draw(
+            network, images, out, montage=montage, scores=scores, limit=limit, blocks=blocks, overwrite=overwrite,
+            device=None if device == "auto" else device,
+        )  # fmt: skip
+    for line in (*drawn, *drawn.skipped):
+        print(line)
 
 
-def report(folder: str, out: str | None = None) -> None:
-    """Gather a run, study or demo folder into one self-contained HTML page.
+def report(folder: list[str], out: str | None = None) -> None:
+    """Gather run, study or demo folders into one self-contained HTML page.
 
     Args:
-        folder: run, study or demo folder.
+        folder: run, study or demo folders.
         out: file to write; report.html in the folder by default.
     """
     from .show.report import write_report
 
-    print(write_report(folder, out))
+    print(write_report(folder if len(folder) > 1 else folder[0], out))
 
 
 def demo(out: str = "runs/demo", epochs: int | None = None) -> None:
@@ -218,49 +229,84 @@ VERBS = {
 }  # fmt: skip
 
 
+POSITIONAL = ("model", "file", "folder", "kind")
+"""What a verb is about stands behind it without a name."""
+
+
 class _Parser(ArgumentParser):
-    """One line per mistake, and where to read on."""
+    """One line per mistake, with the nearest valid names, and where to read on."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:  # pyright: ignore
-        lines = [line.strip() for line in str(message).strip().splitlines() if line.strip()]
-        print(f"{self.prog}: {' '.join(lines)} (see {self.prog} --help)", file=sys.stderr)
+        parser = getattr(ex, "subcommand_parser", None) or self
+        line, prog = " ".join(str(message).split()), parser.prog
+        known = [name for action in parser._actions for name in action.option_strings if name.startswith("--")]
+        if found := re.search(r"unrecognized arguments: --([^ =]+)|does not accept option '([^']+)'", line):
+            line = _unknown("option", "--" + (found[1] or found[2]), known)
+        elif found := re.search(r"argument verb: invalid choice: '([^']*)'", line):
+            line = _unknown("verb", found[1], VERBS)
+        elif found := re.search(
+            r'"([\w.]+)": .*?(?:Expected a|Subtypes:) (.*?)\.? (?:Errors: .* value: |Got value: )(.*)', line
+        ):
+            line = f"{found[1]} is {found[3]!r}; it must be {_kinds(found[2])}"
+        elif found := re.search(r"arguments are required: (?:(\w+)\.)?(.*)", line):
+            line, prog = f"missing: {found[2]}", f"vitrim {found[1]}" if found[1] else prog
+        elif 'expected "verb"' in line:
+            line = f"missing: one of {', '.join(VERBS)}"
+        print(f"{prog}: {line} (see {prog} --help)", file=sys.stderr)
         raise SystemExit(2)
+
+
+def _kinds(types: str) -> str:
+    if choices := re.search(r"Literal\[(.*?)\]", types):
+        return f"one of {choices[1]}"
+    said = {"float": "a number", "int": "a whole number", "bool": "true or false", "str": "text", "NoneType": "null"}
+    return " or ".join(said.get(name, name) for name in re.findall(r"<class '(?:[\w.]*\.)?(\w+)'>", types)) or types
+
+
+def _unknown(kind: str, name: str, known: Iterable[str]) -> str:
+    near = get_close_matches(name, known, n=3, cutoff=0.5)
+    return f"unknown {kind} {name}" + (f"; did you mean {' or '.join(near)}?" if near else "")
 
 
 def build_parser() -> ArgumentParser:
     """The parser of all verbs."""
     parser = _Parser(
         prog="vitrim",
+        version=__version__,
         allow_abbrev=False,
         description="Make any Vision Transformer cheaper, and say exactly what it costs.",
     )
     verbs = parser.add_subcommands(required=True, dest="verb")
     for name, function in VERBS.items():
         help_line = (function.__doc__ or "").strip().splitlines()[0]
-        verb = _Parser(prog=f"vitrim {name}", description=help_line, allow_abbrev=False)
+        verb = _Parser(description=help_line)
         verb.add_argument("--config", action="config", help="read options from this YAML file")
-        if function is train:  # A recipe file holds the options themselves, not a `recipe:` heading.
-            verb.add_class_arguments(Recipe, None)
-            verb.add_argument("--out", type=str, required=True, help="run folder to create or to continue")
-        else:
-            _add_options(verb, function)
+        _add_options(verb, function)
         verbs.add_subcommand(name, verb, help=help_line)
+        verb.prog = f"vitrim {name}"
     return parser
 
 
 def _add_options(verb: ArgumentParser, function: Callable[..., None]) -> None:
-    """Options from a signature; lists take several values (`--method A B`), which jsonargparse leaves to argparse."""
-    parameters = signature(function, eval_str=True).parameters
-    lists = {
-        name: p for name, p in parameters.items() if "list[" in str(p.annotation) and "dict[" not in str(p.annotation)
-    }
-    verb.add_function_arguments(function, None, as_positional=False, skip=set(lists))
+    """Options from a signature and its docstring: classes give groups, lists take several values, booleans none."""
     told = {p.arg_name: p.description or "" for p in docstring_parser.parse(function.__doc__ or "").params}
-    for name, p in lists.items():
-        kind = int if "int" in str(p.annotation) else str
-        required, default = p.default is p.empty, None if p.default is p.empty else p.default
-        help_line = told[name] + (" (required)" if required else "")
-        verb.add_argument(f"--{name}", type=kind, nargs="+", required=required, default=default, help=help_line)
+    for name, parameter in signature(function, eval_str=True).parameters.items():
+        kind, required = parameter.annotation, parameter.default is parameter.empty
+        if is_dataclass(kind):  # A recipe file holds the options themselves, not a `recipe:` heading.
+            verb.add_class_arguments(kind, None if kind is Recipe else name)
+            continue
+        options: dict[str, Any] = {"help": told[name], "type": kind}
+        if "list[" in str(kind) and "dict[" not in str(kind):
+            options |= {"type": int if "int" in str(kind) else str, "nargs": "+"}
+        if not required:
+            options["default"] = parameter.default
+        if name in POSITIONAL:
+            verb.add_argument(name, **({} if required else {"nargs": "?"}) | options)
+        else:
+            verb.add_argument(f"--{name}", required=required, **options)
+    for action in verb._actions:
+        if getattr(action, "_typehint", None) is bool:
+            action.nargs, action.const = "?", True
 
 
 def command_line() -> str:
@@ -281,23 +327,32 @@ def deliver(table: Any, out: str | None) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Run one verb; user mistakes are one line and exit code 2."""
     warnings.filterwarnings("ignore", module="torch|timm|accelerate|PIL")
+    set_parsing_settings(instantiate_subclass_spec_in_any=False)
     parser = build_parser()
-    options: Namespace = parser.parse_args(argv)
-    chosen = options[options["verb"]]
-    options = parser.instantiate_classes(options)
-    chosen = dict(options[options["verb"]])
-    chosen.pop("config", None)
-    function = VERBS[options["verb"]]
-    if function is train:
-        chosen = {"recipe": Recipe(**{k: v for k, v in chosen.items() if k != "out"}), "out": chosen["out"]}
+    parsed = parser.parse_args(argv)
+    verb = parsed["verb"]
+    options = dict(parser.instantiate(parsed)[verb])
+    options.pop("config", None)
+    if verb == "train":
+        out = options.pop("out")
+        options = {"recipe": Recipe(**options), "out": out}
     try:
-        function(**chosen)
-    except VitrimError as error:
+        VERBS[verb](**options)
+    except VitrimError as error:  # A worker process wraps it in a traceback, of which it is the last line.
         line = str(error).strip().splitlines()[-1].removeprefix("vitrim.errors.")
-        print(f"vitrim {options['verb']}: {line}", file=sys.stderr)
-        raise SystemExit(2) from None
+        _leave(verb, re.sub(r"^\w+Error: ", "", line), 2)
+    except Stopped as stopped:
+        _leave(verb, str(stopped), stopped.code)
+    except KeyboardInterrupt:
+        _leave(verb, "interrupted", 130)
     except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # The interpreter flushes it once more.
         raise SystemExit(0) from None
+
+
+def _leave(verb: str, line: str, code: Any) -> NoReturn:
+    print(f"vitrim {verb}: {line}", file=sys.stderr)
+    raise SystemExit(code) from None
 
 
 if __name__ == "__main__":

@@ -79,7 +79,7 @@ class BenchRow:
 class _Spread(Column):
     """A median with its quartiles in one cell."""
 
-    def show(self, row: Mapping[str, Any]) -> str:
+    def show(self, row: Mapping[str, Any], short: bool = False) -> str:
         return str(Quartiles(row[self.key], row[f"{self.key}_low"], row[f"{self.key}_high"]))
 
 

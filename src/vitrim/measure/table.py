@@ -6,12 +6,13 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from ..errors import VitrimError
 
-Value = str | int | float | None
+_GAP = 2
 
 
 @dataclass(frozen=True)
@@ -22,13 +23,13 @@ class Column:
     heading: str
     form: str = ""
 
-    def show(self, row: Mapping[str, Any]) -> str:
-        """The cell as text; missing values are a dash."""
+    def show(self, row: Mapping[str, Any], short: bool = False) -> str:
+        """The cell as text; missing values are a dash, and of lists only the ends are shown if `short`."""
         value = row.get(self.key)
         if value is None:
             return "-"
         if isinstance(value, list | tuple):
-            return " ".join(map(str, value))
+            return f"{value[0]} .. {value[-1]}" if short and len(value) > 2 else " ".join(map(str, value))
         return format(value, self.form) if self.form and not isinstance(value, str) else str(value)
 
 
@@ -46,21 +47,54 @@ class Table:
         """All cells as text, row by row."""
         return [[column.show(row) for column in self.columns] for row in self.rows]
 
-    def text(self) -> str:
-        """The table for a terminal."""
+    def text(self, width: int | None = None) -> str:
+        """The table for a terminal: columns that hold nothing are left out, of lists only the ends are shown.
+
+        A table wider than `width` (characters; by default the terminal's) goes on in further blocks below, each of
+        which begins with the columns of text that name its rows.
+        """
         from rich.console import Console
         from rich.table import Table as RichTable
+        from rich.text import Text
 
-        table = RichTable(title=self.title, title_justify="left", header_style="bold", box=None, pad_edge=False)
-        for column in self.columns:
-            table.add_column(column.heading, justify="right" if column.form else "left", overflow="fold")
-        for row in self.cells():
-            table.add_row(*row)
-        console = Console(file=io.StringIO(), width=Console().width)
-        console.print(table)
+        console = Console(file=io.StringIO(), width=width or Console().width, markup=False, highlight=False)
+        console.print(self.title)
+        for columns in self._blocks(console.width):
+            table = RichTable(box=None, pad_edge=False)
+            spare = console.width - sum(map(self._needs, columns))
+            for column in columns:
+                more = 0 if column.form else min(max(spare, 0), self._needs(column, whole=True) - self._needs(column))
+                spare -= more
+                align, room = "right" if column.form else "left", self._needs(column) - _GAP + more
+                table.add_column(Text(column.heading), justify=align, width=room)
+            for row in self.rows:
+                table.add_row(*(Text(column.show(row, short=True)) for column in columns))
+            console.print(table)
         for note in self.notes:
-            console.print(note, highlight=False)
-        return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
+            console.print(note)
+        lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+        return "\n".join(line.rstrip() for line in lines)
+
+    def _blocks(self, width: int) -> list[list[Column]]:
+        """Columns that fit beside each other, so that no word is broken."""
+        full = [column for column in self.columns if any(row.get(column.key) is not None for row in self.rows)]
+        names = list(takewhile(lambda column: not column.form, full[:2]))
+        room = width - sum(map(self._needs, names))
+        blocks, left = [names], room
+        for column in full[len(names) :]:
+            needs = self._needs(column)
+            if needs > left and blocks[-1] != names:
+                blocks.append(names)
+                left = room
+            blocks[-1] = [*blocks[-1], column]
+            left -= needs
+        return blocks
+
+    def _needs(self, column: Column, whole: bool = False) -> int:
+        """Characters for the longest word of a column, or for its longest cell, and for the gap beside it."""
+        cells = [column.show(row, short=True) for row in self.rows]
+        words = [*column.heading.split(), *(cells if whole or column.form else " ".join(cells).split())]
+        return max(map(len, words), default=0) + _GAP
 
     def markdown(self) -> str:
         """The table as Markdown, with notes and environment."""

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from ..models import attach, attached, build_model, load
 from ..train.data import test_stream
 from ..train.evaluate import evaluate_all, make_accelerator, reads_prefix_only
 from ..train.images import open_images
-from ..train.recipe import DataSpec
+from ..train.recipe import DataSpec, Recipe
 
 COLUMNS = (
     Column("model", "model"),
@@ -59,6 +60,18 @@ def variant(model: nn.Module, method: str) -> nn.Module:
 def prepared(model: nn.Module, method: str | None) -> Iterator[nn.Module]:
     """The model under a method, None for its own."""
     yield variant(model, method or OWN).eval()
+
+
+def data_of(models: Sequence[str], given: DataSpec) -> DataSpec:
+    """The images that the first run learnt with, where the first model is a run folder, with `given` laid over them.
+
+    Only options that differ from their defaults count as given.
+    """
+    path = Path(models[0]) / "recipe.yaml"
+    if not path.exists():
+        return given
+    changes = {name: value for name, value in asdict(given).items() if value != getattr(DataSpec(), name)}
+    return replace(Recipe.read(path).data, **changes)
 
 
 def compare(
