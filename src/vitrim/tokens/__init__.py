@@ -1,9 +1,10 @@
 """Pure token reduction: scores, reducers, schedules, curricula. Tensors only, no model in sight."""
 
+from ..notation import render
 from .assignment import Assignment, TokenState, take
 from .curricula import CURRICULA, Adaptive, Constant, CosineWarmup, Curriculum, Delayed, Polynomial
 from .reducers import REDUCERS, Reducer, ToMe, TopK
-from .reduction import Reduction, render
+from .reduction import Reduction
 from .schedules import (
     SCHEDULES,
     Budget,

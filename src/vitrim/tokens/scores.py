@@ -174,6 +174,9 @@ def random(e: Evidence) -> Tensor:
     if e.training:
         return torch.rand(like.shape[0], e.num_patches, device=like.device)
     # A draw that depends on the image's place in the batch would make results depend on the batch size.
-    index = torch.arange(e.num_patches, device=like.device, dtype=torch.float64)
-    draw = ((index * 12.9898 + (e.block + 1) * 78.233).sin() * 43758.5453).frac().abs()
-    return draw.to(torch.promote_types(like.dtype, torch.float32)).expand(like.shape[0], -1)
+    # Whole numbers give the same draw on every device and in ONNX: squares modulo a prime.
+    prime = 2**31 - 1
+    index = torch.arange(e.num_patches, device=like.device) + 7919 * (e.block + 1)
+    spread = index * 48271 % prime
+    draw = (spread * spread % prime).to(torch.promote_types(like.dtype, torch.float32)) / prime
+    return draw.expand(like.shape[0], -1)
