@@ -163,7 +163,7 @@ class TimmViT(Adapter):
         if model.global_pool == "prr":
             raise UnsupportedModelError(f"the {self.name} adapter cannot weigh tokens in a head that pools by 'prr'")
 
-    def geometry(self, model: nn.Module) -> Geometry:
+    def geometry(self, model: Any) -> Geometry:
         embed = model.patch_embed
         reads_prefix = model.attn_pool is None and model.global_pool == "token"
         height, width = embed.img_size if embed.img_size is not None else (224, 224)
