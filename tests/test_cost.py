@@ -34,7 +34,7 @@ REDUCTIONS = [
 
 def meta(name: str, **options: object) -> nn.Module:
     with torch.device("meta"):
-        return timm.create_model(name, **options).eval()
+        return timm.create_model(name, **options).eval().requires_grad_(False)
 
 
 def counted(model: nn.Module) -> int:
