@@ -93,7 +93,8 @@ class Table:
     def _needs(self, column: Column, whole: bool = False) -> int:
         """Characters for the longest word of a column, or for its longest cell, and for the gap beside it."""
         cells = [column.show(row, short=True) for row in self.rows]
-        words = [*column.heading.split(), *(cells if whole or column.form else " ".join(cells).split())]
+        whole = whole or bool(column.form) or any(isinstance(row.get(column.key), list | tuple) for row in self.rows)
+        words = [*column.heading.split(), *(cells if whole else " ".join(cells).split())]
         return max(map(len, words), default=0) + _GAP
 
     def markdown(self) -> str:

@@ -34,12 +34,13 @@ class Figures:
     unreadable: tuple[str, ...] = ()
 
 
-def make_accelerator(**options: Any) -> Accelerator:
+def make_accelerator(*, cpu: bool = False, **options: Any) -> Accelerator:
     """An accelerator with these very options; accelerate keeps those of the first one in a process for good."""
     if PartialState._shared_state:
         AcceleratorState._reset_state(reset_partial_state=PartialState().num_processes == 1)
         GradientState._reset_state()
-    return Accelerator(**options)
+    # Processes started by torchrun on a machine without accelerator find each other only if told so.
+    return Accelerator(cpu=cpu or not torch.accelerator.is_available(), **options)
 
 
 def evaluate(model: nn.Module, stream: Stream, **options: Any) -> Figures:

@@ -95,9 +95,11 @@ class OptimSpec:
 
     Args:
         name: optimiser, by its timm name.
-        lr: peak learning rate. weight_decay: not applied to biases and norms.
+        lr: peak learning rate.
+        weight_decay: not applied to biases and norms.
         layer_decay: factor on the learning rate from each layer to the one below.
-        warmup_epochs: linear warm-up from a hundredth of lr. min_lr: where the cosine ends.
+        warmup_epochs: linear warm-up from a hundredth of lr.
+        min_lr: where the cosine ends.
         clip: largest norm of the gradient, 0 = off.
         ema: decay of the moving average of weights that is evaluated and saved, 0 = off.
         freeze: train the classifier alone (linear probe).

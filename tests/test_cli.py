@@ -1,0 +1,172 @@
+"""The command: instant help, one line per mistake, options in any of their forms."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from vitrim import cli
+from vitrim.errors import DataError, VitrimError
+from vitrim.train.recipe import Recipe
+from vitrim.train.stopping import Stopped
+
+
+def call(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int | None, str, str]:
+    """Exit code, standard output and standard error of a command."""
+    code: int | None = 0
+    try:
+        cli.main([*words])
+    except SystemExit as end:
+        code = end.code  # type: ignore[assignment]
+    said = capsys.readouterr()
+    return code, said.out, said.err
+
+
+@pytest.mark.parametrize("verb", [None, *cli.VERBS])
+def test_help_names_the_verb(verb: str | None, capsys: pytest.CaptureFixture[str]):
+    words = ["--help"] if verb is None else [verb, "--help"]
+    code, out, err = call(capsys, *words)
+    assert (code, err) == (0, "")
+    assert out.startswith("usage: vitrim " + (verb or "["[:0]))
+    assert "[options]" not in out
+
+
+def test_help_is_instant_and_without_torch():
+    script = (
+        "import sys, time; start = time.perf_counter(); from vitrim.cli import VERBS, main\n"
+        "for verb in VERBS:\n"
+        "    try: main([verb, '--help'])\n"
+        "    except SystemExit as end: assert end.code == 0\n"
+        "heavy = {'torch', 'timm', 'numpy', 'accelerate', 'matplotlib', 'PIL', 'optuna'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "-W", "error", "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert time.perf_counter() - start < len(cli.VERBS)  # Nine helps in one go; each alone takes far under a second.
+
+
+def test_version(capsys: pytest.CaptureFixture[str]):
+    assert call(capsys, "--version")[:2] == (0, "vitrim 0.1.0\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ("trian", "vitrim: unknown verb trian; did you mean train?"),
+        ("train --out x --optim.lrr 1", "vitrim train: unknown option --optim.lrr; did you mean --optim.lr"),
+        ("train --out x --optim.lr fast", "vitrim train: optim.lr is 'fast'; it must be a number"),
+        ("train --out x --epochs 1.5", "vitrim train: epochs is '1.5'; it must be a whole number"),
+        ("train --out x --data.limit 0.5", "vitrim train: data.limit is '0.5'; it must be a whole number or null"),
+        ("train --out x --augment.flip maybe", "vitrim train: augment.flip is 'maybe'; it must be true or false"),
+        ("train --out x --phase bth", "vitrim train: phase is 'bth'; it must be one of 'both', 'train', 'eval'"),
+        ("train", "vitrim train: missing: out"),
+        ("eval", "vitrim eval: missing: model"),
+        ("", "vitrim: missing: one of demo, show"),
+        ("list scor", "vitrim list: kind is 'scor'; it must be one of 'all', 'reducers', 'scores'"),
+        ("train --out x --config none.yaml", "vitrim train: Parser key \"config\": File does not exist"),
+        ("eval vitrim_digit_vit", "vitrim eval: unknown model 'vitrim_digit_vit'; did you mean vitrim_digits_vit"),
+        ("train --out x --reduction TopK()@KeepRat(0.5)", "vitrim train: unknown reducer, schedule or curriculum 'Kee"),
+        ("train --out x --reduction TopK()@KeepRate(1.5)", "vitrim train: "),
+        ("train --out x --data.name cifar10", "vitrim train: unknown data set 'cifar10'; did you mean torch/cifar10"),
+        ("train --out x --batch_size 10 --optim.accumulate 4", "vitrim train: batch_size 10 is not a multiple"),
+        ("study none.yaml --out x", "vitrim study: none.yaml does not exist"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_one_line(
+    words: str, line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = call(capsys, *words.split())
+    assert code == 2
+    assert err.strip().startswith(line)
+    assert err.strip().count("\n") == 0
+    assert "Traceback" not in out + err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unknown_option_in_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "r.yaml").write_text("optim: {lrr: 1}\n")
+    code, _, err = call(capsys, "train", "--config", str(tmp_path / "r.yaml"), "--out", "x")
+    assert code == 2
+    assert err.startswith("vitrim train: unknown option --optim.lrr; did you mean --optim.lr")
+
+
+def test_config_overrides_and_print_config_round_trip(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    recipe = Recipe.from_dict({"optim": {"lr": 0.01}, "model": {"args": {"depth": 2}}, "epochs": 7})
+    (tmp_path / "r.yaml").write_text(recipe.to_yaml())
+    words = ["train", "--config", str(tmp_path / "r.yaml"), "--epochs", "3", "--augment.flip", "--out", "runs/a"]
+    code, out, _ = call(capsys, *words, "--print_config")
+    assert code == 0
+    printed = yaml.safe_load(out)
+    assert printed.pop("out") == "runs/a"
+    expected = Recipe.from_dict({**recipe.to_dict(), "epochs": 3, "augment": {"flip": True}})
+    assert Recipe.from_dict(printed) == expected
+    (tmp_path / "again.yaml").write_text(out)
+    assert call(capsys, "train", "--config", str(tmp_path / "again.yaml"), "--print_config")[1] == out
+
+
+@pytest.mark.parametrize(("words", "value"), [("", False), ("--montage", True), ("--montage false", False)])
+def test_booleans_are_flags(words: str, value: bool, capsys: pytest.CaptureFixture[str]):
+    parsed = cli.build_parser().parse_args(["show", "m", "--images", "i", "--out", "o", *words.split()])
+    assert parsed["show"]["montage"] is value
+
+
+def test_every_option_is_explained():
+    for verb in cli.VERBS:
+        parser = cli.build_parser()._subcommands_action._name_parser_map[verb]  # pyright: ignore
+        for action in parser._actions:
+            assert action.help, f"{verb} {action.dest} has no help"
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (VitrimError("no such thing"), 2, "vitrim list: no such thing"),
+        (DataError("Caught DataError in DataLoader worker process 0.\nTraceback:\n  x\nvitrim.errors.DataError: cannot"
+                   " read a.png: broken"), 2, "vitrim list: cannot read a.png: broken"),
+        (KeyboardInterrupt(), 130, "vitrim list: interrupted"),
+        (Stopped(15, "epoch 2, step 3 of 9"), 143, "vitrim list: stopped by SIGTERM at epoch 2, step 3 of 9; the state"),
+    ],
+)  # fmt: skip
+def test_ends(
+    error: BaseException, code: int, line: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    def fail(kind: str = "all") -> None:
+        """Fail.
+
+        Args:
+            kind: nothing.
+        """
+        raise error
+
+    monkeypatch.setitem(cli.VERBS, "list", fail)
+    found, _, err = call(capsys, "list")
+    assert found == code
+    assert err.startswith(line)
+    assert err.count("\n") == 1
+
+
+def test_train_then_eval_takes_the_images_of_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    model = ["--model.args", "{depth: 2, embed_dim: 24, num_heads: 2}", "--data.workers", "0", "--data.limit", "60"]
+    run, out = str(tmp_path / "run"), tmp_path / "table.json"
+    code, said, _ = call(capsys, "train", *model, "--epochs", "1", "--out", run)
+    assert code == 0
+    assert "test accuracy" in said
+    code, said, err = call(capsys, "eval", run, "--method", "dense", "TopK() @ KeepRate(0.5, at=[1])", "--out", str(out))
+    assert code == 0, err
+    table = yaml.safe_load(out.read_text())
+    dense, reduced = table["rows"]
+    assert (dense["method"], dense["tokens"]) == ("dense", [65, 65])
+    assert reduced["tokens"][-1] < dense["tokens"][-1]
+    assert reduced["gmacs"] < dense["gmacs"]
+    assert dense["num_images"] == 364
+    assert all(len(line) <= 80 for line in said.splitlines() if not line.startswith("written"))
+    code, _, err = call(capsys, "eval", run, "--out", str(out))
+    assert code == 2
+    assert "exists; choose another name" in err
+    code, _, err = call(capsys, "eval", run, "vit_tiny_patch16_224")
+    assert (code, "tells 1000 classes apart, but the images have 10" in err) == (2, True)

@@ -1,0 +1,71 @@
+"""Two processes give the loss curve of one with the same global batch, and continue where they were stopped."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BIN = Path(sys.executable).parent
+OPTIONS = (
+    "train --model.name vit_tiny_patch16_224 --data.limit 96 --data.holdout 0.25 --data.workers 0 --batch_size 12 "
+    "--epochs 2 --optim.ema 0.9"
+).split()
+SIZES = "{img_size: 32, embed_dim: 24, depth: 2, num_heads: 2, patch_size: 8}"
+KEYS = ("train_loss", "train_accuracy", "val_loss", "val_accuracy")
+LAUNCHERS = {
+    "accelerate": ["accelerate", "launch", "--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision",
+                   "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", "1", "-m"],
+    "torchrun": ["torchrun", "--nproc_per_node", "2", "-m"],
+}  # fmt: skip
+
+STOPPER = """
+import os, signal
+from contextlib import contextmanager
+from vitrim.show import progress
+
+def report(event, figures):
+    if event == "step" and (figures["epoch"], figures["step"], os.environ["RANK"]) == (1, 2, "0"):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+@contextmanager
+def quiet():
+    yield report
+
+progress.live = quiet
+from vitrim.cli import main
+main()
+"""
+
+
+def run(launcher: list[str], module: str, out: Path) -> subprocess.CompletedProcess[str]:
+    command = [str(BIN / launcher[0]), *launcher[1:], module, *OPTIONS, "--model.args", SIZES, "--out", str(out)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment["PYTHONPATH"] = str(out.parent)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+
+
+def curve(folder: Path) -> list[list[float]]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [[line[key] for key in KEYS] for line in lines]
+
+
+def test_two_processes_equal_one_and_continue(tmp_path: Path):
+    (tmp_path / "stopper.py").write_text(STOPPER)
+    alone = run(["python", "-m"], "vitrim.cli", tmp_path / "alone")
+    assert alone.returncode == 0, alone.stderr
+    whole = curve(tmp_path / "alone")
+    assert len(whole) == 2
+    stopped = run(LAUNCHERS["torchrun"], "stopper", tmp_path / "parts")
+    assert stopped.returncode != 0
+    assert "stopped by SIGTERM at epoch 2, step 2 of 6" in stopped.stderr
+    assert len(curve(tmp_path / "parts")) == 1
+    continued = run(LAUNCHERS["accelerate"], "vitrim.cli", tmp_path / "parts")
+    assert continued.returncode == 0, continued.stderr
+    for one, two in zip(whole, curve(tmp_path / "parts"), strict=True):
+        assert two == pytest.approx(one, rel=2e-4)
+    one, two = (json.loads((tmp_path / name / "result.json").read_text()) for name in ("alone", "parts"))
+    assert two["test_loss"] == pytest.approx(one["test_loss"], rel=2e-4)
+    assert two["test_images"] == one["test_images"] == 364

@@ -1,0 +1,232 @@
+"""An interrupted run ends with the numbers of an uninterrupted one, whatever interrupted it, and loses nothing."""
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from vitrim.errors import CheckpointError, RecipeError, VitrimError
+from vitrim.train import checkpoint
+from vitrim.train.checkpoint import RunFolder
+from vitrim.train.loop import train
+from vitrim.train.recipe import Recipe
+from vitrim.train.stopping import Stopped
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+TIMINGS = ("seconds", "images_per_second", "train_seconds")
+
+
+def recipe(**changes: Any) -> Recipe:
+    """Three epochs of six batches on digits; options as `group__name`."""
+    data: dict[str, Any] = {
+        "model": {"args": {"depth": 2, "embed_dim": 24, "num_heads": 2}},
+        "data": {"workers": 0, "limit": 120, "holdout": 0.2},
+        "optim": {"lr": 3e-3},
+        "epochs": 3,
+        "batch_size": 16,
+    }
+    for name, value in changes.items():
+        group, _, option = name.rpartition("__")
+        (data.setdefault(group, {}) if group else data)[option] = value
+    if "args" in data["model"] and "model__args" in changes:
+        data["model"]["args"] = {"depth": 2, "embed_dim": 24, "num_heads": 2} | changes["model__args"]
+    return Recipe.from_dict(data)
+
+
+def outcome(folder: Path) -> dict[str, Any]:
+    """All that must not depend on interruptions."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    figures = [*lines, json.loads((folder / "result.json").read_text())]
+    state: Any = torch.load(folder / "checkpoint" / "state.pt", weights_only=True)
+    weights = load_file(folder / "model" / "model.safetensors")
+    return {
+        "figures": [{k: v for k, v in line.items() if k not in TIMINGS} for line in figures],
+        "weights": {**weights, **state["learner"], **(state["ema"] or {})},
+    }
+
+
+def assert_same(one: dict[str, Any], other: dict[str, Any]) -> None:
+    assert one["figures"] == other["figures"]
+    assert one["weights"].keys() == other["weights"].keys()
+    assert all(torch.equal(value, other["weights"][name]) for name, value in one["weights"].items())
+
+
+class At:
+    """Sends a signal to this process when the run gets to a step."""
+
+    def __init__(self, epoch: int, step: int, number: int) -> None:
+        self.place, self.number = (epoch, step), number
+
+    def __call__(self, event: str, figures: Mapping[str, Any]) -> None:
+        if event == "step" and (figures["epoch"], figures["step"]) == self.place:
+            os.kill(os.getpid(), self.number)
+
+
+VARIANTS = {
+    "plain": {},
+    "workers": {"data__workers": 2, "augment__crop": "pad", "augment__randaugment": "rand-m5-n1"},
+    "ema, mixup": {"optim__ema": 0.8, "augment__mixup": 0.4, "augment__cutmix": 1.0, "augment__smoothing": 0.1},
+    "accumulation": {"optim__accumulate": 4, "batch_size": 32, "epochs": 4, "data__limit": 200},
+    "dropout": {"model__args": {"drop_path_rate": 0.2, "proj_drop_rate": 0.2}, "augment__erasing": 0.5},
+    "delayed": {"reduction": "TopK() @ PowerLaw(0.6, 2.0) @ Delayed(1)"},
+    "per step": {"reduction": "ToMe() @ KeepRate(0.5, at=[1]) @ Polynomial(0, 2, per_step=True)", "phase": "train"},
+    "adaptive": {"reduction": "TopK() @ KeepRate(0.5, at=[1]) @ Adaptive(step=0.5)", "optim__ema": 0.5},
+    "entropy": {"reduction": "TopK() @ KeepRate(0.5, at=[1]) @ Adaptive(signal='entropy', threshold=0.01)"},
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_stopped_by_a_signal_and_continued(name: str, tmp_path: Path):
+    options = recipe(**VARIANTS[name])
+    train(options, tmp_path / "whole")
+    for epoch, step, number in ((0, 6, signal.SIGINT), (1, 2, signal.SIGTERM), (1, 5, signal.SIGINT)):
+        with pytest.raises(Stopped, match="repeat the same command to continue") as stopped:
+            train(options, tmp_path / "parts", report=At(epoch, step, number))
+        assert stopped.value.code == 128 + number
+    train(options, tmp_path / "parts")
+    assert_same(outcome(tmp_path / "whole"), outcome(tmp_path / "parts"))
+
+
+def _in_child(options: Recipe, folder: Path, kill_at_replace: int | None = None) -> multiprocessing.Process:
+    def work() -> None:
+        os.setsid()
+        if kill_at_replace is not None:
+            replace, left = os.replace, [kill_at_replace]
+
+            def deadly(source: Any, target: Any) -> None:
+                left[0] -= 1
+                if left[0] == 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                replace(source, target)
+
+            os.replace = deadly
+        train(options, folder)
+
+    child = multiprocessing.get_context("fork").Process(target=work)
+    child.start()
+    return child  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_killed_at_random_moments(workers: int, tmp_path: Path):
+    options = recipe(data__workers=workers, optim__ema=0.9, epochs=4, data__limit=200)
+    train(options, tmp_path / "whole")
+    dice = random.Random(workers)
+    killed = 0
+    for _ in range(8):
+        child = _in_child(options, tmp_path / "parts")
+        child.join(dice.uniform(0.05, 1.2))
+        if child.is_alive():
+            os.killpg(child.pid, signal.SIGKILL)
+            killed += 1
+        child.join()
+    assert killed
+    train(options, tmp_path / "parts")
+    assert_same(outcome(tmp_path / "whole"), outcome(tmp_path / "parts"))
+    assert not list((tmp_path / "parts").rglob("*.part"))
+    assert {p.name for p in (tmp_path / "parts" / "model").iterdir()} == {"model.safetensors", "vitrim.json"}
+
+
+def test_killed_while_each_file_is_written(tmp_path: Path):
+    options = recipe(epochs=1, data__limit=30)
+    train(options, tmp_path / "whole")
+    # recipe, command, environment, weights and their description, metrics, state, result
+    for number in range(1, 9):
+        child = _in_child(options, tmp_path / f"parts{number}", kill_at_replace=number)
+        child.join()
+        assert child.exitcode == -signal.SIGKILL
+        train(options, tmp_path / f"parts{number}")
+        assert_same(outcome(tmp_path / "whole"), outcome(tmp_path / f"parts{number}"))
+        assert (tmp_path / f"parts{number}" / "environment.json").exists()
+
+
+def test_nan_stops_with_the_last_good_checkpoint(tmp_path: Path):
+    options = recipe(optim__lr=1e30, optim__clip=0.0, optim__name="sgd", optim__warmup_epochs=0, epochs=2)
+    with pytest.raises(VitrimError, match=r"nothing was saved yet; lower optim\.lr"):
+        train(options, tmp_path / "bad")
+    assert not RunFolder(tmp_path / "bad").state_path.exists()
+
+
+def test_nan_in_a_later_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from vitrim.train import loop
+
+    options = recipe()
+    with pytest.raises(Stopped):
+        train(options, tmp_path / "run", report=At(1, 2, signal.SIGTERM))
+    kept = (tmp_path / "run" / "checkpoint" / "state.pt").read_bytes()
+    forward = loop.Learner.forward
+    monkeypatch.setattr(loop.Learner, "forward", lambda *a: (o := forward(*a))._replace(loss=o.loss * float("nan")))
+    with pytest.raises(VitrimError, match=r"the loss is nan at epoch 2, step 3; the last good checkpoint is kept") as e:
+        train(options, tmp_path / "run")
+    assert "\n" not in str(e.value)
+    assert (tmp_path / "run" / "checkpoint" / "state.pt").read_bytes() == kept
+
+
+@pytest.mark.parametrize("what", ["state", "model"])
+def test_full_disk_keeps_the_old_checkpoint(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    options = recipe(epochs=2, data__holdout=0.0)
+    with pytest.raises(Stopped):
+        train(options, tmp_path / "run", report=At(1, 2, signal.SIGTERM))
+    kept = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+
+    def full(*args: Any, **options: Any) -> None:
+        for path in args:
+            if isinstance(path, Path) and path.suffix == ".part":
+                path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint.torch if what == "state" else checkpoint, "save", full)
+    with pytest.raises(CheckpointError, match=r"No space left on device\); the one before is kept; free some") as e:
+        train(options, tmp_path / "run")
+    assert "\n" not in str(e.value)
+    state = RunFolder(tmp_path / "run").state_path
+    assert state.read_bytes() == kept[state]
+    assert not list((tmp_path / "run").rglob("*.part"))
+    monkeypatch.undo()
+    train(options, tmp_path / "run")
+    train(options, tmp_path / "whole")
+    assert_same(outcome(tmp_path / "whole"), outcome(tmp_path / "run"))
+
+
+def test_folders_of_others_are_refused(tmp_path: Path):
+    train(recipe(epochs=1), tmp_path / "run")
+    before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    with pytest.raises(RecipeError, match=r"another recipe \(optim\.lr: 0\.003 -> 0\.1; epochs: 1 -> 2\)"):
+        train(recipe(epochs=2, optim__lr=0.1), tmp_path / "run")
+    with pytest.raises(RecipeError, match="is not empty and holds no run"):
+        (tmp_path / "foreign").mkdir()
+        (tmp_path / "foreign" / "thesis.tex").write_text("mine")
+        train(recipe(), tmp_path / "foreign")
+    with pytest.raises(RecipeError, match="is a file"):
+        train(recipe(), tmp_path / "foreign" / "thesis.tex")
+    assert {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()} == before
+    assert [p.name for p in (tmp_path / "foreign").iterdir()] == ["thesis.tex"]
+
+
+def test_a_finished_run_is_not_repeated(tmp_path: Path):
+    events: list[str] = []
+    first = train(recipe(epochs=1), tmp_path / "run", report=lambda event, figures: events.append(event))
+    assert "step" in events
+    assert events[-1] == "done"
+    events.clear()
+    assert train(recipe(epochs=1), tmp_path / "run", report=lambda event, figures: events.append(event)) == first
+    assert events == []
+
+
+def test_a_checkpoint_with_code_is_refused(tmp_path: Path):
+    folder = RunFolder(tmp_path)
+    folder.state_path.parent.mkdir()
+    torch.save({"epoch": os.system}, folder.state_path)
+    with pytest.raises(CheckpointError, match="holds code"):
+        folder.load_state()
+    folder.state_path.write_bytes(b"half a file")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        folder.load_state()
