@@ -129,7 +129,7 @@ def test_every_option_is_explained():
         (DataError("Caught DataError in DataLoader worker process 0.\nTraceback:\n  x\nvitrim.errors.DataError: cannot"
                    " read a.png: broken"), 2, "vitrim list: cannot read a.png: broken"),
         (KeyboardInterrupt(), 130, "vitrim list: interrupted"),
-        (Stopped(15, "epoch 2, step 3 of 9"), 143, "vitrim list: stopped by SIGTERM at epoch 2, step 3 of 9; the state"),
+        (Stopped(15, "epoch 2, step 3 of 9"), 143, "vitrim list: stopped by SIGTERM at epoch 2, step 3 of 9; the"),
     ],
 )  # fmt: skip
 def test_ends(
@@ -156,7 +156,9 @@ def test_train_then_eval_takes_the_images_of_the_run(tmp_path: Path, capsys: pyt
     code, said, _ = call(capsys, "train", *model, "--epochs", "1", "--out", run)
     assert code == 0
     assert "test accuracy" in said
-    code, said, err = call(capsys, "eval", run, "--method", "dense", "TopK() @ KeepRate(0.5, at=[1])", "--out", str(out))
+    code, said, err = call(
+        capsys, "eval", run, "--method", "dense", "TopK() @ KeepRate(0.5, at=[1])", "--out", str(out)
+    )
     assert code == 0, err
     table = yaml.safe_load(out.read_text())
     dense, reduced = table["rows"]

@@ -66,7 +66,7 @@ def test_missing_things_are_named(root: Path, tmp_path: Path):
         open_images(spec(tmp_path / "nowhere"), True)
     with pytest.raises(DataError, match=r"has no folder training; folders there: train, val"):
         open_images(spec(root, train_split="training"), True)
-    with pytest.raises(DataError, match="needs data.root"):
+    with pytest.raises(DataError, match=r"needs data\.root"):
         open_images(DataSpec(name="folder"), True)
     (root / "train" / "digit9").mkdir()
     with pytest.raises(DataError, match=r"class folder .*digit9 holds no images"):
@@ -75,7 +75,7 @@ def test_missing_things_are_named(root: Path, tmp_path: Path):
     with pytest.raises(DataError, match="different classes: digit9"):
         open_both(spec(root))
     Image.new("L", (8, 8)).save(root / "val" / "stray.png")
-    with pytest.raises(DataError, match="images outside CLASS/image.jpg"):
+    with pytest.raises(DataError, match=r"images outside CLASS/image\.jpg"):
         open_images(spec(root), False)
 
 
@@ -165,7 +165,9 @@ def test_input_size(root: Path):
     sized = recipe(root, image_size=16)
     result = train(sized, root.parent / "sized")
     assert result["tokens"] == [257, 257]
-    small = Recipe.from_dict({"model": {"name": "vit_tiny_patch16_224", "args": {"depth": 1}}, "data": {"image_size": 8}})
+    small = Recipe.from_dict(
+        {"model": {"name": "vit_tiny_patch16_224", "args": {"depth": 1}}, "data": {"image_size": 8}}
+    )
     with pytest.raises(VitrimError, match="smaller than one patch"):
         train(small, root.parent / "small")
     assert not (root.parent / "small").exists()

@@ -12,7 +12,7 @@ BIN = Path(sys.executable).parent
 OPTIONS = (
     "train --model.name vit_tiny_patch16_224 --data.limit 96 --data.holdout 0.25 --data.workers 0 --batch_size 12 "
     "--epochs 2 --optim.ema 0.9"
-).split()
+)
 SIZES = "{img_size: 32, embed_dim: 24, depth: 2, num_heads: 2, patch_size: 8}"
 KEYS = ("train_loss", "train_accuracy", "val_loss", "val_accuracy")
 LAUNCHERS = {
@@ -41,7 +41,16 @@ main()
 
 
 def run(launcher: list[str], module: str, out: Path) -> subprocess.CompletedProcess[str]:
-    command = [str(BIN / launcher[0]), *launcher[1:], module, *OPTIONS, "--model.args", SIZES, "--out", str(out)]
+    command = [
+        str(BIN / launcher[0]),
+        *launcher[1:],
+        module,
+        *OPTIONS.split(),
+        "--model.args",
+        SIZES,
+        "--out",
+        str(out),
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     environment["PYTHONPATH"] = str(out.parent)
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)

@@ -201,9 +201,9 @@ def test_folders_of_others_are_refused(tmp_path: Path):
     before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
     with pytest.raises(RecipeError, match=r"another recipe \(optim\.lr: 0\.003 -> 0\.1; epochs: 1 -> 2\)"):
         train(recipe(epochs=2, optim__lr=0.1), tmp_path / "run")
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "thesis.tex").write_text("mine")
     with pytest.raises(RecipeError, match="is not empty and holds no run"):
-        (tmp_path / "foreign").mkdir()
-        (tmp_path / "foreign" / "thesis.tex").write_text("mine")
         train(recipe(), tmp_path / "foreign")
     with pytest.raises(RecipeError, match="is a file"):
         train(recipe(), tmp_path / "foreign" / "thesis.tex")

@@ -1,0 +1,165 @@
+"""Comparisons, sweeps and studies: rows, ratios, seeds, and what is not run twice. And the tables they end in."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from vitrim.errors import RecipeError, ScheduleError, UnknownNameError, VitrimError
+from vitrim.measure.table import Column, Table
+from vitrim.search.compare import compare, data_of
+from vitrim.search.study import Study, run_study
+from vitrim.search.sweep import sweep
+from vitrim.train.loop import train
+from vitrim.train.recipe import DataSpec, Recipe
+
+ROOT = Path(__file__).parents[1]
+DATA = {"workers": 0, "limit": 60}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("study") / "run"
+    model = {"args": {"depth": 2, "embed_dim": 24, "num_heads": 2}}
+    train(Recipe.from_dict({"model": model, "data": DATA, "epochs": 1, "batch_size": 16}), folder)
+    return str(folder)
+
+
+def test_images_of_the_first_run_unless_given(run: str):
+    assert data_of([run], DataSpec()) == DataSpec(**DATA)
+    assert data_of([run], DataSpec(workers=3, name="folder")) == DataSpec(workers=3, limit=60, name="folder")
+    assert data_of(["vitrim_digits_vit"], DataSpec(limit=5)) == DataSpec(limit=5)
+
+
+def test_compare_gives_ratios_to_the_first_row(run: str):
+    table = compare([run], data_of([run], DataSpec()), ["dense", "as saved", "TopK() @ KeepRate(0.5, at=[0])"])
+    dense, saved, reduced = table.rows
+    assert (dense["speed"], dense["macs_ratio"]) == (1, 1)
+    assert (
+        saved["accuracy"] == dense["accuracy"] == json.loads((Path(run) / "result.json").read_text())["test_accuracy"]
+    )
+    assert reduced["macs_ratio"] == pytest.approx(dense["gmacs"] / reduced["gmacs"])
+    assert reduced["macs_ratio"] > 1.2
+
+
+def test_grid(run: str):
+    table = sweep([run], DataSpec(**DATA), "TopK() @ PowerLaw({r}, {alpha})", {"r": [0.2, 0.6], "alpha": [1.0, 2.0]})
+    settings = [(row.get("r"), row.get("alpha")) for row in table.rows]
+    assert settings == [(None, None), (0.2, 1.0), (0.2, 2.0), (0.6, 1.0), (0.6, 2.0)]
+    assert table.rows[3]["tokens"] == [45, 18]  # floor(64 * 0.7) = 44, floor(44 * 0.4) = 17, and CLS.
+    with pytest.raises(ScheduleError, match=r"does not use \{beta\}"):
+        sweep([run], DataSpec(**DATA), "TopK() @ KeepRate({r})", {"r": [0.5], "beta": [1]})
+    with pytest.raises(ScheduleError, match="names a setting that is not varied"):
+        sweep([run], DataSpec(**DATA), "TopK() @ PowerLaw({r}, {alpha})", {"r": [0.5]})
+
+
+def test_tpe_stays_within_bounds_and_repeats_itself(run: str):
+    def settings() -> list[tuple[float, float]]:
+        vary = {"r": [0.2, 0.9], "alpha": [1.0, 2.0]}
+        table = sweep([run], DataSpec(**DATA), "TopK() @ PowerLaw({r}, {alpha})", vary, search="tpe", trials=4, seed=3)
+        assert any(row["model"].endswith("*") for row in table.rows)
+        return [(row["r"], row["alpha"]) for row in table.rows[1:]]
+
+    first = settings()
+    assert len(first) == 4
+    assert all(0.2 <= r <= 0.9 and 1 <= alpha <= 2 for r, alpha in first)
+    assert settings() == first
+
+
+@pytest.fixture
+def study_file(tmp_path: Path) -> Path:
+    content = {
+        "title": "tiny",
+        "base": {
+            "model": {"args": {"depth": 2, "embed_dim": 24, "num_heads": 2}},
+            "data": DATA, "epochs": 1, "batch_size": 16,
+        },
+        "rows": {"dense": {}, "half": {"reduction": "TopK() @ KeepRate(0.5, at=[0])"}},
+        "test": {"off": "dense", "on": "TopK() @ KeepRate(0.5, at=[0])"},
+        "seeds": [0, 1],
+        "published": {"dense, off": {"accuracy": 0.5}},
+        "scales": {"smoke": {"seeds": [0]}},
+    }  # fmt: skip
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    return path
+
+
+def test_a_study_over_seeds_and_what_is_not_run_twice(study_file: Path, tmp_path: Path):
+    events: list[str] = []
+    out = tmp_path / "out"
+    note = lambda event, figures: events.append(event)  # noqa: E731
+    table = run_study(study_file, out, scale="smoke", report=note)
+    assert events.count("done") == 2
+    assert [row["n"] for row in table.rows] == [1] * 4
+    events.clear()
+    table = run_study(study_file, out, scale="full", report=note)
+    assert events.count("done") == 2  # The second seed alone.
+    names = [(row["row"], row["test"]) for row in table.rows]
+    assert names == [("dense", "off"), ("dense", "on"), ("half", "off"), ("half", "on")]
+    accuracies = [json.loads((out / f"dense-s{seed}" / "result.json").read_text())["test_accuracy"] for seed in (0, 1)]
+    assert table.rows[0]["accuracy"] == pytest.approx(sum(accuracies) / 2)
+    assert table.rows[0]["accuracy_std"] == pytest.approx(abs(accuracies[0] - accuracies[1]) / 2**0.5)
+    assert (table.rows[0]["published"], table.rows[1]["published"]) == (0.5, None)
+    assert (out / "table.md").exists()
+    study_file.write_text(study_file.read_text().replace("batch_size: 16", "batch_size: 8"))
+    with pytest.raises(RecipeError, match=r"another recipe \(batch_size: 16 -> 8\)"):
+        run_study(study_file, out, scale="smoke")
+
+
+def test_mistakes_in_a_study(study_file: Path):
+    with pytest.raises(UnknownNameError, match="unknown scale 'smok'; did you mean smoke"):
+        Study.read(study_file, "smok")
+    study_file.write_text("title: x\nrow: {}\n")
+    with pytest.raises(UnknownNameError, match="unknown part of a study 'row'; did you mean rows"):
+        Study.read(study_file, "full")
+    study_file.write_text("title: x\nbase: {}\n")
+    with pytest.raises(RecipeError, match="has no 'rows'"):
+        Study.read(study_file, "full")
+
+
+def test_system_1_in_miniature(tmp_path: Path):
+    table = run_study(ROOT / "recipes" / "system1" / "study.yaml", tmp_path, scale="smoke")
+    names = [(row["row"], row["test"]) for row in table.rows]
+    tests = ("pruning off", "pruning on")
+    assert names == [(row, test) for row in ("baseline", "trained with pruning") for test in tests]
+    assert table.rows[1]["macs_ratio"] > 1.2
+    lines = [json.loads(s) for s in (tmp_path / "trained-with-pruning-s0" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["strength"] for line in lines] == [0.0] * 4 + [1.0] * 2
+    swept = json.loads((tmp_path / "sweep.json").read_text())["rows"]
+    assert [row.get("alpha") for row in swept] == [None, 1.0, 2.0] * 2
+
+
+WIDE = Table(
+    "A title [with brackets]",
+    (Column("name", "model"), Column("method", "method"), Column("none", "never filled", ".2f"),
+     Column("accuracy", "accuracy", ".2%"), Column("time", "time [s]", ".2f"), Column("macs", "MACs", ",d"),
+     Column("speed", "images/s", ".0f"), Column("tokens", "tokens leaving each block")),
+    [{"name": "deit_small_patch16_224", "method": "TopK() @ PowerLaw(r_max=0.6, alpha=2.0)", "accuracy": 0.5,
+      "time": 1.0, "macs": 4_600_000_000, "speed": 1234, "tokens": [65, 40, 14]}],
+    notes=["One note."],
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("width", [50, 80, 200])
+def test_tables_fit_the_terminal(width: int):
+    text = WIDE.text(width)
+    assert max(map(len, text.splitlines())) <= width
+    words = {word for line in text.splitlines() for word in line.split()}
+    assert {"deit_small_patch16_224", "PowerLaw(r_max=0.6,", "accuracy", "4,600,000,000", "[s]", "brackets]"} <= words
+    assert "65 .. 14" in text
+    assert "never" not in words
+
+
+def test_tables_are_whole_in_files(tmp_path: Path):
+    for suffix, expected in ((".md", "65 40 14"), (".csv", "65 40 14"), (".html", "65 40 14"), (".json", "4600000000")):
+        WIDE.write(tmp_path / f"t{suffix}")
+        assert expected in (tmp_path / f"t{suffix}").read_text()
+    loaded: Any = json.loads((tmp_path / "t.json").read_text())
+    assert loaded["rows"][0]["tokens"] == [65, 40, 14]
+    with pytest.raises(VitrimError, match="exists"):
+        WIDE.write(tmp_path / "t.md")
+    with pytest.raises(VitrimError, match="should end in"):
+        WIDE.write(tmp_path / "t.txt")
