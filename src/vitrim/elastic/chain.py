@@ -69,7 +69,7 @@ class Chain:
         widths, before = {name: unit.width for name, unit in self.units.items()}, self.macs
         for index, entry in enumerate(self.entries):
             if not 0 <= entry.width < widths.get(entry.module, 0) or entry.macs >= before:
-                raise CheckpointError(f"entry {index} of the chain, {entry.module} {entry.width}, makes nothing narrower")
+                raise CheckpointError(f"entry {index} of the chain ({entry.module}) makes nothing narrower")
             widths[entry.module], before = entry.width, entry.macs
 
     def __len__(self) -> int:

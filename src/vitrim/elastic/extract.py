@@ -41,7 +41,7 @@ def choose(
     budgets = {"macs": macs, "params": params, "latency": latency}
     given = {what: most for what, most in budgets.items() if most is not None}
     if len(given) != 1:
-        raise VitrimError("give exactly one budget: macs=, params= or latency=, absolute or a fraction of the full network")
+        raise VitrimError("give exactly one budget: macs=, params= or latency=, absolute or a fraction of the full")
     ((what, most),) = given.items()
     if not most > 0:
         raise VitrimError(f"{what} is a fraction in (0, 1] or a positive number, not {most}")

@@ -1,12 +1,13 @@
 """How much each unit of width and each whole sub-layer matters to the network as it is now."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..models.sublayers import Elastic, elastic
+from ..models.sublayers import elastic
 from .sampler import narrowed
 from .statistics import Batch, all_reduce, batches, collect, frozen, is_headless, output_of
 
@@ -17,7 +18,7 @@ Loss = Callable[[Tensor, Tensor | None, Tensor], Tensor]
 def unit_shares(
     model: nn.Module, data: Iterable[Batch], widths: Mapping[str, int], *, num_images: int = 1024, labels: bool = False
 ) -> dict[str, Tensor]:
-    """First-order Taylor importance |G F| of every unit that network has; of attention, summed over heads and q, k, v."""
+    """First-order Taylor importance |G F| of every unit that network has; of attention: over heads and q, k, v."""
     with narrowed(model, widths):
         sums = collect(model, data, num_images, labels, covariance=False)
     return {name: each.taylor for name, each in sums.items()}
@@ -43,22 +44,48 @@ def sensitivities(
     """Relative rise of the loss when one sub-layer of the network of these widths is removed, for each of them.
 
     Removed means that it adds its constant bias and nothing else, exactly what extraction leaves at width 0. Negative
-    where the network does better without. Costs one forward pass of the images per sub-layer.
+    where the network does better without. Costs half a forward pass of the images per sub-layer.
     """
     loss = probe_loss(model, labels)
-    names = [name for name, width in widths.items() if width > 0]
-    totals = torch.zeros(len(names) + 1, dtype=torch.float64)
     with elastic(model) as layers, frozen(model):
+        blocks = [block for block in model.modules() if any(child in layers.values() for child in block.children())]
+        present = {name: width for name, width in widths.items() if width > 0}
+        home = {name: next(b for b in blocks if layers[name] in b.children()) for name in present}
+        totals = torch.zeros(len(present) + 1, dtype=torch.float64)
+        whole = {name: layer.full_width for name, layer in layers.items()}
         for images, target in batches(data, model, num_images, labels):
-            full = _run(model, layers, {name: layer.full_width for name, layer in layers.items()}, images)
-            for index, gone in enumerate([None, *names]):
-                present = {**widths, gone: 0} if gone is not None else widths
-                totals[index] += loss(_run(model, layers, present, images), target, full).double().cpu()
+            with narrowed(model, whole):
+                full = output_of(model, images)
+            with narrowed(model, widths):
+                out, inputs = _run_and_keep(model, blocks, images)
+                totals[0] += loss(out, target, full).double().cpu()
+                for index, name in enumerate(present, 1):
+                    with narrowed(model, {name: 0}), _skipping(blocks, home[name], inputs):
+                        totals[index] += loss(output_of(model, images), target, full).double().cpu()
         device = next(model.parameters()).device
     totals = all_reduce(totals.to(device)).cpu()
-    return {name: (value / totals[0] - 1).item() for name, value in zip(names, totals[1:], strict=True)}
+    return {name: (value / totals[0] - 1).item() for name, value in zip(present, totals[1:], strict=True)}
 
 
-def _run(model: nn.Module, layers: Mapping[str, Elastic], widths: Mapping[str, int], images: Tensor) -> Tensor:
-    with narrowed(model, widths):
-        return output_of(model, images)
+def _run_and_keep(model: nn.Module, blocks: list[nn.Module], images: Tensor) -> tuple[Tensor, dict[nn.Module, Tensor]]:
+    """The output for these images, and the tokens that enter each block on the way."""
+    inputs: dict[nn.Module, Tensor] = {}
+    hooks = [block.register_forward_pre_hook(lambda block, args: inputs.update({block: args[0]})) for block in blocks]
+    try:
+        return output_of(model, images), inputs
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def _skipping(blocks: list[nn.Module], first: nn.Module, inputs: Mapping[nn.Module, Tensor]) -> Iterator[None]:
+    """Blocks before `first` pass on what enters it, which a change from there on leaves as it was: half of the work."""
+    earlier = blocks[: blocks.index(first)]
+    for block in earlier:
+        block.forward = lambda *_, **__: inputs[first]
+    try:
+        yield
+    finally:
+        for block in earlier:
+            del block.forward

@@ -82,7 +82,7 @@ class Stratifier:
         self.chain = chain or start_chain(model, groups=config.groups, width_multiple=config.width_multiple)
         self.epoch = -1
         if config.rule != "sandwich" and config.distill and teacher is None:
-            raise VitrimError(f"rule {config.rule!r} never runs the full network first, so give a teacher or distill=False")
+            raise VitrimError(f"rule {config.rule!r} never runs the full network; give a teacher or distill=False")
         self._stack = ExitStack()
 
     def __enter__(self) -> "Stratifier":
@@ -163,7 +163,7 @@ class Stratifier:
         mine = asdict(self.config)
         changed = [name for name, value in state["config"].items() if mine.get(name) != value]
         if changed:
-            raise CheckpointError(f"the checkpoint was written with another {', '.join(changed)}; resume with the same one")
+            raise CheckpointError(f"the checkpoint has another {', '.join(changed)}; resume with the same")
         self.epoch, self.chain = state["epoch"], Chain.from_json(state["chain"])
 
 

@@ -37,14 +37,14 @@ class HeadSums:
 
     def add(self, f_TA: Tensor, g_TA: Tensor, covariance: bool) -> None:
         """Take in the activations and gradients of T tokens, each row (3, H, h) flattened."""
-        shape = self.plain_3Hh.shape
-        f = f_TA.double().view(-1, *shape).permute(1, 2, 0, 3)
-        taylor = (f_TA.double() * g_TA.double()).abs_().view(-1, *shape).permute(1, 2, 0, 3)
-        self.taylor_3Hh += taylor.sum(2)
+        shape, double = self.plain_3Hh.shape, torch.float64
+        taylor = (wide(f_TA) * wide(g_TA)).abs_().view(-1, *shape)
+        self.taylor_3Hh += taylor.sum(0, dtype=double)
         self.tokens += f_TA.shape[0]
         if not covariance:
             return
-        weight = taylor.mean(3)
+        weight = taylor.mean(3).double().permute(1, 2, 0)
+        f = f_TA.view(-1, *shape).permute(1, 2, 0, 3).to(double, memory_format=torch.contiguous_format)
         weighted = f * weight.unsqueeze(3)
         self.plain_3Hh += f.sum(2)
         self.weight_3H += weight.sum(2)
@@ -98,13 +98,11 @@ class UnitSums:
 
     def add(self, a_TU: Tensor, g_TU: Tensor) -> None:
         """Take in the activations and gradients of T tokens."""
-        a = a_TU.double()
-        self.tokens += a.shape[0]
-        self.plain += a.sum(0)
-        product = a.mul_(g_TU.double())
-        self.taylor_sum += product.abs().sum(0)
-        # In half precision most of these squares would be zero.
-        self.fisher_sum += product.square_().sum(0) / 2
+        self.tokens += a_TU.shape[0]
+        self.plain += a_TU.sum(0, dtype=torch.float64)
+        product = wide(a_TU) * wide(g_TU)
+        self.taylor_sum += product.abs().sum(0, dtype=torch.float64)
+        self.fisher_sum += product.square_().sum(0, dtype=torch.float64) / 2
 
     @property
     def mean(self) -> Tensor:
@@ -123,6 +121,11 @@ class UnitSums:
 
 
 Sums = HeadSums | UnitSums
+
+
+def wide(x: Tensor) -> Tensor:
+    """At least float32: in half precision the squares of most saliencies would be zero."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def output_of(model: nn.Module, images: Tensor) -> Tensor:
@@ -221,7 +224,7 @@ def _tap(sums: Sums, covariance: bool) -> Callable[[str, Tensor], None]:
     def tap(name: str, x: Tensor) -> None:
         flat = x.detach().flatten(0, 1)
         if name == "mixed":
-            sums.mixed_Hh += flat.double().sum(0).view_as(sums.mixed_Hh)
+            sums.mixed_Hh += flat.sum(0, dtype=torch.float64).view_as(sums.mixed_Hh)
             return
         if not x.requires_grad:
             x.requires_grad_()

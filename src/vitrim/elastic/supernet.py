@@ -98,7 +98,7 @@ class SuperNet:
         chain = Chain.from_json((folder / CHAIN).read_text())
         model = load(folder)
         if hash_of(model) != chain.weights:
-            raise CheckpointError(f"{folder / CHAIN} belongs to other weights than those beside it; stratify them again")
+            raise CheckpointError(f"{folder / CHAIN} belongs to other weights than those beside it; stratify again")
         return cls(model, chain, load_file(folder / MEANS) if (folder / MEANS).is_file() else None)
 
 
@@ -134,7 +134,7 @@ def stratify(
         VitrimError: a reduction is attached, or a number is out of its range.
     """
     if attached(model) is not None:
-        raise VitrimError("token reduction is attached to this model; call handle.remove(), stratify, then attach again")
+        raise VitrimError("token reduction is attached to this model; stratify after handle.remove()")
     if not 0 < max_saving < 1 or rounds < 1 or num_images < 1:
         raise VitrimError("max_saving lies in (0, 1), rounds and num_images are at least 1")
     model = copy.deepcopy(model)

@@ -74,7 +74,7 @@ def wpac(
     say(f"{ordering}: function preserved, max |difference| = {difference:.1e} ({before.dtype})".replace("torch.", ""))
     limit = {torch.float64: 1e-10, torch.float32: 1e-5}.get(before.dtype, 5e-2) * max(1.0, before.abs().max().item())
     if not difference <= limit:
-        raise VitrimError(f"{ordering} changed the outputs by {difference:.1e}, more than {limit:.1e}; report this model")
+        raise VitrimError(f"{ordering} changed the outputs by {difference:.1e}, more than {limit:.1e}")
     return Ordered(difference, means, shares)
 
 
