@@ -115,7 +115,7 @@ class RunFolder:
             return None
         try:
             return torch.load(self.state_path, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        except Exception as error:  # Readers of foreign bytes fail in many ways; all of them mean the same.
             reason = "it holds code" if isinstance(error, pickle.UnpicklingError) else "it is damaged or cut short"
             raise CheckpointError(f"{self.state_path} cannot be read ({reason}); remove it to start anew") from None
 

@@ -122,10 +122,11 @@ def transforms_for(
     """The model's own preprocessing; with `augment`, the varied form for training."""
     form = InputFormat.of(model, spec.image_size)
     if augment is None:
-        return create_transform(
+        plain: Any = create_transform(
             form.size, is_training=False, interpolation=form.interpolation, mean=form.mean, std=form.std,
             crop_pct=spec.crop_pct or form.crop_pct,
         )  # fmt: skip
+        return plain
     size = form.size[1:]
     steps: list[Callable[[Any], Any]] = []
     if augment.crop == "resized":

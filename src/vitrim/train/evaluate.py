@@ -117,11 +117,6 @@ class _Tally:
         )
 
 
-def reads_prefix_only(model: nn.Module) -> bool:
-    """Whether the head reads prefix tokens alone, so that the last block need not compute patch tokens."""
-    return find_adapter(model).geometry(model).head == "prefix"
-
-
 @torch.inference_mode()
 def attention_entropy(model: nn.Module, images: Tensor) -> float:
     """Entropy of CLS attention over the patches in the middle block, as a fraction of its maximum: 1 = uniform."""
@@ -132,6 +127,7 @@ def attention_entropy(model: nn.Module, images: Tensor) -> float:
         model(images)
         score = handle.states[middle].score
     model.train(was_training)
+    assert score is not None  # TopK always records it.
     share = score / score.sum(1, keepdim=True)
     entropy = torch.special.entr(share).sum(1) / math.log(share.shape[1])
     return float(entropy.mean())
