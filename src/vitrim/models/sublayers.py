@@ -90,10 +90,10 @@ class Elastic(nn.Module):
             self.vitrim_tap(name, x)
 
     def constant(self, x_BNC: Tensor, bias: Tensor | None) -> Tensor:
-        """What a sub-layer of width 0 adds: its last bias. Idle weights get a zero gradient, as data parallelism asks."""
+        """What width 0 adds: the last bias. Idle weights get zero gradients, as data parallelism asks."""
         out = torch.zeros_like(x_BNC) if bias is None else bias.to(x_BNC.dtype).expand_as(x_BNC)
         if self.training and torch.is_grad_enabled():
-            out = out + 0.0 * sum(p.sum() for p in self.parameters() if p.requires_grad)
+            out = out + 0.0 * (x_BNC + sum(p.sum() for p in self.parameters() if p.requires_grad))
         return out
 
 

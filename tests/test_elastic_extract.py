@@ -1,0 +1,268 @@
+"""Extraction: masking, slicing and stock blocks agree; means make up for what is lost; reductions go on top."""
+
+import copy
+import time
+
+import pytest
+import timm
+import torch
+from elastic_models import VARIANTS, images, small, variants
+from safetensors.torch import load_file
+from timm.models.vision_transformer import Block
+from torch.utils.flop_counter import FlopCounterMode
+
+import vitrim
+from vitrim.elastic import SuperNet, stratify
+from vitrim.elastic.chain import grow, start_chain
+from vitrim.elastic.extract import choose, cut
+from vitrim.elastic.sampler import narrowed
+from vitrim.errors import CheckpointError, ScoreError, VitrimError
+from vitrim.models import RemovedBranch, narrow
+
+
+def quiet(_: str) -> None:
+    """Swallow what would be printed."""
+
+
+def supernet(**options) -> SuperNet:
+    return stratify(small(**options), [images(8)], num_images=8, width_multiple=4, max_saving=0.6, rounds=2, say=quiet)
+
+
+@pytest.fixture(scope="module")
+def net() -> SuperNet:
+    return supernet()
+
+
+@variants
+def test_slicing_at_run_time_and_extraction_agree_for_every_network(variant):
+    net, x = supernet(**VARIANTS[variant]), images(4, seed=9)
+    for index in {*range(0, len(net.chain), 7), len(net.chain) - 1}:
+        small_one = net.cut(index, compensate=False)
+        with net.at(index) as running:
+            expected = running(x)
+        assert torch.allclose(small_one(x), expected, atol=1e-11, rtol=1e-11)
+        assert all(type(block) is Block for block in small_one.blocks)
+        assert vitrim.cost(small_one).macs == net.chain.macs_at(index)
+        assert vitrim.cost(small_one).params == net.chain.params_at(index)
+        assert vitrim.cost(small_one).macs_linear_only == net.chain.macs_linear_only_at(index)
+
+
+@pytest.mark.parametrize("variant", ["plain", "swiglu", "no_bias"])
+def test_masking_and_slicing_agree_for_every_width(variant):
+    model, x = small(**VARIANTS[variant]), images(2)
+    for name, full in {name: unit.width for name, unit in start_chain(model).units.items()}.items():
+        if not name.startswith("blocks.1"):
+            continue
+        for width in {0, 1, 5, full // 2, full - 1, full}:
+            masked = copy.deepcopy(model)
+            with torch.no_grad():
+                if name.endswith("attn"):
+                    masked.blocks[1].attn.qkv.weight.view(3, 3, 16, 48)[:, :, width:] = 0
+                    if masked.blocks[1].attn.qkv.bias is not None:
+                        masked.blocks[1].attn.qkv.bias.view(3, 3, 16)[:, :, width:] = 0
+                else:
+                    masked.blocks[1].mlp.fc2.weight[:, width:] = 0
+            with narrowed(model, {name: width}):
+                assert torch.allclose(model(x), masked(x), atol=1e-12)
+
+
+def test_every_width_of_stock_attention_keeps_the_softmax_scale():
+    model, x = small(), images(2)
+    for width in range(0, 17):
+        sliced = copy.deepcopy(model)
+        narrow(sliced, {"blocks.0.attn": width})
+        with narrowed(model, {"blocks.0.attn": width}):
+            assert torch.allclose(sliced(x), model(x), atol=1e-12)
+        assert width == 0 or sliced.blocks[0].attn.head_dim == width
+
+
+def test_full_network_is_bit_equal(net):
+    x = images(3)
+    assert torch.equal(net.cut(0)(x), net.model(x))
+
+
+def test_the_given_model_stays_as_it_was_and_so_does_the_supernet(net):
+    model, x = small(), images(2)
+    before, weights = model(x), copy.deepcopy(net.model.state_dict())
+    stratify(model, [x], num_images=2, rounds=1, say=quiet)
+    net.extract(macs=0.7)
+    assert torch.equal(model(x), before)
+    assert all(torch.equal(value, weights[name]) for name, value in net.model.state_dict().items())
+
+
+def test_means_of_one_layer_give_its_mean_output_back():
+    model, x = small(), images(16)
+    net = stratify(model, [x], num_images=16, say=quiet)
+    for name in ("blocks.1.attn", "blocks.1.mlp"):
+        for width in (0, 8):
+            outputs = {}
+            for kind, means in (("plain", None), ("compensated", net.means)):
+                small_one = copy.deepcopy(net.model)
+                narrow(small_one, {name: width}, means)
+                hook = small_one.get_submodule(name).register_forward_hook(lambda m, i, o, k=kind: outputs.update({k: o}))
+                small_one(x)
+                hook.remove()
+            hook = net.model.get_submodule(name).register_forward_hook(lambda m, i, o: outputs.update(full=o))
+            net.model(x)
+            hook.remove()
+            error = {kind: (outputs[kind] - outputs["full"]).square().mean().item() for kind in ("plain", "compensated")}
+            assert error["compensated"] < error["plain"]
+            if name.endswith("mlp") or width == 0:
+                gap = (outputs["compensated"] - outputs["full"]).mean((0, 1)).abs().max()
+                assert gap < 1e-10 * outputs["full"].abs().max()
+
+
+def test_budgets_are_met_within_one_group(net):
+    full = vitrim.cost(net.model)
+    for budget in (0.9, 0.7, 0.5):
+        found = vitrim.cost(net.extract(macs=budget))
+        largest_group = max(unit.macs * unit.step for unit in net.chain.units.values())
+        assert budget * full.macs - largest_group <= found.macs <= budget * full.macs
+    assert vitrim.cost(net.extract(params=0.8)).params <= 0.8 * full.params
+    assert vitrim.cost(net.extract(macs=full.macs * 0.8)).macs <= full.macs * 0.8
+
+
+def test_latency_is_found_by_bisection(net):
+    calls = []
+
+    def clock(model):
+        calls.append(1)
+        return vitrim.cost(model).macs / 1e6
+
+    index = choose(net.model, net.chain, latency=0.75, clock=clock)
+    assert index == net.chain.largest("macs", 0.75 * net.chain.macs)
+    assert len(calls) <= 2 + len(net.chain).bit_length()
+    with pytest.raises(VitrimError, match="the smallest takes"):
+        choose(net.model, net.chain, latency=0.01, clock=clock)
+    assert vitrim.cost(net.extract(latency=1e6)).macs == net.chain.macs
+
+
+@pytest.mark.parametrize("budget", [{}, {"macs": 0.5, "params": 0.5}, {"macs": 0}, {"macs": -1}, {"macs": float("nan")}])
+def test_wrong_budgets_are_refused(net, budget):
+    with pytest.raises(VitrimError):
+        net.extract(**budget)
+
+
+def test_impossible_budget_names_the_smallest_possible(net):
+    with pytest.raises(VitrimError, match=f"{net.chain.macs_at(-1):,}"):
+        net.extract(macs=0.01)
+
+
+def test_deit_b_is_extracted_in_under_a_second():
+    model = timm.create_model("deit_base_patch16_224").eval()
+    chain = start_chain(model)
+    shares = {name: torch.linspace(1, 0.1, unit.width) for name, unit in chain.units.items()}
+    net = SuperNet(model, grow(chain, shares, dict.fromkeys(chain.units, 0.1), 0.5))
+    times = []
+    for _ in range(3):
+        start = time.process_time()
+        found = net.extract(macs=0.6)
+        times.append(time.process_time() - start)
+    assert min(times) < 1.0
+    assert vitrim.cost(found).macs <= 0.6 * chain.macs
+
+
+def test_removed_sublayers_cost_nothing_and_cost_agrees_with_the_counter():
+    model = small(torch.float32)
+    narrow(model, {"blocks.0.attn": 0, "blocks.1.mlp": 0, "blocks.2.attn": 5, "blocks.2.mlp": 17})
+    assert isinstance(model.blocks[0].attn, RemovedBranch) and isinstance(model.blocks[1].mlp, RemovedBranch)
+    with FlopCounterMode(display=False) as counter, torch.device("meta"):
+        copy.deepcopy(model).to("meta")(torch.empty(1, 3, 64, 64))
+    assert vitrim.cost(model).macs == pytest.approx(counter.get_total_flops() / 2, rel=1e-3)
+
+
+def test_extracted_network_saves_loads_and_trains(net, tmp_path):
+    found, x = net.extract(macs=0.5), images(4)
+    vitrim.save(found, tmp_path / "small")
+    loaded = vitrim.load(tmp_path / "small")
+    assert torch.equal(loaded(x), found(x))
+    state = load_file(tmp_path / "small" / "model.safetensors")
+    found.load_state_dict(state)
+    loaded.train()
+    optimizer = torch.optim.SGD(loaded.parameters(), 0.05)
+    losses = []
+    for _ in range(5):
+        loss = torch.nn.functional.cross_entropy(loaded(x), torch.tensor([0, 1, 2, 3]))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+
+
+def test_supernet_folder_holds_chain_and_weights_and_notices_other_weights(net, tmp_path):
+    folder = net.save(tmp_path / "net")
+    again = SuperNet.load(folder)
+    assert again.chain == net.chain
+    x = images(2)
+    assert torch.equal(again.extract(macs=0.6)(x), net.extract(macs=0.6)(x))
+    assert torch.equal(vitrim.load(folder)(x), net.model(x))
+    with pytest.raises(CheckpointError):
+        net.save(folder)
+    other = copy.deepcopy(net.model)
+    other.head.bias.data += 1
+    vitrim.save(other, folder, overwrite=True)
+    with pytest.raises(CheckpointError, match="other weights"):
+        SuperNet.load(folder)
+    with pytest.raises(CheckpointError, match=r"no chain\.json"):
+        SuperNet.load(tmp_path)
+
+
+def test_chain_of_another_model_is_refused(net):
+    with pytest.raises(VitrimError, match="another model or input size"):
+        cut(small(img_size=96), net.chain, 3)
+
+
+def test_one_shot_iterators_and_labelled_batches_serve(net):
+    batches = ((images(4, seed=seed), torch.arange(4)) for seed in range(3))
+    made = stratify(small(), batches, labels=True, num_images=12, rounds=1, say=quiet)
+    assert made.chain.macs_at(-1) < made.chain.macs
+    with pytest.raises(VitrimError, match="no means"):
+        SuperNet(net.model, net.chain).cut(2, compensate=True)
+
+
+def test_stratify_refuses_an_attached_reduction():
+    model = small()
+    with vitrim.attach(model, vitrim.TopK(), vitrim.KeepRate(0.5, at=(1,))), pytest.raises(VitrimError, match="remove"):
+        stratify(model, [images(2)], say=quiet)
+
+
+REDUCTIONS = ["TopK(cls_attention) @ KeepRate(0.5, at=(1,))", "TopK(norm, fuse=mean) @ Stages({1: 0.5})", "ToMe @ ConstantR(3)"]
+
+
+@pytest.mark.parametrize("text", REDUCTIONS)
+def test_reduction_on_top_obeys_the_laws(text):
+    model, x = small(), images(4)
+    narrow(model, {"blocks.0.attn": 8, "blocks.0.mlp": 40, "blocks.1.attn": 4, "blocks.2.mlp": 0})
+    before, macs = model(x), vitrim.cost(model).macs
+    keys = list(model.state_dict())
+    with vitrim.attach(model, text) as handle:
+        reduced = model(x)
+        assert vitrim.cost(model).macs < macs
+        assert not torch.equal(reduced, before)
+        assert torch.allclose(model(x[2:3]), reduced[2:3], atol=1e-12)
+        assert [state.size.shape[1] + 1 for state in handle.states] == list(handle.token_counts)
+        assert list(model.state_dict()) == keys
+        assert torch.allclose(copy.deepcopy(model)(x), reduced, atol=1e-12)
+    assert torch.equal(model(x), before)
+    assert type(model.blocks[1]) is Block
+    with vitrim.attach(model, "TopK(cls_attention) @ Counts([16, 16, 16])"):
+        assert torch.equal(model(x), before)
+
+
+def test_reduction_on_a_block_without_attention():
+    model, x = small(), images(4)
+    narrow(model, {"blocks.1.attn": 0})
+    with vitrim.attach(model, "TopK(norm) @ KeepRate(0.5, at=(1,))") as handle:
+        assert handle.token_counts == (17, 9, 9)
+        assert model(x).isfinite().all()
+    with pytest.raises(ScoreError, match="attention of block 1 was removed"):
+        vitrim.attach(model, "TopK(cls_attention) @ KeepRate(0.5, at=(1,))")
+    assert type(model.blocks[1]) is Block
+
+
+def test_extracted_network_exports(net):
+    found, x = net.extract(macs=0.5), images(2)
+    program = torch.export.export(found, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=16)},))
+    more = images(3, seed=4)
+    assert torch.allclose(program.module()(more), found(more), atol=1e-12)
