@@ -12,8 +12,8 @@ from jsonargparse import auto_cli
 
 from baselines import evit_materialised, tome_materialised
 from vitrim.measure.bench_table import BenchTable
-from vitrim.measure.speed import bench, prepare
-from vitrim.models import build_model
+from vitrim.measure.speed import bench
+from vitrim.models import build_model, variant
 
 METHODS = {
     "TopK() @ KeepRate(0.7)": "evit-materialised 0.7",
@@ -48,7 +48,7 @@ def main(
 ) -> None:
     """Measure, print, and write OUT.md and OUT.json."""
     dense = build_model(model)
-    models = {"dense": dense, **{method: prepare(dense, method) for method in ("dense+cls_only", *METHODS)}}
+    models = {"dense": dense, **{method: variant(dense, method) for method in ("dense+cls_only", *METHODS)}}
     for rate in (0.7, 0.5):
         models[f"evit-materialised {rate}"] = evit_materialised(dense, rate)
     models["tome-materialised r=13"] = tome_materialised(dense, 13)

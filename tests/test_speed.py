@@ -17,7 +17,8 @@ import vitrim
 from vitrim.errors import UnknownNameError, VitrimError
 from vitrim.measure.bench_table import BenchRow, BenchTable, Quartiles, ratios
 from vitrim.measure.environment import environment
-from vitrim.measure.speed import bench, bench_methods, prepare
+from vitrim.measure.speed import bench, bench_methods
+from vitrim.models import variant
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import baselines
@@ -106,26 +107,26 @@ def test_methods_count_what_the_model_executes():
     assert table.row("dense", 2).macs == dense
     for method in methods[1:]:
         row = table.row(method, 2)
-        assert row.macs == vitrim.cost(prepare(model, method)).macs < dense
+        assert row.macs == vitrim.cost(variant(model, method)).macs < dense
         assert row.macs_ratio == pytest.approx(dense / row.macs)
         assert row.reference == "dense"
     assert vitrim.attached(model) is None
 
 
 def test_prefix_only_last_block_where_the_head_allows_it():
-    token, pooled = prepare(tiny(), "TopK() @ KeepRate(0.5)"), tiny(global_pool="avg", class_token=False)
+    token, pooled = variant(tiny(), "TopK() @ KeepRate(0.5)"), tiny(global_pool="avg", class_token=False)
     assert vitrim.attached(token).cls_only
-    assert not vitrim.attached(prepare(pooled, "TopK(score=norm) @ KeepRate(0.5)")).cls_only
+    assert not vitrim.attached(variant(pooled, "TopK(score=norm) @ KeepRate(0.5)")).cls_only
     x = torch.randn(2, 3, 64, 64)
-    torch.testing.assert_close(prepare(tiny(), "dense+cls_only")(x), tiny()(x), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(variant(tiny(), "dense+cls_only")(x), tiny()(x), rtol=1e-5, atol=1e-6)
 
 
 def test_a_reduced_model_can_be_measured_as_it_is_or_dense():
     model = tiny()
     vitrim.attach(model, "TopK() @ KeepRate(0.5)")
-    assert vitrim.attached(prepare(model, "dense")) is None
-    assert str(vitrim.attached(prepare(model, "as_is")).reduction) == str(vitrim.attached(model).reduction)
-    assert "ToMe" in str(vitrim.attached(prepare(model, "ToMe() @ ConstantR(2)")).reduction)
+    assert vitrim.attached(variant(model, "dense")) is None
+    assert str(vitrim.attached(variant(model, "own")).reduction) == str(vitrim.attached(model).reduction)
+    assert "ToMe" in str(vitrim.attached(variant(model, "ToMe() @ ConstantR(2)")).reduction)
 
 
 def test_several_models_each_have_their_own_reference():
@@ -152,7 +153,7 @@ def test_compiled_models_are_measured(monkeypatch):
 
     genuine = torch.compile
     monkeypatch.setattr(torch, "compile", compile_quickly)
-    models = {name: prepare(tiny(), name) for name in ("dense", "TopK() @ KeepRate(0.5)")}
+    models = {name: variant(tiny(), name) for name in ("dense", "TopK() @ KeepRate(0.5)")}
     table = bench(models, batch_sizes=(2, 3), rounds=1, warmup=1, compile=True, device="cpu")
     assert len(compiled) == 4
     assert all(options == {"dynamic": False} for _, options in compiled)
@@ -235,7 +236,7 @@ def test_wrong_names_of_models_and_methods():
 def test_evit_baseline_computes_the_same_logits(rate):
     model = tiny(depth=4, init_values=0.5).double()
     x = torch.randn(5, 3, 64, 64, dtype=torch.float64)
-    reduced = prepare(model, f"TopK(fuse=sum) @ KeepRate({rate})")
+    reduced = variant(model, f"TopK(fuse=sum) @ KeepRate({rate})")
     expected = baselines.evit_materialised(model, rate)(x)
     assert (expected - model(x)).abs().max() > 1e-3
     torch.testing.assert_close(reduced(x), expected, rtol=0, atol=1e-12)
@@ -248,7 +249,7 @@ def test_tome_baseline_computes_the_same_logits():
     plain = baselines.tome_materialised(model, 5)
     for block in plain.model.blocks[1:]:
         block.r = 0
-    reduced = prepare(model, "ToMe() @ Counts([11, 11, 11])")
+    reduced = variant(model, "ToMe() @ Counts([11, 11, 11])")
     expected = plain(x)
     assert (expected - model(x)).abs().max() > 1e-4
     torch.testing.assert_close(reduced(x), expected, rtol=0, atol=1e-12)
@@ -263,5 +264,5 @@ def test_baselines_are_measured_and_counted():
     }
     table = bench(models, batch_sizes=(2,), rounds=1, warmup=0, device="cpu")
     dense, evit = table.row("dense", 2).macs, table.row("evit", 2).macs
-    assert vitrim.cost(prepare(model, "TopK(fuse=sum) @ KeepRate(0.5)")).macs < evit < dense
+    assert vitrim.cost(variant(model, "TopK(fuse=sum) @ KeepRate(0.5)")).macs < evit < dense
     assert table.row("tome", 2).macs_ratio > 1

@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "vitrim.models": ("Handle", "attach", "attached", "build_model", "load", "save"),
+    "vitrim.elastic": ("SuperNet", "stratify"),
     "vitrim.measure.cost": ("Cost", "cost"),
     "vitrim.tokens": (
         "Adaptive", "Budget", "Constant", "ConstantR", "CosineWarmup", "Counts", "Delayed", "KeepRate",
@@ -20,6 +21,7 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = sorted(_HOME_OF)
 
 if TYPE_CHECKING:
+    from .elastic import SuperNet, stratify
     from .measure.cost import Cost, cost
     from .models import Handle, attach, attached, build_model, load, save
     from .tokens import (

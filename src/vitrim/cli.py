@@ -174,14 +174,14 @@ def show(
         overwrite: replace pictures that exist.
         device: where to run.
     """
-    from .search.compare import open_model, prepared
+    from .models import variant
+    from .search.compare import open_model
     from .show.pictures import show as draw
 
-    with prepared(open_model(model), method) as network:
-        drawn = draw(
-            network, images, out, montage=montage, scores=scores, limit=limit, blocks=blocks, overwrite=overwrite,
-            device=None if device == "auto" else device,
-        )  # fmt: skip
+    drawn = draw(
+        variant(open_model(model), method), images, out, montage=montage, scores=scores, limit=limit, blocks=blocks,
+        overwrite=overwrite, device=None if device == "auto" else device,
+    )  # fmt: skip
     for line in (*drawn, *drawn.skipped):
         print(line)
 

@@ -14,8 +14,8 @@ from torch import nn
 from .measure.environment import environment
 from .measure.speed import bench
 from .measure.table import Column, Table
-from .models import attach, find_adapter
-from .search.compare import DENSE, figures_of, open_model, variant
+from .models import DENSE, attach, find_adapter, variant
+from .search.compare import figures_of, open_model
 from .show.pictures import show
 from .show.plots import cost_accuracy_plot
 from .show.progress import live
@@ -102,7 +102,7 @@ def _measure(models: dict[str, nn.Module], data: DataSpec) -> Table:
             "method": row["method"] if row["method"] == DENSE else str(Reduction.parse(row["method"])),
         }
     notes = [
-        f"{rows[0]['num_images']} test digits. Speed: batch of 128, median of 5 rounds in which all methods took turns; "
+        f"{rows[0]['num_images']} test digits. Speed: batch of 128, median of 5 rounds in which all took turns; "
         "ratios are to the first row."
     ]
     return Table("Digits: accuracy against cost", COLUMNS, rows, notes=notes, environment=environment())

@@ -17,7 +17,7 @@ from torch.utils import benchmark
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..errors import UnknownNameError, UnsupportedModelError, VitrimError
-from ..models import attach, attached, build_model, find_adapter
+from ..models import build_model, find_adapter, variant
 from .bench_table import BenchRow, BenchTable, ratios
 from .cost import cost
 from .environment import environment
@@ -101,7 +101,7 @@ def bench_methods(
 
     Args:
         model: modules, folders of saved models, or timm names (random weights: speed does not depend on them).
-        methods: "dense", "dense+cls_only", "as_is" (what is attached already), or reductions such as
+        methods: "dense", "dense+cls_only", "own" (what is attached already), or reductions such as
             "TopK() @ KeepRate(0.7)". Reductions run with the last block on prefix tokens alone where the head reads
             nothing else. The first is the reference of its model.
         options: of `bench`.
@@ -118,23 +118,9 @@ def bench_methods(
             name = prefix + method
             if name in models:
                 raise VitrimError(f"{name!r} is named twice; every row needs its own name")
-            models[name] = prepare(dense, method)
+            models[name] = variant(dense, method)
             references[name] = prefix + methods[0]
     return bench(models, references=references, **options)
-
-
-def prepare(model: nn.Module, method: str) -> nn.Module:
-    """A copy of the model with the method at work; "as_is" leaves whatever is attached, all others replace it."""
-    model = deepcopy(model).eval()
-    if method == "as_is":
-        return model
-    if (before := attached(model)) is not None:
-        before.remove()
-    if method == "dense+cls_only":
-        attach(model, cls_only=True)
-    elif method != "dense":
-        attach(model, method, cls_only=find_adapter(model).geometry(model).head == "prefix")
-    return model
 
 
 class _Trial:

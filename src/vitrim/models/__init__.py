@@ -4,15 +4,18 @@ from . import hybrid as _hybrid  # noqa: F401  (enters its models in timm's regi
 from . import timm_sublayers as _timm_sublayers  # noqa: F401  (enters its layers in the table of elastic ones)
 from . import timm_vit as _timm_vit  # noqa: F401  (enters itself in the table)
 from .adapter import ADAPTERS, Adapter, Geometry, find_adapter
-from .attach import Handle, attach, attached, attached_instead
+from .attach import Handle, attach, attached
 from .build import build_model
 from .store import load, save
 from .sublayers import RemovedBranch
+from .variants import DENSE, OWN, attached_instead, reads_prefix_only, variant
 from .weights import read_weights
 from .widths import BlockWidths, narrow, set_widths, widths_of
 
 __all__ = [
     "ADAPTERS",
+    "DENSE",
+    "OWN",
     "Adapter",
     "BlockWidths",
     "Geometry",
@@ -26,7 +29,9 @@ __all__ = [
     "load",
     "narrow",
     "read_weights",
+    "reads_prefix_only",
     "save",
     "set_widths",
+    "variant",
     "widths_of",
 ]

@@ -1,7 +1,6 @@
 """Put a reduction into a model, and take it out again without a trace."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import cache
 from types import TracebackType
 
@@ -34,7 +33,9 @@ class Handle:
         self._last: Trace | None = None
         self._check()
         if reduction is not None:
-            self._schedule = reduction.schedule.resolve(self._macs_of())
+            dense = Plan(self.geometry.num_patches, self.geometry.num_prefix, self.geometry.depth, ())
+            dense_macs = self.adapter.macs(model, dense, None).total
+            self._schedule = reduction.schedule.resolve(self._macs_of(), dense_macs)
             self._strength = reduction.curriculum.strength(0.0)
             self._prepare()
 
@@ -246,22 +247,6 @@ def attach(
     handle = Handle(model, reducer, cls_only)
     handle.install()
     return handle
-
-
-@contextmanager
-def attached_instead(
-    model: nn.Module, reduction: Reduction | str | None, *, cls_only: bool = False
-) -> Iterator[Handle]:
-    """Attach this reduction for a while, in place of whatever is attached; the old handle comes back as it was."""
-    before = attached(model)
-    if before is not None:
-        before.remove()
-    try:
-        with attach(model, reduction, cls_only=cls_only) as handle:
-            yield handle
-    finally:
-        if before is not None:
-            before.install()
 
 
 def attached(model: nn.Module) -> Handle | None:

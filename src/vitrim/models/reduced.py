@@ -7,6 +7,7 @@ decides which work can be left out is here:
 - where the head reads prefix tokens alone, the last block computes only those.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,9 @@ from .adapter import needed
 
 if TYPE_CHECKING:
     from .attach import Handle
+
+_SLICE_BYTES = 4 * 2**20
+"""Hidden activations per thread, about the size of a core's share of the caches."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,7 +118,10 @@ class ReducedBlock(nn.Module):
         if before is None and inside is None and bias is None and not prefix_only:
             if trace.assignments:
                 _refuse_mask(args, kwargs)
-            return handle.leave(super().forward(x, *args, **kwargs), trace)
+            whole = super().forward
+            if plan.cuts and not args and not kwargs:
+                return handle.leave(a_few_images_at_a_time(whole, x), trace)
+            return handle.leave(whole(x, *args, **kwargs), trace)
         _refuse_mask(args, kwargs)
         if before is not None and reducer is not None:
             evidence = self._foresee(x, trace, bias, needed(reducer, before))
@@ -147,7 +154,7 @@ class ReducedBlock(nn.Module):
                 assignment = reducer.assign(evidence, inside.keep)
                 x = assignment.apply(x, trace.size_BN, plan.num_prefix)
                 trace = trace.then(index, assignment)
-        return handle.leave(self.feed_forward(x), trace)
+        return handle.leave(a_few_images_at_a_time(self.feed_forward, x), trace)
 
     def _evidence(
         self,
@@ -182,6 +189,21 @@ class ReducedBlock(nn.Module):
         if needs == "cls_row":
             evidence = replace(evidence, cls_query_BH1D=self.project(normed[:, :1], 0, 1)[0])
         return evidence
+
+
+def a_few_images_at_a_time(compute: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """`compute(x)` over slices of the batch (B, T, C) on a CPU, where large activations cost more than arithmetic.
+
+    The hidden layer of an MLP at batch 32 outgrows caches and what the allocator reuses; a few images at a time
+    it stays in both. Images do not depend on each other, so the result is the same.
+    """
+    if x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return compute(x)
+    hidden_bytes = 4 * x.shape[1] * x.shape[2] * x.element_size()
+    images = max(1, _SLICE_BYTES * torch.get_num_threads() // hidden_bytes)
+    if images >= x.shape[0]:
+        return compute(x)
+    return torch.cat([compute(part) for part in x.split(images)])
 
 
 def _refuse_mask(args: tuple[object, ...], kwargs: dict[str, object]) -> None:

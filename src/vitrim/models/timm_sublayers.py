@@ -1,6 +1,7 @@
 """timm's attention and MLP layers at a variable width, and the rotations and permutations that they are blind to."""
 
 import math
+from typing import Any
 
 import torch
 from timm.layers import Attention, GluMlp, Mlp, SwiGLU
@@ -48,6 +49,7 @@ class ElasticAttention(Elastic, Attention, replaces=Attention):
         biases = 0 if self.qkv.bias is None else 3
         norms = sum(p.numel() // self.head_dim for n in (self.q_norm, self.k_norm) for p in n.parameters())
         return self.num_heads * (4 * self.qkv.in_features + biases) + norms
+
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         width, heads = self.vitrim_width, self.num_heads
         if width == 0:
@@ -125,9 +127,11 @@ class ElasticHidden(Elastic):
     """What the MLPs share: hidden units in one or two rows of weights, a norm at most, and a last projection."""
 
     kind = "mlp"
+    fc2: nn.Linear
+    norm: nn.Module
 
     @property
-    def first(self) -> tuple[tuple[nn.Linear, int], ...]:
+    def first(self) -> tuple[tuple[Any, int], ...]:
         """The layers that make the hidden units, each with how many rows of a unit it holds."""
         raise NotImplementedError
 
@@ -151,6 +155,7 @@ class ElasticHidden(Elastic):
     def unit_params(self) -> int:
         rows = sum(parts * (linear.in_features + (linear.bias is not None)) for linear, parts in self.first)
         return rows + self.fc2.out_features + sum(1 for _ in self.norm.parameters())
+
     def made(self, x: Tensor, index: int = 0) -> Tensor:
         """The rows that layer `index` of `first` makes, cut to the present width."""
         linear, parts = self.first[index]
@@ -191,7 +196,7 @@ class ElasticMlp(ElasticHidden, Mlp, replaces=Mlp):
     """timm's `Mlp` on its leading hidden units."""
 
     @property
-    def first(self) -> tuple[tuple[nn.Linear, int], ...]:
+    def first(self) -> tuple[tuple[Any, int], ...]:
         return ((self.fc1, 1),)
 
     def activate(self, x: Tensor) -> Tensor:
@@ -202,7 +207,7 @@ class ElasticGluMlp(ElasticHidden, GluMlp, replaces=GluMlp):
     """timm's `GluMlp` (packed SwiGLU): value and gate rows of a unit lie in the two halves of one layer."""
 
     @property
-    def first(self) -> tuple[tuple[nn.Linear, int], ...]:
+    def first(self) -> tuple[tuple[Any, int], ...]:
         return ((self.fc1, 2),)
 
     def activate(self, x: Tensor) -> Tensor:
@@ -214,7 +219,7 @@ class ElasticSwiGLU(ElasticHidden, SwiGLU, replaces=SwiGLU):
     """timm's `SwiGLU`, whose gate and value rows lie in two layers."""
 
     @property
-    def first(self) -> tuple[tuple[nn.Linear, int], ...]:
+    def first(self) -> tuple[tuple[Any, int], ...]:
         return ((self.fc1_g, 1), (self.fc1_x, 1))
 
     def activate(self, x: Tensor) -> Tensor:

@@ -75,4 +75,3 @@ def narrow(model: nn.Module, widths: Mapping[str, int], means: Mapping[str, Tens
     for name, branch in gone.items():
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, branch)
-

@@ -1,8 +1,6 @@
 """Models side by side on the same images: accuracy, time, tokens and cost."""
 
-import copy
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -13,9 +11,9 @@ from ..errors import DataError
 from ..measure.cost import cost
 from ..measure.environment import environment
 from ..measure.table import Column, Table
-from ..models import attach, attached, build_model, load
+from ..models import build_model, load, variant
 from ..train.data import test_stream
-from ..train.evaluate import evaluate_all, make_accelerator, reads_prefix_only
+from ..train.evaluate import evaluate_all, make_accelerator
 from ..train.images import open_images
 from ..train.recipe import DataSpec, Recipe
 
@@ -30,36 +28,22 @@ COLUMNS = (
     Column("macs_ratio", "MACs ratio", ".2f"),
     Column("tokens", "tokens leaving each block"),
 )
-OWN, DENSE = "as saved", "dense"
 
 
-def open_model(spec: str, num_classes: int | None = None) -> nn.Module:
-    """A model from a run folder, a folder written by `vitrim.save`, a weights file or a timm name."""
+def open_model(spec: str) -> nn.Module:
+    """A model by what people have of it.
+
+    A run folder, a folder written by `vitrim.save`, a file of torchvision weights, a timm name, `NAME@FILE` (that
+    architecture with weights from a file) or `NAME@pretrained` (with timm's published weights, which it downloads).
+    """
     folder = Path(spec)
     for candidate in (folder / "model", folder):
         if (candidate / "vitrim.json").exists():
             return load(candidate)
-    return build_model(spec, num_classes=num_classes)
-
-
-def variant(model: nn.Module, method: str) -> nn.Module:
-    """A copy of the model that shares its weights, under this method: "dense", "as saved" or a reduction."""
-    memo: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    other = copy.deepcopy(model, memo)
-    before = attached(other)
-    if method == OWN:
-        return other
-    if before is not None:
-        before.remove()
-    if method != DENSE:
-        attach(other.eval(), method, cls_only=reads_prefix_only(other))
-    return other
-
-
-@contextmanager
-def prepared(model: nn.Module, method: str | None) -> Iterator[nn.Module]:
-    """The model under a method, None for its own."""
-    yield variant(model, method or OWN).eval()
+    name, _, weights = spec.partition("@") if not spec.startswith("hf-hub:") else (spec, "", "")
+    if weights == "pretrained":
+        return build_model(name, pretrained=True)
+    return build_model(name, checkpoint=weights or None)
 
 
 def data_of(models: Sequence[str], given: DataSpec) -> DataSpec:

@@ -13,10 +13,11 @@ from typing import Any
 from ..errors import RecipeError, UnknownNameError
 from ..measure.environment import environment
 from ..measure.table import Column, Table
+from ..models import OWN, variant
 from ..train.checkpoint import write_atomic
 from ..train.loop import train
 from ..train.recipe import Recipe, merge, read_yaml
-from .compare import figures_of, open_model, variant
+from .compare import figures_of, open_model
 from .sweep import sweep
 
 Report = Callable[[str, Mapping[str, Any]], None]
@@ -71,7 +72,7 @@ class Study:
             title=data.get("title", Path(path).stem),
             base=data["base"],
             rows={name: changes or {} for name, changes in data["rows"].items()},
-            test=data.get("test") or {"as saved": "as saved"},
+            test=data.get("test") or {OWN: OWN},
             seeds=list(data.get("seeds") or [0]),
             sweep=data.get("sweep"),
             published=data.get("published") or {},

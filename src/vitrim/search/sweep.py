@@ -10,9 +10,10 @@ from torch import nn
 from ..errors import ScheduleError
 from ..measure.environment import environment
 from ..measure.table import Column, Table
+from ..models import DENSE, variant
 from ..tokens import Reduction
 from ..train.recipe import DataSpec
-from .compare import COLUMNS, DENSE, figures_of, open_model, variant
+from .compare import COLUMNS, figures_of, open_model
 
 Settings = Mapping[str, Sequence[float]]
 

@@ -3,21 +3,10 @@
 from ..notation import render
 from .assignment import Assignment, TokenState, take
 from .curricula import CURRICULA, Adaptive, Constant, CosineWarmup, Curriculum, Delayed, Polynomial
+from .plan import SCHEDULES, Cut, Plan, Schedule, make_plan
 from .reducers import REDUCERS, Reducer, ToMe, TopK
 from .reduction import Reduction
-from .schedules import (
-    SCHEDULES,
-    Budget,
-    ConstantR,
-    Counts,
-    Cut,
-    KeepRate,
-    Plan,
-    PowerLaw,
-    Schedule,
-    Stages,
-    make_plan,
-)
+from .schedules import Budget, ConstantR, Counts, KeepRate, PowerLaw, Stages
 from .scores import SCORES, Evidence, Score, score
 
 __all__ = [

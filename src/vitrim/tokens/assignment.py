@@ -79,12 +79,11 @@ class Assignment:
         # Half precision cannot count above 256, nor add up many small shares: merge in float32 at least.
         size_BN = size_BN.to(torch.promote_types(x_BNC.dtype, torch.float32))
         new_size = self.size(size_BN)
-        # A token that nothing joins is multiplied by one, so it stays bit-equal.
-        scale = torch.nn.functional.pad(size_BN.gather(1, self.kept_BK) / new_size, (num_prefix, 0), value=1.0)
         share = size_BN.gather(1, self.moved_BR) / new_size.gather(1, self.slot_BR)
-        moved = take(x_BNC, self.moved_BR + num_prefix) * share.unsqueeze(2)
-        index = (self.slot_BR + num_prefix).unsqueeze(2).expand_as(moved)
-        return (kept * scale.unsqueeze(2)).scatter_add(1, index, moved).to(x_BNC.dtype)
+        # Each joined token moves by its share of the way to what joins it; one that nothing joins stays bit-equal.
+        slot = self.slot_BR + num_prefix
+        step = (take(x_BNC, self.moved_BR + num_prefix) - take(kept, slot)) * share.unsqueeze(2)
+        return kept.to(step.dtype).scatter_add(1, slot.unsqueeze(2).expand_as(step), step).to(x_BNC.dtype)
 
     def size(self, size_BN: Tensor) -> Tensor:
         """Input tokens behind each outgoing token, (B, M), from those behind each incoming one."""

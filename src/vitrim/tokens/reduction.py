@@ -10,8 +10,9 @@ from typing import Literal
 from ..errors import ScheduleError
 from ..notation import Notation, render
 from .curricula import CURRICULA, Constant, Curriculum, Polynomial
+from .plan import SCHEDULES, Schedule
 from .reducers import REDUCERS, Reducer
-from .schedules import SCHEDULES, KeepRate, Schedule
+from .schedules import KeepRate
 
 Phase = Literal["both", "train", "eval"]
 _NOTATION = Notation(

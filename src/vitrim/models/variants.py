@@ -1,0 +1,58 @@
+"""One model under several methods: for a while, or side by side on the same weights."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from ..tokens import Reduction
+from .adapter import find_adapter
+from .attach import Handle, attach, attached
+
+OWN, DENSE, DENSE_CLS_ONLY = "own", "dense", "dense+cls_only"
+"""Methods beside reductions: what is attached already; the plain model; the plain model with a CLS-only last block."""
+
+
+def reads_prefix_only(model: nn.Module) -> bool:
+    """Whether the head reads prefix tokens alone, so that the last block need not compute patch tokens."""
+    return find_adapter(model).geometry(model).head == "prefix"
+
+
+def variant(model: nn.Module, method: str | None) -> nn.Module:
+    """A copy of the model that shares its weights, in eval mode, under a method.
+
+    Args:
+        model: any model; only reductions ask for one that an adapter claims.
+        method: "own" (or None) leaves what is attached, "dense" takes it out, "dense+cls_only" or a reduction such as
+            `TopK() @ KeepRate(0.7)` takes its place, with the last block on prefix tokens alone where the head reads
+            nothing else.
+    """
+    memo: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    other = copy.deepcopy(model, memo).eval()
+    if method in (None, OWN):
+        return other
+    if (before := attached(other)) is not None:
+        before.remove()
+    if method == DENSE_CLS_ONLY:
+        attach(other, cls_only=True)
+    elif method != DENSE:
+        attach(other, method, cls_only=reads_prefix_only(other))
+    return other
+
+
+@contextmanager
+def attached_instead(
+    model: nn.Module, reduction: Reduction | str | None, *, cls_only: bool = False
+) -> Iterator[Handle]:
+    """Attach this reduction for a while, in place of whatever is attached; the old handle comes back as it was."""
+    before = attached(model)
+    if before is not None:
+        before.remove()
+    try:
+        with attach(model, reduction, cls_only=cls_only) as handle:
+            yield handle
+    finally:
+        if before is not None:
+            before.install()
