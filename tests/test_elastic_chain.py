@@ -3,11 +3,12 @@
 import json
 import random
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
-from elastic_models import images, small
 
+from elastic_models import images, small
 from vitrim import cost
 from vitrim.elastic.chain import Chain, Entry, UnitCost, _falling_outwards, grow, hash_of, start_chain
 from vitrim.elastic.importance import probe_loss, sensitivities
@@ -18,7 +19,8 @@ from vitrim.errors import CheckpointError, UnknownNameError, VitrimError
 def random_case(seed: int):
     chain = start_chain(small(), width_multiple=2)
     generator = torch.Generator().manual_seed(seed)
-    shares = {name: torch.rand(unit.width, generator=generator, dtype=torch.float64) for name, unit in chain.units.items()}
+    widths = {name: unit.width for name, unit in chain.units.items()}
+    shares = {name: torch.rand(width, generator=generator, dtype=torch.float64) for name, width in widths.items()}
     rises = {name: torch.rand((), generator=generator).item() for name in chain.units}
     return chain, shares, rises
 
@@ -59,7 +61,7 @@ def test_merged_densities_fall_outwards_as_the_best_suffix_does():
         value, macs = [rng.random() for _ in range(size)], [rng.randrange(1, 5) for _ in range(size)]
         merged = _falling_outwards(value, macs)
         densities = [density for density, _ in merged]
-        assert all(inner > outer for inner, outer in zip(densities, densities[1:], strict=False))
+        assert all(inner > outer for inner, outer in pairwise(densities))
         assert [index for _, members in merged for index in members] == list(range(size))
         # The outermost merged group is the suffix of lowest density of all.
         suffixes = [sum(value[start:]) / sum(macs[start:]) for start in range(size)]

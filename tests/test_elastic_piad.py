@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
-from elastic_models import images, small
 from torch.nn import functional as F
 
+from elastic_models import images, small
 from vitrim.elastic.piad import Piad, Stratifier, imitation_loss
 from vitrim.elastic.sampler import draw
 from vitrim.errors import CheckpointError, UnknownNameError, VitrimError
@@ -55,7 +55,8 @@ def test_sandwich_losses_are_cross_entropy_then_imitation_of_the_full_network():
 def test_original_rule_is_soft_target_cross_entropy_of_one_network(targets):
     model, x = small(), images(4)
     y = torch.arange(4) if targets == "classes" else torch.rand(4, 5, dtype=torch.float64).softmax(1)
-    with Stratifier(model, Piad(rule="original", distill=False, num_images=8, probe_images=8, grow_epochs=2)) as stratifier:
+    config = Piad(rule="original", distill=False, num_images=8, probe_images=8, grow_epochs=2)
+    with Stratifier(model, config) as stratifier:
         stratifier.start_epoch(1, loader())
         (term,) = stratifier.losses(x, y, step=3)
         with stratifier.network(term.network):
@@ -75,7 +76,8 @@ def test_external_teacher_teaches_every_network_without_labels():
 
 def test_headless_network_imitates_features():
     model, teacher = small(num_classes=0), small(seed=5, num_classes=0)
-    with Stratifier(model, Piad(labels=False, grow_epochs=1, num_images=8, probe_images=8), teacher=teacher) as stratifier:
+    config = Piad(labels=False, grow_epochs=1, num_images=8, probe_images=8)
+    with Stratifier(model, config, teacher=teacher) as stratifier:
         stratifier.start_epoch(0, loader())
         losses = [term.loss for term in stratifier.losses(images(4), None, step=0)]
     assert all(0 < loss < 2 for loss in losses)
@@ -83,7 +85,8 @@ def test_headless_network_imitates_features():
 
 def test_gradients_reach_the_leading_part_alone_and_every_parameter_has_one():
     model, x, y = small().train(), images(4), torch.arange(4)
-    with Stratifier(model, Piad(rule="uniform", distill=False, grow_epochs=1, num_images=8, probe_images=8)) as stratifier:
+    config = Piad(rule="uniform", distill=False, grow_epochs=1, num_images=8, probe_images=8)
+    with Stratifier(model, config) as stratifier:
         stratifier.start_epoch(0, loader())
         smallest = len(stratifier.chain) - 1
         step = next(step for step in range(9999) if draw("uniform", smallest + 1, 0, step) == (smallest,))

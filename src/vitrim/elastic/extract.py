@@ -98,4 +98,3 @@ def milliseconds(model: nn.Module, batch_size: int = 1) -> float:
         return timer.blocked_autorange(min_run_time=0.3).median * 1e3
     finally:
         model.train(training)
-

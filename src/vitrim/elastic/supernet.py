@@ -154,4 +154,3 @@ def stratify(
         shares = {name: ordered.shares[name][: widths[name]] for name in rises}
         chain = grow(chain, shares, rises, max_saving * number / rounds)
     return SuperNet(model, replace(chain, weights=hash_of(model)), ordered.means)
-

@@ -78,9 +78,7 @@ def wpac(
     return Ordered(difference, means, shares)
 
 
-def apply(
-    model: nn.Module, sums: Mapping[str, Sums], ordering: str
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def apply(model: nn.Module, sums: Mapping[str, Sums], ordering: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Change the weights; returns means and shares, see `Ordered`."""
     axes_of, order_of = ORDERINGS[ordering]
     means: dict[str, Tensor] = {}
