@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from elastic_models import images, small
+from vitrim.elastic.chain import Chain
 from vitrim.elastic.piad import Piad, Stratifier, imitation_loss
 from vitrim.elastic.sampler import draw
 from vitrim.errors import CheckpointError, UnknownNameError, VitrimError
@@ -164,3 +165,33 @@ def test_bad_configuration_is_told_in_one_line():
         Stratifier(small(), Piad(rule="uniform"))
     with Stratifier(small(), CONFIG) as stratifier, pytest.raises(VitrimError, match="teacher"):
         list(stratifier.losses(images(2), None, 0))
+
+
+def _one_step(rank: int, file: str, out: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+    model = small().train()
+    share = [(x[rank * 2 : rank * 2 + 2], y[rank * 2 : rank * 2 + 2]) for x, y in loader()]
+    with Stratifier(model, CONFIG) as stratifier:
+        stratifier.start_epoch(2, share)
+        wrapped = torch.nn.parallel.DistributedDataParallel(model)
+        for term in stratifier.losses(*share[0], step=4, model=wrapped):
+            term.loss.backward()
+        chain = stratifier.chain.to_json()
+    torch.save(([p.grad for p in model.parameters()], chain), f"{out}{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_train_the_same_networks_as_one(tmp_path):
+    torch.multiprocessing.spawn(_one_step, (str(tmp_path / "rendezvous"), str(tmp_path / "rank")), nprocs=2)
+    (grads, chain), (_, other) = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert chain == other
+    model = small().train()
+    with Stratifier(model, CONFIG) as stratifier:
+        stratifier.start_epoch(2, loader())
+        for term in stratifier.losses(*loader()[0], step=4):
+            term.loss.backward()
+        widths = [(entry.module, entry.width) for entry in stratifier.chain.entries]
+    assert [(entry.module, entry.width) for entry in Chain.from_json(chain).entries] == widths
+    for expected, found in zip(model.parameters(), grads, strict=True):
+        assert torch.allclose(expected.grad, found, atol=1e-10)

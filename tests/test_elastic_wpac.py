@@ -8,7 +8,8 @@ from torch import nn
 
 from elastic_models import VARIANTS, images, small, variants
 from vitrim.elastic import ORDERINGS, wpac
-from vitrim.elastic.statistics import HeadSums, batches, collect
+from vitrim.elastic.probing import batches
+from vitrim.elastic.statistics import HeadSums, collect
 from vitrim.errors import DataError, UnknownNameError, UnsupportedModelError, VitrimError
 
 

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..models.sublayers import elastic
+from .probing import Batch, all_reduce, batches, frozen, is_headless, output_of
 from .sampler import narrowed
-from .statistics import Batch, all_reduce, batches, collect, frozen, is_headless, output_of
+from .statistics import collect
 
 Loss = Callable[[Tensor, Tensor | None, Tensor], Tensor]
 """(output, labels or None, output of the full network) -> sum of the loss over the images."""

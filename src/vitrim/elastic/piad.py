@@ -18,8 +18,8 @@ from ..errors import CheckpointError, UnknownNameError, VitrimError
 from ..models.sublayers import Kind, elastic
 from .chain import GROUPS, Chain, grow, hash_of, start_chain
 from .importance import sensitivities, unit_shares
+from .probing import Batch, is_headless, output_of
 from .sampler import RULES, draw, narrowed
-from .statistics import Batch, is_headless, output_of
 from .supernet import SuperNet
 
 

@@ -4,17 +4,14 @@ S is one number per batch (`objective_of`), F an activation, G = dS/dF. Nothing 
 two processes add up to the sums of one, and memory does not grow with the number of images.
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import DataError, VitrimError
 from ..models.sublayers import elastic
-
-Batch = Tensor | tuple[Tensor, ...] | list[Tensor]
+from .probing import Batch, all_reduce, batches, frozen, objective_of, output_of
 
 
 @dataclass
@@ -128,65 +125,6 @@ def wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def output_of(model: nn.Module, images: Tensor) -> Tensor:
-    """Logits (B, classes) or pooled features (B, C) of any served model, heads of a distilled one averaged."""
-    out = model(images)
-    if isinstance(out, tuple):
-        out = sum(out) / len(out)
-    if not isinstance(out, Tensor):
-        out = out.logits if getattr(out, "logits", None) is not None else out.pooler_output
-    return out
-
-
-def is_headless(model: nn.Module) -> bool:
-    """Whether the model gives features instead of class logits."""
-    return getattr(model, "num_classes", None) == 0
-
-
-def objective_of(model: nn.Module, labels: bool) -> Callable[[Tensor, Tensor | None], Tensor]:
-    """The scalar S of a batch: logit of the true class, of the model's own first choice, or squared feature norm.
-
-    Raises:
-        VitrimError: labels are asked for and the model has no head to read them with.
-    """
-    if is_headless(model):
-        if labels:
-            raise VitrimError("this model has no head, so labels say nothing about it; leave labels=True out")
-        return lambda out, _: out.square().sum()
-    if labels:
-        return lambda out, target: out.gather(1, target.view(-1, 1)).sum()
-    return lambda out, _: out.amax(1).sum()
-
-
-def images_of(batch: Batch) -> Tensor:
-    """The images of a batch, with or without labels beside them."""
-    return batch if isinstance(batch, Tensor) else batch[0]
-
-
-def batches(
-    data: Iterable[Batch], model: nn.Module, num_images: int, labels: bool
-) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """(images, labels or None) on the model's device, at most `num_images` images over all processes together.
-
-    Raises:
-        DataError: there are no images, or labels are asked for and not given.
-    """
-    parameter = next(model.parameters())
-    left = wanted = -(-num_images // world_size())
-    for batch in data:
-        images = images_of(batch)
-        target = None if isinstance(batch, Tensor) or len(batch) < 2 else batch[1]
-        if labels and (target is None or target.is_floating_point()):
-            raise DataError("labels=True needs batches of (images, integer labels)")
-        images = images[:left].to(parameter.device, parameter.dtype, non_blocking=True)
-        yield images, target[:left].to(parameter.device) if labels and target is not None else None
-        left -= len(images)
-        if left <= 0:
-            return
-    if left == wanted:
-        raise DataError("the data holds no images; give batches of images, from an iterator that is not used up")
-
-
 def collect(
     model: nn.Module, data: Iterable[Batch], num_images: int = 1024, labels: bool = False, covariance: bool = True
 ) -> dict[str, Sums]:
@@ -234,31 +172,3 @@ def _tap(sums: Sums, covariance: bool) -> Callable[[str, Tensor], None]:
             x.register_hook(lambda g: sums.add(flat, g.flatten(0, 1)))
 
     return tap
-
-
-@contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """Eval mode without weight gradients; everything as before afterwards."""
-    wanted = {p: p.requires_grad for p in model.parameters()}
-    modes = {m: m.training for m in model.modules()}
-    model.eval().requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter, flag in wanted.items():
-            parameter.requires_grad_(flag)
-        for module, mode in modes.items():
-            module.training = mode
-
-
-def world_size() -> int:
-    """Number of processes, 1 outside of torch.distributed."""
-    ready = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return torch.distributed.get_world_size() if ready else 1
-
-
-def all_reduce(x: Tensor) -> Tensor:
-    """Add the tensor up over all processes, in place."""
-    if world_size() > 1:
-        torch.distributed.all_reduce(x)
-    return x

@@ -21,8 +21,8 @@ from ..models.sublayers import Kind
 from .chain import GROUPS, Chain, grow, hash_of, start_chain
 from .extract import choose, cut
 from .importance import sensitivities
+from .probing import Batch, images_of
 from .sampler import narrowed
-from .statistics import Batch, images_of
 from .wpac import wpac
 
 CHAIN, MEANS = "chain.json", "means.safetensors"

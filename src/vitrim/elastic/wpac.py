@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from ..errors import UnknownNameError, VitrimError
 from ..models.sublayers import Elastic, elastic
-from .statistics import Batch, HeadSums, Sums, UnitSums, batches, collect, frozen, output_of, world_size
+from .probing import Batch, batches, frozen, output_of, world_size
+from .statistics import HeadSums, Sums, UnitSums, collect
 
 Axes = tuple[Tensor, Tensor]
 """Orthogonal matrices (H, h, h) for the values and for queries and keys, new axes in columns, best first."""
