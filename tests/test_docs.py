@@ -31,7 +31,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("recipes", "benchmarks"):
         (place / name).symlink_to(ROOT / name)
     options = "--epochs 1 --data.limit 150 --data.workers 0 --batch_size 32"
-    main(["train", *options.split(), "--out", str(place / "runs" / "digits")])
+    for name in ("digits", "first"):
+        main(["train", *options.split(), "--out", str(place / "runs" / name)])
     return place
 
 

@@ -52,7 +52,7 @@ def test_round_trip(phase: str) -> None:
 def test_shortest_forms() -> None:
     short = Reduction.parse("TopK @ KeepRate(0.7, at=[3, 6])")
     assert short == Reduction(vitrim.TopK(), vitrim.KeepRate(0.7, at=(3, 6)))
-    assert str(short) == "TopK() @ KeepRate(at=(3, 6))"
+    assert str(short) == "TopK() @ KeepRate(rate=0.7, at=(3, 6))"
     assert Reduction.parse("TopK(norm, fuse=mean) @ ConstantR(2) @ Delayed(5)").curriculum == vitrim.Delayed(5)
 
 

@@ -93,7 +93,7 @@ def _measure(models: dict[str, nn.Module], data: DataSpec) -> Table:
     rows = figures_of(variants, dense, data, device="cpu")
     timed = bench({str(at): model for at, model in enumerate(variants.values())}, batch_sizes=(128,), rounds=5)
     families = {text: name for name, texts in METHODS.items() for text in texts}
-    for row, time in zip(rows, timed.rows, strict=True):
+    for row, time in zip(rows, timed.measured, strict=True):
         row |= {
             "macs": round(row["gmacs"] * 1e9),
             "images_per_second": time.images_per_second,

@@ -12,6 +12,9 @@ from typing import Any, cast
 
 from .errors import UnknownNameError, VitrimError
 
+SHOWN = {"shown": True}
+"""Metadata of a field without which its part says too little, even at its default: `KeepRate(rate=0.7)`."""
+
 
 @dataclass(frozen=True)
 class Notation:
@@ -75,11 +78,11 @@ class Notation:
 
 
 def render(part: Any) -> str:
-    """The shortest expression that makes this part: only options that differ from their defaults."""
+    """The shortest clear expression that makes this part: options that differ from their defaults, or are `SHOWN`."""
     shown: list[str] = []
     for option in fields(part):
         value = getattr(part, option.name)
         default = option.default_factory() if option.default_factory is not MISSING else option.default
-        if value != default:
+        if value != default or option.metadata.get("shown"):
             shown.append(f"{option.name}={render(value) if is_dataclass(value) else repr(value)}")
     return f"{type(part).__name__}({', '.join(shown)})"

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from math import ceil, floor
 
 from ..errors import ScheduleError
+from ..notation import SHOWN
 from .plan import Place, Schedule
 from .reducers import Reducer
 
@@ -27,8 +28,8 @@ class PowerLaw(Schedule):
     `r_max` above 1 is clamped to dropping all but one token where the law asks for more.
     """
 
-    r_max: float = 0.6
-    alpha: float = 2.0
+    r_max: float = field(default=0.6, metadata=SHOWN)
+    alpha: float = field(default=2.0, metadata=SHOWN)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -54,7 +55,7 @@ class KeepRate(Schedule):
     `at` defaults to a quarter, half and three quarters of the depth: (3, 6, 9) of 12.
     """
 
-    rate: float = 0.7
+    rate: float = field(default=0.7, metadata=SHOWN)
     at: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
