@@ -151,7 +151,7 @@ def test_a_worker_names_the_damaged_image(root: Path):
 @pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB")])
 def test_images_come_with_the_channels_of_the_model(channels: int, mode: str, root: Path):
     model = tiny(in_chans=channels)
-    stream = data.test_stream(model, spec(root))
+    stream = data.plain_stream(model, spec(root))
     assert stream.images.mode == mode
     image, _, index = stream[3]
     assert image.shape == (channels, 32, 32)
@@ -161,7 +161,7 @@ def test_images_come_with_the_channels_of_the_model(channels: int, mode: str, ro
 
 def test_input_size(root: Path):
     with pytest.raises(DataError, match=r"takes images of 32 px, but data\.image_size is 64"):
-        data.test_stream(tiny(), spec(root, image_size=64))
+        data.plain_stream(tiny(), spec(root, image_size=64))
     sized = recipe(root, image_size=16)
     result = train(sized, root.parent / "sized")
     assert result["tokens"] == [257, 257]

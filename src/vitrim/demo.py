@@ -22,7 +22,7 @@ from .show.progress import live
 from .show.report import write_report
 from .tokens import Reduction
 from .train.checkpoint import write_atomic
-from .train.data import test_stream
+from .train.data import plain_stream
 from .train.loop import train
 from .train.recipe import AugmentSpec, DataSpec, OptimSpec, Recipe
 
@@ -111,7 +111,7 @@ def _measure(models: dict[str, nn.Module], data: DataSpec) -> Table:
 def _illustrate(model: nn.Module, data: DataSpec, table: Table, out: Path) -> None:
     points = [{**row, "method": row["family"], "dense": row["method"] == DENSE} for row in table.rows]
     cost_accuracy_plot([p for p in points if p["model"] == "trained dense"], out / "accuracy-against-cost.png")
-    digits, names = test_stream(model, data), ("pruned", "merged")
+    digits, names = plain_stream(model, data), ("pruned", "merged")
     for name, text in zip(names, (TRAINED_WITH, "ToMe() @ ConstantR(r=7)"), strict=True):
         images = torch.stack([digits[index * 37][0] for index in range(6)])
         drawn = variant(model, DENSE)

@@ -12,7 +12,7 @@ from ..measure.cost import cost
 from ..measure.environment import environment
 from ..measure.table import Column, Table
 from ..models import build_model, load, variant
-from ..train.data import test_stream
+from ..train.data import plain_stream
 from ..train.evaluate import evaluate_all, make_accelerator
 from ..train.images import open_images
 from ..train.recipe import DataSpec, Recipe
@@ -95,7 +95,7 @@ def figures_of(
     """One row of figures per (model, method), evaluated side by side; ratios are to the first."""
     accelerator = make_accelerator(cpu=device == "cpu")
     named = {f"{number}": model for number, model in enumerate(variants.values())}
-    stream = test_stream(preprocess, data)
+    stream = plain_stream(preprocess, data)
     found = evaluate_all(named, stream, batch_size=batch_size, workers=data.workers, accelerator=accelerator, tick=tick)
     rows: list[dict[str, Any]] = []
     for (name, method), number in zip(variants, named, strict=True):

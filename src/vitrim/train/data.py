@@ -168,9 +168,9 @@ def make_splits(
     )
 
 
-def test_stream(model: nn.Module, spec: DataSpec) -> Stream:
-    """The test images of a data set as this model wants to see them."""
-    images = open_images(spec, False)
+def plain_stream(model: nn.Module, spec: DataSpec, train: bool = False) -> Stream:
+    """The test images of a data set, or its training images, as this model wants to see them, not varied."""
+    images = open_images(spec, train)
     images.mode = InputFormat.of(model, spec.image_size).mode
     return Stream(images, range(len(images)), transforms_for(model, spec), 0, spec.on_corrupt == "skip")
 
