@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 
+from ..distill import LOSSES, TERMS, WEIGHTS
 from ..models import ADAPTERS
 from ..tokens import CURRICULA, REDUCERS, SCHEDULES, SCORES
 
@@ -15,6 +16,9 @@ def listing(kind: str = "all") -> str:
         "scores": ((name, score.summary) for name, score in SCORES.items()),
         "schedules": ((name, _first(c)) for name, c in SCHEDULES.items()),
         "curricula": ((name, _first(c)) for name, c in CURRICULA.items()),
+        "terms": ((name, _first(c)) for name, c in TERMS.items()),
+        "weights": ((name, _first(c)) for name, c in WEIGHTS.items()),
+        "losses": ((name, _first(function)) for name, function in LOSSES.items()),
         "adapters": ((adapter.name, adapter.covers) for adapter in ADAPTERS),
         "models": ((name, "") for name in timm.list_models("vitrim_*")),
     }
@@ -28,5 +32,5 @@ def listing(kind: str = "all") -> str:
     return "\n".join(lines)
 
 
-def _first(kind: type) -> str:
-    return (kind.__doc__ or "").strip().splitlines()[0]
+def _first(entry: object) -> str:
+    return (entry.__doc__ or "").strip().splitlines()[0]

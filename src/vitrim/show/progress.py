@@ -32,16 +32,27 @@ def live(console: Console | None = None, label: str = "") -> Iterator[Report]:
 
 
 def _now(figures: Mapping[str, Any]) -> str:
-    text = f"loss {figures['loss']:.3f}  acc {figures['accuracy']:.1%}  {figures['images_per_second']:.0f} images/s"
+    text = f"loss {figures['loss']:.3f}{_terms(figures)}"
+    if "accuracy" in figures:
+        text += f"  acc {figures['accuracy']:.1%}"
+    text += f"  {figures['images_per_second']:.0f} images/s"
     return text if figures["tokens"] is None else f"{text}  {figures['tokens']} tokens"
 
 
 def _line(label: str, figures: Mapping[str, Any]) -> str:
     parts = [f"{label} epoch {figures['epoch'] + 1}/{figures['epochs']}".strip()]
-    parts.append(f"train loss {figures['train_loss']:.3f}")
+    parts.append(f"train loss {figures['train_loss']:.3f}{_terms(figures, 'train_')}")
     if "val_accuracy" in figures:
         parts.append(f"held-out accuracy {figures['val_accuracy']:.2%}")
+    elif "val_loss" in figures:
+        parts.append(f"held-out loss {figures['val_loss']:.4f}")
     if figures.get("strength") is not None:
         parts.append(f"tokens {figures['tokens'][0]} to {figures['tokens'][-1]}")
     parts.append(f"{figures['images_per_second']:.0f} images/s")
     return "  ".join(parts)
+
+
+def _terms(figures: Mapping[str, Any], prefix: str = "") -> str:
+    """The terms of a distillation, in brackets."""
+    known = [f"{name} {figures[prefix + name]:.3f}" for name in figures["terms"]]
+    return f" ({', '.join(known)})" if known else ""

@@ -13,6 +13,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..distill import Distiller
 from ..errors import DataError
 from ..models import attached_instead, find_adapter
 from ..tokens import KeepRate, Reduction, TopK
@@ -90,6 +91,35 @@ def evaluate_all(
     for name, model in models.items():
         model.train(modes[name])
     return {name: tally.figures(stream) for name, tally in tallies.items()}
+
+
+@torch.inference_mode()
+def mean_loss(
+    learner: Distiller, stream: Stream, *, batch_size: int, workers: int, accelerator: Accelerator
+) -> dict[str, float]:
+    """Mean over a stream of the objective, and of each of its terms, in eval mode and with its final weights.
+
+    Every process looks at its share of the images, so that the figures do not depend on how many there are. Images
+    that cannot be read are left out.
+    """
+    own = stream.indices[accelerator.process_index :: accelerator.num_processes]
+    share = Stream(stream.images, own, stream.transform, stream.seed, stream.skip)
+    names = ["loss", *(term.name for term in learner.terms.terms)]
+    sums = torch.zeros(1 + len(names), device=accelerator.device)
+    was_training = learner.training
+    learner.eval()
+    for images, targets, index in make_loader(share, batch_size, workers)[0] if own else ():
+        images, targets = (part[index >= 0].to(accelerator.device) for part in (images, targets))
+        if len(images):
+            with accelerator.autocast():
+                found = learner(images, targets, progress=1.0)
+            means = torch.stack([found.loss, *(found.terms[name] for name in names[1:])]).float()
+            sums += len(images) * torch.cat([torch.ones_like(means[:1]), means])
+    learner.train(was_training)
+    number, *totals = accelerator.reduce(sums).tolist()
+    if number == 0:
+        raise DataError("there is no image to evaluate on")
+    return {name: total / number for name, total in zip(names, totals, strict=True)}
 
 
 @dataclass

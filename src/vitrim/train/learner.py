@@ -1,47 +1,21 @@
-"""What a recipe builds to learn with: network, loss, mixing, optimiser and learning-rate schedule, all timm's."""
+"""What a recipe builds to learn with: networks, objective, mixing, optimiser and learning-rate schedule."""
 
-from typing import NamedTuple
+from functools import partial
 
+import timm
 import torch
 from timm.data import Mixup
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..errors import VitrimError
+from ..distill import Distiller, Teacher
+from ..errors import DistillError, VitrimError
 from ..models import attach, attached, build_model
 from ..tokens import Reduction
+from .data import InputFormat
 from .recipe import AugmentSpec, ModelSpec, OptimSpec, Recipe
-
-
-class Learnt(NamedTuple):
-    """loss: a scalar with its graph. terms: its parts, detached. logits: (B, classes), detached, None without head."""
-
-    loss: Tensor
-    terms: dict[str, Tensor]
-    logits: Tensor | None
-
-
-class Learner(nn.Module):
-    """Network and loss in one module, so that a step is one forward call whatever wraps it."""
-
-    def __init__(self, student: nn.Module, smoothing: float) -> None:
-        super().__init__()
-        self.student, self.smoothing = student, smoothing
-
-    def forward(self, images: Tensor, targets: Tensor, progress: float) -> Learnt:
-        """The loss of a batch.
-
-        Args:
-            images: (B, C, H, W).
-            targets: classes (B,), or their shares (B, classes) where images are mixed.
-            progress: fraction of training that has passed, for losses that change.
-        """
-        logits = self.student(images)
-        soft = targets.ndim == 2  # Mixup has smoothed already.
-        loss = F.cross_entropy(logits, targets, label_smoothing=0.0 if soft else self.smoothing)
-        return Learnt(loss, {}, logits.detach())
 
 
 def prepare_model(spec: ModelSpec, num_classes: int | None, image_size: int | None = None) -> nn.Module:
@@ -71,6 +45,48 @@ def prepare_student(recipe: Recipe, num_classes: int) -> nn.Module:
     return student
 
 
+def prepare_teacher(spec: ModelSpec, seen: InputFormat) -> Teacher:
+    """The teacher of a recipe, dense and frozen, for images that arrive in the student's format.
+
+    Raises:
+        DistillError: it cannot be built, has no weights to teach from, or takes other channels than arrive.
+    """
+    if timm.is_model(spec.name) and not spec.pretrained and spec.checkpoint is None:
+        raise DistillError(f"the teacher {spec.name} has learnt nothing; set teacher.checkpoint or teacher.pretrained")
+    try:
+        model = prepare_model(spec, None)
+    except VitrimError as error:
+        raise DistillError(f"no teacher: {error}") from None
+    if (brought := attached(model)) is not None:
+        brought.remove()
+    own = InputFormat.of(model)
+    if seen.size[0] not in (1, own.size[0]):
+        raise DistillError(f"the teacher {spec.name} takes images of {own.size[0]} channels, not of {seen.size[0]}")
+    return Teacher(
+        model, input_size=own.size[1:], mean=own.mean, std=own.std, images_mean=seen.mean, images_std=seen.std
+    )
+
+
+def prepare_learner(recipe: Recipe, student: nn.Module) -> Distiller:
+    """Student, teacher and objective in one module; where a recipe distils nothing, the objective is that on labels."""
+    seen = InputFormat.of(student, recipe.data.image_size)
+    teacher = None if recipe.teacher is None else prepare_teacher(recipe.teacher, seen)
+    criterion = partial(cross_entropy, smoothing=recipe.augment.smoothing)
+    return Distiller(student, teacher, recipe.distill or "Labels()", criterion)
+
+
+def with_student(learner: Distiller, student: nn.Module) -> Distiller:
+    """The same objective, teacher and projections on another student, such as the average of its weights."""
+    other = Distiller(student, learner.teacher, learner.terms, learner.criterion)
+    other.projections = learner.projections
+    return other
+
+
+def cross_entropy(logits_BK: Tensor, targets: Tensor, smoothing: float) -> Tensor:
+    """The loss on classes (B,), or on their shares (B, K) where images are mixed: Mixup has smoothed those already."""
+    return F.cross_entropy(logits_BK, targets, label_smoothing=0.0 if targets.ndim == 2 else smoothing)
+
+
 def make_mixup(spec: AugmentSpec, num_classes: int) -> Mixup | None:
     """Mixup and CutMix of whole batches; None where both are off."""
     if spec.mixup == 0 and spec.cutmix == 0:
@@ -80,14 +96,21 @@ def make_mixup(spec: AugmentSpec, num_classes: int) -> Mixup | None:
     )  # fmt: skip
 
 
-def make_optimizer(student: nn.Module, spec: OptimSpec) -> torch.optim.Optimizer:
-    """timm's optimiser over what is not frozen, with its rules for weight decay and layer decay."""
+def make_optimizer(student: nn.Module, spec: OptimSpec, projections: nn.Module | None = None) -> torch.optim.Optimizer:
+    """timm's optimiser over what is not frozen, with its rules for weight decay and layer decay.
+
+    Projections of a distillation are no layers of the student: they learn at the full rate.
+    """
     try:
-        return create_optimizer_v2(
+        optimizer = create_optimizer_v2(
             student, spec.name, lr=spec.lr, weight_decay=spec.weight_decay, layer_decay=spec.layer_decay
         )
     except (ValueError, AssertionError) as error:
         raise VitrimError(f"cannot make optimiser {spec.name!r}: {error}") from None
+    for group in param_groups_weight_decay(projections or nn.Identity(), spec.weight_decay):
+        if group["params"]:
+            optimizer.add_param_group(group)
+    return optimizer
 
 
 def make_scheduler(

@@ -12,6 +12,7 @@ from accelerate.utils import DataLoaderConfiguration, gather_object
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
+from ..distill import Distilled
 from ..errors import VitrimError
 from ..measure.cost import cost
 from ..measure.environment import environment
@@ -19,9 +20,9 @@ from ..models import attached, load
 from ..tokens import Adaptive
 from .checkpoint import RunFolder
 from .data import Stream, make_loader, make_splits
-from .evaluate import Figures, attention_entropy, evaluate, make_accelerator
+from .evaluate import Figures, attention_entropy, evaluate, make_accelerator, mean_loss
 from .images import open_both
-from .learner import Learner, Learnt, make_mixup, make_optimizer, make_scheduler, prepare_student
+from .learner import make_mixup, make_optimizer, make_scheduler, prepare_learner, prepare_student, with_student
 from .recipe import Recipe
 from .seeding import seed_everything
 from .stopping import Stopped, StopSignals
@@ -30,6 +31,8 @@ Report = Callable[[str, Mapping[str, Any]], None]
 """Called with ("step" | "epoch" | "done", figures) as the run goes on."""
 LOOK_EVERY = 20
 """Steps between two looks at figures on an accelerator, which must be waited for; a CPU looks at every step."""
+
+_COUNTS = ("images", "seconds")
 
 
 def train(recipe: Recipe, out: str | Path, *, command: str = "", report: Report | None = None) -> dict[str, Any]:
@@ -74,17 +77,20 @@ class _Run:
         )  # fmt: skip
         self.steps = len(loader)
         self.mixup = make_mixup(recipe.augment, len(self.splits.classes))
-        optimizer = make_optimizer(self.student, optim)
+        learner = prepare_learner(recipe, self.student)
+        self.terms = [term.name for term in learner.terms.terms] if recipe.distill else []
+        self.classifies = learner.of_student.logits or learner.of_student.dist_logits
+        optimizer = make_optimizer(self.student, optim, learner.projections)
         self.scheduler = make_scheduler(optimizer, optim, recipe.epochs, math.ceil(self.steps / optim.accumulate))
         if self.main:
             folder.start(recipe, command, environment())
         self.accelerator.wait_for_everyone()
         if recipe.compile:
             self.student.compile()
-        learner = Learner(self.student, recipe.augment.smoothing)
         self.learner, self.optimizer, self.loader = self.accelerator.prepare(learner, optimizer, loader)
         self.ema = ModelEmaV3(self.student, decay=optim.ema) if optim.ema > 0 else None
         self.evaluated: nn.Module = self.ema.module if self.ema else self.student
+        self.judge = learner if self.classifies else with_student(learner, self.evaluated)
         self.epoch = self.step = self.update = 0
         self.history: list[dict[str, Any]] = []
         self.best: dict[str, Any] = {}
@@ -119,14 +125,14 @@ class _Run:
             if self.device.type == "cpu" or self.step % LOOK_EVERY == 0 or self.step == self.steps:
                 self._look()
 
-    def _train_step(self, images: Tensor, targets: Tensor) -> Learnt:
+    def _train_step(self, images: Tensor, targets: Tensor) -> Distilled:
         recipe, accelerator = self.recipe, self.accelerator
         self._train_mode()
         seed_everything(recipe.seed, self.epoch, self.step, accelerator.process_index)
         if self.mixup is not None and len(images) % 2 == 0:
             images, targets = self.mixup(images.clone(), targets)
         with accelerator.accumulate(self.learner):
-            learnt = self.learner(images, targets, (self.epoch + self.step / self.steps) / recipe.epochs)
+            learnt = self.learner(images, targets, progress=self.epoch / max(1, recipe.epochs - 1))
             accelerator.backward(learnt.loss)
             if accelerator.sync_gradients and recipe.optim.clip > 0:
                 accelerator.clip_grad_norm_(self.learner.parameters(), recipe.optim.clip)
@@ -144,9 +150,9 @@ class _Run:
         if self.recipe.optim.freeze:  # A frozen network computes what it computes at evaluation.
             self.student.eval()
 
-    def _count(self, learnt: Learnt, labels: Tensor, index: Tensor) -> None:
+    def _count(self, learnt: Distilled, labels: Tensor, index: Tensor) -> None:
         """Add up the figures of a step on the device, without waiting for it."""
-        found = {"loss": learnt.loss.detach(), **learnt.terms}
+        found = {"loss": learnt.loss.detach(), **{name: learnt.terms[name] for name in self.terms}}
         if learnt.logits is not None:
             found["accuracy"] = (learnt.logits.argmax(1) == labels).float().mean()
         for name, value in found.items():
@@ -161,9 +167,9 @@ class _Run:
         if not math.isfinite(self.sums["loss"]):
             self._refuse(f"the loss is {float(self.sums['loss'])}")
         handle, images = attached(self.student), self.sums["images"]
+        means = {name: float(value) / images for name, value in self.sums.items() if name not in _COUNTS}
         self.report("step", {
-            "epoch": self.epoch, "step": self.step, "steps": self.steps,
-            "loss": float(self.sums["loss"]) / images, "accuracy": float(self.sums.get("accuracy", math.nan)) / images,
+            "epoch": self.epoch, "step": self.step, "steps": self.steps, "terms": self.terms, **means,
             "images_per_second": images * self.accelerator.num_processes / self.sums["seconds"],
             "tokens": handle.token_counts[-1] if handle else None,
         })  # fmt: skip
@@ -182,7 +188,7 @@ class _Run:
         seconds = total["seconds"] / self.accelerator.num_processes
         figures: dict[str, Any] = {
             "epoch": self.epoch,
-            **{f"train_{name}": total[name] / total["images"] for name in total if name not in ("images", "seconds")},
+            **{f"train_{name}": total[name] / total["images"] for name in total if name not in _COUNTS},
             "lr": self.optimizer.param_groups[-1]["lr"],
             "seconds": seconds,
             "images_per_second": total["images"] / seconds,
@@ -192,8 +198,7 @@ class _Run:
             self._train_mode()
             figures |= {"strength": handle.strength, "tokens": list(handle.token_counts)}
         if self.splits.select is not None:
-            found = self._evaluate(self.evaluated, self.splits.select)
-            figures |= {"val_accuracy": found.accuracy, "val_loss": found.loss}
+            figures |= self._hold_out(self.splits.select)
             if self._watches_entropy:
                 few = range(min(64, len(self.splits.select)))
                 images = torch.stack([self.splits.select[i][0] for i in few]).to(self.device)
@@ -211,14 +216,14 @@ class _Run:
         self.epoch, self.step, self.sums = self.epoch + 1, 0, {}
         self._save()
         self.accelerator.log({k: v for k, v in figures.items() if isinstance(v, int | float)}, step=self.epoch)
-        self.report("epoch", {**figures, "epochs": self.recipe.epochs})
+        self.report("epoch", {**figures, "epochs": self.recipe.epochs, "terms": self.terms})
 
     def _rank(self, figures: Mapping[str, Any]) -> tuple[float, float]:
         """What makes an epoch better. One before the reduction has grown to its strength is another network."""
         if self.splits.select is None:
             return figures["epoch"], 0.0
         strength = figures.get("strength", 0.0) if self.recipe.phase != "train" else 0.0
-        return strength, figures["val_accuracy"]
+        return strength, figures["val_accuracy"] if self.classifies else -figures["val_loss"]
 
     def _evaluate(self, model: nn.Module, stream: Stream) -> Figures:
         found = evaluate(
@@ -228,16 +233,32 @@ class _Run:
         self.unreadable |= set(found.unreadable)
         return found
 
+    def _hold_out(self, stream: Stream) -> dict[str, Any]:
+        """Figures by which the epoch is chosen: of the classes, or of the objective where no classes are learnt."""
+        if self.classifies:
+            found = self._evaluate(self.evaluated, stream)
+            return {"val_accuracy": found.accuracy, "val_loss": found.loss}
+        recipe = self.recipe
+        means = mean_loss(
+            self.judge, stream, batch_size=recipe.batch_size, workers=recipe.data.workers, accelerator=self.accelerator
+        )
+        return {f"val_{name}": value for name, value in means.items()}
+
     def _finish(self) -> dict[str, Any]:
         model = load(self.folder.model_path).to(self.device)
-        found = self._evaluate(model, self.splits.test)
+        result: dict[str, Any] = {"best_epoch": self.best["epoch"]}
+        if self.classifies:
+            found = self._evaluate(model, self.splits.test)
+            result |= {
+                "test_accuracy": found.accuracy,
+                "test_loss": found.loss,
+                "test_images": found.num_images,
+                "val_accuracy": self.best.get("val_accuracy"),
+            }
+        else:
+            result["val_loss"] = self.best.get("val_loss")
         spent = cost(model)
-        result: dict[str, Any] = {
-            "test_accuracy": found.accuracy,
-            "test_loss": found.loss,
-            "test_images": found.num_images,
-            "best_epoch": self.best["epoch"],
-            "val_accuracy": self.best.get("val_accuracy"),
+        result |= {
             "train_seconds": sum(figures["seconds"] for figures in self.history),
             "train_images": len(self.splits.train),
             "epochs": self.recipe.epochs,

@@ -131,8 +131,10 @@ class Recipe:
         optim: how weights are changed.
         reduction: `reducer @ schedule [@ curriculum]`, for example `TopK() @ PowerLaw(0.6, 2.0) @ Delayed(4)`.
         phase: whether tokens are reduced in "train", "eval" or "both".
-        distill: distillation terms, for example `Logits(weight=0.7) + ClsStages(weight=0.3)`.
-        teacher: the teacher of these terms.
+        distill: the objective, for example `Labels(0.3) + Logits(Linear(0.7, 0.5)) + ClsStages(0.3)`; without it, and
+            in the term `Labels`, cross-entropy. Terms on features alone learn no classes: `model.args` may leave the
+            classifier out by {num_classes: 0}, and the epoch is chosen by the objective itself.
+        teacher: the teacher of these terms, made dense and frozen; sees the student's very batch in its own format.
         epochs: passes over the training images.
         batch_size: images per update and all processes together.
         seed: of weights, order, augmentation and dropout.
@@ -177,8 +179,8 @@ class Recipe:
                 )
         if self.batch_size % self.optim.accumulate:
             raise RecipeError(f"batch_size {self.batch_size} is not a multiple of accumulate {self.optim.accumulate}")
-        if self.distill is not None and self.teacher is None:
-            raise RecipeError("distill needs a teacher; set teacher.name, or leave distill out")
+        if self.distill is None and self.teacher is not None:
+            raise RecipeError("a teacher needs terms to teach by; set distill, or leave teacher out")
 
     def check_processes(self, number: int) -> None:
         """Raise `RecipeError` where a batch cannot be shared evenly among so many processes."""

@@ -1,0 +1,259 @@
+"""Distillation inside the training loop: objective, teacher, projections, label-free students, resuming, processes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+import yaml
+from torch.nn import functional as F
+
+from vitrim import load, save
+from vitrim.errors import VitrimError
+from vitrim.models import attach, attached
+from vitrim.show.listing import listing
+from vitrim.train.checkpoint import RunFolder
+from vitrim.train.data import InputFormat, make_splits
+from vitrim.train.evaluate import make_accelerator, mean_loss
+from vitrim.train.images import Images, open_both
+from vitrim.train.learner import cross_entropy, make_optimizer, prepare_learner, prepare_student, prepare_teacher
+from vitrim.train.loop import train
+from vitrim.train.recipe import ModelSpec, Recipe
+from vitrim.train.stopping import Stopped
+
+SIZES = {"depth": 3, "embed_dim": 24, "num_heads": 2}
+FAKD = "Labels(Linear(0.3, 0.5)) + Logits(Linear(0.7, 0.5), temperature=4) + ClsStages(0.3)"
+FEATURES = "Cls(0.5) + Tokens(0.5, loss=cosine)"
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A wider one with weights of its own; grown large enough for its opinions to matter."""
+    torch.manual_seed(5)
+    model = timm.create_model("vitrim_digits_vit", depth=3, embed_dim=36, num_heads=3)
+    with torch.no_grad():
+        model.head.weight.normal_(std=0.5)
+    return str(save(model, tmp_path_factory.mktemp("teacher") / "model"))
+
+
+def recipe(teacher: str | None, distill: str | None, **changes: Any) -> Recipe:
+    data = {
+        "model": {"args": SIZES},
+        "data": {"workers": 0, "limit": 80, "holdout": 0.2},
+        "teacher": teacher and {"name": teacher},
+        "distill": distill,
+        "epochs": 3,
+        "batch_size": 16,
+    }
+    for name, value in changes.items():
+        data[name] = {**(data.get(name) or {}), **value} if isinstance(value, dict) else value
+    return Recipe.from_dict(data)
+
+
+def headless(teacher: str, **changes: Any) -> Recipe:
+    reduction = "TopK(fuse=sum) @ KeepRate(0.7, at=[1])"
+    return recipe(teacher, FEATURES, model={"args": {**SIZES, "num_classes": 0}}, reduction=reduction, **changes)
+
+
+def test_smoothed_labels_against_a_plain_sum():
+    logits, classes = torch.randn(4, 5, dtype=torch.float64), torch.tensor([0, 3, 4, 3])
+    shares = torch.full((4, 5), 0.1 / 5, dtype=torch.float64)
+    shares[range(4), classes] += 0.9
+    expected = -(shares * (logits - logits.exp().sum(1, keepdim=True).log())).sum(1).mean()
+    assert torch.allclose(cross_entropy(logits, classes, smoothing=0.1), expected)
+    assert torch.allclose(cross_entropy(logits, shares, smoothing=0.1), expected)  # Mixed labels are smoothed already.
+
+
+def test_weights_move_from_the_first_epoch_to_the_last(teacher: str, tmp_path: Path):
+    steps: list[Mapping[str, Any]] = []
+    note = lambda event, figures: steps.append(figures) if event == "step" else None  # noqa: E731
+    result = train(recipe(teacher, FAKD, augment={"mixup": 0.4, "smoothing": 0.1}), tmp_path / "run", report=note)
+    lines = RunFolder(tmp_path / "run").metrics
+    for line, alpha in zip(lines, (0.7, 0.6, 0.5), strict=True):
+        parts = (line["train_labels"], line["train_logits"], line["train_cls_stages"])
+        assert all(part > 0 for part in parts)
+        assert line["train_loss"] == pytest.approx((1 - alpha) * parts[0] + alpha * parts[1] + 0.3 * parts[2], rel=1e-5)
+    assert steps[-1]["terms"] == ["labels", "logits", "cls_stages"]
+    assert steps[-1]["logits"] == pytest.approx(lines[-1]["train_logits"])
+    assert result["best_epoch"] == max(range(3), key=lambda epoch: (lines[epoch]["val_accuracy"], -epoch))
+    assert 0 < result["test_accuracy"] < 1
+    kept = load(tmp_path / "run" / "model")
+    assert sum(p.numel() for p in kept.parameters()) == result["params"]  # Neither teacher nor projections.
+
+
+def test_without_distillation_nothing_but_the_loss_is_told(tmp_path: Path):
+    train(recipe(None, None, epochs=1), tmp_path / "plain")
+    train(recipe(None, "Labels()", epochs=1), tmp_path / "said")
+    plain, said = (RunFolder(tmp_path / name).metrics[0] for name in ("plain", "said"))
+    assert "train_labels" not in plain
+    assert plain["train_loss"] == said["train_loss"] == said["train_labels"]
+
+
+def test_projections_learn_at_the_full_rate(teacher: str, tmp_path: Path):
+    options = headless(teacher, optim={"layer_decay": 0.5, "weight_decay": 0.3, "warmup_epochs": 0})
+    torch.manual_seed(0)
+    learner = prepare_learner(options, prepare_student(options, 10))
+    optimizer = make_optimizer(learner.student, options.optim, learner.projections)
+    rates = {
+        id(p): (g["lr"] * g.get("lr_scale", 1), g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]
+    }
+    for projection in learner.projections.values():
+        assert rates[id(projection.weight)] == (options.optim.lr, 0.3)
+        assert rates[id(projection.bias)] == (options.optim.lr, 0.0)
+    learnt = {id(p) for p in learner.parameters() if p.requires_grad}
+    assert learnt == set(rates)
+    train(options, tmp_path / "run")
+    state = RunFolder(tmp_path / "run").load_state()
+    assert state is not None
+    found = state["learner"]
+    assert {name.split(".")[0] for name in found} == {"student", "projections"}
+    assert found["projections.cls.weight"].shape == (36, 24)
+
+
+def test_a_student_without_head_learns_without_labels(teacher: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    result = train(headless(teacher, optim={"ema": 0.5}), tmp_path / "run")
+    lines = RunFolder(tmp_path / "run").metrics
+    assert not [name for name in {*result, *lines[0]} if "accuracy" in name]
+    losses = [line["val_loss"] for line in lines]
+    assert losses == pytest.approx([0.5 * (line["val_cls"] + line["val_tokens"]) for line in lines])
+    assert losses[-1] < losses[0]
+    assert (result["best_epoch"], result["val_loss"]) == (losses.index(min(losses)), min(losses))
+    kept = load(tmp_path / "run" / "model")
+    assert kept.num_classes == 0
+    assert kept(torch.rand(2, 1, 8, 8)).shape == (2, 24)
+    read = Images.load
+    monkeypatch.setattr(Images, "load", lambda *a: (read(*a)[0], 0))
+    train(headless(teacher, optim={"ema": 0.5}), tmp_path / "blind")
+    assert [line["val_loss"] for line in RunFolder(tmp_path / "blind").metrics] == losses
+
+
+def test_held_out_loss_is_the_mean_over_single_images(teacher: str):
+    options = headless(teacher)
+    learner = prepare_learner(options, prepare_student(options, 10)).train()
+    splits = make_splits(*open_both(options.data), learner.student, options.data, options.augment, 0)
+    assert splits.select is not None
+    found = mean_loss(learner, splits.select, batch_size=7, workers=0, accelerator=make_accelerator(cpu=True))
+    assert learner.training
+    learner.eval()
+    with torch.no_grad():
+        single = [learner(splits.select[i][0].unsqueeze(0), progress=1.0) for i in range(len(splits.select))]
+    assert len(single) == 16
+    assert found["loss"] == pytest.approx(sum(float(one.loss) for one in single) / 16, rel=1e-5)
+    assert found["tokens"] == pytest.approx(sum(float(one.terms["tokens"]) for one in single) / 16, rel=1e-5)
+
+
+@pytest.mark.parametrize("moment", [(0, 2), (1, 3)])
+def test_interrupted_distillation_ends_with_the_same_numbers(teacher: str, tmp_path: Path, moment: tuple[int, int]):
+    options = headless(teacher, optim={"ema": 0.9}, augment={"mixup": 0.4}, epochs=2)
+
+    def stop(event: str, figures: Mapping[str, Any]) -> None:
+        if event == "step" and (figures["epoch"], figures["step"]) == moment:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    whole = train(options, tmp_path / "whole")
+    with pytest.raises(Stopped):
+        train(options, tmp_path / "parts", report=stop)
+    parts = train(options, tmp_path / "parts")
+    drop = lambda line: {k: v for k, v in line.items() if "second" not in k}  # noqa: E731
+    assert drop(parts) == drop(whole)
+    one, two = (list(map(drop, RunFolder(tmp_path / name).metrics)) for name in ("whole", "parts"))
+    assert one == two
+    kept = [load(tmp_path / name / "model").state_dict() for name in ("whole", "parts")]
+    assert all(torch.equal(kept[0][name], kept[1][name]) for name in kept[0])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"distill": "Logits()", "teacher": {"name": "nowhere/model"}}, "no teacher: nothing at nowhere/model"),
+        ({"distill": "Logits()", "teacher": {"name": "deit_tiny_patch16_224"}}, "has learnt nothing"),
+        ({"distill": "Logits()"}, "the term Logits needs a teacher"),
+        ({"teacher": {"name": "{teacher}"}}, "a teacher needs terms to teach by"),
+        ({"distill": "Logit()", "teacher": {"name": "{teacher}"}}, "unknown .*'Logit'; did you mean Logits"),
+        (
+            {"distill": "Logits()", "teacher": {"name": "{teacher}", "reset_head": True, "args": {"num_classes": 7}}},
+            "has 7 classes, the student 10",
+        ),
+        (
+            {"distill": "Logits()", "teacher": {"name": "{teacher}"}, "model": {"args": {"num_classes": 0}}},
+            "the term Logits reads logits, but the student .* has no head",
+        ),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_written(
+    teacher: str, tmp_path: Path, options: dict[str, Any], message: str
+):
+    text = yaml.safe_dump(options).replace("{teacher}", teacher)
+    with pytest.raises(VitrimError, match=message) as caught:
+        train(Recipe.from_dict(yaml.safe_load(text)), tmp_path / "run")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_teacher_sees_its_own_format_and_is_dense(tmp_path: Path):
+    student = timm.create_model("vitrim_digits_vit", **SIZES)
+    colour = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, **SIZES)
+    colour.pretrained_cfg |= {"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6)}
+    attach(colour, "TopK() @ KeepRate(0.5, at=[0])")
+    path = save(colour, tmp_path / "colour")
+    teacher = prepare_teacher(ModelSpec(name=str(path)), InputFormat.of(student))
+    assert attached(teacher.model) is None
+    pixels, form = torch.rand(2, 1, 8, 8), InputFormat.of(student)
+    seen = teacher.prepare((pixels - form.mean[0]) / form.std[0])
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6)))
+    expected = F.interpolate((pixels - mean) / std, (32, 32), mode="bicubic", antialias=True)
+    assert torch.allclose(seen, expected, atol=1e-5)
+
+
+def test_a_student_starts_from_another_run(teacher: str, tmp_path: Path):
+    train(headless(teacher, epochs=1), tmp_path / "first")
+    spec = {"checkpoint": str(tmp_path / "first" / "model"), "reset_head": True, "args": SIZES}
+    student = prepare_student(recipe(None, None, model=spec), 10)
+    before, own = load(tmp_path / "first" / "model").state_dict(), student.state_dict()
+    assert all(torch.equal(value, own[name]) for name, value in before.items())
+    assert own["head.weight"].shape == (10, 24)
+    alike = {"checkpoint": teacher, "args": {"depth": 3, "embed_dim": 36, "num_heads": 3}}
+    alike = prepare_student(recipe(teacher, "Logits()", model=alike), 10)
+    assert all(torch.equal(value, alike.state_dict()[name]) for name, value in load(teacher).state_dict().items())
+
+
+def test_terms_weights_and_losses_are_listed():
+    text = listing()
+    assert {"Labels", "Logits", "ClsStages", "Tokens", "Merged", "Linear", "cosine", "smooth_l1"} <= set(text.split())
+
+
+def test_two_processes_distil_as_one(tmp_path: Path):
+    torch.manual_seed(2)
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
+    path = save(timm.create_model("vit_tiny_patch16_224", **{**sizes, "embed_dim": 36}), tmp_path / "teacher")
+    model = {"name": "vit_tiny_patch16_224", "args": {**sizes, "num_classes": 0}}
+    data = {"workers": 0, "limit": 60, "holdout": 0.25}
+    options = recipe(str(path), FEATURES, model=model, data=data, batch_size=12, epochs=2, optim={"ema": 0.9})
+    (tmp_path / "recipe.yaml").write_text(options.to_yaml())
+    script = tmp_path / "distil.py"
+    script.write_text(
+        "import sys\nfrom vitrim.train.loop import train\nfrom vitrim.train.recipe import Recipe\n"
+        "train(Recipe.read(sys.argv[1]), sys.argv[2])\n"
+    )
+    launchers = {
+        "one": [sys.executable],
+        "two": [str(Path(sys.executable).parent / "torchrun"), "--nproc_per_node", "2"],
+    }
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    for name, launcher in launchers.items():
+        command = [*launcher, str(script), str(tmp_path / "recipe.yaml"), str(tmp_path / name)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+    one, two = (
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in launchers
+    )
+    for name in ("train_loss", "train_cls", "train_tokens", "val_loss", "val_cls", "val_tokens"):
+        assert [line[name] for line in two] == pytest.approx([line[name] for line in one], rel=2e-4), name
