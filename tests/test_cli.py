@@ -30,7 +30,7 @@ def test_help_names_the_verb(verb: str | None, capsys: pytest.CaptureFixture[str
     words = ["--help"] if verb is None else [verb, "--help"]
     code, out, err = call(capsys, *words)
     assert (code, err) == (0, "")
-    assert out.startswith("usage: vitrim " + (verb or "["[:0]))
+    assert out.startswith(f"usage: vitrim {verb or 'VERB'}")
     assert "[options]" not in out
 
 
@@ -56,7 +56,7 @@ def test_version(capsys: pytest.CaptureFixture[str]):
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        ("trian", "vitrim: unknown verb trian; did you mean train?"),
+        ("trian", "vitrim: unknown verb trian; did you mean train or extract?"),
         ("train --out x --optim.lrr 1", "vitrim train: unknown option --optim.lrr; did you mean --optim.lr"),
         ("train --out x --optim.lr fast", "vitrim train: optim.lr is 'fast'; it must be a number"),
         ("train --out x --epochs 1.5", "vitrim train: epochs is '1.5'; it must be a whole number"),

@@ -18,7 +18,6 @@ _HOMES = {
     ),
 }  # fmt: skip
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
-__all__ = sorted(_HOME_OF)
 
 if TYPE_CHECKING:
     from .elastic import SuperNet, stratify
