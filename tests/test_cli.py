@@ -30,7 +30,7 @@ def test_help_names_the_verb(verb: str | None, capsys: pytest.CaptureFixture[str
     words = ["--help"] if verb is None else [verb, "--help"]
     code, out, err = call(capsys, *words)
     assert (code, err) == (0, "")
-    assert out.startswith(f"usage: vitrim {verb or 'VERB'}")
+    assert out.startswith(f"usage: vitrim {verb or 'verb'}")
     assert "[options]" not in out
 
 

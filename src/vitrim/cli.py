@@ -337,7 +337,7 @@ def build_parser() -> ArgumentParser:
         allow_abbrev=False,
         description="Make any Vision Transformer cheaper, and say exactly what it costs.",
     )
-    verbs = parser.add_subcommands(required=True, dest="verb", metavar="VERB")
+    verbs = parser.add_subcommands(required=True, dest="verb", metavar="verb")
     for name, function in VERBS.items():
         help_line = (function.__doc__ or "").strip().splitlines()[0]
         verb = _Parser(description=help_line)
