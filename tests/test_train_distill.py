@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,14 @@ import pytest
 import timm
 import torch
 import yaml
+from rich.console import Console
 from torch.nn import functional as F
 
 from vitrim import load, save
 from vitrim.errors import VitrimError
 from vitrim.models import attach, attached
 from vitrim.show.listing import listing
+from vitrim.show.progress import live
 from vitrim.train.checkpoint import RunFolder
 from vitrim.train.data import InputFormat, make_splits
 from vitrim.train.evaluate import make_accelerator, mean_loss
@@ -80,8 +83,8 @@ def test_weights_move_from_the_first_epoch_to_the_last(teacher: str, tmp_path: P
         parts = (line["train_labels"], line["train_logits"], line["train_cls_stages"])
         assert all(part > 0 for part in parts)
         assert line["train_loss"] == pytest.approx((1 - alpha) * parts[0] + alpha * parts[1] + 0.3 * parts[2], rel=1e-5)
-    assert steps[-1]["terms"] == ["labels", "logits", "cls_stages"]
-    assert steps[-1]["logits"] == pytest.approx(lines[-1]["train_logits"])
+    expected = {name: lines[-1][f"train_{name}"] for name in ("labels", "logits", "cls_stages")}
+    assert steps[-1]["terms"] == pytest.approx(expected)
     assert result["best_epoch"] == max(range(3), key=lambda epoch: (lines[epoch]["val_accuracy"], -epoch))
     assert 0 < result["test_accuracy"] < 1
     kept = load(tmp_path / "run" / "model")
@@ -118,12 +121,18 @@ def test_projections_learn_at_the_full_rate(teacher: str, tmp_path: Path):
 
 
 def test_a_student_without_head_learns_without_labels(teacher: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    result = train(headless(teacher, optim={"ema": 0.5}), tmp_path / "run")
+    console = Console(file=StringIO(), width=200)
+    with live(console) as report:
+        result = train(headless(teacher, optim={"ema": 0.5}), tmp_path / "run", report=report)
+    shown = " ".join(console.file.getvalue().split())  # pyright: ignore
     lines = RunFolder(tmp_path / "run").metrics
     assert not [name for name in {*result, *lines[0]} if "accuracy" in name]
     losses = [line["val_loss"] for line in lines]
     assert losses == pytest.approx([0.5 * (line["val_cls"] + line["val_tokens"]) for line in lines])
     assert losses[-1] < losses[0]
+    told = [f"(cls {line['train_cls']:.3f}, tokens {line['train_tokens']:.3f})" for line in lines]
+    assert all(f"{terms} held-out loss {loss:.4f}" in shown for terms, loss in zip(told, losses, strict=True))
+    assert "acc" not in shown
     assert (result["best_epoch"], result["val_loss"]) == (losses.index(min(losses)), min(losses))
     kept = load(tmp_path / "run" / "model")
     assert kept.num_classes == 0

@@ -33,7 +33,7 @@ def live(console: Console | None = None, label: str = "") -> Iterator[Report]:
 
 def _now(figures: Mapping[str, Any]) -> str:
     text = f"loss {figures['loss']:.3f}{_terms(figures)}"
-    if "accuracy" in figures:
+    if figures["accuracy"] is not None:
         text += f"  acc {figures['accuracy']:.1%}"
     text += f"  {figures['images_per_second']:.0f} images/s"
     return text if figures["tokens"] is None else f"{text}  {figures['tokens']} tokens"
@@ -41,7 +41,7 @@ def _now(figures: Mapping[str, Any]) -> str:
 
 def _line(label: str, figures: Mapping[str, Any]) -> str:
     parts = [f"{label} epoch {figures['epoch'] + 1}/{figures['epochs']}".strip()]
-    parts.append(f"train loss {figures['train_loss']:.3f}{_terms(figures, 'train_')}")
+    parts.append(f"train loss {figures['train_loss']:.3f}{_terms(figures)}")
     if "val_accuracy" in figures:
         parts.append(f"held-out accuracy {figures['val_accuracy']:.2%}")
     elif "val_loss" in figures:
@@ -52,7 +52,7 @@ def _line(label: str, figures: Mapping[str, Any]) -> str:
     return "  ".join(parts)
 
 
-def _terms(figures: Mapping[str, Any], prefix: str = "") -> str:
+def _terms(figures: Mapping[str, Any]) -> str:
     """The terms of a distillation, in brackets."""
-    known = [f"{name} {figures[prefix + name]:.3f}" for name in figures["terms"]]
+    known = [f"{name} {value:.3f}" for name, value in figures["terms"].items()]
     return f" ({', '.join(known)})" if known else ""

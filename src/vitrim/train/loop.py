@@ -169,7 +169,8 @@ class _Run:
         handle, images = attached(self.student), self.sums["images"]
         means = {name: float(value) / images for name, value in self.sums.items() if name not in _COUNTS}
         self.report("step", {
-            "epoch": self.epoch, "step": self.step, "steps": self.steps, "terms": self.terms, **means,
+            "epoch": self.epoch, "step": self.step, "steps": self.steps, "loss": means["loss"],
+            "accuracy": means.get("accuracy"), "terms": {name: means[name] for name in self.terms},
             "images_per_second": images * self.accelerator.num_processes / self.sums["seconds"],
             "tokens": handle.token_counts[-1] if handle else None,
         })  # fmt: skip
@@ -216,7 +217,8 @@ class _Run:
         self.epoch, self.step, self.sums = self.epoch + 1, 0, {}
         self._save()
         self.accelerator.log({k: v for k, v in figures.items() if isinstance(v, int | float)}, step=self.epoch)
-        self.report("epoch", {**figures, "epochs": self.recipe.epochs, "terms": self.terms})
+        terms = {name: figures[f"train_{name}"] for name in self.terms}
+        self.report("epoch", {**figures, "epochs": self.recipe.epochs, "terms": terms})
 
     def _rank(self, figures: Mapping[str, Any]) -> tuple[float, float]:
         """What makes an epoch better. One before the reduction has grown to its strength is another network."""
