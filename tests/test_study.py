@@ -7,12 +7,14 @@ from typing import Any
 import pytest
 import yaml
 
+from vitrim.distill import Terms
 from vitrim.errors import RecipeError, ScheduleError, UnknownNameError, VitrimError
 from vitrim.measure.table import Column, Table
 from vitrim.models import OWN
 from vitrim.search.compare import compare, data_of
 from vitrim.search.study import Study, run_study
 from vitrim.search.sweep import sweep
+from vitrim.tokens import Reduction
 from vitrim.train.loop import train
 from vitrim.train.recipe import DataSpec, Recipe
 
@@ -119,6 +121,76 @@ def test_mistakes_in_a_study(study_file: Path):
     study_file.write_text("title: x\nbase: {}\n")
     with pytest.raises(RecipeError, match="has no 'rows'"):
         Study.read(study_file, "full")
+
+
+SIZES = {"depth": 2, "embed_dim": 24, "num_heads": 2}
+
+
+def chained(**rows: Any) -> dict[str, Any]:
+    """A study whose rows learn from each other; the file names them in another order than they must be trained in."""
+    base = {"model": {"args": SIZES}, "data": DATA, "epochs": 1, "batch_size": 16}
+    known = {
+        "tuned": {"model": {"checkpoint": "{row:large, no labels}", "reset_head": True}},
+        "large, no labels": {
+            "model": {"args": {"num_classes": 0}},
+            "distill": "Cls()",
+            "teacher": {"name": "{row:teacher}"},
+        },
+        "teacher": {"model": {"args": {"embed_dim": 32}}},
+    }
+    return {"title": "chain", "base": base, "rows": known | rows, "seeds": [0, 1]}
+
+
+def test_rows_learn_from_rows_of_the_same_seed(tmp_path: Path):
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(chained(), sort_keys=False))
+    out = tmp_path / "out"
+    table = run_study(tmp_path / "study.yaml", out, scale="full")
+    assert [row["row"] for row in table.rows] == ["tuned", "teacher"]  # The one without classifier is in no table.
+    assert [row["n"] for row in table.rows] == [2, 2]
+    for seed in (0, 1):
+        middle = Recipe.read(out / f"large,-no-labels-s{seed}" / "recipe.yaml")
+        assert middle.teacher is not None
+        assert middle.teacher.name == str(out / f"teacher-s{seed}" / "model")
+        tuned = Recipe.read(out / f"tuned-s{seed}" / "recipe.yaml")
+        assert tuned.model.checkpoint == str(out / f"large,-no-labels-s{seed}" / "model")
+    again = run_study(tmp_path / "study.yaml", out, scale="full")
+    assert [row["accuracy"] for row in again.rows] == [row["accuracy"] for row in table.rows]
+
+
+def test_rows_that_cannot_learn_from_rows(tmp_path: Path):
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump(chained(teacher={"model": {"checkpoint": "{row:tune}"}})))
+    with pytest.raises(UnknownNameError, match="unknown row 'tune'; did you mean tuned"):
+        run_study(path, tmp_path / "out", scale="full")
+    path.write_text(yaml.safe_dump(chained(teacher={"model": {"checkpoint": "{row:tuned}"}})))
+    with pytest.raises(RecipeError, match=r"wait for each other: .*teacher") as caught:
+        run_study(path, tmp_path / "out", scale="full")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def check_recipe(recipe: Recipe) -> None:
+    recipe.check()
+    assert Recipe.from_dict(yaml.safe_load(recipe.to_yaml())) == recipe
+    if recipe.reduction is not None:
+        reduction = Reduction.parse(recipe.reduction, recipe.phase)
+        assert Reduction.parse(str(reduction), recipe.phase) == reduction
+    if recipe.distill is not None:
+        assert any(term.asks for term in Terms.parse(recipe.distill).terms)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*/*.yaml")), ids=lambda p: f"{p.parent.name}-{p.stem}")
+def test_every_recipe_and_study_can_be_read_at_every_scale(path: Path):
+    if path.stem != "study":
+        return check_recipe(Recipe.read(path))
+    for scale in ("smoke", "small", "full"):
+        study = Study.read(path, scale)
+        assert sorted(study.order()) == sorted(study.rows)
+        for row in study.rows:
+            check_recipe(study.recipe(row, 0, Path("out")))
+        known = {f"{row}, {test}" for row in study.rows for test in study.test}
+        assert set(study.published) <= known
+        assert len(study.seeds) == (3 if scale == "full" else 1)
 
 
 def test_system_1_in_miniature(tmp_path: Path):

@@ -2,11 +2,15 @@
 
 A study file holds `title`, `base` (recipe options), `rows` (name: changes), `test` (name: method), `seeds`, optionally
 `sweep` (method, vary), `published` (figures to print beside) and `scales`, whose entries are laid over all of it.
+`{row:NAME}` in an option is the model that the row of that name has learnt with the same seed: a teacher, or weights to
+start from. Rows without a classifier serve others in this way and are in no table.
 """
 
+import re
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +18,14 @@ from ..errors import RecipeError, UnknownNameError
 from ..measure.environment import environment
 from ..measure.table import Column, Table
 from ..models import OWN, variant
-from ..train.checkpoint import write_atomic
+from ..train.checkpoint import RunFolder, write_atomic
 from ..train.loop import train
-from ..train.recipe import Recipe, merge, read_yaml
+from ..train.recipe import Recipe, flatten, merge, read_yaml
 from .compare import figures_of, open_model
 from .sweep import sweep
 
 Report = Callable[[str, Mapping[str, Any]], None]
+_ROW = re.compile(r"\{row:([^{}]+)\}")
 _PARTS = {"title", "base", "rows", "test", "seeds", "sweep", "published", "scales"}
 
 COLUMNS = (
@@ -78,9 +83,33 @@ class Study:
             published=data.get("published") or {},
         )
 
-    def recipe(self, row: str, seed: int) -> Recipe:
-        """The recipe of one run."""
-        return Recipe.from_dict(merge(merge(self.base, self.rows[row]), {"seed": seed}))
+    def recipe(self, row: str, seed: int, out: Path) -> Recipe:
+        """The recipe of one run of the study in folder `out`."""
+        folder = lambda name: str(RunFolder(run_folder(out, name, seed)).model_path)  # noqa: E731
+        return Recipe.from_dict(merge(_with_rows(self._options(row), folder), {"seed": seed}))
+
+    def order(self) -> list[str]:
+        """Rows in the order of training: each after those whose models it asks for.
+
+        Raises:
+            UnknownNameError: a row asks for one that is not there.
+            RecipeError: rows wait for each other.
+        """
+        needed = {row: [name for text in self._texts(row) for name in _ROW.findall(text)] for row in self.rows}
+        for names in needed.values():
+            for name in names:
+                if name not in self.rows:
+                    raise UnknownNameError("row", name, self.rows)
+        try:
+            return list(TopologicalSorter(needed).static_order())
+        except CycleError as error:
+            raise RecipeError(f"rows of the study wait for each other: {' -> '.join(error.args[1])}") from None
+
+    def _options(self, row: str) -> dict[str, Any]:
+        return merge(self.base, self.rows[row])
+
+    def _texts(self, row: str) -> list[str]:
+        return [value for value in flatten(self._options(row)).values() if isinstance(value, str)]
 
 
 def run_study(
@@ -102,17 +131,17 @@ def run_study(
     study, out = Study.read(file, scale, root), Path(out)
     finished: dict[tuple[str, int], dict[str, Any]] = {}
     for seed in study.seeds:
-        for row in study.rows:
-            recipe, folder = study.recipe(row, seed), run_folder(out, row, seed)
+        for row in study.order():
+            recipe, folder = study.recipe(row, seed, out), run_folder(out, row, seed)
             finished[row, seed] = train(recipe, folder, command=command, report=report)
     found = {seed: _test(study, out, seed) for seed in study.seeds}
-    table = _tabulate(study, scale, found, finished)
+    table = _tabulate(study, scale, out, found, finished)
     for suffix in (".md", ".csv", ".json"):
         table.write(out / f"table{suffix}", overwrite=True)
     write_atomic(out / "command.txt", command + "\n")
     if study.sweep is not None:
-        models = [str(run_folder(out, row, study.seeds[0])) for row in study.rows]
-        data = study.recipe(next(iter(study.rows)), study.seeds[0]).data
+        tested, seed = list(dict.fromkeys(row["row"] for row in table.rows)), study.seeds[0]
+        models, data = [str(run_folder(out, row, seed)) for row in tested], study.recipe(tested[0], seed, out).data
         swept = sweep(models, data, study.sweep["method"], study.sweep["vary"])
         for suffix in (".md", ".csv", ".json"):
             swept.write(out / f"sweep{suffix}", overwrite=True)
@@ -126,16 +155,19 @@ def run_folder(out: Path, row: str, seed: int) -> Path:
 
 def _test(study: Study, out: Path, seed: int) -> dict[tuple[str, str], dict[str, Any]]:
     """Figures of all rows under all methods, one seed, side by side."""
-    models = {row: open_model(str(run_folder(out, row, seed))) for row in study.rows}
-    pairs = [(row, test) for row in study.rows for test in study.test]
+    opened = {row: open_model(str(run_folder(out, row, seed))) for row in study.rows}
+    models = {row: model for row, model in opened.items() if model.num_classes}
+    if not models:
+        raise RecipeError("no row of the study learns classes, so there is nothing to test")
+    pairs = [(row, test) for row in models for test in study.test]
     variants = {(row, test): variant(models[row], study.test[test]) for row, test in pairs}
-    recipe = study.recipe(next(iter(study.rows)), seed)
+    recipe = study.recipe(next(iter(models)), seed, out)
     rows = figures_of(variants, models[next(iter(models))], recipe.data, batch_size=recipe.batch_size)
     return dict(zip(pairs, rows, strict=True))
 
 
 def _tabulate(
-    study: Study, scale: str, found: dict[int, dict[tuple[str, str], dict[str, Any]]],
+    study: Study, scale: str, out: Path, found: dict[int, dict[tuple[str, str], dict[str, Any]]],
     finished: dict[tuple[str, int], dict[str, Any]],
 ) -> Table:  # fmt: skip
     rows: list[dict[str, Any]] = []
@@ -154,12 +186,20 @@ def _tabulate(
             "train_seconds": statistics.fmean(finished[row, seed]["train_seconds"] for seed in study.seeds),
             "tokens": per_seed[0]["tokens"],
         })  # fmt: skip
-    recipe = study.recipe(rows[0]["row"], study.seeds[0])
+    lengths = [study.recipe(row["row"], study.seeds[0], out).epochs for row in rows]
+    epochs = " to ".join(map(str, sorted({min(lengths), max(lengths)})))
     result = finished[rows[0]["row"], study.seeds[0]]
     notes = [
-        f"Scale {scale}: {recipe.epochs} epochs on {result['train_images']} images "
+        f"Scale {scale}: {epochs} epochs on {result['train_images']} images "
         f"({result['test_images']} test images), {len(study.seeds)} seed{'s' if len(study.seeds) > 1 else ''}. "
         "The epoch is chosen on held-out training images; test images are read once.",
         "Test time is spent inside the model; all rows took turns batch by batch. Ratios are to the first row.",
     ]
     return Table(study.title, COLUMNS, rows, notes=notes, environment=environment())
+
+
+def _with_rows(options: Any, folder: Callable[[str], str]) -> Any:
+    """Options with the model folder in place of each `{row:NAME}`."""
+    if isinstance(options, dict):
+        return {name: _with_rows(value, folder) for name, value in options.items()}
+    return _ROW.sub(lambda found: folder(found[1]), options) if isinstance(options, str) else options
