@@ -162,6 +162,26 @@ def test_training_only_reduction_leaves_a_plain_network(tmp_path: Path):
     assert torch.equal(kept(images), plain(images))
 
 
+def test_progressive_drop_in_training_alone(tmp_path: Path):
+    """System 3: d(t) of the patches go inside block 0 while training; what is evaluated and kept is the plain ViT."""
+    reduction = "TopK() @ Stages({0: 0.65}, place=inside) @ Polynomial(1, 4, final=0.35)"
+    options = recipe(
+        reduction=reduction, phase="train", epochs=6, optim={"ema": 0.5}, augment={"mixup": 0.8, "cutmix": 1.0}
+    )
+    result = train(options, tmp_path / "run")
+    ratios = [0.35 * min(max((epoch - 1) / 3, 0), 1) ** 2 for epoch in range(6)]
+    left = [math.floor(round((1 - ratio) * 64, 9)) + 1 for ratio in ratios]
+    assert left == [65, 65, 62, 55, 42, 42]
+    assert [line["tokens"] for line in RunFolder(tmp_path / "run").metrics] == [[one, one] for one in left]
+    assert result["tokens"] == [65, 65]
+    kept = load(tmp_path / "run" / "model")
+    plain = timm.create_model("vitrim_digits_vit", **SIZES).eval()
+    assert kept.state_dict().keys() == plain.state_dict().keys()
+    plain.load_state_dict(kept.state_dict())
+    images = torch.rand(3, 1, 8, 8)
+    assert torch.equal(kept(images), plain(images))
+
+
 def test_strength_follows_every_step_where_asked(tmp_path: Path):
     curriculum = "Polynomial(0, 2, gamma=1.0, per_step=True)"
     train(recipe(reduction=f"TopK() @ KeepRate(0.5, at=[0]) @ {curriculum}", epochs=2), tmp_path / "run")
