@@ -1,17 +1,19 @@
 """Labelled images by index, through timm's readers; scikit-learn's digits are built in."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 from timm.data import create_dataset
+from torch.utils.data import IterableDataset
 
 from ..errors import DataError, UnknownNameError
 from .recipe import DataSpec
 
-_READERS = ("torch/cifar10", "torch/cifar100", "torch/image_folder", "hfds/OWNER/NAME")
+_READERS = ("torch/cifar10", "torch/cifar100", "torch/image_folder", "hfds/OWNER/NAME", "wds/NAME")
 
 
 class Images:
@@ -66,6 +68,29 @@ class _Digits:
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         return Image.fromarray(self.pixels[index]), int(self.targets[index])
+
+
+class _Gathered:
+    """A stream (wds/, tfds/, hfids/) read once, in order, into memory, as PNG.
+
+    With an index its images can be shuffled, held out and varied like all others, and an interrupted run continues
+    exactly. What outgrows the memory is better unpacked into folders.
+    """
+
+    def __init__(self, stream: Iterable[tuple[Image.Image, int]]) -> None:
+        self.items: list[tuple[bytes, int]] = []
+        for image, target in stream:
+            buffer = BytesIO()
+            image.save(buffer, "PNG")
+            self.items.append((buffer.getvalue(), int(target)))
+        self.classes = [str(number) for number in range(1 + max((target for _, target in self.items), default=-1))]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        pixels, target = self.items[index]
+        return Image.open(BytesIO(pixels)), target
 
 
 def open_images(spec: DataSpec, train: bool) -> Images:
@@ -125,15 +150,16 @@ def _open_by_reader(spec: DataSpec, train: bool) -> Images:
         raise DataError(f"{spec.name} needs data.root, the folder to find it in or to download it to")
     split = spec.train_split if train else spec.test_split or "validation"
     try:
-        source = create_dataset(spec.name, root=spec.root, split=split, is_training=train, download=spec.download)
+        source = create_dataset(spec.name, root=spec.root, split=split, download=spec.download)
     except ImportError as error:
         raise DataError(f"{spec.name} needs the package {error.name}; pip install 'vitrim[hf]'") from None
     except Exception as error:  # Readers fail in many ways; all of them mean that there is nothing to read.
         reason = " ".join(str(error).split()) or type(error).__name__
         hint = "" if spec.download else "; --data.download fetches it where the reader can"
         raise DataError(f"cannot open data set {spec.name!r} in {spec.root}: {reason}{hint}") from None
-    if not hasattr(source, "__getitem__"):
-        raise DataError(f"{spec.name} is read as a stream; name one that is read by index (hfds/, torch/, folder)")
+    if isinstance(source, IterableDataset):
+        gathered = _Gathered(source)
+        return Images(gathered, gathered.classes)
     classes = getattr(source, "classes", None) or getattr(getattr(source, "reader", None), "class_to_idx", None)
     if not classes:
         raise DataError(f"data set {spec.name!r} does not name its classes")
