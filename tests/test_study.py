@@ -1,6 +1,7 @@
 """Comparisons, sweeps and studies: rows, ratios, seeds, and what is not run twice. And the tables they end in."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ def test_compare_gives_ratios_to_the_first_row(run: str):
     )
     assert reduced["macs_ratio"] == pytest.approx(dense["gmacs"] / reduced["gmacs"])
     assert reduced["macs_ratio"] > 1.2
+    assert all(0 < row["entropy"] < math.log(10) for row in table.rows)
 
 
 def test_grid(run: str):

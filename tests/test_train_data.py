@@ -1,6 +1,7 @@
 """Images: folders that are not what they should be, damaged files, channels and sizes."""
 
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -140,6 +141,24 @@ def test_damaged_images_are_skipped_and_counted_once(root: Path):
         path.write_bytes(b"hello")
     with pytest.raises(DataError, match="none of the 12 images can be read"):
         stream[0]
+
+
+def test_figures_against_single_images(root: Path):
+    torch.manual_seed(1)
+    model, stream = tiny().eval(), data.plain_stream(tiny(), spec(root))
+    with torch.no_grad():
+        torch.nn.init.normal_(model.head.weight)  # Opinions that differ from image to image.
+        answers = [model(stream[i][0][None]).double().softmax(1)[0] for i in range(len(stream))]
+    labels = [stream[i][1] for i in range(len(stream))]
+    right = [i for i, label in enumerate(labels) if int(answers[i].argmax()) == label]
+    entropies = [-sum(float(p) * math.log(float(p)) for p in answers[i]) for i in right]
+    found = evaluate(model, stream, batch_size=5)
+    assert 0 < len(right) < len(labels)
+    assert found.accuracy == pytest.approx(len(right) / len(labels))
+    assert found.loss == pytest.approx(
+        -sum(math.log(float(a[y])) for a, y in zip(answers, labels, strict=True)) / len(labels), rel=1e-4
+    )
+    assert found.entropy == pytest.approx(sum(entropies) / len(right), rel=1e-4)
 
 
 def test_a_worker_names_the_damaged_image(root: Path):

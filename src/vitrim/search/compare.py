@@ -21,6 +21,7 @@ COLUMNS = (
     Column("model", "model"),
     Column("method", "method"),
     Column("accuracy", "accuracy", ".2%"),
+    Column("entropy", "entropy if correct", ".3f"),
     Column("seconds", "time [s]", ".2f"),
     Column("speed", "speed ratio", ".2f"),
     Column("images_per_second", "images/s", ".0f"),
@@ -102,7 +103,7 @@ def figures_of(
         figures, spent = found[number], cost(named[number].eval())
         rows.append({
             "model": Path(name).name, "method": method, "accuracy": figures.accuracy, "loss": figures.loss,
-            "seconds": figures.seconds, "images_per_second": figures.images_per_second,
+            "entropy": figures.entropy, "seconds": figures.seconds, "images_per_second": figures.images_per_second,
             "gmacs": spent.macs / 1e9, "tokens": list(spent.token_counts),
             "num_images": figures.num_images, "unreadable": list(figures.unreadable),
         })  # fmt: skip

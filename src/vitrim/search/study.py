@@ -35,6 +35,7 @@ COLUMNS = (
     Column("accuracy_std", "std", ".2%"),
     Column("n", "n", "d"),
     Column("published", "published", ".2%"),
+    Column("entropy", "entropy if correct", ".3f"),
     Column("seconds", "test time [s]", ".2f"),
     Column("speed", "speed ratio", ".2f"),
     Column("gmacs", "GMACs", ".4f"),
@@ -174,6 +175,7 @@ def _tabulate(
     for row, test in found[study.seeds[0]]:
         per_seed = [found[seed][row, test] for seed in study.seeds]
         accuracies = [figures["accuracy"] for figures in per_seed]
+        entropies = [figures["entropy"] for figures in per_seed if figures["entropy"] is not None]
         numbers = ("seconds", "speed", "images_per_second", "gmacs", "macs_ratio")
         rows.append({
             "row": row,
@@ -182,6 +184,7 @@ def _tabulate(
             "accuracy_std": statistics.stdev(accuracies) if len(accuracies) > 1 else None,
             "n": len(accuracies),
             "published": study.published.get(f"{row}, {test}", {}).get("accuracy"),
+            "entropy": statistics.fmean(entropies) if entropies else None,
             **{name: statistics.fmean(figures[name] for figures in per_seed) for name in numbers},
             "train_seconds": statistics.fmean(finished[row, seed]["train_seconds"] for seed in study.seeds),
             "tokens": per_seed[0]["tokens"],

@@ -24,6 +24,7 @@ from .data import Stream, make_loader
 class Figures:
     """What one evaluation found. `seconds` is time inside the model alone; `accuracy` a fraction.
 
+    `entropy` is that of the predictions on correctly classified images, mean in nats, None where there are none.
     `unreadable` names the images that could not be read; they count nowhere else.
     """
 
@@ -32,6 +33,7 @@ class Figures:
     seconds: float
     images_per_second: float
     num_images: int
+    entropy: float | None = None
     unreadable: tuple[str, ...] = ()
 
 
@@ -127,13 +129,16 @@ class _Tally:
     hits: int = 0
     seen: int = 0
     loss: float = 0.0
+    entropy: float = 0.0
     seconds: float = 0.0
     unreadable: set[int] = field(default_factory=set)
 
     def add(self, logits: Tensor, targets: Tensor, index: Tensor) -> None:
         valid = index >= 0  # An unreadable image came with its neighbour's pixels and a negative index.
         logits, targets = logits[valid], targets[valid]
-        self.hits += int((logits.argmax(1) == targets).sum())
+        correct = logits.argmax(1) == targets
+        self.hits += int(correct.sum())
+        self.entropy += float(torch.special.entr(logits[correct].softmax(1)).sum())
         self.loss += float(F.cross_entropy(logits, targets, reduction="sum"))
         self.seen += len(targets)
         self.unreadable |= {-1 - i for i in index[~valid].tolist()}
@@ -143,7 +148,13 @@ class _Tally:
             raise DataError("there is no image to evaluate on")
         names = tuple(sorted(stream.images.name(index) for index in self.unreadable))
         return Figures(
-            self.hits / self.seen, self.loss / self.seen, self.seconds, self.seen / self.seconds, self.seen, names
+            accuracy=self.hits / self.seen,
+            loss=self.loss / self.seen,
+            seconds=self.seconds,
+            images_per_second=self.seen / self.seconds,
+            num_images=self.seen,
+            entropy=self.entropy / self.hits if self.hits else None,
+            unreadable=names,
         )
 
 
