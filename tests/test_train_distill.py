@@ -266,3 +266,13 @@ def test_two_processes_distil_as_one(tmp_path: Path):
     )
     for name in ("train_loss", "train_cls", "train_tokens", "val_loss", "val_cls", "val_tokens"):
         assert [line[name] for line in two] == pytest.approx([line[name] for line in one], rel=2e-4), name
+
+
+def test_options_that_an_older_file_lacks_have_their_defaults(tmp_path: Path):
+    options = recipe(None, None)
+    older = options.to_dict()
+    del older["distill"], older["teacher"], older["optim"]["ema"]
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(older))
+    assert Recipe.read(tmp_path / "recipe.yaml").differences(options) == []
+    changed = Recipe.read(tmp_path / "recipe.yaml").differences(recipe(None, "Labels()"))
+    assert changed == ["distill: None -> 'Labels()'"]
