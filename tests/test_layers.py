@@ -12,6 +12,7 @@ PACKAGE = Path(vitrim.__file__).parent
 RANK = {
     "errors": 0,
     "notation": 1,
+    "output": 1,
     "tokens": 2,
     "models": 3,
     "measure": 4,

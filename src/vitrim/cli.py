@@ -33,7 +33,8 @@ def train(recipe: Recipe, out: str) -> None:
 
     with live() as report:
         result = run(recipe, out, command=command_line(), report=report)
-    print(f"test accuracy {result['test_accuracy']:.2%} (epoch {result['best_epoch'] + 1}); see {out}/result.json")
+    figure = f"test accuracy {result['test_accuracy']:.2%}" if "test_accuracy" in result else "finished"
+    print(f"{figure} (epoch {result['best_epoch'] + 1}); see {out}/result.json")
 
 
 def evaluate(
@@ -52,8 +53,9 @@ def evaluate(
         method: reductions to put in at test time, such as "TopK() @ KeepRate(0.7)"; "dense" takes any out.
         batch_size: images at a time.
         device: where to run.
-        out: file to write the table to (.md, .csv or .json).
+        out: file to write the table to (.md, .csv, .json or .html).
     """
+    check_table(out)
     from .search.compare import compare, data_of
 
     deliver(compare(model, data_of(model, data), method or ["dense"], batch_size=batch_size, device=device), out)
@@ -73,7 +75,7 @@ def bench(
     """Time models and methods side by side, in interleaved rounds, as ratios to the first.
 
     Args:
-        model: timm names or folders written by vitrim.
+        model: timm names, folders written by vitrim, or run folders.
         method: "dense", or reductions such as "ToMe() @ ConstantR(13)".
         batch_size: one or several.
         dtype: of weights and images.
@@ -81,17 +83,16 @@ def bench(
         threads: CPU threads.
         rounds: rounds in which every model runs once.
         device: where to run.
-        out: file to write the table to (.md, .csv or .json).
+        out: file to write the table to (.md, .csv, .json or .html).
     """
+    check_table(out)
     from .measure.speed import bench_methods
 
-    chosen = None if device == "auto" else device
-    for name in model:
-        table = bench_methods(
-            name, method or ["dense", "TopK() @ KeepRate(0.7)"], batch_sizes=tuple(batch_size), dtype=dtype,
-            compile=compile, threads=threads, rounds=rounds, device=chosen,
-        )  # fmt: skip
-        deliver(table, out)
+    table = bench_methods(
+        model, method or ["dense", "TopK() @ KeepRate(0.7)"], batch_sizes=tuple(batch_size), dtype=dtype,
+        compile=compile, threads=threads, rounds=rounds, device=None if device == "auto" else device,
+    )  # fmt: skip
+    deliver(table, out)
 
 
 def sweep(
@@ -116,8 +117,9 @@ def sweep(
         trials: number of settings that tpe tries.
         batch_size: images at a time.
         device: where to run.
-        out: file to write the table to (.md, .csv or .json).
+        out: file to write the table to (.md, .csv, .json or .html).
     """
+    check_table(out)
     from .search.compare import data_of
     from .search.sweep import sweep as run
 
@@ -207,10 +209,12 @@ def stratify(
         device: where to run.
     """
     from .elastic.supernet import stratify as run
+    from .models import check_place
     from .search.compare import data_of, open_model
     from .train.data import make_loader, plain_stream
     from .train.evaluate import make_accelerator
 
+    check_place(out, overwrite=overwrite)
     network = open_model(model).to(make_accelerator(cpu=device == "cpu").device)
     data = data_of([model], data)
     loader, _ = make_loader(plain_stream(network, data, train=True), 64, data.workers, shuffle=True)
@@ -240,8 +244,9 @@ def extract(
     """
     from .elastic.supernet import SuperNet
     from .measure.cost import cost
-    from .models import save
+    from .models import check_place, save
 
+    check_place(out, overwrite=overwrite)
     network = SuperNet.load(supernet).extract(macs=macs, params=params, latency=latency)
     save(network, out, overwrite=overwrite)
     print(f"{cost(network)}; written to {out}")
@@ -272,9 +277,11 @@ def demo(out: str = "runs/demo", epochs: int | None = None) -> None:
 
 
 def list_names(
-    kind: Literal["all", "reducers", "scores", "schedules", "curricula", "adapters", "models"] = "all",
+    kind: Literal[
+        "all", "reducers", "scores", "schedules", "curricula", "terms", "weights", "losses", "adapters", "models"
+    ] = "all",
 ) -> None:
-    """List what can be named: reducers, scores, schedules, curricula, adapters, models.
+    """List what can be named: reducers, scores, schedules, curricula, distillation terms, adapters, models.
 
     Args:
         kind: which table.
@@ -377,6 +384,15 @@ def command_line() -> str:
     return shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]])
 
 
+def check_table(out: str | None) -> None:
+    """Refuse a file that `deliver` could not write, before the work."""
+    from .measure.table import FORMS
+    from .output import check_file
+
+    if out is not None:
+        check_file(out, FORMS)
+
+
 def deliver(table: Any, out: str | None) -> None:
     """Print a table, and write it where asked; an existing file is not overwritten."""
     print(table.text())
@@ -398,6 +414,8 @@ def main(argv: list[str] | None = None) -> None:
         out = options.pop("out")
         options = {"recipe": Recipe(**options), "out": out}
     try:
+        if options.get("device") == "cuda":
+            _expect_cuda()
         VERBS[verb](**options)
     except VitrimError as error:  # A worker process wraps it in a traceback, of which it is the last line.
         line = str(error).strip().splitlines()[-1].removeprefix("vitrim.errors.")
@@ -409,6 +427,17 @@ def main(argv: list[str] | None = None) -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # The interpreter flushes it once more.
         raise SystemExit(0) from None
+    except OSError as error:
+        if error.filename is None:
+            raise  # Not about a file, so that nobody can tell what to do.
+        _leave(verb, f"{error.filename}: {error.strerror}", 2)
+
+
+def _expect_cuda() -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        raise VitrimError("there is no CUDA device here; use --device cpu")
 
 
 def _leave(verb: str, line: str, code: Any) -> NoReturn:

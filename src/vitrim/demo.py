@@ -11,11 +11,13 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from .errors import RecipeError
 from .measure.environment import environment
 from .measure.speed import bench
 from .measure.table import Column, Table
 from .models import DENSE, attach, find_adapter, variant
-from .search.compare import figures_of, open_model
+from .output import check_folder
+from .search.compare import CLS_ONLY, figures_of, open_model
 from .show.pictures import show
 from .show.plots import cost_accuracy_plot
 from .show.progress import live
@@ -53,6 +55,9 @@ def run_demo(out: str | Path, epochs: int | None = None, command: str = "") -> T
         command: what the user typed, for the report.
     """
     out, console = Path(out), Console()
+    check_folder(out)
+    if out.exists() and any(out.iterdir()) and not (out / "dense").is_dir():
+        raise RecipeError(f"{out} is not empty and holds no demo; choose another folder with --out")
     recipes = {"dense": _recipe(epochs, None), "pruned": _recipe(epochs, TRAINED_WITH)}
     for number, (name, recipe) in enumerate(recipes.items(), 1):
         how = "with pruning switched on half-way" if recipe.reduction else "as it is"
@@ -74,7 +79,7 @@ def run_demo(out: str | Path, epochs: int | None = None, command: str = "") -> T
 
 
 def _recipe(epochs: int | None, reduction: str | None) -> Recipe:
-    epochs = epochs or 7
+    epochs = 7 if epochs is None else epochs
     return Recipe(
         data=DataSpec(name="digits", workers=0),
         augment=AugmentSpec(smoothing=0.05),
@@ -90,7 +95,7 @@ def _measure(models: dict[str, nn.Module], data: DataSpec) -> Table:
     variants = {("trained dense", DENSE): variant(dense, DENSE)}
     variants |= {("trained dense", text): variant(dense, text) for text in _flat(METHODS.values())}
     variants |= {("trained with pruning", text): variant(pruned, text) for text in (DENSE, TRAINED_WITH)}
-    rows = figures_of(variants, dense, data, device="cpu")
+    rows = figures_of(variants, data, device="cpu")
     timed = bench({str(at): model for at, model in enumerate(variants.values())}, batch_sizes=(128,), rounds=5)
     families = {text: name for name, texts in METHODS.items() for text in texts}
     for row, time in zip(rows, timed.measured, strict=True):
@@ -103,7 +108,8 @@ def _measure(models: dict[str, nn.Module], data: DataSpec) -> Table:
         }
     notes = [
         f"{rows[0]['num_images']} test digits. Speed: batch of 128, median of 5 rounds in which all took turns; "
-        "ratios are to the first row."
+        "ratios are to the first row.",
+        CLS_ONLY,
     ]
     return Table("Digits: accuracy against cost", COLUMNS, rows, notes=notes, environment=environment())
 

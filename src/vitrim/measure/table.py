@@ -10,9 +10,11 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from ..errors import VitrimError
+from ..output import check_file
 
 _GAP = 2
+FORMS = (".md", ".csv", ".html", ".json")
+"""Endings of the files that `Table.write` writes."""
 
 
 @dataclass(frozen=True)
@@ -144,13 +146,10 @@ class Table:
     def write(self, path: str | Path, overwrite: bool = False) -> None:
         """Write the table in the form that the file's suffix names; an existing file is refused unless `overwrite`."""
         path = Path(path)
-        forms = {
+        check_file(path, FORMS, overwrite=overwrite)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = {
             ".md": self.markdown, ".csv": self.csv, ".html": self.html,
             ".json": lambda: json.dumps(self.to_dict(), indent=2) + "\n",
         }  # fmt: skip
-        if path.suffix not in forms:
-            raise VitrimError(f"{path} should end in {', '.join(forms)}")
-        if path.exists() and not overwrite:
-            raise VitrimError(f"{path} exists; choose another name or remove it")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(forms[path.suffix](), encoding="utf-8")
+        path.write_text(text[path.suffix](), encoding="utf-8")

@@ -6,7 +6,7 @@ from . import timm_vit as _timm_vit  # noqa: F401  (enters itself in the table)
 from .adapter import ADAPTERS, Adapter, Geometry, find_adapter
 from .attach import Handle, attach, attached
 from .build import build_model
-from .store import load, save
+from .store import check_place, load, save
 from .sublayers import RemovedBranch
 from .variants import DENSE, OWN, attached_instead, reads_prefix_only, variant
 from .weights import read_weights
@@ -25,6 +25,7 @@ __all__ = [
     "attached",
     "attached_instead",
     "build_model",
+    "check_place",
     "find_adapter",
     "load",
     "narrow",

@@ -20,6 +20,7 @@ from timm.models import get_model_args
 from torch import nn
 
 from ..errors import CheckpointError, UnknownNameError, VitrimError
+from ..output import check_folder
 from ..tokens import Reduction
 from .attach import attach, attached
 from .weights import misfits, read_weights
@@ -43,10 +44,10 @@ def save(model: nn.Module, folder: str | Path, *, overwrite: bool = False, **ext
 
     Raises:
         CheckpointError: a model is there already, or this one cannot be rebuilt from a description.
+        VitrimError: the folder cannot be written to.
     """
     folder = Path(folder)
-    if (folder / WEIGHTS).exists() and not overwrite:
-        raise CheckpointError(f"{folder} holds a model already; choose another folder or pass overwrite=True")
+    check_place(folder, overwrite=overwrite)
     _check_plain(extra)
     text = json.dumps(describe(model) | {"extra": extra}, indent=2)
     # Copies, because safetensors refuses tensors that share memory.
@@ -63,6 +64,13 @@ def save(model: nn.Module, folder: str | Path, *, overwrite: bool = False, **ext
         finally:
             temporary.unlink(missing_ok=True)
     return folder
+
+
+def check_place(folder: str | Path, *, overwrite: bool = False) -> None:
+    """Raise `VitrimError` where `save` could not write, so that it is known before a model is made."""
+    check_folder(folder)
+    if (Path(folder) / WEIGHTS).exists() and not overwrite:
+        raise CheckpointError(f"{folder} holds a model already; choose another folder or pass overwrite=True")
 
 
 def load(folder: str | Path, **args: Any) -> nn.Module:
@@ -93,7 +101,9 @@ def weights_path(folder: str | Path) -> Path:
     folder = Path(folder)
     path = folder if folder.name == WEIGHTS else folder / WEIGHTS
     if not path.is_file():
-        raise CheckpointError(f"no model at {folder}: {path} is missing")
+        run = folder / "model" / WEIGHTS
+        hint = f"; its model is the folder {run.parent}" if run.is_file() else ""
+        raise CheckpointError(f"no model at {folder}: {path} is missing{hint}")
     return path
 
 

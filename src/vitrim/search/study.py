@@ -18,10 +18,11 @@ from ..errors import RecipeError, UnknownNameError
 from ..measure.environment import environment
 from ..measure.table import Column, Table
 from ..models import OWN, variant
+from ..output import check_folder
 from ..train.checkpoint import RunFolder, write_atomic
 from ..train.loop import train
 from ..train.recipe import Recipe, flatten, merge, read_yaml
-from .compare import figures_of, open_model
+from .compare import CLS_ONLY, figures_of, open_model
 from .sweep import sweep
 
 Report = Callable[[str, Mapping[str, Any]], None]
@@ -129,6 +130,7 @@ def run_study(
     Raises:
         RecipeError: the study was edited under runs that are there already.
     """
+    check_folder(out)
     study, out = Study.read(file, scale, root), Path(out)
     finished: dict[tuple[str, int], dict[str, Any]] = {}
     for seed in study.seeds:
@@ -163,7 +165,7 @@ def _test(study: Study, out: Path, seed: int) -> dict[tuple[str, str], dict[str,
     pairs = [(row, test) for row in models for test in study.test]
     variants = {(row, test): variant(models[row], study.test[test]) for row, test in pairs}
     recipe = study.recipe(next(iter(models)), seed, out)
-    rows = figures_of(variants, models[next(iter(models))], recipe.data, batch_size=recipe.batch_size)
+    rows = figures_of(variants, recipe.data, batch_size=recipe.batch_size)
     return dict(zip(pairs, rows, strict=True))
 
 
@@ -197,6 +199,7 @@ def _tabulate(
         f"({result['test_images']} test images), {len(study.seeds)} seed{'s' if len(study.seeds) > 1 else ''}. "
         "The epoch is chosen on held-out training images; test images are read once.",
         "Test time is spent inside the model; all rows took turns batch by batch. Ratios are to the first row.",
+        CLS_ONLY,
     ]
     return Table(study.title, COLUMNS, rows, notes=notes, environment=environment())
 

@@ -4,6 +4,7 @@
 `model/` (the chosen weights, for `vitrim.load`) and `result.json` once the run is finished.
 """
 
+import errno
 import json
 import os
 import pickle
@@ -90,10 +91,10 @@ class RunFolder:
         """Where the chosen weights are kept."""
         return self.path / "model"
 
-    def save_model(self, model: nn.Module) -> None:
-        """Replace the chosen weights."""
+    def save_model(self, model: nn.Module, classes: Sequence[str]) -> None:
+        """Replace the chosen weights; the names of the classes go with them."""
         with _told(self.model_path):
-            save(model, self.model_path, overwrite=True)
+            save(model, self.model_path, overwrite=True, classes=list(classes))
 
     @property
     def state_path(self) -> Path:
@@ -147,4 +148,6 @@ def _told(path: Path) -> Iterator[None]:
     except (OSError, RuntimeError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
         kept = "; the one before is kept" if path.exists() else ""
-        raise CheckpointError(f"cannot write {path} ({reason}){kept}; free some space, then repeat") from None
+        full = not isinstance(error, OSError) or error.errno in (None, errno.ENOSPC, errno.EDQUOT)
+        advice = "free some space, then repeat" if full else "choose another folder"
+        raise CheckpointError(f"cannot write {path} ({reason}){kept}; {advice}") from None

@@ -1,0 +1,82 @@
+"""Where results go: told before the work, in one line, with nothing left behind."""
+
+from pathlib import Path
+
+import pytest
+
+from vitrim import cli, load, save
+from vitrim.errors import CheckpointError, VitrimError
+from vitrim.models import build_model, check_place
+from vitrim.output import check_file, check_folder
+
+
+def test_files(tmp_path: Path):
+    check_file(tmp_path / "a" / "b" / "t.md", [".md"])
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(VitrimError, match=r"t\.txt should end in \.md, \.csv"):
+        check_file(tmp_path / "t.txt", [".md", ".csv"])
+    (tmp_path / "t.md").write_text("x")
+    with pytest.raises(VitrimError, match="exists; choose another name"):
+        check_file(tmp_path / "t.md", [".md"])
+    check_file(tmp_path / "t.md", [".md"], overwrite=True)
+    with pytest.raises(VitrimError, match="there is a file of this name"):
+        check_file(tmp_path / "t.md" / "u.md", [".md"])
+
+
+def test_folders(tmp_path: Path):
+    check_folder(tmp_path)
+    check_folder(tmp_path / "a" / "b")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(VitrimError, match="there is a file of this name"):
+        check_folder(tmp_path / "file")
+    if Path("/proc/self").exists():
+        with pytest.raises(VitrimError, match=r"cannot write to /proc/x \("):
+            check_folder("/proc/x")
+
+
+def test_models(tmp_path: Path):
+    model = build_model("vitrim_digits_vit", depth=1, embed_dim=8, num_heads=1)
+    check_place(tmp_path / "run" / "model")
+    save(model, tmp_path / "run" / "model")
+    with pytest.raises(CheckpointError, match="holds a model already"):
+        check_place(tmp_path / "run" / "model")
+    check_place(tmp_path / "run" / "model", overwrite=True)
+    with pytest.raises(CheckpointError, match=r"its model is the folder .*run/model"):
+        load(tmp_path / "run")
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(VitrimError, match="there is a file of this name"):
+        save(model, tmp_path / "file")
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("eval m --out t.txt", "should end in"),
+        ("eval m --out file/t.md", "there is a file of this name"),
+        ("bench m --out old.md", "exists"),
+        ("sweep m --method x --vary {} --out old.md", "exists"),
+        ("stratify m --out file", "there is a file of this name"),
+        ("extract m --out file", "there is a file of this name"),
+        ("study s.yaml --out file", "there is a file of this name"),
+        ("demo --out file", "there is a file of this name"),
+        ("demo --out full", "is not empty and holds no demo"),
+        ("demo --out new --epochs 0", "epochs is 0; it must be 1 or more"),
+        ("study full --out new", "full: Is a directory"),
+        ("report full --out full/inner", "full"),
+    ],
+)  # fmt: skip
+def test_verbs_refuse_at_once(
+    words: str, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    for name in ("file", "old.md", "full/inner"):
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_text("x")
+    with pytest.raises(SystemExit) as end:
+        cli.main(words.split())
+    err = capsys.readouterr().err
+    assert end.value.code == 2
+    assert says in err.splitlines()[-1]
+    assert "Traceback" not in err
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "full", "inner", "old.md"]
