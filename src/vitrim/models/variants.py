@@ -7,7 +7,9 @@ from typing import Any
 
 from torch import nn
 
-from ..tokens import Reduction
+from ..errors import VitrimError
+from ..notation import render
+from ..tokens import Constant, Reduction
 from .adapter import find_adapter
 from .attach import Handle, attach, attached
 
@@ -38,7 +40,10 @@ def variant(model: nn.Module, method: str | None) -> nn.Module:
     if method == DENSE_CLS_ONLY:
         attach(other, cls_only=True)
     elif method != DENSE:
-        attach(other, method, cls_only=reads_prefix_only(other))
+        reduction = Reduction.parse(method or "")
+        if reduction.curriculum != Constant():
+            raise VitrimError(f"{render(reduction.curriculum)} acts in training alone; leave it out of {method!r}")
+        attach(other, reduction, cls_only=reads_prefix_only(other))
     return other
 
 

@@ -1,5 +1,7 @@
 """Models side by side on the same images: accuracy, time, tokens and cost."""
 
+import json
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -7,12 +9,12 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import DataError
+from ..errors import DataError, VitrimError
 from ..measure.cost import cost
 from ..measure.environment import environment
 from ..measure.table import Column, Table
 from ..models import build_model, load, variant
-from ..train.data import plain_stream
+from ..train.data import InputFormat, plain_stream
 from ..train.evaluate import evaluate_all, make_accelerator
 from ..train.images import open_images
 from ..train.recipe import DataSpec, Recipe
@@ -29,6 +31,23 @@ COLUMNS = (
     Column("macs_ratio", "MACs ratio", ".2f"),
     Column("tokens", "tokens leaving each block"),
 )
+
+
+CLS_ONLY = (
+    "Under a reduction, the last block computes CLS alone where the head reads nothing else (same logits, so 1 token "
+    "leaves it); the method dense+cls_only shows that saving by itself."
+)
+
+
+def check_classes(models: Sequence[str], classes: Sequence[str]) -> None:
+    """Raise `DataError` where a saved model knows its classes by other names, or in another order, than the images."""
+    for name in models:
+        for folder in (Path(name) / "model", Path(name)):
+            if (folder / "vitrim.json").exists():
+                known = json.loads((folder / "vitrim.json").read_text())["extra"].get("classes")
+                if known is not None and known != list(classes):
+                    wrong = next(((a, b) for a, b in zip(known, classes, strict=False) if a != b), (known, classes))
+                    raise DataError(f"{name} was trained on class {wrong[0]} where the images have {wrong[1]}")
 
 
 def open_model(spec: str) -> nn.Module:
@@ -83,27 +102,39 @@ def compare(
             raise DataError(
                 f"{name} tells {model.num_classes} classes apart, but the images have {classes}; train it on them first"
             )
+    check_classes(models, open_images(data, False).classes)
+    if len({*methods}) < len(methods) or len({*models}) < len(models):
+        raise VitrimError("a model or a method is named twice; every row needs its own")
     variants = {(name, method): variant(model, method) for name, model in opened.items() for method in methods}
-    rows = figures_of(variants, next(iter(opened.values())), data, batch_size=batch_size, device=device, tick=tick)
+    rows = figures_of(variants, data, batch_size=batch_size, device=device, tick=tick)
     title = f"{data.name} test images, {rows[0]['num_images']} of them"
     return Table(title, COLUMNS, rows, notes=_notes(rows), environment=environment())
 
 
 def figures_of(
-    variants: dict[tuple[str, str], nn.Module], preprocess: nn.Module, data: DataSpec, *,
+    variants: dict[tuple[str, str], nn.Module], data: DataSpec, *,
     batch_size: int = 128, device: str = "auto", tick: Callable[[int, int], None] | None = None,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """One row of figures per (model, method), evaluated side by side; ratios are to the first."""
+    """One row of figures per (model, method), evaluated side by side, each on images as it wants them.
+
+    Ratios are to the first.
+    """
     accelerator = make_accelerator(cpu=device == "cpu")
     named = {f"{number}": model for number, model in enumerate(variants.values())}
-    stream = plain_stream(preprocess, data)
-    found = evaluate_all(named, stream, batch_size=batch_size, workers=data.workers, accelerator=accelerator, tick=tick)
+    formats = {number: InputFormat.of(model, data.image_size) for number, model in named.items()}
+    by_format = {form: plain_stream(named[number], data) for number, form in formats.items()}
+    streams = {number: by_format[form] for number, form in formats.items()}
+    short = Counter(Path(name).name for name in {name for name, _ in variants})
+    found = evaluate_all(
+        named, streams, batch_size=batch_size, workers=data.workers, accelerator=accelerator, tick=tick
+    )
     rows: list[dict[str, Any]] = []
     for (name, method), number in zip(variants, named, strict=True):
         figures, spent = found[number], cost(named[number].eval())
         rows.append({
-            "model": Path(name).name, "method": method, "accuracy": figures.accuracy, "loss": figures.loss,
-            "entropy": figures.entropy, "seconds": figures.seconds, "images_per_second": figures.images_per_second,
+            "model": Path(name).name if short[Path(name).name] == 1 else name, "method": method,
+            "accuracy": figures.accuracy, "loss": figures.loss, "entropy": figures.entropy,
+            "seconds": figures.seconds, "images_per_second": figures.images_per_second,
             "gmacs": spent.macs / 1e9, "tokens": list(spent.token_counts),
             "num_images": figures.num_images, "unreadable": list(figures.unreadable),
         })  # fmt: skip
@@ -115,6 +146,7 @@ def figures_of(
 
 def _notes(rows: list[dict[str, Any]]) -> list[str]:
     notes = ["Time is spent inside the model; models took turns batch by batch. Ratios are to the first row."]
+    notes.append(CLS_ONLY)
     if rows[0]["unreadable"]:
         names = rows[0]["unreadable"]
         notes.append(f"{len(names)} images could not be read and were left out: {', '.join(names[:3])}.")

@@ -13,7 +13,7 @@ from ..measure.table import Column, Table
 from ..models import DENSE, variant
 from ..tokens import Reduction
 from ..train.recipe import DataSpec
-from .compare import COLUMNS, figures_of, open_model
+from .compare import CLS_ONLY, COLUMNS, figures_of, open_model
 
 Settings = Mapping[str, Sequence[float]]
 
@@ -59,6 +59,7 @@ def sweep(
             rows += _bayes(spec, model, data, method, vary, trials, seed, options)
     columns = (COLUMNS[0], *(Column(name, name, ".3g") for name in vary), *COLUMNS[2:])
     notes = ["Test time only: weights are those of the named model. Ratios are to the dense row of the same model."]
+    notes.append(CLS_ONLY)
     return Table(f"{method} over {', '.join(vary)}", columns, rows, notes=notes, environment=environment())
 
 
@@ -78,7 +79,7 @@ def _grid(
     texts = [_fill(method, setting) for setting in settings]
     variants: dict[tuple[str, str], nn.Module] = {(spec, DENSE): variant(model, DENSE)}
     variants |= {(spec, text): variant(model, text) for text in texts}
-    rows = figures_of(variants, model, data, **options)
+    rows = figures_of(variants, data, **options)
     return [rows[0], *({**row, **setting} for row, setting in zip(rows[1:], settings, strict=True))]
 
 
@@ -95,7 +96,7 @@ def _bayes(
         setting = {name: trial.suggest_float(name, min(values), max(values)) for name, values in vary.items()}
         text = _fill(method, setting)
         pair = {(spec, DENSE): variant(model, DENSE), (spec, text): variant(model, text)}
-        found = figures_of(pair, model, data, **options)
+        found = figures_of(pair, data, **options)
         if not rows:
             rows.append(found[0])
         rows.append({**found[1], **setting})

@@ -94,6 +94,7 @@ def curves_plot(metrics: Sequence[Row] | Mapping[str, Sequence[Row]], path: Targ
         False, and nothing is written, where there is nothing to plot.
     """
     runs = metrics if isinstance(metrics, Mapping) else {"": metrics}
+    colours = {name: _COLOURS[index % 8] for index, name in enumerate(runs)}  # A run keeps its own in every panel.
     panels: list[tuple[str, list[tuple[str, list[float], list[float]]]]] = []
     for title, keys in _PANELS.items():
         lines: list[tuple[str, list[float], list[float]]] = []
@@ -110,8 +111,9 @@ def curves_plot(metrics: Sequence[Row] | Mapping[str, Sequence[Row]], path: Targ
         axes = _axes(figure, len(panels), at, "epoch", "", title)
         for index, (label, xs, ys) in enumerate(lines):
             marker = "o" if len(xs) < 25 else ""
-            told = label if len(lines) > 1 else ""
-            axes.plot(xs, ys, marker=marker, markersize=4, linewidth=1.8, color=_COLOURS[index % 8], label=told)
+            told = label if len(lines) > 1 or len(runs) > 1 else ""
+            colour = colours[label] if len(runs) > 1 else _COLOURS[index % 8]
+            axes.plot(xs, ys, marker=marker, markersize=4, linewidth=1.8, color=colour, label=told)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if title == "accuracy":
             axes.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))

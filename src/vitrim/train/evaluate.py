@@ -54,18 +54,18 @@ def evaluate(model: nn.Module, stream: Stream, **options: Any) -> Figures:
 @torch.inference_mode()
 def evaluate_all(
     models: Mapping[str, nn.Module],
-    stream: Stream,
+    streams: Stream | Mapping[str, Stream],
     *,
     batch_size: int = 128,
     workers: int = 0,
     accelerator: Accelerator | None = None,
     tick: Callable[[int, int], None] | None = None,
 ) -> dict[str, Figures]:
-    """Run models over a stream, in eval mode, side by side, so that time lost to the machine hits all alike.
+    """Run models over the same images, in eval mode, side by side, so that time lost to the machine hits all alike.
 
     Args:
         models: each returns logits (B, classes); whatever is attached acts. Their mode is put back.
-        stream: images with their classes, read once for all models.
+        streams: images with their classes, for all models or for each as it wants them; each is read once.
         batch_size: images at a time, all processes together.
         workers: processes that read images.
         accelerator: places and shares the work; by default one process on the best device.
@@ -73,26 +73,29 @@ def evaluate_all(
     """
     accelerator = accelerator or make_accelerator()
     device = accelerator.device
-    loader, _ = make_loader(stream, batch_size, workers)
-    # Not by the accelerator, which would keep the loader and its workers for as long as it lives.
-    batches = prepare_data_loader(loader, device, split_batches=True, put_on_device=True)
+    own = streams if isinstance(streams, Mapping) else dict.fromkeys(models, streams)
+    loaders = {id(stream): make_loader(stream, batch_size, workers)[0] for stream in own.values()}
+    # Not by the accelerator, which would keep a loader and its workers for as long as it lives.
+    ready = [prepare_data_loader(one, device, split_batches=True, put_on_device=True) for one in loaders.values()]
+    which = {name: list(loaders).index(id(stream)) for name, stream in own.items()}
     modes = {name: model.training for name, model in models.items()}
     tallies = {name: _Tally() for name in models}
     for model in models.values():
         model.eval().to(device)
     names = list(models)
-    for done, (images, targets, index) in enumerate(batches, 1):
+    for done, batches in enumerate(zip(*ready, strict=True), 1):
         for name in names[done % len(names) :] + names[: done % len(names)]:
+            images, targets, index = batches[which[name]]
             start = _clock(device)
             with accelerator.autocast():
                 logits = models[name](images)
             tallies[name].seconds += _clock(device) - start
             tallies[name].add(*accelerator.gather_for_metrics((logits.float(), targets, index)))
         if tick is not None:
-            tick(done, len(loader))
+            tick(done, len(ready[0]))
     for name, model in models.items():
         model.train(modes[name])
-    return {name: tally.figures(stream) for name, tally in tallies.items()}
+    return {name: tally.figures(own[name]) for name, tally in tallies.items()}
 
 
 @torch.inference_mode()

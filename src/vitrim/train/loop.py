@@ -212,7 +212,7 @@ class _Run:
         self.history.append(figures)
         if self.main:
             if better:
-                self.folder.save_model(self.evaluated)
+                self.folder.save_model(self.evaluated, self.splits.classes)
             self.folder.write_metrics(self.history)
         self.epoch, self.step, self.sums = self.epoch + 1, 0, {}
         self._save()

@@ -1,0 +1,59 @@
+"""Models in company must get the figures that they get alone, and names must mean what they say."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from vitrim.errors import DataError, VitrimError
+from vitrim.models import build_model, save, variant
+from vitrim.search.compare import compare
+from vitrim.train.data import plain_stream
+from vitrim.train.evaluate import evaluate
+from vitrim.train.recipe import DataSpec
+
+DIGITS = DataSpec(name="digits", workers=0)
+SIZES = {"embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 10}
+
+
+def tiny(seed: int, **args: object) -> nn.Module:
+    torch.manual_seed(seed)
+    model = build_model("vitrim_digits_vit", **SIZES, **args)
+    nn.init.normal_(model.head.weight)  # Fresh heads are zero and would tell nothing apart.
+    return model.eval()
+
+
+def test_each_model_sees_images_its_own_way(tmp_path: Path):
+    other = {"pretrained_cfg_overlay": {"mean": (0.9,), "std": (0.1,)}}
+    models = {"plain": tiny(0), "shifted": tiny(1, **other), "large": tiny(2, img_size=12)}
+    for name, model in models.items():
+        save(model, tmp_path / name)
+    table = compare([str(tmp_path / name) for name in models], DIGITS, ["dense"], device="cpu")
+    for row, model in zip(table.rows, models.values(), strict=True):
+        alone = evaluate(model, plain_stream(model, DIGITS))
+        assert row["accuracy"] == alone.accuracy
+        assert row["loss"] == pytest.approx(alone.loss, rel=1e-5)
+    assert len({row["loss"] for row in table.rows}) == 3
+
+
+def test_a_curriculum_has_no_place_at_test_time():
+    with pytest.raises(VitrimError, match=r"Delayed\(epoch=4\) acts in training alone"):
+        variant(tiny(0), "TopK() @ KeepRate(0.5) @ Delayed(4)")
+
+
+def test_classes_by_other_names_are_refused(tmp_path: Path):
+    save(tiny(0), tmp_path / "model", classes=[str(digit) for digit in reversed(range(10))])
+    assert json.loads((tmp_path / "model" / "vitrim.json").read_text())["extra"]["classes"][0] == "9"
+    with pytest.raises(DataError, match="was trained on class 9 where the images have 0"):
+        compare([str(tmp_path)], DIGITS, ["dense"], device="cpu")
+
+
+def test_rows_are_told_apart(tmp_path: Path):
+    for place in ("a", "b"):
+        save(tiny(0), tmp_path / place / "net")
+    table = compare([str(tmp_path / place / "net") for place in ("a", "b")], DIGITS, ["dense"], device="cpu")
+    assert len({row["model"] for row in table.rows}) == 2
+    with pytest.raises(VitrimError, match="named twice"):
+        compare([str(tmp_path / "a" / "net")], DIGITS, ["dense", "dense"], device="cpu")
