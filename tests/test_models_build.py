@@ -231,3 +231,9 @@ def test_averaged_and_plain_weights_of_the_official_dinov2_form(tmp_path):
     loaded = vitrim.build_model(name, checkpoint=tmp_path / "dinov2.pth", **sizes).eval()
     images = torch.randn(2, 3, 28, 28)
     torch.testing.assert_close(loaded(images), model(images))
+
+
+def test_sizes_that_do_not_go_together_are_one_line():
+    with pytest.raises(VitrimError, match=r"vit_tiny_patch16_224 cannot be built with .*'embed_dim': 50") as caught:
+        vitrim.build_model(NAME, embed_dim=50)
+    assert "\n" not in str(caught.value)

@@ -18,7 +18,7 @@ from vitrim.errors import UnknownNameError, VitrimError
 from vitrim.measure.bench_table import BenchRow, BenchTable, Quartiles, ratios
 from vitrim.measure.environment import environment
 from vitrim.measure.speed import bench, bench_methods
-from vitrim.models import variant
+from vitrim.models import open_model, variant
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import baselines
@@ -266,3 +266,19 @@ def test_baselines_are_measured_and_counted():
     dense, evit = table.row("dense", 2).macs, table.row("evit", 2).macs
     assert vitrim.cost(variant(model, "TopK(fuse=sum) @ KeepRate(0.5)")).macs < evit < dense
     assert table.row("tome", 2).macs_ratio > 1
+
+
+def test_saved_models_and_names_share_one_table(tmp_path: Path):
+    run = tmp_path / "run"
+    model = open_model("vitrim_digits_vit")
+    vitrim.save(model, run / "model")
+    table = bench_methods(
+        [str(run), f"vitrim_digits_vit@{run / 'model'}", "vitrim_digits_vit"], batch_sizes=(2,), rounds=1, warmup=0,
+        device="cpu",
+    )  # fmt: skip
+    names = [f"{run}: dense", f"vitrim_digits_vit@{run / 'model'}: dense", "vitrim_digits_vit: dense"]
+    assert [row.name for row in table.measured] == names
+    assert len({row.macs for row in table.measured}) == 1
+    assert table.columns[0].heading == "method"
+    opened = open_model(f"vitrim_digits_vit@{run / 'model'}")
+    assert torch.equal(opened.pos_embed, model.pos_embed)

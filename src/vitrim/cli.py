@@ -176,8 +176,7 @@ def show(
         overwrite: replace pictures that exist.
         device: where to run.
     """
-    from .models import variant
-    from .search.compare import open_model
+    from .models import open_model, variant
     from .show.pictures import show as draw
 
     drawn = draw(
@@ -209,8 +208,8 @@ def stratify(
         device: where to run.
     """
     from .elastic.supernet import stratify as run
-    from .models import check_place
-    from .search.compare import data_of, open_model
+    from .models import check_place, open_model
+    from .search.compare import data_of
     from .train.data import make_loader, plain_stream
     from .train.evaluate import make_accelerator
 

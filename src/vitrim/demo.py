@@ -15,9 +15,9 @@ from .errors import RecipeError
 from .measure.environment import environment
 from .measure.speed import bench
 from .measure.table import Column, Table
-from .models import DENSE, attach, find_adapter, variant
+from .models import DENSE, attach, find_adapter, open_model, variant
 from .output import check_folder
-from .search.compare import CLS_ONLY, figures_of, open_model
+from .search.compare import CLS_ONLY, figures_of
 from .show.pictures import show
 from .show.plots import cost_accuracy_plot
 from .show.progress import live

@@ -84,7 +84,7 @@ class _Spread(Column):
 
 
 _COLUMNS = (
-    Column("model", "model"),
+    Column("model", "method"),
     Column("batch_size", "batch", "d"),
     _Spread("ms", "ms", ".2f"),
     Column("images_per_second", "images/s", ".1f"),

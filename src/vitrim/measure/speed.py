@@ -17,7 +17,7 @@ from torch.utils import benchmark
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..errors import UnknownNameError, UnsupportedModelError, VitrimError
-from ..models import build_model, find_adapter, variant
+from ..models import find_adapter, open_model, variant
 from .bench_table import BenchRow, BenchTable, ratios
 from .cost import cost
 from .environment import environment
@@ -100,7 +100,8 @@ def bench_methods(
     """Compare methods on one or several models; each method gets its own copy of the model.
 
     Args:
-        model: modules, folders of saved models, or timm names (random weights: speed does not depend on them).
+        model: modules, or anything that `open_model` takes: run folders, folders of saved models, timm names (random
+            weights: speed does not depend on them).
         methods: "dense", "dense+cls_only", "own" (what is attached already), or reductions such as
             "TopK() @ KeepRate(0.7)". Reductions run with the last block on prefix tokens alone where the head reads
             nothing else. The first is the reference of its model.
@@ -112,7 +113,7 @@ def bench_methods(
     models: dict[str, nn.Module] = {}
     references: dict[str, str] = {}
     for one in given:
-        dense = build_model(one) if isinstance(one, str) else one
+        dense = open_model(one) if isinstance(one, str) else one
         prefix = f"{one if isinstance(one, str) else type(one).__name__}: " if len(given) > 1 else ""
         for method in methods:
             name = prefix + method

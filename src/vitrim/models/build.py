@@ -61,6 +61,22 @@ def build_model(
     return model
 
 
+def open_model(spec: str) -> nn.Module:
+    """A model by what people have of it.
+
+    A run folder, a folder written by `vitrim.save`, a file of torchvision weights, a timm name, `NAME@FILE` (that
+    architecture with weights from a file) or `NAME@pretrained` (with timm's published weights, which it downloads).
+    """
+    folder = Path(spec)
+    for candidate in (folder / "model", folder):
+        if (candidate / DESCRIPTION).exists():
+            return load(candidate)
+    name, _, weights = spec.partition("@") if not spec.startswith(_SOURCES) else (spec, "", "")
+    if weights == "pretrained":
+        return build_model(name, pretrained=True)
+    return build_model(name, checkpoint=weights or None)
+
+
 def _read(checkpoint: str | Path) -> State:
     path = Path(checkpoint)
     state = read_weights(weights_path(path) if path.is_dir() else path)
@@ -87,7 +103,9 @@ def _create(name: str, num_classes: int | None, pretrained: bool, args: dict[str
         raise VitrimError(f"{name} does not take these arguments: {error}") from error
     except Exception as error:
         if not pretrained and not name.startswith(_SOURCES):
-            raise
+            # timm builds with what it is given and stumbles later, over an assertion or in torch.
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise VitrimError(f"{name} cannot be built with {args}: {reason}") from error
         # Hubs and mirrors fail in many ways; all of them leave the user without weights.
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"no pretrained weights for {name}: {reason}; give a file with checkpoint=") from error

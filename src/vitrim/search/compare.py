@@ -13,7 +13,7 @@ from ..errors import DataError, VitrimError
 from ..measure.cost import cost
 from ..measure.environment import environment
 from ..measure.table import Column, Table
-from ..models import build_model, load, variant
+from ..models import open_model, variant
 from ..train.data import InputFormat, plain_stream
 from ..train.evaluate import evaluate_all, make_accelerator
 from ..train.images import open_images
@@ -48,22 +48,6 @@ def check_classes(models: Sequence[str], classes: Sequence[str]) -> None:
                 if known is not None and known != list(classes):
                     wrong = next(((a, b) for a, b in zip(known, classes, strict=False) if a != b), (known, classes))
                     raise DataError(f"{name} was trained on class {wrong[0]} where the images have {wrong[1]}")
-
-
-def open_model(spec: str) -> nn.Module:
-    """A model by what people have of it.
-
-    A run folder, a folder written by `vitrim.save`, a file of torchvision weights, a timm name, `NAME@FILE` (that
-    architecture with weights from a file) or `NAME@pretrained` (with timm's published weights, which it downloads).
-    """
-    folder = Path(spec)
-    for candidate in (folder / "model", folder):
-        if (candidate / "vitrim.json").exists():
-            return load(candidate)
-    name, _, weights = spec.partition("@") if not spec.startswith("hf-hub:") else (spec, "", "")
-    if weights == "pretrained":
-        return build_model(name, pretrained=True)
-    return build_model(name, checkpoint=weights or None)
 
 
 def data_of(models: Sequence[str], given: DataSpec) -> DataSpec:

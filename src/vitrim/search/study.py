@@ -17,12 +17,12 @@ from typing import Any
 from ..errors import RecipeError, UnknownNameError
 from ..measure.environment import environment
 from ..measure.table import Column, Table
-from ..models import OWN, variant
+from ..models import OWN, open_model, variant
 from ..output import check_folder
 from ..train.checkpoint import RunFolder, write_atomic
 from ..train.loop import train
 from ..train.recipe import Recipe, flatten, merge, read_yaml
-from .compare import CLS_ONLY, figures_of, open_model
+from .compare import CLS_ONLY, figures_of
 from .sweep import sweep
 
 Report = Callable[[str, Mapping[str, Any]], None]

@@ -10,10 +10,10 @@ from torch import nn
 from ..errors import ScheduleError
 from ..measure.environment import environment
 from ..measure.table import Column, Table
-from ..models import DENSE, variant
+from ..models import DENSE, open_model, variant
 from ..tokens import Reduction
 from ..train.recipe import DataSpec
-from .compare import CLS_ONLY, COLUMNS, figures_of, open_model
+from .compare import CLS_ONLY, COLUMNS, figures_of
 
 Settings = Mapping[str, Sequence[float]]
 
