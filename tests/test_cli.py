@@ -73,6 +73,13 @@ def test_version(capsys: pytest.CaptureFixture[str]):
         ("train --out x --reduction TopK()@KeepRate(1.5)", "vitrim train: "),
         ("train --out x --data.name cifar10", "vitrim train: unknown data set 'cifar10'; did you mean torch/cifar10"),
         ("train --out x --batch_size 10 --optim.accumulate 4", "vitrim train: batch_size 10 is not a multiple"),
+        ("train --out x --seed -1", "vitrim train: seed is -1; it must be 0 or more"),
+        ("train --out x --track foo", "vitrim train: unknown tracker 'foo'; known: aim, "),
+        ("train --out x --augment.randaugment foo", "vitrim train: timm cannot read augment.randaugment 'foo'"),
+        ("train --out x --distill Logits(", "vitrim train: cannot read 'Logits('"),
+        ("train --out x --model.args {embed_dim:50}", "vitrim train: "),
+        ("eval vitrim_digits_vit --batch_size 0", "vitrim eval: batch_size is 0; it must be 1 or more"),
+        ("study . --out x", "vitrim study: . cannot be read (Is a directory)"),
         ("study none.yaml --out x", "vitrim study: none.yaml does not exist"),
     ],
 )  # fmt: skip
@@ -93,6 +100,14 @@ def test_unknown_option_in_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[
     code, _, err = call(capsys, "train", "--config", str(tmp_path / "r.yaml"), "--out", "x")
     assert code == 2
     assert err.startswith("vitrim train: unknown option --optim.lrr; did you mean --optim.lr")
+
+
+def test_a_file_that_is_no_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "r.yaml").write_bytes(b"a: \xff")
+    code, _, err = call(capsys, "train", "--config", str(tmp_path / "r.yaml"), "--out", "x")
+    assert code == 2
+    assert err.startswith("vitrim: the file given by --config is not text in UTF-8")
+    assert err.count("\n") == 1
 
 
 def test_config_overrides_and_print_config_round_trip(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

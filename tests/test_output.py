@@ -62,7 +62,7 @@ def test_models(tmp_path: Path):
         ("demo --out file", "there is a file of this name"),
         ("demo --out full", "is not empty and holds no demo"),
         ("demo --out new --epochs 0", "epochs is 0; it must be 1 or more"),
-        ("study full --out new", "full: Is a directory"),
+        ("study full --out new", "full cannot be read (Is a directory)"),
         ("report full --out full/inner", "full"),
     ],
 )  # fmt: skip

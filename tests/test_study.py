@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
+from vitrim import cli
 from vitrim.distill import Terms
 from vitrim.errors import RecipeError, ScheduleError, UnknownNameError, VitrimError
 from vitrim.measure.table import Column, Table
@@ -58,6 +59,15 @@ def test_grid(run: str):
         sweep([run], DataSpec(**DATA), "TopK() @ KeepRate({r})", {"r": [0.5], "beta": [1]})
     with pytest.raises(ScheduleError, match="names a setting that is not varied"):
         sweep([run], DataSpec(**DATA), "TopK() @ PowerLaw({r}, {alpha})", {"r": [0.5]})
+
+
+def test_sweeps_without_anything_to_do(run: str):
+    method = "TopK() @ KeepRate({r})"
+    for vary, says in (({"r": []}, "there are no values for r"), ({}, "nothing to vary"), ({"r": [7]}, "keep rate")):
+        with pytest.raises(ScheduleError, match=says):
+            sweep([run], DataSpec(**DATA), method, vary)
+    with pytest.raises(ScheduleError, match="trials is 1 or more, not 0"):
+        sweep([run], DataSpec(**DATA), method, {"r": [0.2, 0.5]}, search="tpe", trials=0)
 
 
 def test_tpe_stays_within_bounds_and_repeats_itself(run: str):
@@ -123,6 +133,40 @@ def test_mistakes_in_a_study(study_file: Path):
     study_file.write_text("title: x\nbase: {}\n")
     with pytest.raises(RecipeError, match="has no 'rows'"):
         Study.read(study_file, "full")
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"rows": {"a/b": {}}}, "row 'a/b' cannot be a folder"),
+        ({"rows": {".a": {}}}, "row '.a' cannot be a folder"),
+        ({"rows": {"a b": {}, "a-b": {}}}, "rows 'a b' and 'a-b' would share a folder"),
+        ({"rows": {True: {}}}, "YAML reads a name as True; put names"),
+        ({"test": {False: "dense"}}, "YAML reads a name as False; put names"),
+        ({"seeds": 3}, "seeds is 3; it must list whole numbers"),
+        ({"seeds": [1, 1]}, "name a seed twice"),
+        ({"test": {"t": "TopKk() @ KeepRate(0.5)"}}, "did you mean TopK"),
+        ({"rows": {"a": {}, "b": {"reduction": "TopK() @ KeepRate(2)"}}}, "keep rate lies in"),
+        ({"rows": {"a": {}, "b": {"epochs": 0}}}, "epochs is 0"),
+        ({"rows": {"a": {}, "b": {"distill": "Cls("}}}, "cannot read 'Cls\\('"),
+        ({"sweep": {"method": "TopK() @ KeepRate({r})"}}, "sweep of the study has no vary"),
+        ({"sweep": {"method": "TopK() @ KeepRate({r})", "vary": {"r": [2.0]}}}, "keep rate lies in"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_told_before_the_first_training(
+    changes: dict[str, Any], says: str, study_file: Path, tmp_path: Path
+):
+    study_file.write_text(yaml.safe_dump(yaml.safe_load(study_file.read_text()) | changes))
+    with pytest.raises(VitrimError, match=says):
+        run_study(study_file, tmp_path / "out", scale="full")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_scale_is_the_file_as_it_is_unless_given(study_file: Path, tmp_path: Path):
+    for text in (study_file.read_text(), study_file.read_text().split("scales:")[0]):
+        study_file.write_text(text)
+        assert cli.build_parser().parse_args(["study", str(study_file), "--out", "x"])["study"]["scale"] == "full"
+        assert Study.read(study_file, "full").seeds == [0, 1]
 
 
 SIZES = {"depth": 2, "embed_dim": 24, "num_heads": 2}

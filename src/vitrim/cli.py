@@ -130,7 +130,7 @@ def sweep(
 def study(
     file: str,
     out: str,
-    scale: Literal["smoke", "small", "full"] = "small",
+    scale: str = "full",
     root: str | None = None,
 ) -> None:
     """Run the rows of a study under one recipe and tabulate them; finished rows are not run again.
@@ -138,7 +138,8 @@ def study(
     Args:
         file: study file (YAML).
         out: folder of the study.
-        scale: "smoke" takes seconds, "small" is for a CPU, "full" are the published settings.
+        scale: one of the file's; in vitrim's own studies "smoke" takes seconds and "small" is for a CPU. "full" is the
+            file as it is.
         root: folder of the images, in place of the one in the file.
     """
     from .search.study import run_study
@@ -405,7 +406,10 @@ def main(argv: list[str] | None = None) -> None:
     warnings.filterwarnings("ignore", module="torch|timm|accelerate|PIL")
     set_parsing_settings(instantiate_subclass_spec_in_any=False)
     parser = build_parser()
-    parsed = parser.parse_args(argv)
+    try:
+        parsed = parser.parse_args(argv)
+    except UnicodeDecodeError as error:
+        parser.error(f"the file given by --config is not text in UTF-8 ({error.reason} at byte {error.start})")
     verb = parsed["verb"]
     options = dict(parser.instantiate(parsed)[verb])
     options.pop("config", None)

@@ -11,19 +11,23 @@ import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
+from itertools import product
 from pathlib import Path
 from typing import Any
 
+from ..distill import Terms
 from ..errors import RecipeError, UnknownNameError
 from ..measure.environment import environment
 from ..measure.table import Column, Table
-from ..models import OWN, open_model, variant
+from ..models import DENSE, OWN, open_model, variant
+from ..models.variants import DENSE_CLS_ONLY
 from ..output import check_folder
+from ..tokens import Reduction
 from ..train.checkpoint import RunFolder, write_atomic
 from ..train.loop import train
 from ..train.recipe import Recipe, flatten, merge, read_yaml
 from .compare import CLS_ONLY, figures_of
-from .sweep import sweep
+from .sweep import check_sweep, sweep
 
 Report = Callable[[str, Mapping[str, Any]], None]
 _ROW = re.compile(r"\{row:([^{}]+)\}")
@@ -73,6 +77,14 @@ class Study:
         for name in ("base", "rows"):
             if not isinstance(data.get(name), dict):
                 raise RecipeError(f"{path} has no {name!r} with options in it")
+        for name in (*data["rows"], *(data.get("test") or ())):
+            if not isinstance(name, str):
+                raise RecipeError(f"{path}: YAML reads a name as {name!r}; put names such as off, yes or 1 in quotes")
+        seeds = [0] if data.get("seeds") is None else data["seeds"]
+        if not isinstance(seeds, list) or not seeds or any(type(seed) is not int for seed in seeds):
+            raise RecipeError(f"{path}: seeds is {seeds!r}; it must list whole numbers, such as [0, 1, 2]")
+        if len(set(seeds)) < len(seeds):
+            raise RecipeError(f"{path}: seeds {seeds} name a seed twice, which would count one run as two")
         if root is not None:
             data["base"] = merge(data["base"], {"data": {"root": root}})
         return cls(
@@ -80,7 +92,7 @@ class Study:
             base=data["base"],
             rows={name: changes or {} for name, changes in data["rows"].items()},
             test=data.get("test") or {OWN: OWN},
-            seeds=list(data.get("seeds") or [0]),
+            seeds=seeds,
             sweep=data.get("sweep"),
             published=data.get("published") or {},
         )
@@ -107,6 +119,34 @@ class Study:
         except CycleError as error:
             raise RecipeError(f"rows of the study wait for each other: {' -> '.join(error.args[1])}") from None
 
+    def check(self, out: Path) -> None:
+        """Build every recipe and read every method, so that all mistakes are told before the first training.
+
+        Raises:
+            VitrimError: names the row or the method.
+        """
+        folders: dict[Path, str] = {}
+        for row in self.rows:
+            if row.startswith(".") or {"/", "\\"} & set(row):
+                raise RecipeError(f"row {row!r} cannot be a folder; names have no slash and no dot in front")
+            if (other := folders.setdefault(run_folder(out, row, 0), row)) != row:
+                raise RecipeError(f"rows {other!r} and {row!r} would share a folder; name them differently")
+        for row, seed in product(self.order(), self.seeds):
+            recipe = self.recipe(row, seed, out)
+            recipe.check()
+            RunFolder(run_folder(out, row, seed)).check(recipe)
+            if recipe.reduction is not None:
+                Reduction.parse(recipe.reduction, recipe.phase)
+            if recipe.distill is not None:
+                Terms.parse(recipe.distill)
+        for method in self.test.values():
+            if method not in (OWN, DENSE, DENSE_CLS_ONLY):
+                Reduction.parse(method)
+        if self.sweep is not None:
+            if missing := {"method", "vary"} - set(self.sweep):
+                raise RecipeError(f"the sweep of the study has no {' and no '.join(sorted(missing))}")
+            check_sweep(self.sweep["method"], self.sweep["vary"])
+
     def _options(self, row: str) -> dict[str, Any]:
         return merge(self.base, self.rows[row])
 
@@ -118,7 +158,7 @@ def run_study(
     file: str | Path,
     out: str | Path,
     *,
-    scale: str = "small",
+    scale: str = "full",
     root: str | None = None,
     command: str = "",
     report: Report | None = None,
@@ -132,6 +172,7 @@ def run_study(
     """
     check_folder(out)
     study, out = Study.read(file, scale, root), Path(out)
+    study.check(out)
     finished: dict[tuple[str, int], dict[str, Any]] = {}
     for seed in study.seeds:
         for row in study.order():

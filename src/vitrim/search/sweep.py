@@ -46,9 +46,9 @@ def sweep(
         device: "auto", "cpu" or "cuda".
         tick: called with (batches done, batches in all).
     """
-    for name in vary:
-        if f"{{{name}}}" not in method:
-            raise ScheduleError(f"{method!r} does not use {{{name}}}")
+    check_sweep(method, vary)
+    if trials < 1:
+        raise ScheduleError(f"trials is 1 or more, not {trials}")
     rows: list[dict[str, Any]] = []
     for spec in models:
         model = open_model(spec)
@@ -63,6 +63,23 @@ def sweep(
     return Table(f"{method} over {', '.join(vary)}", columns, rows, notes=notes, environment=environment())
 
 
+def check_sweep(method: str, vary: Settings) -> None:
+    """Raise `ScheduleError` where a name has no values or is not in the method, or a value is impossible."""
+    if not vary:
+        raise ScheduleError("there is nothing to vary; give values for a name, such as {alpha: [1.0, 2.0]}")
+    for name, values in vary.items():
+        if f"{{{name}}}" not in method:
+            raise ScheduleError(f"{method!r} does not use {{{name}}}")
+        if not values:
+            raise ScheduleError(f"there are no values for {name}; give at least one")
+    for setting in _settings(vary):
+        _fill(method, setting)
+
+
+def _settings(vary: Settings) -> list[dict[str, float]]:
+    return [dict(zip(vary, values, strict=True)) for values in product(*vary.values())]
+
+
 def _fill(method: str, setting: Mapping[str, float]) -> str:
     try:
         text = method.format(**setting)
@@ -75,7 +92,7 @@ def _fill(method: str, setting: Mapping[str, float]) -> str:
 def _grid(
     spec: str, model: nn.Module, data: DataSpec, method: str, vary: Settings, options: dict[str, Any]
 ) -> list[dict[str, Any]]:
-    settings = [dict(zip(vary, values, strict=True)) for values in product(*vary.values())]
+    settings = _settings(vary)
     texts = [_fill(method, setting) for setting in settings]
     variants: dict[tuple[str, str], nn.Module] = {(spec, DENSE): variant(model, DENSE)}
     variants |= {(spec, text): variant(model, text) for text in texts}
@@ -89,7 +106,7 @@ def _bayes(
 ) -> list[dict[str, Any]]:  # fmt: skip
     import optuna
 
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
     rows: list[dict[str, Any]] = []
 
     def objective(trial: optuna.Trial) -> tuple[float, float]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import transforms as T
 
-from ..errors import DataError, UnsupportedModelError
+from ..errors import DataError, RecipeError, UnsupportedModelError
 from ..models import find_adapter
 from .images import Images, open_images
 from .recipe import AugmentSpec, DataSpec
@@ -141,7 +141,13 @@ def transforms_for(
     if augment.randaugment:
         grey = tuple(min(255, round(255 * m)) for m in form.mean)
         params = {"translate_const": int(min(size) * 0.45), "img_mean": grey}
-        steps.append(rand_augment_transform(augment.randaugment, params))
+        try:
+            steps.append(rand_augment_transform(augment.randaugment, params))
+        except (AssertionError, ValueError):
+            text = augment.randaugment
+            raise RecipeError(
+                f"timm cannot read augment.randaugment {text!r}; for example rand-m9-n2-mstd0.5"
+            ) from None
     steps += [T.ToTensor(), T.Normalize(form.mean, form.std)]
     if augment.erasing > 0:
         steps.append(RandomErasing(augment.erasing, mode="pixel", device="cpu"))
@@ -179,6 +185,8 @@ def make_loader(
     stream: Stream, batch_size: int, workers: int, seed: int = 0, shuffle: bool = False, drop_last: bool = False
 ) -> tuple[DataLoader[Any], EpochSampler]:
     """Batches of (images, classes, indices), and the sampler whose `epoch` says which epoch comes next."""
+    if batch_size < 1:
+        raise DataError(f"batch_size is {batch_size}; it must be 1 or more")
     sampler = EpochSampler(len(stream), seed, shuffle)
     loader: DataLoader[Any] = DataLoader(
         stream, batch_size, sampler=sampler, num_workers=workers, drop_last=drop_last, persistent_workers=workers > 0,

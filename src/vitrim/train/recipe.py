@@ -172,6 +172,7 @@ class Recipe:
             ("augment.erasing", self.augment.erasing, 0, 1),
             ("data.workers", self.data.workers, 0, None),
             ("data.limit", self.data.limit or 1, 1, None),
+            ("seed", self.seed, 0, None),
         ):
             if value < low or (high is not None and value > high):
                 raise RecipeError(
@@ -181,6 +182,16 @@ class Recipe:
             raise RecipeError(f"batch_size {self.batch_size} is not a multiple of accumulate {self.optim.accumulate}")
         if self.distill is None and self.teacher is not None:
             raise RecipeError("a teacher needs terms to teach by; set distill, or leave teacher out")
+        if self.track is not None:
+            from accelerate.tracking import (  # Here, since it imports torch.
+                LOGGER_TYPE_TO_CLASS,
+                get_available_trackers,
+            )
+
+            if self.track not in LOGGER_TYPE_TO_CLASS:
+                raise UnknownNameError("tracker", self.track, LOGGER_TYPE_TO_CLASS)
+            if self.track not in map(str, get_available_trackers()):
+                raise RecipeError(f"the tracker {self.track} is not installed here; install it, or leave track out")
 
     def check_processes(self, number: int) -> None:
         """Raise `RecipeError` where a batch cannot be shared evenly among so many processes."""
@@ -219,6 +230,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise RecipeError(f"{path} does not exist") from None
+    except OSError as error:
+        raise RecipeError(f"{path} cannot be read ({error.strerror})") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict):
