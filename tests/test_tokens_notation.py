@@ -1,5 +1,8 @@
 """What `str` prints of a reduction, `Reduction.parse` reads; anything else is refused in one clear line."""
 
+from collections.abc import Callable
+
+import numpy as np
 import pytest
 
 import vitrim
@@ -62,6 +65,7 @@ def test_shortest_forms() -> None:
         ("TopQ() @ KeepRate()", UnknownNameError, "did you mean TopK"),
         ("TopK(cls_atention) @ KeepRate()", UnknownNameError, "did you mean cls_attention"),
         ("TopK() @ KeepRat(0.7)", UnknownNameError, "did you mean KeepRate"),
+        (" ", ScheduleError, "no reduction given; for example TopK(cls_attention) @ KeepRate(0.7"),
         ("TopK()", ScheduleError, "is not `reducer @ schedule`"),
         ("KeepRate() @ TopK()", ScheduleError, "is not `reducer @ schedule`"),
         ("TopK() @ KeepRate() @ Constant() @ Constant()", ScheduleError, "is not `reducer @ schedule`"),
@@ -69,10 +73,10 @@ def test_shortest_forms() -> None:
         ("TopK() @ KeepRate(rat=0.7)", ScheduleError, "options are"),
         ("TopK() @ KeepRate(0.7 + x)", ScheduleError, "cannot read"),
         ("TopK() @ (lambda: 1)()", ScheduleError, "cannot read"),
-        ("TopK() @ KeepRate('high')", ScheduleError, "KeepRate('high')"),
+        ("TopK() @ KeepRate('high')", ScheduleError, "KeepRate: rate is a number, not 'high'"),
         ("TopK() @ KeepRate(1.5)", ScheduleError, "keep rate lies in (0, 1]"),
         ("TopK(norm, fuse=sum) @ KeepRate()", ScoreError, "use fuse='mean'"),
-        ("TopK(fuse=max) @ KeepRate()", ScoreError, "fuse is None, 'sum' or 'mean'"),
+        ("TopK(fuse=max) @ KeepRate()", ScoreError, "TopK: fuse is 'sum' or 'mean' or None, not 'max'"),
         ("TopK(momentum=1) @ KeepRate()", ScoreError, "momentum lies in [0, 1)"),
         ("TopK(shallow=-1) @ KeepRate()", ScoreError, "shallow"),
         ("TopK(shallow=1, normalise=True, fuse=mean) @ KeepRate()", ScoreError, "can be negative"),
@@ -88,3 +92,46 @@ def test_bad_text_is_refused(text: str, error: type[VitrimError], says: str) -> 
 def test_phase_is_checked() -> None:
     with pytest.raises(ScheduleError, match="phase is"):
         Reduction(vitrim.TopK(), vitrim.KeepRate(), phase="test")
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: vitrim.ConstantR("3"), "ConstantR: r is a whole number, not '3'"),
+        (lambda: vitrim.ConstantR(1.5), "ConstantR: r is a whole number, not 1.5"),
+        (lambda: vitrim.KeepRate(0.7, at=(1.5,)), "KeepRate: at is a tuple, each entry a whole number or None, not"),
+        (lambda: vitrim.KeepRate(True), "KeepRate: rate is a number, not True"),
+        (lambda: vitrim.Stages([1]), "Stages: fractions is a mapping, each key a whole number and each value a number"),
+        (lambda: vitrim.Stages({4: "a"}), "Stages: fractions is a mapping"),
+        (lambda: vitrim.Counts(5), "Counts: counts is a tuple, each entry a whole number, not 5"),
+        (lambda: vitrim.Counts("987"), "Counts: counts is a tuple"),
+        (lambda: vitrim.Budget("a"), "Budget: macs is a number, not 'a'"),
+        (lambda: vitrim.Budget(0.5, shape=0.3), "Budget: shape is a Schedule, not 0.3"),
+        (lambda: vitrim.PowerLaw(place="after"), "PowerLaw: place is 'before' or 'inside', not 'after'"),
+        (lambda: vitrim.TopK(score=None), "TopK: score is text, not None"),
+        (lambda: vitrim.ToMe("no"), "ToMe: prop_attn is True or False, not 'no'"),
+        (lambda: vitrim.Delayed("3"), "Delayed: epoch is a number, not '3'"),
+        (lambda: vitrim.Adaptive("slop"), "Adaptive: signal is 'slope' or 'entropy', not 'slop'"),
+        (lambda: Reduction(vitrim.TopK(), vitrim.KeepRate(), "Delayed(3)"), "curriculum is a Curriculum, not 'Del"),
+        (lambda: Reduction(vitrim.TopK(), 0.7), "schedule is a Schedule, not 0.7"),
+    ],
+)
+def test_options_of_another_kind(make: Callable[[], object], says: str) -> None:
+    with pytest.raises(VitrimError) as raised:
+        make()
+    assert says in str(raised.value)
+
+
+def test_numbers_and_lists_from_elsewhere() -> None:
+    assert vitrim.KeepRate(np.float32(0.5), at=[1, 2]) == vitrim.KeepRate(0.5, at=(1, 2))
+    assert vitrim.KeepRate(1, at=2).at == (2,)
+    assert vitrim.Counts(range(3, 0, -1)) == vitrim.Counts((3, 2, 1))
+    assert vitrim.ConstantR(np.int64(3)) == vitrim.ConstantR(3)
+    assert vitrim.Budget(1, shape=vitrim.KeepRate(0.3)).macs == 1
+
+
+def test_messages_show_what_was_written() -> None:
+    assert str(vitrim.ConstantR(100)) == "ConstantR(r=100)"
+    assert str(vitrim.KeepRate(0.7, place="before")) == "KeepRate(rate=0.7, place='before')"
+    with pytest.raises(ScheduleError, match=r"^ConstantR\(r=100\) removes 100 tokens"):
+        vitrim.ConstantR(100).check(12, 196, vitrim.TopK())

@@ -11,6 +11,7 @@ from math import cos, pi
 from typing import Literal
 
 from ..errors import ScheduleError
+from .options import check_options
 
 History = Sequence[Mapping[str, float]]
 CURRICULA: dict[str, type["Curriculum"]] = {}
@@ -24,6 +25,9 @@ class Curriculum:
 
     def __init_subclass__(cls) -> None:
         CURRICULA[cls.__name__] = cls
+
+    def __post_init__(self) -> None:
+        check_options(self, ScheduleError)
 
     def strength(self, epoch: float, history: History = ()) -> float:
         """Strength in [0, 1] at `epoch` (from 0), given one mapping of validation figures per finished epoch."""
@@ -45,6 +49,7 @@ class Delayed(Curriculum):
     epoch: float
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.epoch < 0:
             raise ScheduleError(f"a curriculum starts at epoch 0 or later, not {self.epoch}")
 
@@ -67,6 +72,7 @@ class Polynomial(Curriculum):
     initial: float = 0.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 <= self.start < self.end:
             raise ScheduleError(f"Polynomial needs 0 <= start < end, not start={self.start}, end={self.end}")
         if not 0 <= self.initial <= self.final <= 1 or self.final == 0:
@@ -91,6 +97,7 @@ class CosineWarmup(Curriculum):
     start: float = 0.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 <= self.start < self.end:
             raise ScheduleError(f"CosineWarmup needs 0 <= start < end, not start={self.start}, end={self.end}")
 
@@ -116,8 +123,7 @@ class Adaptive(Curriculum):
     start: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.signal not in ("slope", "entropy"):
-            raise ScheduleError(f"signal is 'slope' or 'entropy', not {self.signal!r}")
+        super().__post_init__()
         if self.threshold is None:
             object.__setattr__(self, "threshold", 0.01 if self.signal == "slope" else 0.5)
         if not 0 < self.step <= 1 or self._threshold <= 0:

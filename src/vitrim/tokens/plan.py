@@ -6,6 +6,8 @@ from math import ceil
 from typing import Literal
 
 from ..errors import ScheduleError
+from ..notation import render
+from .options import check_options
 from .reducers import Reducer
 
 Place = Literal["before", "inside"]
@@ -71,9 +73,11 @@ class Schedule:
     def __init_subclass__(cls) -> None:
         SCHEDULES[cls.__name__] = cls
 
+    def __str__(self) -> str:
+        return render(self)
+
     def __post_init__(self) -> None:
-        if self.place not in ("before", "inside"):
-            raise ScheduleError(f"place is 'before' or 'inside', not {self.place!r}")
+        check_options(self, ScheduleError)
         if self.round_to < 1:
             raise ScheduleError(f"round_to is a positive integer, not {self.round_to}")
 

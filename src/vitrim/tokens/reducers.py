@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..errors import ScoreError
 from .assignment import Assignment
+from .options import check_options
 from .scores import Evidence, Needs, find_score
 
 REDUCERS: dict[str, type["Reducer"]] = {}
@@ -27,6 +28,9 @@ class Reducer:
 
     def __init_subclass__(cls) -> None:
         REDUCERS[cls.__name__] = cls
+
+    def __post_init__(self) -> None:
+        check_options(self, ScoreError)
 
     @property
     def needs(self) -> Needs:
@@ -94,9 +98,8 @@ class TopK(Reducer):
     shallow: int | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         found = find_score(self.score)
-        if self.fuse not in (None, "sum", "mean"):
-            raise ScoreError(f"fuse is None, 'sum' or 'mean', not {self.fuse!r}")
         if self.fuse == "sum" and not found.is_probability:
             raise ScoreError(
                 f"fuse='sum' adds up attention probabilities, which {self.score!r} is not; use fuse='mean'"

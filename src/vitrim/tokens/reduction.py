@@ -10,6 +10,7 @@ from typing import Literal
 from ..errors import ScheduleError
 from ..notation import Notation, render
 from .curricula import CURRICULA, Constant, Curriculum, Polynomial
+from .options import check_options
 from .plan import SCHEDULES, Schedule
 from .reducers import REDUCERS, Reducer
 from .schedules import KeepRate
@@ -34,8 +35,7 @@ class Reduction:
     phase: Phase = "both"
 
     def __post_init__(self) -> None:
-        if self.phase not in ("both", "train", "eval"):
-            raise ScheduleError(f"phase is 'both', 'train' or 'eval', not {self.phase!r}")
+        check_options(self, ScheduleError)
         curriculum, schedule = self.curriculum, self.schedule
         if isinstance(curriculum, Polynomial) and isinstance(schedule, KeepRate):
             dropped = 1 - schedule.rate
@@ -58,6 +58,8 @@ class Reduction:
     @classmethod
     def parse(cls, text: str, phase: Phase = "both") -> "Reduction":
         """Read `reducer @ schedule` or `reducer @ schedule @ curriculum`; errors say what is wrong and known."""
+        if not text.strip():
+            raise ScheduleError(f"no reduction given; for example {_NOTATION.example}")
         parts = _NOTATION.parse(text)
         kinds = (Reducer, Schedule, Curriculum)
         if not 2 <= len(parts) <= 3 or not all(isinstance(p, k) for p, k in zip(parts, kinds, strict=False)):

@@ -10,6 +10,7 @@ from math import ceil, floor
 
 from ..errors import ScheduleError
 from ..notation import SHOWN
+from .options import as_tuple
 from .plan import Place, Schedule
 from .reducers import Reducer
 
@@ -59,13 +60,11 @@ class KeepRate(Schedule):
     at: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "at", (self.at,) if isinstance(self.at, int) else as_tuple(self.at))
         super().__post_init__()
         _fraction(self.rate, "keep rate")
-        if self.at is not None:
-            places = (self.at,) if isinstance(self.at, int) else tuple(self.at)
-            object.__setattr__(self, "at", places)
-            if not places or list(places) != sorted(set(places)):
-                raise ScheduleError(f"at lists block indices, ascending and each once, not {self.at}")
+        if self.at is not None and (not self.at or list(self.at) != sorted(set(self.at))):
+            raise ScheduleError(f"at lists block indices, ascending and each once, not {self.at}")
 
     def blocks(self, depth: int) -> Sequence[int]:
         return self.at if self.at is not None else tuple(sorted({depth // 4, depth // 2, 3 * depth // 4}))
@@ -150,8 +149,8 @@ class Counts(Schedule):
     counts: tuple[int, ...]
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "counts", as_tuple(self.counts))
         super().__post_init__()
-        object.__setattr__(self, "counts", tuple(self.counts))
         if not self.counts or min(self.counts) < 1:
             raise ScheduleError(f"counts are 1 or more tokens per block, not {list(self.counts)}")
         if list(self.counts) != sorted(self.counts, reverse=True):
