@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 import vitrim
 from vitrim.errors import CheckpointError, UnknownNameError, VitrimError
+from vitrim.models import has_weights
 from vitrim.models.weights import read_weights
 
 NAME = "vit_tiny_patch16_224"
@@ -231,6 +232,12 @@ def test_averaged_and_plain_weights_of_the_official_dinov2_form(tmp_path):
     loaded = vitrim.build_model(name, checkpoint=tmp_path / "dinov2.pth", **sizes).eval()
     images = torch.randn(2, 3, 28, 28)
     torch.testing.assert_close(loaded(images), model(images))
+
+
+def test_bare_names_stand_for_random_weights(tmp_path):
+    vitrim.save(tiny(), tmp_path / "saved")
+    known = (str(tmp_path / "saved"), f"{NAME}@file.pth", f"{NAME}@pretrained", "hf-hub:someone/model")
+    assert [has_weights(spec) for spec in (NAME, *known)] == [False, True, True, True, True]
 
 
 def test_sizes_that_do_not_go_together_are_one_line():

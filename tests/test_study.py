@@ -61,6 +61,12 @@ def test_grid(run: str):
         sweep([run], DataSpec(**DATA), "TopK() @ PowerLaw({r}, {alpha})", {"r": [0.5]})
 
 
+def test_whole_numbers_from_the_command_line(run: str):
+    table = sweep([run], DataSpec(**DATA), "ToMe() @ ConstantR({r})", {"r": [4.0, 8.0]})
+    assert [row["tokens"][0] for row in table.rows] == [65, 61, 57]
+    assert table.rows[1]["method"] == "ToMe() @ ConstantR(4)"
+
+
 def test_sweeps_without_anything_to_do(run: str):
     method = "TopK() @ KeepRate({r})"
     for vary, says in (({"r": []}, "there are no values for r"), ({}, "nothing to vary"), ({"r": [7]}, "keep rate")):

@@ -177,9 +177,11 @@ def show(
         overwrite: replace pictures that exist.
         device: where to run.
     """
-    from .models import open_model, variant
+    from .models import has_weights, open_model, variant
     from .show.pictures import show as draw
 
+    if not has_weights(model):
+        print(f"vitrim show: weights are random; write {model}@pretrained or {model}@FILE", file=sys.stderr)
     drawn = draw(
         variant(open_model(model), method), images, out, montage=montage, scores=scores, limit=limit, blocks=blocks,
         overwrite=overwrite, device=None if device == "auto" else device,

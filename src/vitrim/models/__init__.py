@@ -5,7 +5,7 @@ from . import timm_sublayers as _timm_sublayers  # noqa: F401  (enters its layer
 from . import timm_vit as _timm_vit  # noqa: F401  (enters itself in the table)
 from .adapter import ADAPTERS, Adapter, Geometry, find_adapter
 from .attach import Handle, attach, attached
-from .build import build_model, open_model
+from .build import build_model, has_weights, open_model
 from .store import check_place, load, save
 from .sublayers import RemovedBranch
 from .variants import DENSE, OWN, attached_instead, reads_prefix_only, variant
@@ -27,6 +27,7 @@ __all__ = [
     "build_model",
     "check_place",
     "find_adapter",
+    "has_weights",
     "load",
     "narrow",
     "open_model",

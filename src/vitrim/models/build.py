@@ -77,6 +77,11 @@ def open_model(spec: str) -> nn.Module:
     return build_model(name, checkpoint=weights or None)
 
 
+def has_weights(spec: str) -> bool:
+    """Whether `open_model` finds weights that were learnt; a bare timm name stands for random ones."""
+    return Path(spec).exists() or "@" in spec or spec.startswith(_SOURCES)
+
+
 def _read(checkpoint: str | Path) -> State:
     path = Path(checkpoint)
     state = read_weights(weights_path(path) if path.is_dir() else path)

@@ -82,7 +82,8 @@ def _settings(vary: Settings) -> list[dict[str, float]]:
 
 def _fill(method: str, setting: Mapping[str, float]) -> str:
     try:
-        text = method.format(**setting)
+        # Whole numbers as such, because some options count tokens: ConstantR(13), not 13.0.
+        text = method.format(**{name: int(v) if float(v).is_integer() else v for name, v in setting.items()})
     except (KeyError, IndexError, ValueError):
         raise ScheduleError(f"{method!r} names a setting that is not varied; give values for it") from None
     Reduction.parse(text)  # So that a mistake is told before anything runs.
