@@ -1,5 +1,6 @@
 """The command: verbs to plain functions, nothing else. torch is imported inside the verbs, so that help is instant."""
 
+import logging
 import os
 import re
 import sys
@@ -406,6 +407,7 @@ def deliver(table: Any, out: str | None) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Run one verb; user mistakes are one line and exit code 2."""
     warnings.filterwarnings("ignore", module="torch|timm|accelerate|PIL")
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # It looks for a compiler nobody needs.
     set_parsing_settings(instantiate_subclass_spec_in_any=False)
     parser = build_parser()
     try:
