@@ -22,7 +22,8 @@ RANK = {
     "search": 7,
     "show": 8,
     "demo": 9,
-    "cli": 10,
+    "verbs": 10,
+    "cli": 11,
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 
