@@ -4,7 +4,6 @@ The images are scikit-learn's handwritten digits; the network is a ViT of 8 bloc
 """
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -22,7 +21,6 @@ from .show.pictures import show
 from .show.plots import cost_accuracy_plot
 from .show.progress import live
 from .show.report import write_report
-from .tokens import Reduction
 from .train.checkpoint import write_atomic
 from .train.data import plain_stream
 from .train.loop import train
@@ -92,19 +90,18 @@ def _recipe(epochs: int | None, reduction: str | None) -> Recipe:
 
 def _measure(models: dict[str, nn.Module], data: DataSpec) -> Table:
     dense, pruned = models["dense"], models["pruned"]
+    families = {text: name for name, texts in METHODS.items() for text in texts}
     variants = {("trained dense", DENSE): variant(dense, DENSE)}
-    variants |= {("trained dense", text): variant(dense, text) for text in _flat(METHODS.values())}
+    variants |= {("trained dense", text): variant(dense, text) for text in families}
     variants |= {("trained with pruning", text): variant(pruned, text) for text in (DENSE, TRAINED_WITH)}
     rows = figures_of(variants, data, device="cpu")
     timed = bench({str(at): model for at, model in enumerate(variants.values())}, batch_sizes=(128,), rounds=5)
-    families = {text: name for name, texts in METHODS.items() for text in texts}
     for row, time in zip(rows, timed.measured, strict=True):
         row |= {
             "macs": round(row["gmacs"] * 1e9),
             "images_per_second": time.images_per_second,
             "speed": time.speedup.median,
             "family": families.get(row["method"], "dense"),
-            "method": row["method"] if row["method"] == DENSE else str(Reduction.parse(row["method"])),
         }
     notes = [
         f"{rows[0]['num_images']} test digits. Speed: batch of 128, median of 5 rounds in which all took turns; "
@@ -124,7 +121,3 @@ def _illustrate(model: nn.Module, data: DataSpec, table: Table, out: Path) -> No
         blocks = range(1, find_adapter(drawn).geometry(drawn).depth, 2)
         attach(drawn, text)
         show(drawn, images, out / f"tokens-{name}.png", montage=True, blocks=list(blocks), overwrite=True)
-
-
-def _flat(lists: Iterable[list[str]]) -> list[str]:
-    return [text for texts in lists for text in texts]

@@ -135,11 +135,12 @@ def study(
     """
     from .search.study import run_study
     from .show.progress import live
+    from .show.report import write_report
 
     with live() as report:
         table = run_study(file, out, scale=scale, root=root, command=command_line(), report=report)
     print(table.text())
-    print(f"written to {out}/table.md and {out}/report.html")
+    print(f"written to {out}/table.md and {write_report(out)}")
 
 
 def show(

@@ -67,14 +67,18 @@ def open_model(spec: str) -> nn.Module:
     A run folder, a folder written by `vitrim.save`, a file of torchvision weights, a timm name, `NAME@FILE` (that
     architecture with weights from a file) or `NAME@pretrained` (with timm's published weights, which it downloads).
     """
-    folder = Path(spec)
-    for candidate in (folder / "model", folder):
-        if (candidate / DESCRIPTION).exists():
-            return load(candidate)
+    if (folder := saved_folder(spec)) is not None:
+        return load(folder)
     name, _, weights = spec.partition("@") if not spec.startswith(_SOURCES) else (spec, "", "")
     if weights == "pretrained":
         return build_model(name, pretrained=True)
     return build_model(name, checkpoint=weights or None)
+
+
+def saved_folder(spec: str) -> Path | None:
+    """Where the saved model lies that a run folder, or a folder written by `save`, stands for; None for other names."""
+    places = (Path(spec) / "model", Path(spec))
+    return next((place for place in places if (place / DESCRIPTION).exists()), None)
 
 
 def has_weights(spec: str) -> bool:

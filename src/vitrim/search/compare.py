@@ -1,6 +1,5 @@
 """Models side by side on the same images: accuracy, time, tokens and cost."""
 
-import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -14,6 +13,8 @@ from ..measure.cost import cost
 from ..measure.environment import environment
 from ..measure.table import Column, Table
 from ..models import open_model, variant
+from ..models.build import saved_folder
+from ..models.store import read_description, weights_path
 from ..train.data import InputFormat, plain_stream
 from ..train.evaluate import evaluate_all, make_accelerator
 from ..train.images import open_images
@@ -42,12 +43,12 @@ CLS_ONLY = (
 def check_classes(models: Sequence[str], classes: Sequence[str]) -> None:
     """Raise `DataError` where a saved model knows its classes by other names, or in another order, than the images."""
     for name in models:
-        for folder in (Path(name) / "model", Path(name)):
-            if (folder / "vitrim.json").exists():
-                known = json.loads((folder / "vitrim.json").read_text())["extra"].get("classes")
-                if known is not None and known != list(classes):
-                    wrong = next(((a, b) for a, b in zip(known, classes, strict=False) if a != b), (known, classes))
-                    raise DataError(f"{name} was trained on class {wrong[0]} where the images have {wrong[1]}")
+        if (folder := saved_folder(name)) is None:
+            continue
+        known = read_description(weights_path(folder))["extra"].get("classes")
+        if known is not None and known != list(classes):
+            wrong = next(((a, b) for a, b in zip(known, classes, strict=False) if a != b), (known, classes))
+            raise DataError(f"{name} was trained on class {wrong[0]} where the images have {wrong[1]}")
 
 
 def data_of(models: Sequence[str], given: DataSpec) -> DataSpec:
