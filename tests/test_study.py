@@ -14,7 +14,8 @@ from vitrim.errors import RecipeError, ScheduleError, UnknownNameError, VitrimEr
 from vitrim.measure.table import Column, Table
 from vitrim.models import OWN
 from vitrim.search.compare import compare, data_of
-from vitrim.search.study import Study, run_study
+from vitrim.search.run_study import run_study
+from vitrim.search.study import Study
 from vitrim.search.sweep import sweep
 from vitrim.tokens import Reduction
 from vitrim.train.loop import train

@@ -133,7 +133,7 @@ def study(
             file as it is.
         root: folder of the images, in place of the one in the file.
     """
-    from .search.study import run_study
+    from .search.run_study import run_study
     from .show.progress import live
     from .show.report import write_report
 

@@ -1,14 +1,13 @@
-"""A study: rows x seeds under one recipe, each row tested under several methods, tabulated with mean and deviation.
+"""The file of a study: rows x seeds under one base recipe, and the methods that every row is tested under.
 
-A study file holds `title`, `base` (recipe options), `rows` (name: changes), `test` (name: method), `seeds`, optionally
+It holds `title`, `base` (recipe options), `rows` (name: changes), `test` (name: method), `seeds`, optionally
 `sweep` (method, vary), `published` (figures to print beside) and `scales`, whose entries are laid over all of it.
 `{row:NAME}` in an option is the model that the row of that name has learnt with the same seed: a teacher, or weights to
 start from. Rows without a classifier serve others in this way and are in no table.
 """
 
 import re
-import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
 from itertools import product
@@ -17,38 +16,15 @@ from typing import Any
 
 from ..distill import Terms
 from ..errors import RecipeError, UnknownNameError
-from ..measure.environment import environment
-from ..measure.table import Column, Table
-from ..models import DENSE, OWN, open_model, variant
+from ..models import DENSE, OWN
 from ..models.variants import DENSE_CLS_ONLY
-from ..output import check_folder
 from ..tokens import Reduction
-from ..train.checkpoint import RunFolder, write_atomic
-from ..train.loop import train
+from ..train.checkpoint import RunFolder
 from ..train.recipe import Recipe, flatten, merge, read_yaml
-from .compare import CLS_ONLY, figures_of
-from .sweep import check_sweep, sweep
+from .sweep import check_sweep
 
-Report = Callable[[str, Mapping[str, Any]], None]
 _ROW = re.compile(r"\{row:([^{}]+)\}")
 _PARTS = {"title", "base", "rows", "test", "seeds", "sweep", "published", "scales"}
-
-COLUMNS = (
-    Column("row", "model"),
-    Column("test", "at test"),
-    Column("accuracy", "accuracy", ".2%"),
-    Column("accuracy_std", "std", ".2%"),
-    Column("n", "n", "d"),
-    Column("published", "published", ".2%"),
-    Column("entropy", "entropy if correct", ".3f"),
-    Column("seconds", "test time [s]", ".2f"),
-    Column("speed", "speed ratio", ".2f"),
-    Column("gmacs", "GMACs", ".4f"),
-    Column("macs_ratio", "MACs ratio", ".2f"),
-    Column("images_per_second", "images/s", ".0f"),
-    Column("train_seconds", "training [s]", ".0f"),
-    Column("tokens", "tokens leaving each block"),
-)
 
 
 @dataclass(frozen=True)
@@ -154,95 +130,9 @@ class Study:
         return [value for value in flatten(self._options(row)).values() if isinstance(value, str)]
 
 
-def run_study(
-    file: str | Path,
-    out: str | Path,
-    *,
-    scale: str = "full",
-    root: str | None = None,
-    command: str = "",
-    report: Report | None = None,
-) -> Table:
-    """Train every row with every seed, then test all of them side by side; returns the table, written to `out`.
-
-    Runs lie in `out/ROW-sSEED`. Finished ones are not repeated, interrupted ones continue.
-
-    Raises:
-        RecipeError: the study was edited under runs that are there already.
-    """
-    check_folder(out)
-    study, out = Study.read(file, scale, root), Path(out)
-    study.check(out)
-    finished: dict[tuple[str, int], dict[str, Any]] = {}
-    for seed in study.seeds:
-        for row in study.order():
-            recipe, folder = study.recipe(row, seed, out), run_folder(out, row, seed)
-            finished[row, seed] = train(recipe, folder, command=command, report=report)
-    found = {seed: _test(study, out, seed) for seed in study.seeds}
-    table = _tabulate(study, scale, out, found, finished)
-    for suffix in (".md", ".csv", ".json"):
-        table.write(out / f"table{suffix}", overwrite=True)
-    write_atomic(out / "command.txt", command + "\n")
-    if study.sweep is not None:
-        tested, seed = list(dict.fromkeys(row["row"] for row in table.rows)), study.seeds[0]
-        models, data = [str(run_folder(out, row, seed)) for row in tested], study.recipe(tested[0], seed, out).data
-        swept = sweep(models, data, study.sweep["method"], study.sweep["vary"])
-        for suffix in (".md", ".csv", ".json"):
-            swept.write(out / f"sweep{suffix}", overwrite=True)
-    return table
-
-
 def run_folder(out: Path, row: str, seed: int) -> Path:
     """Where the run of a row and seed lies."""
     return out / f"{row.replace(' ', '-')}-s{seed}"
-
-
-def _test(study: Study, out: Path, seed: int) -> dict[tuple[str, str], dict[str, Any]]:
-    """Figures of all rows under all methods, one seed, side by side."""
-    opened = {row: open_model(str(run_folder(out, row, seed))) for row in study.rows}
-    models = {row: model for row, model in opened.items() if model.num_classes}
-    if not models:
-        raise RecipeError("no row of the study learns classes, so there is nothing to test")
-    pairs = [(row, test) for row in models for test in study.test]
-    variants = {(row, test): variant(models[row], study.test[test]) for row, test in pairs}
-    recipe = study.recipe(next(iter(models)), seed, out)
-    rows = figures_of(variants, recipe.data, batch_size=recipe.batch_size)
-    return dict(zip(pairs, rows, strict=True))
-
-
-def _tabulate(
-    study: Study, scale: str, out: Path, found: dict[int, dict[tuple[str, str], dict[str, Any]]],
-    finished: dict[tuple[str, int], dict[str, Any]],
-) -> Table:  # fmt: skip
-    rows: list[dict[str, Any]] = []
-    for row, test in found[study.seeds[0]]:
-        per_seed = [found[seed][row, test] for seed in study.seeds]
-        accuracies = [figures["accuracy"] for figures in per_seed]
-        entropies = [figures["entropy"] for figures in per_seed if figures["entropy"] is not None]
-        numbers = ("seconds", "speed", "images_per_second", "gmacs", "macs_ratio")
-        rows.append({
-            "row": row,
-            "test": test,
-            "accuracy": statistics.fmean(accuracies),
-            "accuracy_std": statistics.stdev(accuracies) if len(accuracies) > 1 else None,
-            "n": len(accuracies),
-            "published": study.published.get(f"{row}, {test}", {}).get("accuracy"),
-            "entropy": statistics.fmean(entropies) if entropies else None,
-            **{name: statistics.fmean(figures[name] for figures in per_seed) for name in numbers},
-            "train_seconds": statistics.fmean(finished[row, seed]["train_seconds"] for seed in study.seeds),
-            "tokens": per_seed[0]["tokens"],
-        })  # fmt: skip
-    lengths = [study.recipe(row["row"], study.seeds[0], out).epochs for row in rows]
-    epochs = " to ".join(map(str, sorted({min(lengths), max(lengths)})))
-    result = finished[rows[0]["row"], study.seeds[0]]
-    notes = [
-        f"Scale {scale}: {epochs} epochs on {result['train_images']} images "
-        f"({result['test_images']} test images), {len(study.seeds)} seed{'s' if len(study.seeds) > 1 else ''}. "
-        "The epoch is chosen on held-out training images; test images are read once.",
-        "Test time is spent inside the model; all rows took turns batch by batch. Ratios are to the first row.",
-        CLS_ONLY,
-    ]
-    return Table(study.title, COLUMNS, rows, notes=notes, environment=environment())
 
 
 def _with_rows(options: Any, folder: Callable[[str], str]) -> Any:
