@@ -1,0 +1,14 @@
+"""What each verb of the command does: plain functions, whose signature and docstring are the options and the help.
+
+torch is imported inside them, so that help is instant.
+"""
+
+from .comparing import bench, evaluate, sweep
+from .cutting import extract, stratify
+from .showing import demo, list_names, report, show
+from .training import study, train
+
+VERBS = {
+    "demo": demo, "show": show, "bench": bench, "eval": evaluate, "train": train, "sweep": sweep, "study": study,
+    "stratify": stratify, "extract": extract, "report": report, "list": list_names,
+}  # fmt: skip

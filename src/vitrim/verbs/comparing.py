@@ -1,0 +1,96 @@
+"""Verbs that put models and methods side by side: their accuracy, their speed, one method at many settings."""
+
+from typing import Literal
+
+from ..train.recipe import DataSpec
+from .delivery import Device, check_table, deliver
+
+
+def evaluate(
+    model: list[str],
+    data: DataSpec,
+    method: list[str] | None = None,
+    batch_size: int = 128,
+    device: Device = "auto",
+    out: str | None = None,
+) -> None:
+    """Evaluate models, each dense and under every method, side by side.
+
+    Args:
+        model: timm names, folders written by vitrim, or run folders.
+        data: the images; what is not given is taken from the recipe of the first run.
+        method: reductions to put in at test time, such as "TopK() @ KeepRate(0.7)"; "dense" takes any out.
+        batch_size: images at a time.
+        device: where to run.
+        out: file to write the table to (.md, .csv, .json or .html).
+    """
+    check_table(out)
+    from ..search.compare import compare, data_of
+
+    deliver(compare(model, data_of(model, data), method or ["dense"], batch_size=batch_size, device=device), out)
+
+
+def bench(
+    model: list[str],
+    method: list[str] | None = None,
+    batch_size: list[int] = [32],  # noqa: B006 (jsonargparse shows the default; never changed)
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    compile: bool = False,
+    threads: int | None = None,
+    rounds: int = 10,
+    device: Device = "auto",
+    out: str | None = None,
+) -> None:
+    """Time models and methods side by side, in interleaved rounds, as ratios to the first.
+
+    Args:
+        model: timm names, folders written by vitrim, or run folders.
+        method: "dense", or reductions such as "ToMe() @ ConstantR(13)".
+        batch_size: one or several.
+        dtype: of weights and images.
+        compile: time torch.compile'd models.
+        threads: CPU threads.
+        rounds: rounds in which every model runs once.
+        device: where to run.
+        out: file to write the table to (.md, .csv, .json or .html).
+    """
+    check_table(out)
+    from ..measure.speed import bench_methods
+
+    table = bench_methods(
+        model, method or ["dense", "TopK() @ KeepRate(0.7)"], batch_sizes=tuple(batch_size), dtype=dtype,
+        compile=compile, threads=threads, rounds=rounds, device=None if device == "auto" else device,
+    )  # fmt: skip
+    deliver(table, out)
+
+
+def sweep(
+    model: list[str],
+    data: DataSpec,
+    method: str,
+    vary: dict[str, list[float]],
+    search: Literal["grid", "tpe"] = "grid",
+    trials: int = 20,
+    batch_size: int = 128,
+    device: Device = "auto",
+    out: str | None = None,
+) -> None:
+    """Evaluate one method at many settings, at test time only.
+
+    Args:
+        model: timm names, folders written by vitrim, or run folders.
+        data: the images; what is not given is taken from the recipe of the first run.
+        method: a reduction with names in braces, such as "TopK() @ PowerLaw({r_max}, {alpha})".
+        vary: values for each name ({"alpha": [1.0, 1.5, 2.0]}); with tpe, the lowest and highest value.
+        search: "grid" tries all, "tpe" (Bayesian) looks for the frontier of accuracy and MACs in so many trials.
+        trials: number of settings that tpe tries.
+        batch_size: images at a time.
+        device: where to run.
+        out: file to write the table to (.md, .csv, .json or .html).
+    """
+    check_table(out)
+    from ..search.compare import data_of
+    from ..search.sweep import sweep as run
+
+    options = {"search": search, "trials": trials, "batch_size": batch_size, "device": device}
+    deliver(run(model, data_of(model, data), method, vary, **options), out)

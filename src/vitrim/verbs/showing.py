@@ -1,0 +1,84 @@
+"""Verbs for the eye: pictures, reports, the demonstration, and the names there are."""
+
+import sys
+from typing import Literal
+
+from .delivery import Device, command_line
+
+
+def show(
+    model: str,
+    images: str,
+    out: str,
+    method: str | None = None,
+    montage: bool = False,
+    scores: bool = False,
+    limit: int = 16,
+    blocks: list[int] | None = None,
+    overwrite: bool = False,
+    device: Device = "auto",
+) -> None:
+    """Draw which patches survive, or merge, at each cut.
+
+    Args:
+        model: a timm name, a folder written by vitrim, or a run folder.
+        images: folder of images, or one image.
+        out: folder for the pictures.
+        method: reduction to show, such as "TopK() @ KeepRate(0.7)"; by default the model's own.
+        montage: one picture for all images.
+        scores: add a heat map of the scores on which each cut was decided.
+        limit: images at most.
+        blocks: show these blocks instead of every cut.
+        overwrite: replace pictures that exist.
+        device: where to run.
+    """
+    from ..models import has_weights, open_model, variant
+    from ..show.pictures import show as draw
+
+    if not has_weights(model):
+        print(f"vitrim show: weights are random; write {model}@pretrained or {model}@FILE", file=sys.stderr)
+    drawn = draw(
+        variant(open_model(model), method), images, out, montage=montage, scores=scores, limit=limit, blocks=blocks,
+        overwrite=overwrite, device=None if device == "auto" else device,
+    )  # fmt: skip
+    for line in (*drawn, *drawn.skipped):
+        print(line)
+
+
+def report(folder: list[str], out: str | None = None) -> None:
+    """Gather run, study or demo folders into one self-contained HTML page.
+
+    Args:
+        folder: run, study or demo folders.
+        out: file to write; report.html in the folder by default.
+    """
+    from ..show.report import write_report
+
+    print(write_report(folder if len(folder) > 1 else folder[0], out))
+
+
+def demo(out: str = "runs/demo", epochs: int | None = None) -> None:
+    """Everything in miniature on real images, offline, in under four minutes on two cores.
+
+    Args:
+        out: folder for the runs, pictures and the report; a finished demo there is shown again, not repeated.
+        epochs: passes over the digits per training; by default enough to reach 98 %.
+    """
+    from ..demo import run_demo
+
+    run_demo(out, epochs, command=command_line())
+
+
+def list_names(
+    kind: Literal[
+        "all", "reducers", "scores", "schedules", "curricula", "terms", "weights", "losses", "adapters", "models"
+    ] = "all",
+) -> None:
+    """List what can be named: reducers, scores, schedules, curricula, distillation terms, adapters, models.
+
+    Args:
+        kind: which table.
+    """
+    from ..show.listing import listing
+
+    print(listing(kind))

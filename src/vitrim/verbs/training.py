@@ -1,0 +1,45 @@
+"""Verbs that train: one run, or the runs of a study."""
+
+from ..train.recipe import Recipe
+from .delivery import command_line
+
+
+def train(recipe: Recipe, out: str) -> None:
+    """Train a model as a recipe says; repeat the same command to continue an interrupted run.
+
+    Args:
+        recipe: options of the run; --config reads them from a file.
+        out: run folder to create or to continue.
+    """
+    from ..show.progress import live
+    from ..train.loop import train as run
+
+    with live() as report:
+        result = run(recipe, out, command=command_line(), report=report)
+    figure = f"test accuracy {result['test_accuracy']:.2%}" if "test_accuracy" in result else "finished"
+    print(f"{figure} (epoch {result['best_epoch'] + 1}); see {out}/result.json")
+
+
+def study(
+    file: str,
+    out: str,
+    scale: str = "full",
+    root: str | None = None,
+) -> None:
+    """Run the rows of a study under one recipe and tabulate them; finished rows are not run again.
+
+    Args:
+        file: study file (YAML).
+        out: folder of the study.
+        scale: one of the file's; in vitrim's own studies "smoke" takes seconds and "small" is for a CPU. "full" is the
+            file as it is.
+        root: folder of the images, in place of the one in the file.
+    """
+    from ..search.run_study import run_study
+    from ..show.progress import live
+    from ..show.report import write_report
+
+    with live() as report:
+        table = run_study(file, out, scale=scale, root=root, command=command_line(), report=report)
+    print(table.text())
+    print(f"written to {out}/table.md and {write_report(out)}")
