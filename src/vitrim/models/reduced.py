@@ -22,7 +22,7 @@ from .adapter import needed
 if TYPE_CHECKING:
     from .attach import Handle
 
-_SLICE_BYTES = 4 * 2**20
+_SLICE_BYTES = 8 * 2**20
 """Hidden activations per thread, about the size of a core's share of the caches."""
 
 
