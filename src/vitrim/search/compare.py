@@ -120,7 +120,8 @@ def figures_of(
             "model": Path(name).name if short[Path(name).name] == 1 else name, "method": method,
             "accuracy": figures.accuracy, "loss": figures.loss, "entropy": figures.entropy,
             "seconds": figures.seconds, "images_per_second": figures.images_per_second,
-            "gmacs": spent.macs / 1e9, "tokens": list(spent.token_counts),
+            "gmacs": spent.macs / 1e9, "gmacs_linear_only": spent.macs_linear_only / 1e9, "params": spent.params,
+            "tokens": list(spent.token_counts),
             "num_images": figures.num_images, "unreadable": list(figures.unreadable),
         })  # fmt: skip
     for row in rows:

@@ -13,6 +13,7 @@ from ..output import check_folder
 from ..train.checkpoint import write_atomic
 from ..train.loop import train
 from .compare import CLS_ONLY, figures_of
+from .curve import trace
 from .study import Study, run_folder
 from .sweep import sweep
 
@@ -62,16 +63,24 @@ def run_study(
             finished[row, seed] = train(recipe, folder, command=command, report=report)
     found = {seed: _test(study, out, seed) for seed in study.seeds}
     table = _tabulate(study, scale, out, found, finished)
-    for suffix in (".md", ".csv", ".json"):
-        table.write(out / f"table{suffix}", overwrite=True)
+    _write(table, out / "table")
     write_atomic(out / "command.txt", command + "\n")
     if study.sweep is not None:
         tested, seed = list(dict.fromkeys(row["row"] for row in table.rows)), study.seeds[0]
         models, data = [str(run_folder(out, row, seed)) for row in tested], study.recipe(tested[0], seed, out).data
         swept = sweep(models, data, study.sweep["method"], study.sweep["vary"])
-        for suffix in (".md", ".csv", ".json"):
-            swept.write(out / f"sweep{suffix}", overwrite=True)
+        _write(swept, out / "sweep")
+    if study.curve is not None:
+        recipe = study.recipe(next(iter(study.rows)), study.seeds[0], out)
+        runs = {seed: {row: run_folder(out, row, seed) for row in study.rows} for seed in study.seeds}
+        traced = trace(study.curve, study.title, runs, recipe.data, batch_size=recipe.batch_size)
+        _write(traced, out / "curve")
     return table
+
+
+def _write(table: Table, stem: Path) -> None:
+    for suffix in (".md", ".csv", ".json"):
+        table.write(stem.with_suffix(suffix), overwrite=True)
 
 
 def _test(study: Study, out: Path, seed: int) -> dict[tuple[str, str], dict[str, Any]]:

@@ -1,9 +1,9 @@
 """The file of a study: rows x seeds under one base recipe, and the methods that every row is tested under.
 
-It holds `title`, `base` (recipe options), `rows` (name: changes), `test` (name: method), `seeds`, optionally
-`sweep` (method, vary), `published` (figures to print beside) and `scales`, whose entries are laid over all of it.
-`{row:NAME}` in an option is the model that the row of that name has learnt with the same seed: a teacher, or weights to
-start from. Rows without a classifier serve others in this way and are in no table.
+It holds `title`, `base` (recipe options), `rows` (name: changes), `test` (name: method), `seeds`, optionally `sweep`
+(method, vary), `curve` (see `curve.py`), `published` (figures to print beside) and `scales`, whose entries are laid
+over all of it. `{row:NAME}` in an option is the model that the row of that name has learnt with the same seed: a
+teacher, or weights to start from. Rows without a classifier serve others in this way and are in no table.
 """
 
 import re
@@ -21,10 +21,11 @@ from ..models.variants import DENSE_CLS_ONLY
 from ..tokens import Reduction
 from ..train.checkpoint import RunFolder
 from ..train.recipe import Recipe, flatten, merge, read_yaml
+from .curve import Curve
 from .sweep import check_sweep
 
 _ROW = re.compile(r"\{row:([^{}]+)\}")
-_PARTS = {"title", "base", "rows", "test", "seeds", "sweep", "published", "scales"}
+_PARTS = {"title", "base", "rows", "test", "seeds", "sweep", "curve", "published", "scales"}
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Study:
     test: dict[str, str]
     seeds: list[int]
     sweep: dict[str, Any] | None
+    curve: Curve | None
     published: dict[str, dict[str, float]]
 
     @classmethod
@@ -70,6 +72,7 @@ class Study:
             test=data.get("test") or {OWN: OWN},
             seeds=seeds,
             sweep=data.get("sweep"),
+            curve=Curve.parse(data["curve"]) if data.get("curve") is not None else None,
             published=data.get("published") or {},
         )
 
@@ -122,6 +125,8 @@ class Study:
             if missing := {"method", "vary"} - set(self.sweep):
                 raise RecipeError(f"the sweep of the study has no {' and no '.join(sorted(missing))}")
             check_sweep(self.sweep["method"], self.sweep["vary"])
+        if self.curve is not None:
+            self.curve.check({row: self.recipe(row, self.seeds[0], out) for row in self.rows})
 
     def _options(self, row: str) -> dict[str, Any]:
         return merge(self.base, self.rows[row])

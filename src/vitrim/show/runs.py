@@ -121,7 +121,7 @@ def points(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         "accuracy": ("accuracy", "test_accuracy"),
         "macs": ("macs",),
         "images_per_second": ("images_per_second",),
-        "method": ("family", "row", "method", "name", "model"),
+        "method": ("curve", "family", "row", "method", "name", "model"),
     }
     found: list[dict[str, Any]] = []
     for row in rows:

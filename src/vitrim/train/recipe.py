@@ -210,7 +210,7 @@ class Recipe:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "Recipe":
         """A recipe from nested plain data; unknown names are errors with the nearest known one."""
-        return _fill(cls, data, "recipe")
+        return fill(cls, data, "recipe")
 
     @classmethod
     def read(cls, path: str | Path) -> "Recipe":
@@ -268,7 +268,13 @@ def _plain(value: Any) -> Any:
 _SPECS = {"model": ModelSpec, "teacher": ModelSpec, "data": DataSpec, "augment": AugmentSpec, "optim": OptimSpec}
 
 
-def _fill(kind: type, data: dict[str, Any], where: str) -> Any:
+def fill(kind: type, data: dict[str, Any], where: str) -> Any:
+    """A dataclass of options from plain data; `where` is its name in messages.
+
+    Raises:
+        RecipeError: an option is of another type.
+        UnknownNameError: there is no such option.
+    """
     hints = get_type_hints(kind)
     values: dict[str, Any] = {}
     for name, value in data.items():
@@ -276,9 +282,7 @@ def _fill(kind: type, data: dict[str, Any], where: str) -> Any:
             raise UnknownNameError(f"option in {where}", str(name), hints)
         spec = _SPECS.get(name) if kind is Recipe else None
         path = name if kind is Recipe else f"{where}.{name}"
-        values[name] = (
-            _fill(spec, value, name) if spec and isinstance(value, dict) else _typed(hints[name], value, path)
-        )
+        values[name] = fill(spec, value, name) if spec and isinstance(value, dict) else _typed(hints[name], value, path)
     return kind(**values)
 
 

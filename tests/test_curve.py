@@ -1,0 +1,179 @@
+"""Curves of a study: every figure of the table is that of the network cut and evaluated by hand."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from vitrim.elastic import SuperNet, stratify
+from vitrim.errors import CheckpointError, RecipeError, UnknownNameError, VitrimError
+from vitrim.measure.cost import cost
+from vitrim.models import load
+from vitrim.search.curve import Curve, networks, trace
+from vitrim.search.run_study import run_study
+from vitrim.show.report import write_report
+from vitrim.show.runs import points
+from vitrim.train.data import make_loader, plain_stream
+from vitrim.train.loop import train
+from vitrim.train.recipe import DataSpec, Recipe
+
+ROOT = Path(__file__).parents[1]
+DATA = {"workers": 0, "limit": 200}
+LINES = {
+    "WPAC": {"row": "full", "ordering": "wpac"},
+    "WPAC + compensation": {"row": "full", "ordering": "wpac", "compensate": True},
+    "random": {"row": "full", "ordering": "random"},
+    "own": {"row": "family"},
+    "alone": ["full", "small"],
+}
+CURVE = Curve.parse({"lines": LINES, "budgets": [1, 0.7, 0.5], "images": 64, "width_multiple": 2})
+Seeds = dict[int, dict[str, Path]]
+
+
+def recipe(width: int, seed: int, **options: Any) -> Recipe:
+    model = {"args": {"depth": 2, "embed_dim": width, "num_heads": 2}}
+    optim = {"lr": 0.003, "warmup_epochs": 0}
+    common = {"model": model, "data": DATA, "optim": optim, "epochs": 3, "batch_size": 16, "seed": seed}
+    return Recipe.from_dict(common | options)
+
+
+def ordered(model: nn.Module, ordering: str, seed: int) -> SuperNet:
+    """The super-network of 64 training images, in the order of that seed."""
+    loader, _ = make_loader(plain_stream(model, DataSpec(**DATA), train=True), 64, 0, seed=seed, shuffle=True)
+    images = next(iter(loader))[0]
+    return stratify(model, [images], num_images=64, ordering=ordering, width_multiple=2, say=lambda told: None)
+
+
+@pytest.fixture(scope="module")
+def seeds(tmp_path_factory: pytest.TempPathFactory) -> Seeds:
+    """Finished runs of two seeds: a network, a narrower one, and a super-network in the model folder of its run."""
+    place, found = tmp_path_factory.mktemp("curve"), {}
+    for seed in (0, 1):
+        found[seed] = {name: place / f"{name}-s{seed}" for name in ("full", "small", "family")}
+        for name, width in (("full", 32), ("small", 20)):
+            train(recipe(width, seed), found[seed][name])
+        ordered(load(found[seed]["full"] / "model"), "taylor", seed).save(found[seed]["family"] / "model")
+    return found
+
+
+def accuracy(model: nn.Module) -> float:
+    stream = plain_stream(model, DataSpec(**DATA))
+    images, classes = zip(*((image, target) for image, target, _ in (stream[i] for i in range(len(stream)))), strict=True)
+    with torch.no_grad():
+        return (model.eval()(torch.stack(images)).argmax(1) == torch.tensor(classes)).double().mean().item()
+
+
+def test_every_figure_is_that_of_the_network_cut_by_hand(seeds: Seeds):
+    table = trace(CURVE, "digits", seeds, DataSpec(**DATA))
+    hand: dict[tuple[str, str, float | None], list[nn.Module]] = {}
+    for seed, folders in seeds.items():
+        full = load(folders["full"] / "model")
+        wpac, chance = ordered(full, "wpac", seed), ordered(full, "random", seed)
+        family = SuperNet.load(folders["family"] / "model")
+        for budget in (1, 0.7, 0.5):
+            hand.setdefault(("WPAC", "full", budget), []).append(wpac.extract(macs=budget, compensate=False))
+            hand.setdefault(("WPAC + compensation", "full", budget), []).append(wpac.extract(macs=budget))
+            hand.setdefault(("random", "full", budget), []).append(chance.extract(macs=budget, compensate=False))
+            hand.setdefault(("own", "family", budget), []).append(family.extract(macs=budget, compensate=False))
+        hand.setdefault(("alone", "full", None), []).append(full)
+        hand.setdefault(("alone", "small", None), []).append(load(folders["small"] / "model"))
+    assert {(row["curve"], row["row"], row["budget"]) for row in table.rows} == set(hand)
+    for row in table.rows:
+        nets = hand[row["curve"], row["row"], row["budget"]]
+        accuracies, costs = [accuracy(net) for net in nets], [cost(net) for net in nets]
+        assert row["accuracy"] == pytest.approx(sum(accuracies) / 2)
+        assert row["accuracy_std"] == pytest.approx(abs(accuracies[0] - accuracies[1]) / 2**0.5)
+        assert row["n"] == 2
+        assert row["gmacs"] == pytest.approx(sum(c.macs for c in costs) / 2e9)
+        assert row["gmacs_linear_only"] == pytest.approx(sum(c.macs_linear_only for c in costs) / 2e9)
+        assert row["params"] == round(sum(c.params for c in costs) / 2)
+        if row["budget"] is not None:
+            assert row["gmacs"] <= row["budget"] * cost(load(seeds[0]["full"] / "model")).macs / 1e9 * (1 + 1e-9)
+    assert len({row["accuracy"] for row in table.rows}) > 4  # Else equal figures would say nothing.
+
+
+def test_what_networks_trained_alone_have_at_the_same_cost(seeds: Seeds):
+    rows = trace(CURVE, "digits", {0: seeds[0]}, DataSpec(**DATA)).rows
+    full, small = (next(row for row in rows if (row["curve"], row["row"]) == ("alone", name)) for name in ("full", "small"))
+    assert small["over_alone"] is None
+    for row in rows:
+        if row["budget"] is None:
+            continue
+        if row["gmacs"] < small["gmacs"]:
+            assert row["over_alone"] is None
+            continue
+        share = (row["gmacs"] - small["gmacs"]) / (full["gmacs"] - small["gmacs"])
+        line = small["accuracy"] + share * (full["accuracy"] - small["accuracy"])
+        assert row["over_alone"] == pytest.approx(row["accuracy"] - line)
+    assert any(row["over_alone"] not in (None, 0) for row in rows)
+
+
+def test_orderings_change_the_cut_and_nothing_else(seeds: Seeds):
+    nets = networks(CURVE, seeds[0], DataSpec(**DATA))
+    images = torch.randn(4, 1, 8, 8)
+    with torch.no_grad():
+        out = {point: net.eval()(images) for point, net in nets.items()}
+    for line in ("WPAC", "WPAC + compensation", "random", "own"):
+        row = "family" if line == "own" else "full"
+        torch.testing.assert_close(out[line, row, 1], out["alone", "full", None], atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(out["WPAC", "full", 0.5], out["random", "full", 0.5], atol=1e-2)
+
+
+def test_a_row_without_super_network_of_its_own(seeds: Seeds):
+    curve = Curve.parse({"lines": {"own": {"row": "full"}}})
+    with pytest.raises(CheckpointError, match=r"no chain\.json"):
+        networks(curve, seeds[0], DataSpec(**DATA))
+
+
+@pytest.mark.parametrize(
+    ("curve", "says"),
+    [
+        ({}, "has no lines"),
+        ([], "is a mapping of options"),
+        ({"lines": {"a": {"row": "full", "ordering": "wpac"}}, "budget": [1]}, "did you mean budgets"),
+        ({"lines": {"a": {"row": "full", "ordering": "wpac"}}, "budgets": [1, 1.5]}, "must list fractions of the MACs"),
+        ({"lines": {"a": {"row": "full", "ordering": "wpac"}}, "images": 0}, "are 1 or more"),
+        ({"lines": {"a": "full"}}, "or a list of rows"),
+        ({"lines": {"a": {"row": "full", "order": "wpac"}}}, "option in curve 'a' 'order'; did you mean ordering"),
+        ({"lines": {"a": {"row": "ful", "ordering": "wpac"}}}, "unknown row 'ful'; did you mean full"),
+        ({"lines": {"a": ["full", "smal"]}}, "unknown row 'smal'"),
+        ({"lines": {"a": {"row": "full", "ordering": "wpca"}}}, "unknown ordering 'wpca'; did you mean wpac"),
+        ({"lines": {"a": {"row": "full", "compensate": True}}}, "means are known only where the curve orders"),
+        ({"lines": {"a": {"row": "pruned", "ordering": "wpac"}}}, "row 'pruned' reduces tokens"),
+        ({"lines": {"a": {"row": "headless", "ordering": "wpac"}}}, "row 'headless' learns no classes"),
+        ({"lines": {"a": ["full"]}, "published": {"b": {"full": 0.8}}}, "unknown curve 'b'"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_told_before_anything_is_trained(curve: Any, says: str):
+    rows = {
+        "full": recipe(32, 0),
+        "small": recipe(20, 0),
+        "pruned": recipe(32, 0, reduction="TopK() @ KeepRate(0.5, at=[0])"),
+        "headless": Recipe.from_dict({"model": {"args": {"num_classes": 0}}}),
+    }
+    with pytest.raises(VitrimError, match=says) as caught:
+        Curve.parse(curve).check(rows)
+    assert isinstance(caught.value, RecipeError | UnknownNameError)
+    assert "\n" not in str(caught.value)
+
+
+def test_system_5_in_miniature(tmp_path: Path):
+    table = run_study(ROOT / "recipes" / "system5" / "study.yaml", tmp_path, scale="smoke")
+    rows = json.loads((tmp_path / "curve.json").read_text())["rows"]
+    assert (tmp_path / "curve.md").exists()
+    assert (tmp_path / "curve.csv").exists()
+    orderings = ["random", "magnitude", "Taylor", "WPAC", "WPAC + compensation"]
+    assert list(dict.fromkeys(row["curve"] for row in rows)) == [*orderings, "trained alone"]
+    full = table.rows[0]["accuracy"]
+    for name in orderings:
+        found = {row["budget"]: row for row in rows if row["curve"] == name}
+        assert list(found) == [1, 0.6, 0.4]
+        assert found[1]["accuracy"] == pytest.approx(full, abs=0.01)  # Orderings do not change the full network.
+        assert all(row["gmacs"] <= budget * found[1]["gmacs"] for budget, row in found.items())
+    alone = {row["row"]: row["accuracy"] for row in rows if row["curve"] == "trained alone"}
+    assert alone == pytest.approx({row["row"]: row["accuracy"] for row in table.rows})
+    assert {point["method"] for point in points(rows)} == {*orderings, "trained alone"}
+    assert "accuracy against cost: One super-network" in write_report(tmp_path).read_text()
