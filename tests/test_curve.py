@@ -61,7 +61,9 @@ def seeds(tmp_path_factory: pytest.TempPathFactory) -> Seeds:
 
 def accuracy(model: nn.Module) -> float:
     stream = plain_stream(model, DataSpec(**DATA))
-    images, classes = zip(*((image, target) for image, target, _ in (stream[i] for i in range(len(stream)))), strict=True)
+    images, classes = zip(
+        *((image, target) for image, target, _ in (stream[i] for i in range(len(stream)))), strict=True
+    )
     with torch.no_grad():
         return (model.eval()(torch.stack(images)).argmax(1) == torch.tensor(classes)).double().mean().item()
 
@@ -97,7 +99,9 @@ def test_every_figure_is_that_of_the_network_cut_by_hand(seeds: Seeds):
 
 def test_what_networks_trained_alone_have_at_the_same_cost(seeds: Seeds):
     rows = trace(CURVE, "digits", {0: seeds[0]}, DataSpec(**DATA)).rows
-    full, small = (next(row for row in rows if (row["curve"], row["row"]) == ("alone", name)) for name in ("full", "small"))
+    full, small = (
+        next(row for row in rows if (row["curve"], row["row"]) == ("alone", name)) for name in ("full", "small")
+    )
     assert small["over_alone"] is None
     for row in rows:
         if row["budget"] is None:
