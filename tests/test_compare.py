@@ -12,7 +12,7 @@ from vitrim.models import build_model, save, variant
 from vitrim.search.compare import compare
 from vitrim.train.data import plain_stream
 from vitrim.train.evaluate import evaluate
-from vitrim.train.recipe import DataSpec
+from vitrim.train.specs import DataSpec
 
 DIGITS = DataSpec(name="digits", workers=0)
 SIZES = {"embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 10}

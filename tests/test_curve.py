@@ -18,7 +18,8 @@ from vitrim.show.report import write_report
 from vitrim.show.runs import points
 from vitrim.train.data import make_loader, plain_stream
 from vitrim.train.loop import train
-from vitrim.train.recipe import DataSpec, Recipe
+from vitrim.train.recipe import Recipe
+from vitrim.train.specs import DataSpec
 
 ROOT = Path(__file__).parents[1]
 DATA = {"workers": 0, "limit": 200}

@@ -19,7 +19,8 @@ from vitrim.search.study import Study
 from vitrim.search.sweep import sweep
 from vitrim.tokens import Reduction
 from vitrim.train.loop import train
-from vitrim.train.recipe import DataSpec, Recipe
+from vitrim.train.recipe import Recipe
+from vitrim.train.specs import DataSpec
 
 ROOT = Path(__file__).parents[1]
 DATA = {"workers": 0, "limit": 60}

@@ -18,7 +18,8 @@ from vitrim.train import data
 from vitrim.train.evaluate import evaluate
 from vitrim.train.images import open_both, open_images
 from vitrim.train.loop import train
-from vitrim.train.recipe import AugmentSpec, DataSpec, Recipe
+from vitrim.train.recipe import Recipe
+from vitrim.train.specs import AugmentSpec, DataSpec
 
 MODEL = {"name": "vitrim_digits_vit", "args": {"depth": 2, "embed_dim": 24, "num_heads": 2}}
 

@@ -28,7 +28,8 @@ from vitrim.train.evaluate import make_accelerator, mean_loss
 from vitrim.train.images import Images, open_both
 from vitrim.train.learner import cross_entropy, make_optimizer, prepare_learner, prepare_student, prepare_teacher
 from vitrim.train.loop import train
-from vitrim.train.recipe import ModelSpec, Recipe
+from vitrim.train.recipe import Recipe
+from vitrim.train.specs import ModelSpec
 from vitrim.train.stopping import Stopped
 
 SIZES = {"depth": 3, "embed_dim": 24, "num_heads": 2}

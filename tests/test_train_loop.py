@@ -14,7 +14,8 @@ from vitrim.train import loop
 from vitrim.train.checkpoint import RunFolder
 from vitrim.train.learner import make_optimizer, make_scheduler, prepare_student
 from vitrim.train.loop import train
-from vitrim.train.recipe import OptimSpec, Recipe
+from vitrim.train.recipe import Recipe
+from vitrim.train.specs import OptimSpec
 
 SIZES = {"depth": 2, "embed_dim": 24, "num_heads": 2}
 

@@ -24,7 +24,8 @@ from .show.report import write_report
 from .train.checkpoint import write_atomic
 from .train.data import plain_stream
 from .train.loop import train
-from .train.recipe import AugmentSpec, DataSpec, OptimSpec, Recipe
+from .train.recipe import Recipe
+from .train.specs import AugmentSpec, DataSpec, OptimSpec
 
 TRAINED_WITH = "TopK() @ PowerLaw(r_max=0.6, alpha=2.0)"
 METHODS = {

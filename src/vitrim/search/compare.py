@@ -18,7 +18,8 @@ from ..models.store import read_description, weights_path
 from ..train.data import InputFormat, plain_stream
 from ..train.evaluate import evaluate_all, make_accelerator
 from ..train.images import open_images
-from ..train.recipe import DataSpec, Recipe
+from ..train.recipe import Recipe
+from ..train.specs import DataSpec
 
 COLUMNS = (
     Column("model", "model"),

@@ -28,7 +28,9 @@ from ..models import open_model
 from ..train.checkpoint import RunFolder
 from ..train.data import make_loader, plain_stream
 from ..train.evaluate import make_accelerator
-from ..train.recipe import DataSpec, Recipe, fill
+from ..train.options import fill
+from ..train.recipe import Recipe
+from ..train.specs import DataSpec
 from .compare import figures_of
 
 Folders = Mapping[str, Path]

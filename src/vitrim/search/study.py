@@ -20,7 +20,8 @@ from ..models import DENSE, OWN
 from ..models.variants import DENSE_CLS_ONLY
 from ..tokens import Reduction
 from ..train.checkpoint import RunFolder
-from ..train.recipe import Recipe, flatten, merge, read_yaml
+from ..train.options import flatten, merge, read_yaml
+from ..train.recipe import Recipe
 from .curve import Curve
 from .sweep import check_sweep
 

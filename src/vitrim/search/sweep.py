@@ -12,7 +12,7 @@ from ..measure.environment import environment
 from ..measure.table import Column, Table
 from ..models import DENSE, open_model, variant
 from ..tokens import Reduction
-from ..train.recipe import DataSpec
+from ..train.specs import DataSpec
 from .compare import CLS_ONLY, COLUMNS, figures_of
 
 Settings = Mapping[str, Sequence[float]]

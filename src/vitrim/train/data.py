@@ -17,8 +17,8 @@ from torchvision import transforms as T
 from ..errors import DataError, RecipeError, UnsupportedModelError
 from ..models import find_adapter
 from .images import Images, open_images
-from .recipe import AugmentSpec, DataSpec
 from .seeding import mix, seed_everything
+from .specs import AugmentSpec, DataSpec
 
 
 class Stream(Dataset[tuple[Tensor, int, int]]):

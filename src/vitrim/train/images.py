@@ -11,7 +11,7 @@ from timm.data import create_dataset
 from torch.utils.data import IterableDataset
 
 from ..errors import DataError, UnknownNameError
-from .recipe import DataSpec
+from .specs import DataSpec
 
 _READERS = ("torch/cifar10", "torch/cifar100", "torch/image_folder", "hfds/OWNER/NAME", "wds/NAME")
 

@@ -15,7 +15,8 @@ from ..errors import DistillError, VitrimError
 from ..models import attach, attached, build_model
 from ..tokens import Reduction
 from .data import InputFormat
-from .recipe import AugmentSpec, ModelSpec, OptimSpec, Recipe
+from .recipe import Recipe
+from .specs import AugmentSpec, ModelSpec, OptimSpec
 
 
 def prepare_model(spec: ModelSpec, num_classes: int | None, image_size: int | None = None) -> nn.Module:

@@ -1,123 +1,14 @@
 """One recipe describes a run completely. Plain data: this module imports no torch, so that the command starts fast."""
 
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal
 
 import yaml
 
 from ..errors import RecipeError, UnknownNameError
-
-
-@dataclass
-class ModelSpec:
-    """Which network.
-
-    Args:
-        name: a timm name, a folder written by `vitrim.save`, or a weights file.
-        pretrained: start from timm's published weights (downloaded by timm).
-        checkpoint: weights to start from: a model folder, a .safetensors or .pth file.
-        reset_head: take everything but the classifier from the checkpoint.
-        args: further arguments of the timm constructor.
-    """
-
-    name: str = "vitrim_digits_vit"
-    pretrained: bool = False
-    checkpoint: str | None = None
-    reset_head: bool = False
-    args: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass
-class DataSpec:
-    """Which images.
-
-    Args:
-        name: "digits" (scikit-learn's, built in), "folder" (one folder per split, in it one per class), or any
-            data set name of timm's reader, such as torch/cifar10, hfds/uoft-cs/cifar10 or wds/....
-        root: folder of the data set, or where to download it to.
-        download: fetch the data set if the reader can.
-        train_split: name of the training split.
-        test_split: name of the test split; by default test, val or validation, whichever exists.
-        holdout: fraction of the training images set aside to choose the epoch; the test images are read once.
-        limit: use so many training images at most, the same for a given seed.
-        image_size: side of the square input in pixels; by default the model's own.
-        crop_pct: centre crop at evaluation; by default the model's own.
-        workers: processes that read images; 0 reads them in the training process.
-        on_corrupt: "skip" replaces an unreadable image by the next one and counts it, "refuse" stops.
-    """
-
-    name: str = "digits"
-    root: str | None = None
-    download: bool = False
-    train_split: str = "train"
-    test_split: str | None = None
-    holdout: float = 0.1
-    limit: int | None = None
-    image_size: int | None = None
-    crop_pct: float | None = None
-    workers: int = 2
-    on_corrupt: Literal["skip", "refuse"] = "refuse"
-
-
-@dataclass
-class AugmentSpec:
-    """How training images are varied.
-
-    Args:
-        crop: "none", "pad" (shift by up to an eighth, zeros come in), or "resized" (random resized crop).
-        scale: smallest area of a "resized" crop.
-        flip: mirror every second image.
-        randaugment: timm's configuration string, such as rand-m9-n2-mstd0.5.
-        erasing: probability of random erasing.
-        mixup: alpha of mixup, 0 = off.
-        cutmix: alpha of cutmix, 0 = off.
-        mix_prob: probability that a batch is mixed at all.
-        smoothing: label smoothing.
-    """
-
-    crop: Literal["none", "pad", "resized"] = "none"
-    scale: float = 0.08
-    flip: bool = False
-    randaugment: str | None = None
-    erasing: float = 0.0
-    mixup: float = 0.0
-    cutmix: float = 0.0
-    mix_prob: float = 1.0
-    smoothing: float = 0.0
-
-
-@dataclass
-class OptimSpec:
-    """How weights are changed.
-
-    Args:
-        name: optimiser, by its timm name.
-        lr: peak learning rate.
-        weight_decay: not applied to biases and norms.
-        layer_decay: factor on the learning rate from each layer to the one below.
-        warmup_epochs: linear warm-up from a hundredth of lr.
-        min_lr: where the cosine ends.
-        clip: largest norm of the gradient, 0 = off.
-        ema: decay of the moving average of weights that is evaluated and saved, 0 = off.
-        freeze: train the classifier alone (linear probe).
-        accumulate: batches per update.
-        precision: "no" is float32.
-    """
-
-    name: str = "adamw"
-    lr: float = 1e-3
-    weight_decay: float = 0.05
-    layer_decay: float | None = None
-    warmup_epochs: float = 1.0
-    min_lr: float = 1e-6
-    clip: float = 1.0
-    ema: float = 0.0
-    freeze: bool = False
-    accumulate: int = 1
-    precision: Literal["no", "bf16", "fp16"] = "no"
+from .options import fill, flatten, plain, read_yaml
+from .specs import AugmentSpec, DataSpec, ModelSpec, OptimSpec
 
 
 @dataclass
@@ -201,7 +92,7 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as nested plain data."""
-        return _plain(asdict(self))
+        return plain(asdict(self))
 
     def to_yaml(self) -> str:
         """The recipe as a complete file, options in the order of their definition."""
@@ -210,7 +101,7 @@ class Recipe:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "Recipe":
         """A recipe from nested plain data; unknown names are errors with the nearest known one."""
-        return fill(cls, data, "recipe")
+        return fill(cls, data, "recipe", prefix="")
 
     @classmethod
     def read(cls, path: str | Path) -> "Recipe":
@@ -222,89 +113,3 @@ class Recipe:
         mine, theirs = (flatten(yaml.safe_load(recipe.to_yaml())) for recipe in (self, other))
         names = [name for name in {**mine, **theirs} if mine.get(name) != theirs.get(name)]
         return [f"{name}: {mine.get(name)!r} -> {theirs.get(name)!r}" for name in names]
-
-
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """A YAML file that holds a mapping."""
-    try:
-        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise RecipeError(f"{path} does not exist") from None
-    except OSError as error:
-        raise RecipeError(f"{path} cannot be read ({error.strerror})") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(data, dict):
-        raise RecipeError(f"{path} does not hold options but {type(data).__name__}")
-    return data
-
-
-def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """`base` with `changes` laid over it, option by option."""
-    merged = dict(base)
-    for name, value in changes.items():
-        old = merged.get(name)
-        merged[name] = merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
-    return merged
-
-
-def flatten(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested options as `outer.inner` names."""
-    flat: dict[str, Any] = {}
-    for name, value in data.items():
-        if isinstance(value, dict) and value:
-            flat.update(flatten(value, f"{prefix}{name}."))
-        else:
-            flat[prefix + name] = value
-    return flat
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _plain(entry) for name, entry in value.items()}
-    return [_plain(entry) for entry in value] if isinstance(value, list | tuple) else value
-
-
-_SPECS = {"model": ModelSpec, "teacher": ModelSpec, "data": DataSpec, "augment": AugmentSpec, "optim": OptimSpec}
-
-
-def fill(kind: type, data: dict[str, Any], where: str) -> Any:
-    """A dataclass of options from plain data; `where` is its name in messages.
-
-    Raises:
-        RecipeError: an option is of another type.
-        UnknownNameError: there is no such option.
-    """
-    hints = get_type_hints(kind)
-    values: dict[str, Any] = {}
-    for name, value in data.items():
-        if name not in hints:
-            raise UnknownNameError(f"option in {where}", str(name), hints)
-        spec = _SPECS.get(name) if kind is Recipe else None
-        path = name if kind is Recipe else f"{where}.{name}"
-        values[name] = fill(spec, value, name) if spec and isinstance(value, dict) else _typed(hints[name], value, path)
-    return kind(**values)
-
-
-def _typed(hint: Any, value: Any, where: str) -> Any:
-    """The value, if it is of the kind that the option takes."""
-    kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
-    for kind in kinds:
-        if get_origin(kind) is Literal:
-            if value in get_args(kind):
-                return value
-        elif kind is float and isinstance(value, int | float | str) and not isinstance(value, bool):
-            with suppress(ValueError):  # YAML reads 1e-3 as text.
-                return float(value)
-        elif type(value) is (get_origin(kind) or kind):
-            return value
-    choices = " or ".join(_named(kind) for kind in kinds)
-    raise RecipeError(f"{where} is {value!r}; it must be {choices}")
-
-
-def _named(kind: Any) -> str:
-    if get_origin(kind) is Literal:
-        return ", ".join(map(repr, get_args(kind)))
-    return {NoneType: "null", str: "text", int: "a whole number", float: "a number", bool: "true or false"}.get(
-        kind, "a mapping of options"
-    )

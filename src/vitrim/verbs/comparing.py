@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from ..train.recipe import DataSpec
+from ..train.specs import DataSpec
 from .delivery import Device, check_table, deliver
 
 

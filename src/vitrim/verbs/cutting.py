@@ -1,6 +1,6 @@
 """Verbs that make smaller networks: a super-network of a model, and what is cut out of it."""
 
-from ..train.recipe import DataSpec
+from ..train.specs import DataSpec
 from .delivery import Device
 
 

@@ -1,0 +1,113 @@
+"""The parts of a recipe: which network, which images, how they are varied, how weights are changed. Plain data."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+@dataclass
+class ModelSpec:
+    """Which network.
+
+    Args:
+        name: a timm name, a folder written by `vitrim.save`, or a weights file.
+        pretrained: start from timm's published weights (downloaded by timm).
+        checkpoint: weights to start from: a model folder, a .safetensors or .pth file.
+        reset_head: take everything but the classifier from the checkpoint.
+        args: further arguments of the timm constructor.
+    """
+
+    name: str = "vitrim_digits_vit"
+    pretrained: bool = False
+    checkpoint: str | None = None
+    reset_head: bool = False
+    args: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class DataSpec:
+    """Which images.
+
+    Args:
+        name: "digits" (scikit-learn's, built in), "folder" (one folder per split, in it one per class), or any
+            data set name of timm's reader, such as torch/cifar10, hfds/uoft-cs/cifar10 or wds/....
+        root: folder of the data set, or where to download it to.
+        download: fetch the data set if the reader can.
+        train_split: name of the training split.
+        test_split: name of the test split; by default test, val or validation, whichever exists.
+        holdout: fraction of the training images set aside to choose the epoch; the test images are read once.
+        limit: use so many training images at most, the same for a given seed.
+        image_size: side of the square input in pixels; by default the model's own.
+        crop_pct: centre crop at evaluation; by default the model's own.
+        workers: processes that read images; 0 reads them in the training process.
+        on_corrupt: "skip" replaces an unreadable image by the next one and counts it, "refuse" stops.
+    """
+
+    name: str = "digits"
+    root: str | None = None
+    download: bool = False
+    train_split: str = "train"
+    test_split: str | None = None
+    holdout: float = 0.1
+    limit: int | None = None
+    image_size: int | None = None
+    crop_pct: float | None = None
+    workers: int = 2
+    on_corrupt: Literal["skip", "refuse"] = "refuse"
+
+
+@dataclass
+class AugmentSpec:
+    """How training images are varied.
+
+    Args:
+        crop: "none", "pad" (shift by up to an eighth, zeros come in), or "resized" (random resized crop).
+        scale: smallest area of a "resized" crop.
+        flip: mirror every second image.
+        randaugment: timm's configuration string, such as rand-m9-n2-mstd0.5.
+        erasing: probability of random erasing.
+        mixup: alpha of mixup, 0 = off.
+        cutmix: alpha of cutmix, 0 = off.
+        mix_prob: probability that a batch is mixed at all.
+        smoothing: label smoothing.
+    """
+
+    crop: Literal["none", "pad", "resized"] = "none"
+    scale: float = 0.08
+    flip: bool = False
+    randaugment: str | None = None
+    erasing: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    mix_prob: float = 1.0
+    smoothing: float = 0.0
+
+
+@dataclass
+class OptimSpec:
+    """How weights are changed.
+
+    Args:
+        name: optimiser, by its timm name.
+        lr: peak learning rate.
+        weight_decay: not applied to biases and norms.
+        layer_decay: factor on the learning rate from each layer to the one below.
+        warmup_epochs: linear warm-up from a hundredth of lr.
+        min_lr: where the cosine ends.
+        clip: largest norm of the gradient, 0 = off.
+        ema: decay of the moving average of weights that is evaluated and saved, 0 = off.
+        freeze: train the classifier alone (linear probe).
+        accumulate: batches per update.
+        precision: "no" is float32.
+    """
+
+    name: str = "adamw"
+    lr: float = 1e-3
+    weight_decay: float = 0.05
+    layer_decay: float | None = None
+    warmup_epochs: float = 1.0
+    min_lr: float = 1e-6
+    clip: float = 1.0
+    ema: float = 0.0
+    freeze: bool = False
+    accumulate: int = 1
+    precision: Literal["no", "bf16", "fp16"] = "no"
