@@ -52,7 +52,7 @@ def run(launcher: list[str], module: str, out: Path) -> subprocess.CompletedProc
         str(out),
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    environment["PYTHONPATH"] = str(out.parent)
+    environment["PYTHONPATH"] = os.pathsep.join([str(out.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
 
 

@@ -1,0 +1,138 @@
+"""What a run learns, by which figures its epochs are judged, and what it leaves: all in which kinds of training differ.
+
+The loop asks a task for the losses of a step and sends them backwards one by one. Here the task is that of a recipe's
+terms, labels alone where it has none: one loss per step.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from ..distill import Distilled
+from ..models import attached
+from ..tokens import Adaptive
+from .checkpoint import RunFolder
+from .data import Stream
+from .evaluate import Figures, attention_entropy, mean_loss
+from .learner import prepare_learner, with_student
+from .recipe import Recipe
+
+Evaluate = Callable[[nn.Module, Stream], Figures]
+"""Evaluates as this run does: its batch size, workers and processes."""
+
+
+class Task:
+    """One network that learns by the terms of a recipe.
+
+    learner: the module that is optimised, wrapped for several processes, and kept in checkpoints.
+    extra: further modules that learn at the full rate.
+    terms: names of the parts of the loss that are told beside it.
+    classifies: whether accuracy means anything.
+    """
+
+    def __init__(self, recipe: Recipe, student: nn.Module) -> None:
+        self.recipe, self.student = recipe, student
+        learner = prepare_learner(recipe, student)
+        self.learner, self.extra = learner, learner.projections
+        self.terms = [term.name for term in learner.terms.terms] if recipe.distill else []
+        self.classifies = learner.of_student.logits or learner.of_student.dist_logits
+
+    def start(self, accelerator: Accelerator, learner: nn.Module, network: nn.Module) -> None:
+        """Take what the run has made of the parts.
+
+        Args:
+            accelerator: places and shares the work.
+            learner: the learner as it must be called from now on: wrapped, in several processes.
+            network: what is evaluated and kept: the student, or the moving average of its weights.
+        """
+        self.accelerator, self.wrapped, self.network = accelerator, learner, network
+        self.judge = self.learner if self.classifies else with_student(self.learner, network)
+
+    def train_mode(self) -> None:
+        """Put everything into the mode in which it learns."""
+        self.wrapped.train()
+        if self.recipe.optim.freeze:  # A frozen network computes what it computes at evaluation.
+            self.student.eval()
+
+    def follow(self, epoch: int, passed: float, history: Sequence[Mapping[str, Any]]) -> None:
+        """Move the reductions to the strength of this moment.
+
+        Args:
+            epoch: from 0.
+            passed: fraction of it that has passed, for curricula that move at every step.
+            history: figures of the epochs before.
+        """
+        for model in {self.student, self.network}:
+            handle = attached(model)
+            if handle is not None and handle.reduction is not None:
+                handle.set_epoch(epoch + (passed if handle.reduction.curriculum.per_step else 0), history)
+
+    def strength(self) -> dict[str, Any]:
+        """How many tokens each block leaves in training, where a reduction acts."""
+        if (handle := attached(self.student)) is None:
+            return {}
+        self.train_mode()
+        return {"strength": handle.strength, "tokens": list(handle.token_counts)}
+
+    def losses(self, images: Tensor, targets: Tensor, *, progress: float, update: int) -> Iterator[Distilled]:
+        """The losses of a step; each is to be sent backwards before the next is asked for.
+
+        Args:
+            images: (B, channels, H, W), mixed.
+            targets: classes (B,), or their shares (B, K) where images are mixed.
+            progress: fraction of training that has passed, in [0, 1].
+            update: counts the updates of weights; the same for all batches that are accumulated into one.
+        """
+        learnt: Distilled = self.wrapped(images, targets, progress=progress)
+        yield learnt._replace(terms={name: learnt.terms[name] for name in self.terms})
+
+    def hold_out(self, stream: Stream, evaluate: Evaluate) -> dict[str, Any]:
+        """Figures by which the epoch is chosen: of the classes, or of the objective where no classes are learnt."""
+        if self.classifies:
+            found = evaluate(self.network, stream)
+            figures = {"val_accuracy": found.accuracy, "val_loss": found.loss}
+        else:
+            data = {"batch_size": self.recipe.batch_size, "workers": self.recipe.data.workers}
+            means = mean_loss(self.judge, stream, **data, accelerator=self.accelerator)
+            figures = {f"val_{name}": value for name, value in means.items()}
+        if self._watches_entropy:
+            images = torch.stack([stream[i][0] for i in range(min(64, len(stream)))])
+            figures["attention_entropy"] = attention_entropy(self.network, images.to(self.accelerator.device))
+        return figures
+
+    def rank(self, figures: Mapping[str, Any]) -> tuple[float, float]:
+        """What makes an epoch better. One before the reduction has grown to its strength is another network."""
+        strength = figures.get("strength", 0.0) if self.recipe.phase != "train" else 0.0
+        return strength, figures["val_accuracy"] if self.classifies else -figures["val_loss"]
+
+    def keep(self, folder: RunFolder, classes: Sequence[str]) -> None:
+        """Write the network of this epoch in place of the one that was the best before."""
+        folder.save_model(self.network, classes)
+
+    def result(self, model: nn.Module, best: Mapping[str, Any], stream: Stream, evaluate: Evaluate) -> dict[str, Any]:
+        """Figures of the network that was kept, on the test images.
+
+        Args:
+            model: that network, read again from disk.
+            best: the figures of its epoch.
+            stream: test images.
+            evaluate: as in `hold_out`.
+        """
+        if not self.classifies:
+            return {"val_loss": best.get("val_loss")}
+        found = evaluate(model, stream)
+        return {
+            "test_accuracy": found.accuracy,
+            "test_loss": found.loss,
+            "test_images": found.num_images,
+            "val_accuracy": best.get("val_accuracy"),
+        }
+
+    @property
+    def _watches_entropy(self) -> bool:
+        handle = attached(self.student)
+        curriculum = handle.reduction.curriculum if handle and handle.reduction else None
+        return isinstance(curriculum, Adaptive) and curriculum.signal == "entropy"
