@@ -14,6 +14,8 @@ import pytest
 import timm
 import torch
 import yaml
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from rich.console import Console
 from torch.nn import functional as F
 
@@ -239,17 +241,25 @@ def test_terms_weights_and_losses_are_listed():
     assert {"Labels", "Logits", "ClsStages", "Tokens", "Merged", "Linear", "cosine", "smooth_l1"} <= set(text.split())
 
 
-def test_two_processes_distil_as_one(tmp_path: Path):
+def test_two_processes_distil_as_one_and_share_the_teacher(tmp_path: Path):
     torch.manual_seed(2)
     sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
     path = save(timm.create_model("vit_tiny_patch16_224", **{**sizes, "embed_dim": 36}), tmp_path / "teacher")
     model = {"name": "vit_tiny_patch16_224", "args": {**sizes, "num_classes": 0}}
     data = {"workers": 0, "limit": 60, "holdout": 0.25}
-    options = recipe(str(path), FEATURES, model=model, data=data, batch_size=12, epochs=2, optim={"ema": 0.9})
+    options = recipe(
+        str(path), FEATURES, model=model, data=data, batch_size=12, epochs=2, optim={"ema": 0.9}, shard_teacher=True
+    )
     (tmp_path / "recipe.yaml").write_text(options.to_yaml())
     script = tmp_path / "distil.py"
     script.write_text(
-        "import sys\nfrom vitrim.train.loop import train\nfrom vitrim.train.recipe import Recipe\n"
+        "import sys\nfrom vitrim.distill import Teacher\nfrom vitrim.train.loop import train\n"
+        "from vitrim.train.recipe import Recipe\n"
+        "def told(self, shard=Teacher.shard):\n"
+        "    shard(self)\n"
+        "    own, whole = (sum(n) for n in zip(*((p.to_local().numel(), p.numel()) for p in self.parameters())))\n"
+        "    print('share', own / whole)\n"
+        "Teacher.shard = told\n"
         "train(Recipe.read(sys.argv[1]), sys.argv[2])\n"
     )
     launchers = {
@@ -261,6 +271,8 @@ def test_two_processes_distil_as_one(tmp_path: Path):
         command = [*launcher, str(script), str(tmp_path / "recipe.yaml"), str(tmp_path / name)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr
+        shares = [float(word) for word in done.stdout.split() if word != "share"]
+        assert shares == pytest.approx([0.5, 0.5] if name == "two" else [], abs=0.02)
     one, two = (
         [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         for name in launchers
@@ -277,3 +289,9 @@ def test_options_that_an_older_file_lacks_have_their_defaults(tmp_path: Path):
     assert Recipe.read(tmp_path / "recipe.yaml").differences(options) == []
     changed = Recipe.read(tmp_path / "recipe.yaml").differences(recipe(None, "Labels()"))
     assert changed == ["distill: None -> 'Labels()'"]
+
+
+def test_a_student_in_shards_is_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.FSDP)
+    with pytest.raises(VitrimError, match=r"not split by FSDP; .* set shard_teacher"):
+        make_accelerator()

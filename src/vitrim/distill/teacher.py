@@ -6,8 +6,11 @@ from math import sqrt
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from timm.data.config import resolve_model_data_config
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 
 from ..errors import DistillError
@@ -68,6 +71,17 @@ class Teacher(nn.Module):
     def train(self, mode: bool = True) -> "Teacher":
         """Stay in eval mode."""
         return super().train(False)
+
+    def shard(self) -> None:
+        """Let every process keep its share of the weights alone and gather one block at a time (FSDP).
+
+        All processes of the default group call this, and from then on ask the teacher at the same steps.
+        """
+        device = self.scale.device.type
+        mesh = init_device_mesh(device, (dist.get_world_size(),))
+        for block in getattr(self.model, "blocks", ()):
+            fully_shard(block, mesh=mesh)
+        fully_shard(self, mesh=mesh, reshard_after_forward=True)
 
     def state_dict(self, *args: Any, destination: Any = None, **kwargs: Any) -> Any:
         """Nothing: a checkpoint of the student need not carry its teacher."""

@@ -10,11 +10,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.data_loader import prepare_data_loader
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..distill import Distiller
-from ..errors import DataError
+from ..errors import DataError, VitrimError
 from ..models import attached_instead, find_adapter
 from ..tokens import KeepRate, Reduction, TopK
 from .data import Stream, make_loader
@@ -43,7 +44,13 @@ def make_accelerator(*, cpu: bool = False, **options: Any) -> Accelerator:
         AcceleratorState._reset_state(reset_partial_state=PartialState().num_processes == 1)
         GradientState._reset_state()
     # Processes started by torchrun on a machine without accelerator find each other only if told so.
-    return Accelerator(cpu=cpu or not torch.accelerator.is_available(), **options)
+    accelerator = Accelerator(cpu=cpu or not torch.accelerator.is_available(), **options)
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise VitrimError(
+            f"a network in training is kept whole by every process, not split by {accelerator.distributed_type.value}; "
+            "launch without it and, for a teacher that fills the device, set shard_teacher"
+        )
+    return accelerator
 
 
 def evaluate(model: nn.Module, stream: Stream, **options: Any) -> Figures:

@@ -26,6 +26,8 @@ class Recipe:
             in the term `Labels`, cross-entropy. Terms on features alone learn no classes: `model.args` may leave the
             classifier out by {num_classes: 0}, and the epoch is chosen by the objective itself.
         teacher: the teacher of these terms, made dense and frozen; sees the student's very batch in its own format.
+        shard_teacher: in several processes, each keeps a share of the teacher's weights alone (FSDP), for teachers that
+            fill a device.
         epochs: passes over the training images.
         batch_size: images per update and all processes together.
         seed: of weights, order, augmentation and dropout.
@@ -42,6 +44,7 @@ class Recipe:
     phase: Literal["both", "train", "eval"] = "both"
     distill: str | None = None
     teacher: ModelSpec | None = None
+    shard_teacher: bool = False
     epochs: int = 10
     batch_size: int = 128
     seed: int = 0

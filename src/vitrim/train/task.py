@@ -49,6 +49,8 @@ class Task:
             network: what is evaluated and kept: the student, or the moving average of its weights.
         """
         self.accelerator, self.wrapped, self.network = accelerator, learner, network
+        if self.recipe.shard_teacher and accelerator.num_processes > 1 and self.learner.teacher is not None:
+            self.learner.teacher.shard()
         self.judge = self.learner if self.classifies else with_student(self.learner, network)
 
     def train_mode(self) -> None:
