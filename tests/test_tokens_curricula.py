@@ -60,6 +60,27 @@ def test_strength_stays_within_bounds() -> None:
 
 
 @pytest.mark.parametrize(
+    ("curriculum", "first"),
+    [
+        (vitrim.Constant(), 1),
+        (vitrim.Delayed(5), 6),
+        (vitrim.Delayed(5.5), 7),
+        (vitrim.Delayed(5.5, per_step=True), 6),
+        (vitrim.Polynomial(4, 8), 6),
+        (vitrim.Polynomial(4, 8, per_step=True), 5),
+        (vitrim.Polynomial(4, 8, initial=0.1), 1),
+        (vitrim.CosineWarmup(8, 4), 6),
+        (vitrim.Adaptive(), 3),
+        (vitrim.Adaptive(start=4), 5),
+        (vitrim.Adaptive("entropy"), 2),
+    ],
+    ids=str,
+)
+def test_epochs_that_a_curriculum_needs_to_act_at_all(curriculum: vitrim.tokens.Curriculum, first: int) -> None:
+    assert [curriculum.acts_within(epochs) for epochs in range(1, 10)] == [epochs >= first for epochs in range(1, 10)]
+
+
+@pytest.mark.parametrize(
     "make",
     [
         lambda: vitrim.Delayed(-1),

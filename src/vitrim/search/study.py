@@ -20,6 +20,7 @@ from ..models import DENSE, OWN
 from ..models.variants import DENSE_CLS_ONLY
 from ..tokens import Reduction
 from ..train.checkpoint import RunFolder
+from ..train.learner import reduction_of
 from ..train.options import flatten, merge, read_yaml
 from ..train.recipe import Recipe
 from .curve import Curve
@@ -115,8 +116,7 @@ class Study:
             recipe = self.recipe(row, seed, out)
             recipe.check()
             RunFolder(run_folder(out, row, seed)).check(recipe)
-            if recipe.reduction is not None:
-                Reduction.parse(recipe.reduction, recipe.phase)
+            reduction_of(recipe)
             if recipe.distill is not None:
                 Terms.parse(recipe.distill)
         for method in self.test.values():

@@ -33,6 +33,11 @@ class Curriculum:
         """Strength in [0, 1] at `epoch` (from 0), given one mapping of validation figures per finished epoch."""
         raise NotImplementedError
 
+    def acts_within(self, epochs: int) -> bool:
+        """Whether a training of so many epochs gets to see any of it, on the most favourable course."""
+        course = [{"val_loss": float(epoch == 0), "attention_entropy": 0.0} for epoch in range(epochs - 1)]
+        return self.strength(epochs - 1e-6 if self.per_step else epochs - 1, course) > 0
+
 
 @dataclass(frozen=True)
 class Constant(Curriculum):

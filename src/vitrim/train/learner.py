@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..distill import Distiller, Teacher
-from ..errors import DistillError, VitrimError
+from ..errors import DistillError, RecipeError, VitrimError
 from ..models import attach, attached, build_model
-from ..tokens import Reduction
+from ..tokens import Reduction, render
 from .data import InputFormat
 from .recipe import Recipe
 from .specs import AugmentSpec, ModelSpec, OptimSpec
@@ -27,13 +27,30 @@ def prepare_model(spec: ModelSpec, num_classes: int | None, image_size: int | No
     )
 
 
+def reduction_of(recipe: Recipe) -> Reduction | None:
+    """The reduction of a recipe, None where it has none.
+
+    Raises:
+        RecipeError: its curriculum starts after the last epoch.
+    """
+    if recipe.reduction is None:
+        return None
+    reduction = Reduction.parse(recipe.reduction, recipe.phase)
+    if not reduction.curriculum.acts_within(recipe.epochs):
+        raise RecipeError(
+            f"{render(reduction.curriculum)} never acts within {recipe.epochs} epochs, which count from 0; "
+            "let it start earlier, train for more epochs, or leave the reduction out"
+        )
+    return reduction
+
+
 def prepare_student(recipe: Recipe, num_classes: int) -> nn.Module:
     """The network to train, with the recipe's reduction in place of one it brought along."""
     student = prepare_model(recipe.model, num_classes, recipe.data.image_size)
-    if recipe.reduction is not None:
+    if (reduction := reduction_of(recipe)) is not None:
         if (brought := attached(student)) is not None:
             brought.remove()
-        attach(student, Reduction.parse(recipe.reduction, recipe.phase))
+        attach(student, reduction)
     if recipe.checkpointing:
         student.set_grad_checkpointing()
     if recipe.optim.freeze:
