@@ -15,9 +15,13 @@ _SAID: dict[Any, str] = {
 
 
 def check_options(part: Any, error: type[VitrimError]) -> None:
-    """Raise `error` for the first option of a dataclass that is of another kind than its annotation says."""
+    """Raise `error` for the first option of a dataclass that is of another kind than its annotation says.
+
+    Numbers and text of NumPy become Python's own, which alone can be written down and read again.
+    """
     for option in fields(part):
-        value = getattr(part, option.name)
+        value = _own(getattr(part, option.name))
+        object.__setattr__(part, option.name, value)
         if not _fits(value, option.type):
             raise error(f"{type(part).__name__}: {option.name} is {_said(option.type)}, not {value!r}")
 
@@ -25,6 +29,17 @@ def check_options(part: Any, error: type[VitrimError]) -> None:
 def as_tuple(value: Any) -> Any:
     """A list or range as a tuple, which can be hashed; anything that holds no entries as it is."""
     return tuple(cast("Iterable[Any]", value)) if isinstance(value, Iterable) and not isinstance(value, str) else value
+
+
+def _own(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(map(_own, cast("tuple[Any, ...]", value)))
+    if isinstance(value, Mapping):
+        return {_own(key): _own(entry) for key, entry in cast("Mapping[Any, Any]", value).items()}
+    for kind, own in ((bool, bool), (str, str), (Integral, int), (Real, float)):
+        if isinstance(value, kind):
+            return value if type(value) is own else own(value)
+    return value
 
 
 def _fits(value: Any, hint: Any) -> bool:
