@@ -5,7 +5,7 @@ list; each carries the set of input patches behind it.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -24,12 +24,20 @@ class Tokens:
     members: list[set[int]]
     carried: list[float] | None = None
     lost: set[int] = field(default_factory=set)
+    parked: dict[int, Tensor] = field(default_factory=dict)
 
     def rows(self) -> Tensor:
         return torch.stack(self.prefix + self.patches)
 
     def replace(self, rows: Tensor) -> None:
         self.prefix, self.patches = list(rows[: len(self.prefix)]), list(rows[len(self.prefix) :])
+
+    def reinstate(self) -> None:
+        """Every patch back: as it was when it lost its own token, otherwise as the token that it is part of."""
+        back = {patch: token for token, members in zip(self.patches, self.members, strict=True) for patch in members}
+        back |= self.parked
+        self.patches = [back[patch] for patch in sorted(back)]
+        self.members, self.lost, self.carried = [{patch} for patch in sorted(back)], set(), None
 
 
 @dataclass
@@ -41,6 +49,7 @@ class View:
     hidden: Tensor
     num_prefix: int
     block: int
+    listened: list[float] | None = None
 
     @property
     def patches(self) -> range:
@@ -88,6 +97,11 @@ def _length(row: Tensor) -> float:
     return math.sqrt(sum(value * value for value in row.tolist()))
 
 
+def _gradient(v: View) -> list[float]:
+    weight = v.listened or [1.0] * v.hidden.shape[1]
+    return [math.sqrt(sum(w * x * x for w, x in zip(weight, v.hidden[i].tolist(), strict=True))) for i in v.patches]
+
+
 def _random(v: View) -> list[float]:
     # The draw is arbitrary; that it is one fixed draw per block and the same for all images is what matters.
     seen = Evidence(v.num_prefix, v.block, training=False, scale=1.0, hidden_BTC=v.hidden[None])
@@ -101,6 +115,7 @@ SCORE_REFERENCES: dict[str, Callable[[View], list[float]]] = {
     "attention_variance": _variance,
     "attention_sharpness": _sharpness,
     "norm": lambda v: [_length(v.hidden[i]) for i in v.patches],
+    "gradient": _gradient,
     "key_norm": lambda v: [_mean([_length(v.key[h, i]) for h in v.heads]) for i in v.patches],
     "random": _random,
 }
@@ -120,6 +135,9 @@ def _top_k(reducer: TopK, tokens: Tokens, view: View, keep: int) -> None:
     ranked = sorted(range(len(score)), key=lambda i: (-score[i], i))
     kept, rest = sorted(ranked[:keep]), sorted(ranked[keep:])
     patches, members = [tokens.patches[i] for i in kept], [tokens.members[i] for i in kept]
+    for i in rest:
+        for patch in tokens.members[i]:  # Those behind a fused token went earlier.
+            tokens.parked.setdefault(patch, tokens.patches[i])
     carried = [score[i] for i in kept]
     if reducer.fuse is None:
         for i in rest:
@@ -200,15 +218,26 @@ def _head(model: nn.Module, tokens: Tokens, weighted_attention: bool) -> Tensor:
     return model.head(model.fc_norm(pooled))
 
 
-@torch.no_grad()
-def reduced_vit(model: nn.Module, image_CHW: Tensor, reducer: Reducer, plan: Plan) -> tuple[Tensor, Tokens]:
-    """Logits (num_classes,) and final tokens of a float64 timm ViT under the cuts of `plan`."""
+def reduced_vit(
+    model: nn.Module,
+    image_CHW: Tensor,
+    reducer: Reducer,
+    plan: Plan,
+    listened: Mapping[int, list[float]] | None = None,
+) -> tuple[Tensor, Tokens]:
+    """Logits (num_classes,) and final tokens of a float64 timm ViT under the cuts of `plan`.
+
+    `listened` holds for some blocks how much the loss listened to each channel, for the score `gradient`.
+    """
     embedded = model.norm_pre(model._pos_embed(model.patch_embed(image_CHW[None])))[0]
     num_prefix = model.num_prefix_tokens
     rows = list(embedded)
     tokens = Tokens(rows[:num_prefix], rows[num_prefix:], [{i} for i in range(len(rows) - num_prefix)])
     cut = REDUCER_REFERENCES[type(reducer).__name__]
     for index, block in enumerate(model.blocks):
+        heard = (listened or {}).get(index)
+        if index == plan.reinstate:
+            tokens.reinstate()
 
         def attend(block: nn.Module = block) -> tuple[Tensor, Tensor, Tensor]:
             size = [1] * num_prefix + [len(m) for m in tokens.members] if reducer.prop_attn else None
@@ -217,10 +246,10 @@ def reduced_vit(model: nn.Module, image_CHW: Tensor, reducer: Reducer, plan: Pla
         before, inside = plan.cut(index, "before"), plan.cut(index, "inside")
         if before is not None:
             _, attention, key = attend()
-            cut(reducer, tokens, View(attention, key, tokens.rows(), num_prefix, index), before.keep)
+            cut(reducer, tokens, View(attention, key, tokens.rows(), num_prefix, index, heard), before.keep)
         added, attention, key = attend()
         tokens.replace(tokens.rows() + block.ls1(added))
         if inside is not None:
-            cut(reducer, tokens, View(attention, key, tokens.rows(), num_prefix, index), inside.keep)
+            cut(reducer, tokens, View(attention, key, tokens.rows(), num_prefix, index, heard), inside.keep)
         tokens.replace(tokens.rows() + block.ls2(block.mlp(block.norm2(tokens.rows()))))
     return _head(model, tokens, reducer.prop_attn)[0], tokens

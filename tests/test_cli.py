@@ -71,6 +71,11 @@ def test_version(capsys: pytest.CaptureFixture[str]):
         ("eval vitrim_digit_vit", "vitrim eval: unknown model 'vitrim_digit_vit'; did you mean vitrim_digits_vit"),
         ("train --out x --reduction TopK()@KeepRat(0.5)", "vitrim train: unknown reducer, schedule or curriculum 'Kee"),
         ("train --out x --reduction TopK()@KeepRate(1.5)", "vitrim train: "),
+        ("train --out x --epochs 2 --reduction TopK()@KeepRate()@Delayed(2)", "vitrim train: Delayed(epoch=2) never "
+         "acts within 2 epochs"),
+        ("train --out x --reduction TopK()@KeepRate()@Polynomial(40,140)", "vitrim train: Polynomial(start=40, "
+         "end=140) never acts within 10 epochs, which count from 0; let it start earlier"),
+        ("train --out x --reduction TopK(gradient)@KeepRate()", "vitrim train: TopK(score='gradient') lives on"),
         ("train --out x --data.name cifar10", "vitrim train: unknown data set 'cifar10'; did you mean torch/cifar10"),
         ("train --out x --batch_size 10 --optim.accumulate 4", "vitrim train: batch_size 10 is not a multiple"),
         ("train --out x --seed -1", "vitrim train: seed is -1; it must be 0 or more"),

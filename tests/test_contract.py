@@ -2,8 +2,8 @@
 
 import copy
 import pickle
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -12,8 +12,8 @@ from torch import Tensor, nn
 import vitrim
 from references import REDUCER_REFERENCES, SCORE_REFERENCES, reduced_vit
 from vitrim.errors import VitrimError
-from vitrim.models import ADAPTERS, Handle, find_adapter
-from vitrim.tokens import REDUCERS, SCHEDULES, SCORES, Reducer, Schedule
+from vitrim.models import ADAPTERS, find_adapter
+from vitrim.tokens import REDUCERS, SCHEDULES, SCORES, Reducer, Schedule, render
 from zoo import MODELS, ZOO, build, images
 
 # A reducer without an entry takes part as its defaults make it.
@@ -29,26 +29,54 @@ SCHEDULE_OF: dict[str, Schedule] = {
     "Counts": vitrim.Counts((25, 14, 9)),
     "Budget": vitrim.Budget(0.8),
 }
+
+
+@dataclass(frozen=True)
+class Case:
+    """A reducer, and the block before which tokens return."""
+
+    reducer: Reducer
+    reinstate: int | None = None
+
+    def __str__(self) -> str:
+        return render(self.reducer) + ("" if self.reinstate is None else f"-reinstate={self.reinstate}")
+
+    def suited(self, model: nn.Module) -> Reducer:
+        """The reducer with a score that a model without CLS can supply."""
+        if self.reducer.needs == "cls_row" and not find_adapter(model).geometry(model).has_cls:
+            return replace(self.reducer, score="mean_attention")
+        return self.reducer
+
+    def cuts(self, *at: int, **options: str) -> Schedule:
+        """Cuts inside these blocks, of three, as far as they come before the return."""
+        early = tuple(block for block in at if self.reinstate is None or block < self.reinstate)
+        return vitrim.KeepRate(0.6, at=early, reinstate=self.reinstate, **options)
+
+    def schedules(self, names: Iterable[str] = SCHEDULE_OF) -> Iterator[Schedule]:
+        """Every schedule, at both places where it leaves the place open."""
+        for schedule in map(SCHEDULE_OF.__getitem__, names):
+            for place in ("inside", "before"):
+                options = {"place": place, "reinstate": self.reinstate}
+                if isinstance(schedule, vitrim.Budget):
+                    share = 0.8 if self.reinstate is None else 0.95
+                    yield vitrim.Budget(share, shape=vitrim.PowerLaw(1.0, **options))
+                elif isinstance(schedule, vitrim.Counts):
+                    yield vitrim.Counts(schedule.counts[: self.reinstate], **options)
+                elif isinstance(schedule, vitrim.KeepRate):
+                    yield self.cuts(*schedule.at, place=place)
+                else:
+                    yield replace(schedule, **options)
+
+
 REDUCTIONS = [reducer for name in REDUCERS for reducer in VARIANTS.get(name, [REDUCERS[name]()])]
+RETURNING = [Case(vitrim.TopK(), 2), Case(vitrim.TopK(fuse="sum"), 2), Case(vitrim.ToMe(), 2)]
+CASES = [*map(Case, REDUCTIONS), *RETURNING]
+# What returns is the same in every family; these differ in prefix tokens, heads and attention.
+RETURNED_IN = ("vit", "deit_distilled", "dinov2_registers", "siglip", "gap", "gated")
+PAIRS = [(*model, case) for model in MODELS for case in CASES if case.reinstate is None or model[1] in RETURNED_IN]
 each_model = pytest.mark.parametrize(("adapter", "name"), MODELS, ids=[name for _, name in MODELS])
-each_reducer = pytest.mark.parametrize("reducer", REDUCTIONS, ids=str)
-
-
-def suited(reducer: Reducer, model: nn.Module) -> Reducer:
-    """The reducer with a score that a model without CLS can supply."""
-    if reducer.needs == "cls_row" and not find_adapter(model).geometry(model).has_cls:
-        return replace(reducer, score="mean_attention")
-    return reducer
-
-
-def each_schedule(model: nn.Module, reducer: Reducer) -> Iterator[Handle]:
-    """A handle for each schedule, and for both places where a schedule leaves the place open."""
-    for schedule in SCHEDULE_OF.values():
-        shape = vitrim.Budget(0.8, shape=vitrim.PowerLaw(1.0, place="before"))
-        moved = shape if isinstance(schedule, vitrim.Budget) else replace(schedule, place="before")
-        for placed in dict.fromkeys((schedule, moved)):
-            with vitrim.attach(model, suited(reducer, model), placed) as handle:
-                yield handle
+each_case = pytest.mark.parametrize("case", CASES, ids=str)
+each_pair = pytest.mark.parametrize(("adapter", "name", "case"), PAIRS, ids=str)
 
 
 def test_every_entry_of_every_table_takes_part() -> None:
@@ -60,13 +88,12 @@ def test_every_entry_of_every_table_takes_part() -> None:
         assert find_adapter(build(adapter, name)).name == adapter
 
 
-@each_reducer
-@each_model
-def test_law_1_nothing_to_drop_is_bit_equal(adapter: str, name: str, reducer: Reducer) -> None:
+@each_pair
+def test_law_1_nothing_to_drop_is_bit_equal(adapter: str, name: str, case: Case) -> None:
     model, x = build(adapter, name), images()
     dense = model(x)
     for schedule in (vitrim.KeepRate(1.0), vitrim.PowerLaw(0.0), vitrim.ConstantR(0)):
-        with vitrim.attach(model, suited(reducer, model), schedule):
+        with vitrim.attach(model, case.suited(model), replace(schedule, reinstate=case.reinstate)):
             assert torch.equal(model(x), dense)
             assert torch.equal(model.forward_features(x), model.forward_features(x))
 
@@ -90,9 +117,8 @@ def test_law_1_prefix_only_last_block_leaves_logits_alone(adapter: str, name: st
         assert (model(x) - reduced).abs().max() < 1e-12
 
 
-@each_reducer
-@each_model
-def test_laws_2_3_4_prefix_counts_and_sizes(adapter: str, name: str, reducer: Reducer) -> None:
+@each_pair
+def test_laws_2_3_4_prefix_counts_and_sizes(adapter: str, name: str, case: Case) -> None:
     model, x = build(adapter, name), images()
     before: dict[int, Tensor] = {}
     after: dict[int, Tensor] = {}
@@ -103,7 +129,8 @@ def test_laws_2_3_4_prefix_counts_and_sizes(adapter: str, name: str, reducer: Re
     for block in model.blocks:
         block.register_forward_hook(lambda _, args, out: lengths.append(out.shape[1]))
     prefix = model.num_prefix_tokens
-    for handle in each_schedule(model, reducer):
+    for schedule in case.schedules():
+        handle = vitrim.attach(model, case.suited(model), schedule)
         lengths.clear()
         model(x)
         assert tuple(lengths) == handle.token_counts
@@ -120,17 +147,18 @@ def test_laws_2_3_4_prefix_counts_and_sizes(adapter: str, name: str, reducer: Re
                 behind = torch.bincount(origin[origin >= 0], minlength=num_slots)
                 assert torch.equal(behind.float(), size), "every slot stands for as many tokens as point at it"
                 assert size.min() >= 1
-            if isinstance(reducer, vitrim.ToMe) or reducer.extra_tokens:
+            if isinstance(case.reducer, vitrim.ToMe) or case.reducer.extra_tokens:
                 assert torch.equal(state.size.sum(1), torch.full((len(x),), float(state.origin.shape[1])))
+        assert (handle.states[-1].size.shape[1] == handle.geometry.num_patches) == (case.reinstate is not None)
+        handle.remove()
 
 
-@each_reducer
-@each_model
-def test_laws_5_and_6_remove_deepcopy_pickle(adapter: str, name: str, reducer: Reducer) -> None:
+@each_pair
+def test_laws_5_and_6_remove_deepcopy_pickle(adapter: str, name: str, case: Case) -> None:
     model, x = build(adapter, name), images()
     dense, classes = model(x), [type(module) for module in model.modules()]
     keys, attributes = list(model.state_dict()), {n: set(vars(m)) for n, m in model.named_modules()}
-    handle = vitrim.attach(model, suited(reducer, model), vitrim.KeepRate(0.6, at=(0, 2)))
+    handle = vitrim.attach(model, case.suited(model), case.cuts(0, 2))
     reduced = model(x)
     assert list(model.state_dict()) == keys
     twin, thawed = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
@@ -149,9 +177,9 @@ def test_laws_5_and_6_remove_deepcopy_pickle(adapter: str, name: str, reducer: R
         assert torch.equal(other(x), dense)
 
 
-@each_reducer
+@each_case
 @pytest.mark.parametrize("name", ["vit", "dinov2_registers", "siglip"])
-def test_law_7_gradients_survive_recomputation(name: str, reducer: Reducer) -> None:
+def test_law_7_gradients_survive_recomputation(name: str, case: Case) -> None:
     model, x, other = build("timm-vit", name).double(), *(images(dtype=torch.float64, seed=s) for s in (1, 2))
 
     def gradients() -> list[Tensor]:
@@ -159,8 +187,7 @@ def test_law_7_gradients_survive_recomputation(name: str, reducer: Reducer) -> N
         (model(x).square().sum() + model(other).sum()).backward()  # Two passes before one backward.
         return [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
 
-    reducer = suited(reducer, model)
-    with vitrim.attach(model, reducer, vitrim.KeepRate(0.6, at=(0, 1))) as handle:
+    with vitrim.attach(model, case.suited(model), case.cuts(0, 1)) as handle:
         plain = gradients()
         seen = handle.states
         model.set_grad_checkpointing()
@@ -171,12 +198,12 @@ def test_law_7_gradients_survive_recomputation(name: str, reducer: Reducer) -> N
         torch.testing.assert_close(b, a, rtol=1e-12, atol=1e-12)
 
 
-@each_reducer
+@each_case
 @pytest.mark.parametrize("name", ["deit_distilled", "gap"])
-def test_law_8_full_graph_compile(name: str, reducer: Reducer) -> None:
+def test_law_8_full_graph_compile(name: str, case: Case) -> None:
     model, x = build("timm-vit", name), images()
     torch._dynamo.reset()
-    with vitrim.attach(model, suited(reducer, model), vitrim.KeepRate(0.6, at=(0, 2))), torch.no_grad():
+    with vitrim.attach(model, case.suited(model), case.cuts(0, 2)), torch.no_grad():
         compiled = torch.compile(model, fullgraph=True, backend="eager")
         torch.testing.assert_close(compiled(x), model(x))
 
@@ -189,19 +216,17 @@ def test_law_8_compile_with_inductor() -> None:
         torch.testing.assert_close(torch.compile(model, fullgraph=True)(x), model(x), rtol=1e-4, atol=1e-4)
 
 
-EXPORTED = [("vit", reducer) for reducer in (*REDUCTIONS, vitrim.TopK("random"))]
-EXPORTED[EXPORTED.index(("vit", vitrim.ToMe(prop_attn=False)))] = ("gap", vitrim.ToMe(prop_attn=False))
+UNSIZED = Case(vitrim.ToMe(prop_attn=False))
+EXPORTED = [("gap" if case == UNSIZED else "vit", case) for case in (*CASES, Case(vitrim.TopK("random")))]
 
 
-@pytest.mark.parametrize(("name", "reducer"), EXPORTED, ids=str)
-def test_law_8_export_and_onnx_with_another_batch_size(
-    name: str, reducer: Reducer, tmp_path: pytest.TempPathFactory
-) -> None:
+@pytest.mark.parametrize(("name", "case"), EXPORTED, ids=str)
+def test_law_8_export_and_onnx_with_another_batch_size(name: str, case: Case, tmp_path: pytest.TempPathFactory) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     model, x = build("timm-vit", name), images(2)
-    model.blocks = model.blocks[:2]
+    model.blocks = model.blocks[: 2 if case.reinstate is None else 3]
     batch = {0: torch.export.Dim("batch", min=1, max=64)}
-    with vitrim.attach(model, suited(reducer, model), vitrim.KeepRate(0.6, at=(0, 1))) as handle, torch.no_grad():
+    with vitrim.attach(model, case.suited(model), case.cuts(0, 1)) as handle, torch.no_grad():
         program = torch.export.export(model, (x,), dynamic_shapes=(batch,))
         assert handle._last is None, "tensors of the tracer must not stay behind"
         file = str(tmp_path / "model.onnx")
@@ -215,12 +240,11 @@ def test_law_8_export_and_onnx_with_another_batch_size(
             torch.testing.assert_close(torch.from_numpy(out), eager, rtol=1e-4, atol=1e-4)
 
 
-@each_reducer
-@each_model
-def test_law_9_an_image_does_not_depend_on_its_batch(adapter: str, name: str, reducer: Reducer) -> None:
+@each_pair
+def test_law_9_an_image_does_not_depend_on_its_batch(adapter: str, name: str, case: Case) -> None:
     model, x = build(adapter, name).double(), images(4, dtype=torch.float64)
-    for schedule in (SCHEDULE_OF["KeepRate"], SCHEDULE_OF["Stages"]):
-        with vitrim.attach(model, suited(reducer, model), schedule) as handle:
+    for schedule in (case.cuts(0, 2), replace(SCHEDULE_OF["Stages"], reinstate=case.reinstate)):
+        with vitrim.attach(model, case.suited(model), schedule) as handle:
             together = model(x)
             origin = handle.states[-1].origin
             for i in (0, 3):
@@ -228,6 +252,7 @@ def test_law_9_an_image_does_not_depend_on_its_batch(adapter: str, name: str, re
                 assert torch.equal(handle.states[-1].origin[0], origin[i])
 
 
+@torch.no_grad()
 def agrees_with_reference(model: nn.Module, reducer: Reducer, schedule: Schedule, *, cls_only: bool = False) -> None:
     x = images(2, dtype=torch.float64)
     with vitrim.attach(model, reducer, schedule) as handle:
@@ -243,15 +268,28 @@ def agrees_with_reference(model: nn.Module, reducer: Reducer, schedule: Schedule
                 assert set((origin == -1).nonzero().flatten().tolist()) == tokens.lost
 
 
-@each_reducer
-@each_model
+@each_pair
 @pytest.mark.parametrize("place", ["inside", "before"])
-def test_law_10_equals_slow_reference(adapter: str, name: str, reducer: Reducer, place: str) -> None:
+def test_law_10_equals_slow_reference(adapter: str, name: str, case: Case, place: str) -> None:
     model = build(adapter, name).double()
-    agrees_with_reference(model, suited(reducer, model), vitrim.KeepRate(0.6, at=(0, 2), place=place))
+    agrees_with_reference(model, case.suited(model), case.cuts(0, 2, place=place))
 
 
-@pytest.mark.parametrize("score", sorted(SCORES))
+@pytest.mark.parametrize("reducer", [vitrim.TopK(), vitrim.TopK("norm"), vitrim.ToMe()], ids=str)
+@pytest.mark.parametrize("place", ["inside", "before"])
+def test_law_10_gradients_flow_through_what_returns(place: str, reducer: Reducer) -> None:
+    model, x = build("timm-vit", "dinov2_registers").double(), images(2, dtype=torch.float64, seed=5)
+    with vitrim.attach(model, reducer, Case(reducer, 2).cuts(0, 1, place=place)) as handle:
+        plan = handle.plan()
+        model(x).square().sum().backward()
+    fast = {name: parameter.grad for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    sum(reduced_vit(model, image, reducer, plan)[0].square().sum() for image in x).backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(fast[name], parameter.grad, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("score", sorted(name for name in SCORES if not SCORES[name].training_only))
 @pytest.mark.parametrize("place", ["inside", "before"])
 def test_law_10_every_score(score: str, place: str) -> None:
     model = build("timm-vit", "dinov2_registers").double()
@@ -267,8 +305,7 @@ def test_law_10_scores_carried_over_depth(reducer: Reducer) -> None:
     agrees_with_reference(build("timm-vit", "deit").double(), reducer, vitrim.ConstantR(5))
 
 
-@each_reducer
+@each_case
 @pytest.mark.parametrize("name", ["deit_distilled", "dinov2_registers"])
-def test_law_10_prefix_only(name: str, reducer: Reducer) -> None:
-    schedule = vitrim.KeepRate(0.6, at=(0, 1, 2))
-    agrees_with_reference(build("timm-vit", name).double(), reducer, schedule, cls_only=True)
+def test_law_10_prefix_only(name: str, case: Case) -> None:
+    agrees_with_reference(build("timm-vit", name).double(), case.reducer, case.cuts(0, 1, 2), cls_only=True)

@@ -29,6 +29,8 @@ REDUCTIONS = [
     "TopK(mean_attention) @ PowerLaw(0.6)",
     "TopK(norm, fuse=mean) @ Stages({4: 0.85, 8: 0.5})",
     "ToMe() @ ConstantR(4)",
+    "TopK() @ KeepRate(0.5, at=(1, 2), reinstate=5)",
+    "ToMe() @ ConstantR(4, reinstate=8)",
 ]
 
 

@@ -80,14 +80,29 @@ def test_recomputation_and_forward_features_work(reducer: vitrim.tokens.Reducer)
         assert [state.size.shape[1] for state in handle.states] == [n - 1 for n in handle.token_counts]
 
 
-def test_reentrant_recomputation_is_refused_where_it_would_be_wrong() -> None:
+@pytest.mark.parametrize(
+    "reduction", ["ToMe() @ KeepRate(0.6, at=(0, 2))", "TopK() @ KeepRate(0.6, at=0, reinstate=2)"]
+)
+def test_reentrant_recomputation_is_refused_where_it_would_be_wrong(reduction: str) -> None:
     model, x = build("timm-vit", "vit"), images(2).requires_grad_()
-    with vitrim.attach(model, vitrim.ToMe(), CUT):
+    with vitrim.attach(model, reduction):
         y = model._pos_embed(model.patch_embed(x))
         for block in model.blocks:
             y = torch.utils.checkpoint.checkpoint(block, y, use_reentrant=True)
         with pytest.raises(VitrimError, match="use_reentrant=False"):
             y.sum().backward()
+
+
+@pytest.mark.parametrize("at", [(0, 1), (1,)])
+@pytest.mark.parametrize("reducer", [vitrim.TopK(), vitrim.TopK(fuse="sum"), vitrim.ToMe()], ids=str)
+def test_tokens_return_where_a_wrapper_replaces_tensors(reducer: vitrim.tokens.Reducer, at: tuple[int, ...]) -> None:
+    model, x = build("timm-vit", "gap_with_cls"), images(2)
+    with vitrim.attach(model, reducer, vitrim.KeepRate(0.6, at=at, reinstate=2)) as handle:
+        expected = model(x)
+        for block in model.blocks:
+            block.register_forward_hook(lambda _, args, out: out.clone())
+        assert torch.equal(model(x), expected)
+        assert handle.last_trace().parked == ()
 
 
 def test_batch_of_two_neither_fails_nor_differs() -> None:
@@ -149,15 +164,16 @@ def test_autocast(name: str, reducer: vitrim.tokens.Reducer) -> None:
 )
 def test_accelerators_meet_no_host_tensor_and_no_wait(reducer: vitrim.tokens.Reducer) -> None:
     """Tensors that only claim to be on an accelerator raise when mixed with the host's, or when a value is read."""
-    model = build("timm-vit", "vit").train()
+    model, returning = build("timm-vit", "vit").train(), vitrim.KeepRate(0.6, at=(0, 1), reinstate=2)
     with FakeTensorMode():
         for module in model.modules():
             for name, parameter in module.named_parameters(recurse=False):
                 setattr(module, name, nn.Parameter(torch.empty(parameter.shape, device="cuda")))
         x = torch.empty(2, 3, 40, 40, device="cuda")
-        with vitrim.attach(model, reducer, CUT) as handle:
-            model(x)
-            assert {state.origin.device.type for state in handle.states[:1]} == {"cuda"}
+        for schedule in (CUT, returning):
+            with vitrim.attach(model, reducer, schedule) as handle:
+                model(x)
+                assert {state.origin.device.type for state in handle.states[:1]} == {"cuda"}
 
 
 def test_features_of_two_passes_keep_their_own_sizes() -> None:
@@ -252,6 +268,9 @@ def test_a_refused_reduction_leaves_the_model_alone() -> None:
         ((vitrim.TopK("norm"), vitrim.KeepRate(0.5, at=(7,))), VitrimError, "cuts at block 7"),
         ((vitrim.TopK("norm"), vitrim.ConstantR(9)), VitrimError, "use r of at most 8"),
         ((vitrim.TopK("norm"),), VitrimError, "needs a schedule"),
+        ((vitrim.TopK, CUT), VitrimError, r"takes a reducer such as .*; write TopK\(\) with brackets"),
+        ((vitrim.TopK("norm"), vitrim.KeepRate), VitrimError, "schedule is a Schedule, not <class"),
+        ((0.7, CUT), VitrimError, "takes a reducer such as .*; not 0.7"),
         ((None, CUT), VitrimError, "go with a reducer"),
     ]
     for args, error, says in refused:

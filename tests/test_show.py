@@ -196,6 +196,12 @@ def test_fused_tokens_are_counted_apart(model):
     assert tiles[1].note == "8 of 16 tokens + fused"
     assert tiles[3].note == f"{kept} of 16 tokens + fused"
     assert all(tile.swatch is not None for tile in tiles[1:])
+    handle.remove()
+    vitrim.attach(model, "TopK(fuse=mean) @ KeepRate(0.5, at=0, reinstate=2)")
+    ((tiles, _),) = list(
+        _View(model, vitrim.attached(model)).draw(torch.randn(1, 3, 64, 64), torch.device("cpu"), [1, 2], False, 128)
+    )
+    assert [tile.note for tile in tiles[1:]] == ["8 of 16 tokens + fused", "16 of 16 tokens"]
 
 
 @pytest.mark.parametrize("method", ["TopK(norm, fuse=mean) @ PowerLaw()", "ToMe() @ ConstantR(3)",

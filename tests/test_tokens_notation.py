@@ -25,6 +25,7 @@ SCHEDULES_SHOWN = [
     vitrim.Counts((9, 8, 7)),
     vitrim.Budget(0.5),
     vitrim.Budget(0.5, shape=vitrim.KeepRate(0.3, at=(1,))),
+    vitrim.Stages({0: 0.65}, place="inside", reinstate=4),
 ]
 CURRICULA_SHOWN = [
     vitrim.Constant(),
@@ -45,6 +46,8 @@ def test_every_part_is_shown() -> None:
 @pytest.mark.parametrize("phase", ["both", "train", "eval"])
 def test_round_trip(phase: str) -> None:
     for reducer in REDUCERS_SHOWN:
+        if reducer.training_only and phase != "train":
+            continue
         for schedule in SCHEDULES_SHOWN:
             for curriculum in CURRICULA_SHOWN:
                 made = Reduction(reducer, schedule, curriculum, phase)
@@ -128,6 +131,16 @@ def test_numbers_and_lists_from_elsewhere() -> None:
     assert vitrim.Counts(range(3, 0, -1)) == vitrim.Counts((3, 2, 1))
     assert vitrim.ConstantR(np.int64(3)) == vitrim.ConstantR(3)
     assert vitrim.Budget(1, shape=vitrim.KeepRate(0.3)).macs == 1
+    made = Reduction(
+        vitrim.TopK(np.str_("norm"), momentum=np.float32(0.5)),
+        vitrim.Stages({np.int64(0): np.float64(0.7)}, reinstate=np.int32(4)),
+        vitrim.Polynomial(np.int64(2), np.float64(5)),
+    )
+    assert str(made) == (
+        "TopK(score='norm', momentum=0.5) @ Stages(fractions={0: 0.7}, reinstate=4) @ Polynomial(start=2, end=5.0)"
+    )
+    for schedule in (vitrim.KeepRate(np.float64(0.7), at=np.array([3, 6])), vitrim.KeepRate(0.7, at=np.int64(2))):
+        assert Reduction.parse(str(Reduction(vitrim.TopK(), schedule))).schedule == schedule
 
 
 def test_messages_show_what_was_written() -> None:

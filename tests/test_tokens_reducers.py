@@ -49,12 +49,16 @@ def checked_spread(s: TokenState, x: Float[Tensor, "B M C"], kept: Bool[Tensor, 
 
 
 def evidence(
-    num_images: int = 2, num_prefix: int = 2, num_patches: int = 9, dtype: torch.dtype = torch.float64
+    num_images: int = 2,
+    num_prefix: int = 2,
+    num_patches: int = 9,
+    dtype: torch.dtype = torch.float64,
+    training: bool = False,
 ) -> Evidence:
     count = num_prefix + num_patches
     query, key = (torch.randn(num_images, 3, count, 4, dtype=dtype) for _ in range(2))
     return Evidence(
-        num_prefix, 1, False, 0.5, torch.randn(num_images, count, 12, dtype=dtype), query[:, :, :1], query, key
+        num_prefix, 1, training, 0.5, torch.randn(num_images, count, 12, dtype=dtype), query[:, :, :1], query, key
     )
 
 
@@ -110,7 +114,7 @@ def test_merging_leaves_lonely_tokens_bit_equal() -> None:
 @pytest.mark.parametrize("name", sorted(SCORES))
 def test_scores_have_the_right_shape_and_sign(name: str) -> None:
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
-        e = evidence(dtype=dtype)
+        e = evidence(dtype=dtype, training=SCORES[name].training_only)
         score = checked_score(name, e, 9)
         assert score.min() >= 0
         assert score.isfinite().all()
@@ -153,6 +157,21 @@ def test_fused_weights() -> None:
             expected = expected / expected.sum(1, keepdim=True)
         torch.testing.assert_close(cut.weight_BR, expected)
         assert raw.gather(1, cut.kept_BK).min(1).values.ge(raw.gather(1, cut.moved_BR).max(1).values).all()
+
+
+@pytest.mark.parametrize("reducer", [vitrim.TopK("norm"), vitrim.TopK(fuse="sum"), vitrim.ToMe()], ids=str)
+def test_undo_brings_every_token_back_to_its_place(reducer: vitrim.tokens.Reducer) -> None:
+    e = evidence()
+    cut = reducer.assign(e, 6)
+    now, before = torch.randn(2, 2 + cut.num_out, 12).double(), e.hidden_BTC
+    back = cut.undo(now, None if cut.merges else before, 2)
+    assert back.shape == before.shape
+    assert torch.equal(back[:, :2], now[:, :2])
+    for b in range(2):
+        kept, target = cut.kept_BK[b].tolist(), cut.target()[b].tolist()
+        for n in range(9):
+            stays = n in kept or cut.merges
+            assert torch.equal(back[b, 2 + n], now[b, 2 + target[n]] if stays else before[b, 2 + n])
 
 
 def test_state_after_several_cuts() -> None:

@@ -96,6 +96,19 @@ def test_strength_scales_the_reduction() -> None:
         assert plan(schedule).token_counts[-1] < plan(schedule.scaled(0.5)).token_counts[-1] < 197
 
 
+def test_tokens_return_before_a_block() -> None:
+    ptd = plan(vitrim.Stages({0: 0.65}, place="inside", reinstate=4), num_patches=256, depth=6)
+    assert ptd.token_counts == (167,) * 4 + (257,) * 2
+    assert ptd.entering == (257, 167, 167, 167, 257, 257)
+    law = plan(vitrim.PowerLaw(0.6, reinstate=3), depth=6)
+    assert [cut.block for cut in law.cuts] == [0, 1, 2]
+    assert law.token_counts[:3] == plan(vitrim.PowerLaw(0.6), depth=6).token_counts[:3]
+    assert law.token_counts[3:] == (197,) * 3
+    assert [cut.block for cut in plan(vitrim.KeepRate(0.7, reinstate=8)).cuts] == [3, 6]
+    assert plan(vitrim.ConstantR(8, reinstate=2).scaled(0.0)).reinstate is None
+    assert plan(vitrim.Counts((100, 50), reinstate=2), depth=5).token_counts == (101, 51, 197, 197, 197)
+
+
 @pytest.mark.parametrize("share", [0.9, 0.6, 0.4])
 def test_budget_is_met_closely_from_below(share: float) -> None:
     model = timm.create_model("deit_small_patch16_224")
@@ -135,6 +148,14 @@ def test_budget_out_of_reach_is_refused() -> None:
         (lambda: plan(vitrim.Counts((100, 50))), "Counts lists 2 blocks, but the model has 12"),
         (lambda: plan(vitrim.Counts((300,) * 12)), "only 196"),
         (lambda: vitrim.Counts((4, 3)).scaled(0.5), "cannot follow a curriculum"),
+        (lambda: plan(vitrim.KeepRate(0.5, at=(3, 8), reinstate=8)), "block 8, but tokens return before block 8"),
+        (
+            lambda: plan(vitrim.KeepRate(0.5, reinstate=12)),
+            "return before a block behind a cut, 11 at most, not before",
+        ),
+        (lambda: plan(vitrim.PowerLaw(0.5, reinstate=0)), "return before a block behind a cut"),
+        (lambda: plan(vitrim.Counts((4, 3), reinstate=3)), "lists 2 blocks, but 3 come before the tokens return"),
+        (lambda: vitrim.Budget(0.5, reinstate=3), "of a Budget are those of its shape"),
     ],
 )
 def test_impossible_schedules_say_what_is_wrong(make: object, says: str) -> None:

@@ -11,7 +11,7 @@ import pytest
 BIN = Path(sys.executable).parent
 OPTIONS = (
     "train --model.name vit_tiny_patch16_224 --data.limit 96 --data.holdout 0.25 --data.workers 0 --batch_size 12 "
-    "--epochs 2 --optim.ema 0.9"
+    "--epochs 2 --optim.ema 0.9 --reduction TopK(gradient)@KeepRate(0.5,at=0,reinstate=1) --phase train"
 )
 SIZES = "{img_size: 32, embed_dim: 24, depth: 2, num_heads: 2, patch_size: 8}"
 KEYS = ("train_loss", "train_accuracy", "val_loss", "val_accuracy")

@@ -49,7 +49,7 @@ def outcome(folder: Path) -> dict[str, Any]:
     weights = load_file(folder / "model" / "model.safetensors")
     return {
         "figures": [{k: v for k, v in line.items() if k not in TIMINGS} for line in figures],
-        "weights": {**weights, **state["learner"], **(state["ema"] or {})},
+        "weights": {**weights, **state["learner"], **(state["gradients"] or {}), **(state["ema"] or {})},
     }
 
 
@@ -79,6 +79,7 @@ VARIANTS = {
     "delayed": {"reduction": "TopK() @ PowerLaw(0.6, 2.0) @ Delayed(1)"},
     "per step": {"reduction": "ToMe() @ KeepRate(0.5, at=[1]) @ Polynomial(0, 2, per_step=True)", "phase": "train"},
     "adaptive": {"reduction": "TopK() @ KeepRate(0.5, at=[1]) @ Adaptive(step=0.5)", "optim__ema": 0.5},
+    "gradient": {"reduction": "TopK(gradient) @ KeepRate(0.5, at=[0])", "phase": "train", "checkpointing": True},
     "entropy": {"reduction": "TopK() @ KeepRate(0.5, at=[1]) @ Adaptive(signal='entropy', threshold=0.01)"},
 }
 

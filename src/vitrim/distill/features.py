@@ -142,7 +142,7 @@ def whereabouts(model: nn.Module, tokens_BMC: Tensor) -> dict[str, Tensor]:
     if trace.plan.prefix_only:
         raise DistillError("the student's last block computes prefix tokens alone; attach it with cls_only=False")
     fused = torch.zeros(num_images, trace.plan.num_patches, dtype=torch.bool, device=tokens_BMC.device)
-    for _, assignment in trace.assignments:
+    for assignment in trace.cuts():
         fused = _follow(fused, assignment)
     return {"origin": trace.state().origin.to(tokens_BMC.device).expand(num_images, -1), "fused": fused}
 

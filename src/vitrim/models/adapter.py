@@ -124,7 +124,7 @@ def block_macs(
         queries = num_prefix
     elif inside is not None and reducer is not None:
         needs = needed(reducer, inside)
-        if reducer.drops_queries:
+        if skips_queries(reducer, inside):
             queries = num_prefix + inside.keep
             scored = Macs(one if needs == "cls_row" else 0)
         scored += Macs(0, _scoring(shape, tokens, needs))
@@ -138,6 +138,11 @@ def block_macs(
 def needed(reducer: Reducer, cut: Cut) -> Needs:
     """What the reducer reads at this cut: nothing where it reuses the scores of an earlier one."""
     return reducer.needs if cut.first or reducer.reads_evidence(cut.block) else "nothing"
+
+
+def skips_queries(reducer: Reducer, cut: Cut) -> bool:
+    """Whether a cut inside a block spares the attention of what it takes out: not where that comes back later."""
+    return reducer.drops_queries and not cut.returns
 
 
 def _scoring(shape: BlockShape, tokens: int, needs: Needs) -> int:

@@ -1,6 +1,7 @@
 """Put a reduction into a model, and take it out again without a trace."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from types import TracebackType
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from ..errors import ScoreError, VitrimError
 from ..tokens import Constant, Curriculum, Plan, Reducer, Reduction, Schedule, TokenState, make_plan
 from ..tokens.curricula import History
+from ..tokens.gradients import GradientMemory
 from ..tokens.reduction import Phase
 from .adapter import Geometry, find_adapter
 from .reduced import Trace
@@ -31,6 +33,9 @@ class Handle:
         self._plans: dict[tuple[int, bool], Plan] = {}
         self._originals: list[tuple[nn.Module, type[nn.Module]]] = []
         self._last: Trace | None = None
+        learns = reduction is not None and reduction.reducer.training_only
+        self.gradients = GradientMemory() if learns else None
+        """What the score has learnt from training steps, a part of their checkpoint; None where it learns nothing."""
         self._check()
         if reduction is not None:
             dense = Plan(self.geometry.num_patches, self.geometry.num_prefix, self.geometry.depth, ())
@@ -124,21 +129,27 @@ class Handle:
     def trace_of(self, x: Tensor, block: int) -> Trace:
         """The trace of these tokens on their way into `block`."""
         num_patches = x.shape[1] - self.geometry.num_prefix
-        if block == 0:
-            return Trace(self.plan(num_patches), self.reduction.reducer if self.reduction else None, x.shape[0])
         trace = getattr(x, _TRACE, None)
+        if block == 0:
+            return trace if trace is not None and recomputing() else self._start(x, num_patches)
         if trace is None and self._last is not None:
             # A wrapper between the blocks (FSDP, a hook) replaced the tensor: the latest pass is the one it came from.
             trace = self._last.upto(block)
-            if recomputing() and (trace.size_BN is not None or trace.score_BN is not None):
+            carries = trace.size_BN is not None or trace.score_BN is not None or trace.plan.reinstate is not None
+            if recomputing() and carries:
                 # Another pass may have come in between, whose sizes would be silently wrong for these tokens.
                 raise VitrimError(
-                    "this reducer carries sizes or scores from block to block, which reentrant activation "
+                    "this reduction carries sizes, scores or tokens from block to block, which reentrant activation "
                     "checkpointing loses; pass use_reentrant=False"
                 )
         if trace is None:
             raise VitrimError(f"block {block} was called on its own; run the model from its first block")
         return trace
+
+    def watch(self, x: Tensor, block: int, num_kept: int) -> None:
+        """Where the score learns from gradients, note the one that will reach the tokens kept by this cut."""
+        if self.gradients is not None and not recomputing():
+            self.gradients.watch(block, x, self.geometry.num_prefix, self.geometry.num_prefix + num_kept)
 
     def leave(self, x: Tensor, trace: Trace) -> Tensor:
         """Send the tokens on, with their trace."""
@@ -167,6 +178,14 @@ class Handle:
         if self._last is None:
             raise VitrimError("no forward pass has been made since the reduction was attached")
         return self._last
+
+    def _start(self, x: Tensor, num_patches: int) -> Trace:
+        trace = Trace(self.plan(num_patches), self.reduction.reducer if self.reduction else None, x.shape[0])
+        if self.gradients is not None and trace.plan.cuts:
+            # What is known may change before this pass is recomputed, which must choose the same tokens again.
+            trace = replace(trace, gradients=self.gradients.known())
+            setattr(x, _TRACE, trace)
+        return trace
 
     def _make_plan(self, num_patches: int, training: bool) -> Plan:
         g = self.geometry
@@ -238,6 +257,9 @@ def attach(
         raise VitrimError("a reduction is attached to this model already; call handle.remove() first")
     if isinstance(reducer, str):
         reducer = Reduction.parse(reducer, phase)
+    if reducer is not None and not isinstance(reducer, Reducer | Reduction):
+        what = f"write {reducer.__name__}() with brackets" if isinstance(reducer, type) else f"not {reducer!r}"
+        raise VitrimError(f"attach takes a reducer such as vitrim.TopK(), a Reduction or its text; {what}")
     if isinstance(reducer, Reducer):
         if schedule is None:
             raise VitrimError("a reducer needs a schedule, for example vitrim.KeepRate(0.7)")

@@ -7,7 +7,7 @@ decides which work can be left out is here:
 - where the head reads prefix tokens alone, the last block computes only those.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..errors import VitrimError
 from ..tokens import Assignment, Evidence, Plan, Reducer, TokenState, take
 from ..tokens.scores import Needs
-from .adapter import needed
+from .adapter import needed, skips_queries
 
 if TYPE_CHECKING:
     from .attach import Handle
@@ -35,6 +35,8 @@ class Trace:
 
     size_BN: input tokens behind each patch token, None while every token stands for itself alone.
     score_BN: the scores that the next cut may reuse, None if there are none.
+    parked: where tokens come back, the whole sequence as each cut met it; None where merging needs nothing.
+    gradients: what the loss listens to by block, see `GradientMemory`; None unless the score reads it.
     """
 
     plan: Plan
@@ -43,9 +45,11 @@ class Trace:
     assignments: tuple[tuple[int, Assignment], ...] = ()
     size_BN: Tensor | None = None
     score_BN: Tensor | None = None
+    parked: tuple[Tensor | None, ...] = ()
+    gradients: Mapping[int, Tensor] | None = None
 
-    def then(self, block: int, assignment: Assignment) -> "Trace":
-        """The trace after one more cut."""
+    def then(self, block: int, assignment: Assignment, before_BTC: Tensor | None = None) -> "Trace":
+        """The trace after one more cut of the tokens `before_BTC`."""
         size = self.size_BN
         if size is None and assignment.moved_BR is not None:
             size = torch.ones(self.num_images, assignment.num_in, device=assignment.kept_BK.device)
@@ -56,21 +60,38 @@ class Trace:
             score = assignment.carry(assignment.score_BN)
         # The weights of a fused token hold the graph of the whole pass, which must not outlive it.
         assignments = (*self.assignments, (block, assignment.detach()))
-        return replace(self, assignments=assignments, size_BN=size, score_BN=score)
+        parked = self.parked
+        if self.plan.reinstate is not None:
+            parked = (*parked, None if assignment.merges else before_BTC)
+        return replace(self, assignments=assignments, size_BN=size, score_BN=score, parked=parked)
+
+    def reinstate(self, x_BTC: Tensor) -> tuple[Tensor, "Trace"]:
+        """All tokens back in their original order, (B, P + N, C), and the trace from there on."""
+        for (_, assignment), before_BTC in zip(reversed(self.assignments), reversed(self.parked), strict=True):
+            x_BTC = assignment.undo(x_BTC, before_BTC, self.plan.num_prefix)
+        return x_BTC, replace(self, size_BN=None, score_BN=None, parked=())
 
     def upto(self, block: int) -> "Trace":
         """The trace as it was when the tokens reached `block`."""
-        trace = Trace(self.plan, self.reducer, self.num_images)
+        trace = Trace(self.plan, self.reducer, self.num_images, gradients=self.gradients)
         for at, assignment in self.assignments:
             if at < block:
                 trace = trace.then(at, assignment)
-        return trace
+        if self.plan.reinstate is not None and block > self.plan.reinstate:
+            return replace(trace, size_BN=None, score_BN=None, parked=())
+        return replace(trace, parked=self.parked[: len(trace.parked)])
+
+    def cuts(self, block: int | None = None) -> list[Assignment]:
+        """The cuts whose tokens are not back after `block` (None: at the end)."""
+        back = self.plan.reinstate
+        if back is not None and (block is None or block >= back):
+            return []
+        return [assignment for at, assignment in self.assignments if block is None or at <= block]
 
     def state(self, block: int | None = None) -> TokenState:
         """Where the input tokens are after `block` (None: at the end)."""
-        cuts = [a for at, a in self.assignments if block is None or at <= block]
         device = self.assignments[0][1].kept_BK.device if self.assignments else None
-        return TokenState.start(self.num_images, self.plan.num_patches, device).after(cuts)
+        return TokenState.start(self.num_images, self.plan.num_patches, device).after(self.cuts(block))
 
     def bias(self, dtype: torch.dtype) -> Tensor | None:
         """log(size) of all tokens, prefix included, as attention mask (B, 1, 1, T); None where attention is plain."""
@@ -112,6 +133,8 @@ class ReducedBlock(nn.Module):
         handle, index = self.vitrim_handle, self.vitrim_index
         trace = handle.trace_of(x, index)
         plan = trace.plan
+        if index == plan.reinstate:
+            x, trace = trace.reinstate(x)
         before, inside = plan.cut(index, "before"), plan.cut(index, "inside")
         prefix_only = plan.prefix_only and index == plan.depth - 1
         bias, reducer = trace.bias(x.dtype), trace.reducer
@@ -125,9 +148,7 @@ class ReducedBlock(nn.Module):
         _refuse_mask(args, kwargs)
         if before is not None and reducer is not None:
             evidence = self._foresee(x, trace, bias, needed(reducer, before))
-            assignment = reducer.assign(evidence, before.keep)
-            x = assignment.apply(x, trace.size_BN, plan.num_prefix)
-            trace = trace.then(index, assignment)
+            x, trace = self._carry_out(reducer.assign(evidence, before.keep), x, trace)
             bias = trace.bias(x.dtype)
         normed = self.norm_tokens(x)
         if prefix_only:
@@ -135,7 +156,7 @@ class ReducedBlock(nn.Module):
             key, value = self.project(normed, 1, 3)
             (query,) = self.project(query_rows, 0, 1)
             x = x + self.attend(query, key, value, bias, query_rows)
-        elif inside is not None and reducer is not None and reducer.drops_queries:
+        elif inside is not None and reducer is not None and skips_queries(reducer, inside):
             key, value = self.project(normed, 1, 3)
             evidence = self._evidence(x, trace, key=key, bias=bias)
             if needed(reducer, inside) == "cls_row":
@@ -151,10 +172,13 @@ class ReducedBlock(nn.Module):
             x = x + self.attend(query, key, value, bias, normed)
             if inside is not None and reducer is not None:
                 evidence = self._evidence(x, trace, query, key, bias)
-                assignment = reducer.assign(evidence, inside.keep)
-                x = assignment.apply(x, trace.size_BN, plan.num_prefix)
-                trace = trace.then(index, assignment)
+                x, trace = self._carry_out(reducer.assign(evidence, inside.keep), x, trace)
         return handle.leave(a_few_images_at_a_time(self.feed_forward, x), trace)
+
+    def _carry_out(self, assignment: Assignment, x: Tensor, trace: Trace) -> tuple[Tensor, Trace]:
+        out = assignment.apply(x, trace.size_BN, trace.plan.num_prefix)
+        self.vitrim_handle.watch(out, self.vitrim_index, assignment.kept_BK.shape[1])
+        return out, trace.then(self.vitrim_index, assignment, x)
 
     def _evidence(
         self,
@@ -175,6 +199,7 @@ class ReducedBlock(nn.Module):
             key_BHTD=key,
             bias_B11T=bias,
             previous_BN=trace.score_BN,
+            gradient_C=None if trace.gradients is None else trace.gradients.get(self.vitrim_index),
         )
 
     def _foresee(self, x: Tensor, trace: Trace, bias: Tensor | None, needs: Needs) -> Evidence:

@@ -193,8 +193,7 @@ class TimmViT(Adapter):
 
     def macs(self, model: Any, plan: Plan, reducer: Reducer | None) -> Macs:
         total = self._ends(model, plan)
-        tokens = plan.num_patches + plan.num_prefix
-        for index, (block, leaving) in enumerate(zip(model.blocks, plan.token_counts, strict=True)):
+        for index, (block, tokens) in enumerate(zip(model.blocks, plan.entering, strict=True)):
             attn = block.attn
             removed = isinstance(attn, RemovedBranch)
             shape = BlockShape(
@@ -207,7 +206,6 @@ class TimmViT(Adapter):
             prefix_only = plan.prefix_only and index == plan.depth - 1
             cuts = plan.cut(index, "before"), plan.cut(index, "inside")
             total += block_macs(shape, tokens, plan.num_prefix, *cuts, prefix_only, reducer)
-            tokens = leaving
         return total
 
     def _ends(self, model: nn.Module, plan: Plan) -> Macs:

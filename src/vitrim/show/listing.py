@@ -1,10 +1,11 @@
 """What can be named on the command line, in recipes and in Python."""
 
 from collections.abc import Iterable
+from dataclasses import fields
 
 from ..distill import LOSSES, TERMS, WEIGHTS
 from ..models import ADAPTERS
-from ..tokens import CURRICULA, REDUCERS, SCHEDULES, SCORES
+from ..tokens import CURRICULA, REDUCERS, SCHEDULES, SCORES, Schedule
 
 
 def listing(kind: str = "all") -> str:
@@ -22,13 +23,17 @@ def listing(kind: str = "all") -> str:
         "adapters": ((adapter.name, adapter.covers) for adapter in ADAPTERS),
         "models": ((name, "") for name in timm.list_models("vitrim_*")),
     }
+    shared = ", ".join(option.name for option in fields(Schedule))
+    notes = {
+        "schedules": f"  each takes {shared} too: see help(vitrim.tokens.Schedule)",
+        "models": "  and every timm model that an adapter covers, by its timm name",
+    }
     lines: list[str] = []
     for name, rows in tables.items():
         if kind in (name, "all"):
             lines.append(name)
             lines += [f"  {entry:<22}{text}".rstrip() for entry, text in rows]
-    if kind in ("models", "all"):
-        lines.append("  and every timm model that an adapter covers, by its timm name")
+            lines += [notes[name]] if name in notes else []
     return "\n".join(lines)
 
 

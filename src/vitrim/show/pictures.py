@@ -153,7 +153,8 @@ class _View:
         self.model(batch.to(device, dtype))
         states = [_cpu(state) for state in self.handle.states]
         num_patches = states[0].origin.shape[1]
-        place = {cut.block: cut.place for cut in self.handle.plan(num_patches, training=False).cuts}
+        plan = self.handle.plan(num_patches, training=False)
+        place = {cut.block: cut.place for cut in plan.cuts}
         shown = sorted(place) if blocks is None else sorted(set(blocks))
         if not shown:
             raise ScheduleError(
@@ -164,14 +165,15 @@ class _View:
             raise ScoreError("these cuts were not decided on scores (ToMe compares keys); leave the heat maps out")
         grid = _grid(self.model, batch.shape[-2:], num_patches)
         before = [TokenState.start(len(batch), num_patches), *states]
-        depth = len(states)
+        last = len(states) if plan.reinstate is None else plan.reinstate
+        reduced = range(min(place, default=last), last)
         for at, image in enumerate(batch):
             canvas = make_canvas(self._pixels(image), grid, side)
             tiles = [Tile(to_image(canvas), "image", f"{num_patches} patches")]
             heat: list[Tile | None] = [None]
             for block in shown:
                 state = states[block]
-                origin, fused = state.origin[at].numpy(), self._fused(state, at, cut=block >= min(place, default=depth))
+                origin, fused = state.origin[at].numpy(), self._fused(state, at, cut=block in reduced)
                 swatch = slot_colours(canvas, origin, len(fused))[fused].mean(0) if fused.any() else None
                 left = f"{int((~fused).sum())} of {num_patches} tokens" + (" + fused" if fused.any() else "")
                 tiles.append(Tile(

@@ -85,6 +85,28 @@ class Assignment:
         step = (take(x_BNC, self.moved_BR + num_prefix) - take(kept, slot)) * share.unsqueeze(2)
         return kept.to(step.dtype).scatter_add(1, slot.unsqueeze(2).expand_as(step), step).to(x_BNC.dtype)
 
+    @property
+    def merges(self) -> bool:
+        """Whether the tokens that lose their slot are averaged into others."""
+        return self.moved_BR is not None and self.weight_BR is None
+
+    def undo(self, x_BMC: Tensor, before_BNC: Tensor | None = None, num_prefix: int = 0) -> Tensor:
+        """Take the cut back on tokens of shape (B, P + M, C); returns (B, P + N, C), in the order before the cut.
+
+        Kept tokens are as they are now, dropped and fused ones as they were in `before_BNC`, the (B, P + N, C) tokens
+        that the cut was applied to. Merged ones all get what their common token is now, so that merging needs no
+        `before_BNC`. A fused token goes.
+        """
+        num_images, device = x_BMC.shape[0], x_BMC.device
+        prefix = torch.arange(num_prefix, device=device).expand(num_images, -1)
+        now = take(x_BMC, torch.cat([prefix, self.target().clamp(min=0) + num_prefix], dim=1))
+        if before_BNC is None:
+            return now
+        stays = torch.zeros(num_images, self.num_in, dtype=torch.bool, device=device)
+        stays = stays.scatter(1, self.kept_BK, torch.ones_like(self.kept_BK, dtype=torch.bool))
+        stays = torch.cat([torch.ones_like(prefix, dtype=torch.bool), stays], dim=1)
+        return torch.where(stays.unsqueeze(2), now, before_BNC)
+
     def size(self, size_BN: Tensor) -> Tensor:
         """Input tokens behind each outgoing token, (B, M), from those behind each incoming one."""
         kept = size_BN.gather(1, self.kept_BK)

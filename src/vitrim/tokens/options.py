@@ -9,6 +9,7 @@ from typing import Any, Literal, Union, cast, get_args, get_origin
 from ..errors import VitrimError
 
 _NUMBERS: dict[Any, type] = {int: Integral, float: Real}
+_OWN: tuple[tuple[type, Any], ...] = ((bool, bool), (str, str), (Integral, int), (Real, float))
 _SAID: dict[Any, str] = {
     int: "a whole number", float: "a number", str: "text", bool: "True or False", NoneType: "None",
 }  # fmt: skip
@@ -36,7 +37,7 @@ def _own(value: Any) -> Any:
         return tuple(map(_own, cast("tuple[Any, ...]", value)))
     if isinstance(value, Mapping):
         return {_own(key): _own(entry) for key, entry in cast("Mapping[Any, Any]", value).items()}
-    for kind, own in ((bool, bool), (str, str), (Integral, int), (Real, float)):
+    for kind, own in _OWN:
         if isinstance(value, kind):
             return value if type(value) is own else own(value)
     return value

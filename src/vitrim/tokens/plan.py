@@ -25,6 +25,8 @@ class Cut:
     num_out: int
     first: bool = False
     """Whether no cut comes earlier in the model, so that there are no scores to carry over."""
+    returns: bool = False
+    """Whether what goes comes back in a later block, so that it must be complete when it goes."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,8 @@ class Plan:
     cuts: tuple[Cut, ...]
     prefix_only: bool = False
     """Whether the last block computes the prefix tokens alone, for a head that reads nothing else."""
+    reinstate: int | None = None
+    """The block before which all patch tokens are back, None where none went or none return."""
 
     def cut(self, block: int, place: Place) -> Cut | None:
         """The cut at that place, None where there is none."""
@@ -51,11 +55,19 @@ class Plan:
         counts: list[int] = []
         now = self.num_patches
         for block in range(self.depth):
+            now = self.num_patches if block == self.reinstate else now
             now = next((cut.num_out for cut in reversed(self.cuts) if cut.block == block), now)
             counts.append(now + self.num_prefix)
         if self.prefix_only:
             counts[-1] = self.num_prefix
         return tuple(counts)
+
+    @property
+    def entering(self) -> tuple[int, ...]:
+        """Tokens on which each block starts, prefix tokens and those that return before it included."""
+        full = self.num_patches + self.num_prefix
+        counts = (full, *self.token_counts[:-1])
+        return tuple(full if block == self.reinstate else count for block, count in enumerate(counts))
 
     def for_prefix_only(self) -> "Plan":
         """The same plan where the last block computes prefix tokens alone, which makes a cut inside it pointless."""
@@ -65,10 +77,18 @@ class Plan:
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """Base of all schedules. `round_to` rounds the length of the sequence after a cut up to a multiple."""
+    """Base of all schedules.
+
+    Args:
+        place: cut before a block, or inside it between attention and MLP.
+        round_to: round the length of the sequence after a cut up to a multiple.
+        reinstate: the block before which all tokens come back, in their original order, dropped and fused ones as
+            they were when they went, merged ones as their common token is by then. Later blocks cut nothing.
+    """
 
     place: Place = "inside"
     round_to: int = 1
+    reinstate: int | None = None
 
     def __init_subclass__(cls) -> None:
         SCHEDULES[cls.__name__] = cls
@@ -80,6 +100,10 @@ class Schedule:
         check_options(self, ScheduleError)
         if self.round_to < 1:
             raise ScheduleError(f"round_to is a positive integer, not {self.round_to}")
+
+    def span(self, depth: int) -> range:
+        """Blocks in which tokens can go: all, or those before the tokens come back."""
+        return range(depth if self.reinstate is None else min(self.reinstate, depth))
 
     def blocks(self, depth: int) -> Sequence[int]:
         """Blocks that hold a cut, ascending."""
@@ -98,6 +122,12 @@ class Schedule:
         for block in self.blocks(depth):
             if not 0 <= block < depth:
                 raise ScheduleError(f"{self} cuts at block {block}, but the model has blocks 0 to {depth - 1}")
+            if block not in self.span(depth):
+                raise ScheduleError(f"{self} cuts at block {block}, but tokens return before block {self.reinstate}")
+        if self.reinstate is not None and not (self.blocks(depth) and self.reinstate < depth):
+            raise ScheduleError(
+                f"{self}: tokens return before a block behind a cut, {depth - 1} at most, not before {self.reinstate}"
+            )
 
     def resolve(self, macs_of: Callable[["Schedule"], int], dense: int) -> "Schedule":
         """A schedule with nothing left to solve for.
@@ -123,6 +153,7 @@ def make_plan(
         keep = ceil((keep + fixed) / schedule.round_to) * schedule.round_to - fixed
         keep = max(keep, reducer.fewest(now), 1)
         if keep < now:
-            cuts.append(Cut(block, schedule.place, now, keep, keep + reducer.extra_tokens, first=not cuts))
-            now = keep + reducer.extra_tokens
-    return Plan(num_patches, num_prefix, depth, tuple(cuts))
+            out, returns = keep + reducer.extra_tokens, schedule.reinstate is not None
+            cuts.append(Cut(block, schedule.place, now, keep, out, first=not cuts, returns=returns))
+            now = out
+    return Plan(num_patches, num_prefix, depth, tuple(cuts), reinstate=schedule.reinstate if cuts else None)

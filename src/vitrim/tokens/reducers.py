@@ -47,6 +47,11 @@ class Reducer:
         """Whether a cut wants the scores of earlier cuts."""
         return False
 
+    @property
+    def training_only(self) -> bool:
+        """Whether the evidence is there in training steps alone."""
+        return False
+
     def fewest(self, num_tokens: int) -> int:
         """The smallest number of tokens that one cut can keep of `num_tokens`."""
         return 1
@@ -118,6 +123,10 @@ class TopK(Reducer):
     @property
     def needs(self) -> Needs:
         return find_score(self.score).needs
+
+    @property
+    def training_only(self) -> bool:
+        return find_score(self.score).training_only
 
     @property
     def drops_queries(self) -> bool:

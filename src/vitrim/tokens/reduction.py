@@ -7,7 +7,7 @@ import ast
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ..errors import ScheduleError
+from ..errors import ScheduleError, ScoreError
 from ..notation import Notation, render
 from .curricula import CURRICULA, Constant, Curriculum, Polynomial
 from .options import check_options
@@ -36,6 +36,11 @@ class Reduction:
 
     def __post_init__(self) -> None:
         check_options(self, ScheduleError)
+        if self.reducer.training_only and self.phase != "train":
+            raise ScoreError(
+                f"{render(self.reducer)} lives on gradients, so it can act in phase 'train' alone, "
+                f"not in phase {self.phase!r}; at test time choose another score"
+            )
         curriculum, schedule = self.curriculum, self.schedule
         if isinstance(curriculum, Polynomial) and isinstance(schedule, KeepRate):
             dropped = 1 - schedule.rate

@@ -7,6 +7,7 @@ with `blocks`, `target` and `scaled`; `make_plan` does the rest.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import ceil, floor
+from numbers import Integral
 
 from ..errors import ScheduleError
 from ..notation import SHOWN
@@ -40,7 +41,7 @@ class PowerLaw(Schedule):
             raise ScheduleError(f"alpha is above 0, not {self.alpha}")
 
     def blocks(self, depth: int) -> Sequence[int]:
-        return range(depth)
+        return self.span(depth)
 
     def target(self, block: int, depth: int, num_now: int, num_patches: int) -> int:
         return max(1, floor(num_now * (1 - self.r_max * ((block + 1) / depth) ** self.alpha) + _ROUNDING))
@@ -60,14 +61,16 @@ class KeepRate(Schedule):
     at: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "at", (self.at,) if isinstance(self.at, int) else as_tuple(self.at))
+        object.__setattr__(self, "at", (self.at,) if isinstance(self.at, Integral) else as_tuple(self.at))
         super().__post_init__()
         _fraction(self.rate, "keep rate")
         if self.at is not None and (not self.at or list(self.at) != sorted(set(self.at))):
             raise ScheduleError(f"at lists block indices, ascending and each once, not {self.at}")
 
     def blocks(self, depth: int) -> Sequence[int]:
-        return self.at if self.at is not None else tuple(sorted({depth // 4, depth // 2, 3 * depth // 4}))
+        if self.at is not None:
+            return self.at
+        return tuple(block for block in sorted({depth // 4, depth // 2, 3 * depth // 4}) if block in self.span(depth))
 
     def target(self, block: int, depth: int, num_now: int, num_patches: int) -> int:
         return ceil(self.rate * num_now - _ROUNDING)
@@ -124,7 +127,7 @@ class ConstantR(Schedule):
             raise ScheduleError(f"r is 0 or more tokens, not {self.r}")
 
     def blocks(self, depth: int) -> Sequence[int]:
-        return range(depth)
+        return self.span(depth)
 
     def target(self, block: int, depth: int, num_now: int, num_patches: int) -> int:
         return max(1, num_now - self.r)
@@ -144,7 +147,10 @@ class ConstantR(Schedule):
 
 @dataclass(frozen=True)
 class Counts(Schedule):
-    """Patch tokens that leave each block, one number per block from block 0 on (a fused token not counted)."""
+    """Patch tokens that leave each block, one number per block from block 0 on (a fused token not counted).
+
+    With `reinstate`, one number for each block before it.
+    """
 
     counts: tuple[int, ...]
 
@@ -172,8 +178,11 @@ class Counts(Schedule):
         )
 
     def check(self, depth: int, num_patches: int, reducer: Reducer) -> None:
-        if len(self.counts) != depth:
-            raise ScheduleError(f"Counts lists {len(self.counts)} blocks, but the model has {depth}")
+        span = len(self.span(depth))
+        if len(self.counts) != span:
+            there = f"the model has {depth}" if self.reinstate is None else f"{span} come before the tokens return"
+            raise ScheduleError(f"Counts lists {len(self.counts)} blocks, but {there}")
+        super().check(depth, num_patches, reducer)
         if self.counts[0] > num_patches:
             raise ScheduleError(f"Counts keeps {self.counts[0]} patch tokens, but the model has only {num_patches}")
 
@@ -194,6 +203,8 @@ class Budget(Schedule):
         super().__post_init__()
         if self.macs <= 0:
             raise ScheduleError(f"a budget of MACs is above 0, not {self.macs}")
+        if (self.place, self.round_to, self.reinstate) != ("inside", 1, None):
+            raise ScheduleError("place, round_to and reinstate of a Budget are those of its shape; set them there")
 
     def blocks(self, depth: int) -> Sequence[int]:
         raise ScheduleError("a Budget must be attached to a model before it has cuts")

@@ -26,6 +26,7 @@ class Evidence:
 
     hidden_BTC: residual stream at the place of the cut. cls_query_BH1D, query_BHTD, key_BHTD: after q/k norm.
     bias_B11T: added to the attention logits (log of token sizes). previous_BN: score carried from earlier cuts.
+    gradient_C: mean squared gradient of each channel at this cut in earlier steps; None before the first one.
     """
 
     num_prefix: int
@@ -38,6 +39,7 @@ class Evidence:
     key_BHTD: Tensor | None = None
     bias_B11T: Tensor | None = None
     previous_BN: Tensor | None = None
+    gradient_C: Tensor | None = None
 
     @property
     def num_patches(self) -> int:
@@ -82,24 +84,28 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Score:
-    """A named score: the function, what it needs, and whether its values are attention probabilities."""
+    """A named score: the function, what it needs, whether its values are attention probabilities, and whether it
+    lives on gradients, which there are in training steps alone."""
 
     name: str
     needs: Needs
     is_probability: bool
     compute: Callable[[Evidence], Tensor]
     summary: str
+    training_only: bool = False
 
 
 SCORES: dict[str, Score] = {}
 
 
-def score(needs: Needs, is_probability: bool = False) -> Callable[[Callable[[Evidence], Tensor]], Score]:
+def score(
+    needs: Needs, is_probability: bool = False, training_only: bool = False
+) -> Callable[[Callable[[Evidence], Tensor]], Score]:
     """Enter a function in the table of scores under its own name."""
 
     def enter(function: Callable[[Evidence], Tensor]) -> Score:
         summary = (function.__doc__ or "").strip().splitlines()[0]
-        made = Score(function.__name__, needs, is_probability, function, summary)
+        made = Score(function.__name__, needs, is_probability, function, summary, training_only)
         SCORES[made.name] = made
         return made
 
@@ -159,6 +165,20 @@ def attention_sharpness(e: Evidence) -> Tensor:
 def norm(e: Evidence) -> Tensor:
     """L2 norm of the patch's hidden state (PTP-FAKD)."""
     return e.hidden_BTC[:, e.num_prefix :].norm(dim=-1)
+
+
+@score(needs="hidden", training_only=True)
+def gradient(e: Evidence) -> Tensor:
+    """First-order change of the loss without the patch, expected from the gradients of earlier steps; phase train."""
+    if not e.training or not torch.is_grad_enabled():
+        raise ScoreError(
+            "the score 'gradient' works in training steps alone, which record gradients; choose another score here "
+            "(with activation checkpointing, pass use_reentrant=False)"
+        )
+    patches = e.hidden_BTC[:, e.num_prefix :]
+    if e.gradient_C is not None:
+        patches = patches * e.gradient_C.to(patches.device).sqrt()
+    return patches.norm(dim=-1)
 
 
 @score(needs="key")

@@ -94,6 +94,7 @@ class _Run:
             "optimizer": self.optimizer,
             "ema": self.ema.module if self.ema else None,
             "scaler": self.accelerator.scaler,
+            "gradients": handle.gradients if (handle := attached(self.student)) else None,
         }
 
     def run(self) -> dict[str, Any]:
@@ -157,7 +158,7 @@ class _Run:
             "epoch": self.state.epoch, "step": self.state.step, "steps": self.steps, "loss": means["loss"],
             "accuracy": means.get("accuracy"), "terms": {name: means[name] for name in self.task.terms},
             "images_per_second": self.meter.images_per_second,
-            "tokens": handle.token_counts[-1] if handle else None,
+            "tokens": min(handle.token_counts) if handle else None,
         })  # fmt: skip
         if self.accelerator.sync_gradients:  # Gradients that are being accumulated are in no checkpoint.
             self._stop_if_asked()
