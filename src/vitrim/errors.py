@@ -42,5 +42,9 @@ class RecipeError(VitrimError):
     """A recipe that contradicts itself or the run folder it points to."""
 
 
+class BusyError(VitrimError):
+    """A folder that another process is writing to."""
+
+
 class DistillError(VitrimError):
     """Distillation terms, a teacher or a cache that do not fit the student."""

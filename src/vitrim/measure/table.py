@@ -45,6 +45,12 @@ class Table:
     notes: Sequence[str] = ()
     environment: Mapping[str, Any] = field(default_factory=dict)
 
+    @classmethod
+    def read(cls, path: str | Path) -> "Table":
+        """A table from the JSON file that `write` has written."""
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+        return cls(**{**data, "columns": [Column(**column) for column in data["columns"]]})
+
     def cells(self) -> list[list[str]]:
         """All cells as text, row by row."""
         return [[column.show(row) for column in self.columns] for row in self.rows]

@@ -2,6 +2,7 @@
 
 import statistics
 from collections.abc import Callable, Mapping
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,17 @@ from ..measure.environment import environment
 from ..measure.table import Column, Table
 from ..models import open_model, variant
 from ..output import check_folder
-from ..train.checkpoint import write_atomic
+from ..train.checkpoint import RunFolder, write_atomic
 from ..train.loop import train
+from .claims import GRACE
 from .compare import CLS_ONLY, figures_of
 from .curve import trace
 from .study import Study, run_folder
 from .sweep import sweep
+from .workers import join, once, share
 
 Report = Callable[[str, Mapping[str, Any]], None]
+_TABULATED = ".tabulated"
 
 COLUMNS = (
     Column("row", "model"),
@@ -43,6 +47,8 @@ def run_study(
     *,
     scale: str = "full",
     root: str | None = None,
+    database: str | None = None,
+    grace: float = GRACE,
     command: str = "",
     report: Report | None = None,
 ) -> Table:
@@ -50,17 +56,46 @@ def run_study(
 
     Runs lie in `out/ROW-sSEED`. Finished ones are not repeated, interrupted ones continue.
 
+    Args:
+        file: the study file.
+        out: the study folder.
+        scale: one of the file's.
+        root: folder of the images, in place of the file's.
+        database: URL of the database in which several workers, called alike, claim runs; they share the folder too.
+        grace: seconds without a sign of life after which a worker counts as dead.
+        command: what the user typed, for the record.
+        report: called as training goes on.
+
     Raises:
         RecipeError: the study was edited under runs that are there already.
+        BusyError: another process, which is no worker of this study, is at one of the runs.
+        VitrimError: the database cannot be used.
     """
     check_folder(out)
     study, out = Study.read(file, scale, root), Path(out)
     study.check(out)
+    claims = join(database, out, grace) if database is not None else None
+    if claims is not None:
+        share(study, out, claims, command=command, report=report)
     finished: dict[tuple[str, int], dict[str, Any]] = {}
     for seed in study.seeds:
         for row in study.order():
             recipe, folder = study.recipe(row, seed, out), run_folder(out, row, seed)
+            if report is not None and RunFolder(folder).result is None:
+                report("run", {"name": folder.name})
             finished[row, seed] = train(recipe, folder, command=command, report=report)
+    state, written = _state(study, scale, finished), out / _TABULATED
+    if claims is None:
+        return _write_tables(study, scale, out, finished, command, state)
+    done = lambda: (out / "table.json").exists() and written.exists() and written.read_text() == state  # noqa: E731
+    once(claims, "table", done, lambda: _write_tables(study, scale, out, finished, command, state))
+    return Table.read(out / "table.json")
+
+
+def _write_tables(
+    study: Study, scale: str, out: Path, finished: dict[tuple[str, int], dict[str, Any]], command: str, state: str
+) -> Table:
+    """Test what was learnt, and write all tables of the study."""
     found = {seed: _test(study, out, seed) for seed in study.seeds}
     table = _tabulate(study, scale, out, found, finished)
     _write(table, out / "table")
@@ -75,12 +110,18 @@ def run_study(
         runs = {seed: {row: run_folder(out, row, seed) for row in study.rows} for seed in study.seeds}
         traced = trace(study.curve, study.title, runs, recipe.data, batch_size=recipe.batch_size)
         _write(traced, out / "curve")
+    write_atomic(out / _TABULATED, state)
     return table
 
 
 def _write(table: Table, stem: Path) -> None:
     for suffix in (".md", ".csv", ".json"):
         table.write(stem.with_suffix(suffix), overwrite=True)
+
+
+def _state(study: Study, scale: str, finished: dict[tuple[str, int], dict[str, Any]]) -> str:
+    """What the tables follow from, in short, so that workers can tell whether they are written."""
+    return sha256(repr((study, scale, list(finished.values()))).encode()).hexdigest()
 
 
 def _test(study: Study, out: Path, seed: int) -> dict[tuple[str, str], dict[str, Any]]:

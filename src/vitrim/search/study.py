@@ -83,6 +83,10 @@ class Study:
         folder = lambda name: str(RunFolder(run_folder(out, name, seed)).model_path)  # noqa: E731
         return Recipe.from_dict(merge(_with_rows(self._options(row), folder), {"seed": seed}))
 
+    def needs(self, row: str) -> list[str]:
+        """Rows whose models this one asks for."""
+        return [name for text in self._texts(row) for name in _ROW.findall(text)]
+
     def order(self) -> list[str]:
         """Rows in the order of training: each after those whose models it asks for.
 
@@ -90,7 +94,7 @@ class Study:
             UnknownNameError: a row asks for one that is not there.
             RecipeError: rows wait for each other.
         """
-        needed = {row: [name for text in self._texts(row) for name in _ROW.findall(text)] for row in self.rows}
+        needed = {row: self.needs(row) for row in self.rows}
         for names in needed.values():
             for name in names:
                 if name not in self.rows:

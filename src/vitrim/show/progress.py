@@ -27,6 +27,10 @@ def live(console: Console | None = None, label: str = "") -> Iterator[Report]:
             elif event == "epoch":
                 progress.console.print(_line(label, figures), highlight=False)
                 progress.reset(task)
+            elif event == "run":
+                progress.console.print(figures["name"], highlight=False)
+            elif event == "wait":
+                progress.update(task, description=f"waiting for other workers: {figures['runs']} runs", figures="")
 
         yield report
 

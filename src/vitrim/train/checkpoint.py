@@ -1,7 +1,7 @@
 """The folder a run leaves behind: complete, resumable, never overwritten silently.
 
 `recipe.yaml`, `command.txt`, `environment.json`, `metrics.jsonl` (one line per epoch), `checkpoint/state.pt`,
-`model/` (the chosen weights, for `vitrim.load`) and `result.json` once the run is finished.
+`model/` (the chosen weights, for `vitrim.load`) and `result.json` once the run is finished. `.lock` is an empty file.
 """
 
 import errno
@@ -14,14 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from torch import nn
 
-from ..errors import CheckpointError, RecipeError
+from ..errors import BusyError, CheckpointError, RecipeError
 from ..models import save
 from .recipe import Recipe
 
 _PART = ".part"
+_LOCK = ".lock"
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
@@ -51,8 +53,26 @@ class RunFolder:
                 )
         elif self.path.exists() and not self.path.is_dir():
             raise RecipeError(f"{self.path} is a file; choose a folder with --out")
-        elif self.path.exists() and any(not name.name.endswith(_PART) for name in self.path.iterdir()):
+        elif self.path.exists() and any(not name.name.endswith((_PART, _LOCK)) for name in self.path.iterdir()):
             raise RecipeError(f"{self.path} is not empty and holds no run; choose another folder with --out")
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes from writing here while this is entered; the lock dies with its process.
+
+        Raises:
+            BusyError: another process is writing.
+        """
+        with _told(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            try:
+                held = FileLock(self.path / _LOCK, blocking=False).acquire()
+            except Timeout:
+                raise BusyError(
+                    f"another process is writing to {self.path}; let it finish, or choose another folder with --out"
+                ) from None
+        with held:
+            yield
 
     def start(self, recipe: Recipe, command: str, environment: Mapping[str, Any]) -> None:
         """Write what the run is, the recipe first, so that a folder with anything in it can be told."""

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ def train(recipe: Recipe, out: str | Path, *, command: str = "", report: Report 
 
     Raises:
         VitrimError: the recipe, the data or the folder is not what it should be, or the loss became NaN.
+        BusyError: another process is writing to the folder.
         Stopped: SIGTERM or Ctrl-C arrived; the state is saved, the same call continues.
     """
     recipe.check()
@@ -54,7 +56,7 @@ class _Run:
     """One run at work; everything random in it is a function of (seed, epoch, step)."""
 
     def __init__(self, recipe: Recipe, folder: RunFolder, command: str, report: Report) -> None:
-        self.recipe, self.folder, self.report = recipe, folder, report
+        self.recipe, self.folder, self.command, self.report = recipe, folder, command, report
         optim = recipe.optim
         self.accelerator = make_accelerator(
             mixed_precision=optim.precision,
@@ -79,9 +81,6 @@ class _Run:
         self.task = Task(recipe, self.student)
         optimizer = make_optimizer(self.student, optim, self.task.extra)
         self.scheduler = make_scheduler(optimizer, optim, recipe.epochs, math.ceil(self.steps / optim.accumulate))
-        if self.main:
-            folder.start(recipe, command, environment())
-        self.accelerator.wait_for_everyone()
         if recipe.compile:
             self.student.compile()
         self.learner, self.optimizer, self.loader = self.accelerator.prepare(self.task.learner, optimizer, loader)
@@ -98,9 +97,12 @@ class _Run:
         }
 
     def run(self) -> dict[str, Any]:
-        self.state.restore(self.folder, self.meter, self.parts)
-        self.scheduler.step_update(self.state.update)
-        with StopSignals() as self.signals:
+        with self.folder.locked() if self.main else nullcontext(), StopSignals() as self.signals:
+            if self.main:
+                self.folder.start(self.recipe, self.command, environment())
+            self.accelerator.wait_for_everyone()
+            self.state.restore(self.folder, self.meter, self.parts)
+            self.scheduler.step_update(self.state.update)
             if self.recipe.track:
                 self.accelerator.init_trackers("vitrim", config={})
             try:

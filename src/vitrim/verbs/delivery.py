@@ -2,9 +2,13 @@
 
 import os
 import sys
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from ..train.recipe import DataSpec
 
 Device = Literal["auto", "cpu", "cuda"]
+DataOptions = Annotated[dict[str, Any], DataSpec]
+"""The options of a `DataSpec` that were given, even if only to say their default, by name."""
 
 
 def command_line() -> str:
@@ -12,6 +16,14 @@ def command_line() -> str:
     import shlex
 
     return shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]])
+
+
+def hide_password(command: str, url: str | None) -> str:
+    """A command without the password of a database URL in it, so that it can be kept in a file."""
+    if url is None or "@" not in url:
+        return command
+    before = url.rpartition("@")[0]
+    return command.replace(before, before.partition("://")[0] + "://***")
 
 
 def check_table(out: str | None) -> None:

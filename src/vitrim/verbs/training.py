@@ -1,7 +1,7 @@
 """Verbs that train: one run, or the runs of a study."""
 
 from ..train.recipe import Recipe
-from .delivery import command_line
+from .delivery import command_line, hide_password
 
 
 def train(recipe: Recipe, out: str) -> None:
@@ -25,6 +25,8 @@ def study(
     out: str,
     scale: str = "full",
     root: str | None = None,
+    database: str | None = None,
+    workers: int = 1,
 ) -> None:
     """Run the rows of a study under one recipe and tabulate them; finished rows are not run again.
 
@@ -34,12 +36,19 @@ def study(
         scale: one of the file's; in vitrim's own studies "smoke" takes seconds and "small" is for a CPU. "full" is the
             file as it is.
         root: folder of the images, in place of the one in the file.
+        database: URL of a database, such as postgresql://USER:PASSWORD@HOST/NAME; processes and machines that are
+            given the same command then share the runs. They must share the folder of the study too.
+        workers: processes to start here; without --database they share the runs by a file in the folder of the study.
     """
+    from ..search.local_workers import local_workers
     from ..search.run_study import run_study
     from ..show.progress import live
     from ..show.report import write_report
 
-    with live() as report:
-        table = run_study(file, out, scale=scale, root=root, command=command_line(), report=report)
+    with local_workers(workers, file, out, scale, root, database) as place, live() as report:
+        table = run_study(
+            file, out, scale=scale, root=root, database=place, command=hide_password(command_line(), database),
+            report=report,
+        )  # fmt: skip
     print(table.text())
     print(f"written to {out}/table.md and {write_report(out)}")

@@ -1,0 +1,108 @@
+"""Several workers on one study: each trains a run that is free and whose rows are there, until all are finished.
+
+Workers share the study folder, which holds what is finished and the checkpoints of what is not, and a database, in
+which they claim runs. A run whose worker has died goes on from its last checkpoint.
+"""
+
+import os
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from ..errors import BusyError, RecipeError
+from ..train.checkpoint import RunFolder
+from ..train.loop import Report, train
+from .claims import GRACE, Claims
+from .study import Study, run_folder
+
+POLL = 2.0
+"""Seconds between two looks at what the others do."""
+
+
+class _Lost(Exception):
+    """Another worker has taken this one for dead, and its run over."""
+
+
+def join(database: str, out: Path, grace: float = GRACE) -> Claims:
+    """Become one of the workers on the study in folder `out`.
+
+    Raises:
+        VitrimError: the database cannot be opened.
+        RecipeError: this is one of several processes that train together.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise RecipeError("workers that share a study by --database are single processes; start them without launcher")
+    claims = Claims(database, "", grace)
+    out.mkdir(parents=True, exist_ok=True)
+    claims.study = _name_of(out)
+    return claims
+
+
+def share(study: Study, out: Path, claims: Claims, *, command: str = "", report: Report | None = None) -> None:
+    """Train runs of the study beside other workers; returns when all of them are finished, by whomever.
+
+    Raises:
+        RecipeError: the study was edited under runs that are there already.
+    """
+    tell = report or (lambda event, figures: None)
+    left = [(row, seed) for seed in study.seeds for row in study.order()]
+    while left := [key for key in left if not RunFolder(run_folder(out, *key)).result]:
+        ready = [(row, seed) for row, seed in left if not any((name, seed) in left for name in study.needs(row))]
+        if not any(_train(study, out, claims, row, seed, command, tell) for row, seed in ready):
+            tell("wait", {"runs": len(left)})
+            _pause(claims)
+
+
+def once(claims: Claims, name: str, done: Callable[[], bool], work: Callable[[], object]) -> None:
+    """Have one of the workers do what all of them need; returns when it is done."""
+    while not done():
+        if claims.claim(name):
+            with claims.held(name):
+                if not done():
+                    work()
+        else:
+            _pause(claims)
+
+
+def _train(
+    study: Study, out: Path, claims: Claims, row: str, seed: int, command: str, tell: Report
+) -> bool:  # fmt: skip
+    """Train one run, unless somebody is at it; whether this worker was."""
+    folder = run_folder(out, row, seed)
+    if not claims.claim(folder.name):
+        return False
+    with claims.held(folder.name) as lost, suppress(_Lost):
+
+        def watched(event: str, figures: Mapping[str, Any]) -> None:
+            if lost.is_set():
+                raise _Lost
+            tell(event, figures)
+
+        try:
+            with RunFolder(folder).locked():  # By a worker that others take for dead, or by none of the workers.
+                pass
+            tell("run", {"name": folder.name})
+            train(study.recipe(row, seed, out), folder, command=command, report=watched)
+        except BusyError:
+            return False
+    return True
+
+
+def _pause(claims: Claims) -> None:
+    time.sleep(min(POLL, claims.grace / 10))
+
+
+def _name_of(out: Path) -> str:
+    """A name of the study folder that is the same wherever workers mount it, and new where the folder is."""
+    path, mine = out / ".study", uuid4().hex
+    part = path.with_name(f".study-{mine}")
+    part.write_text(mine)
+    try:
+        with suppress(FileExistsError):
+            os.link(part, path)  # In one step, so that no worker reads half a name.
+    finally:
+        part.unlink()
+    return path.read_text()

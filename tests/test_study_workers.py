@@ -1,0 +1,223 @@
+"""Several workers on one study: every run once, the numbers of one worker, and nothing lost with a worker that dies."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from vitrim import cli
+from vitrim.errors import BusyError, RecipeError, VitrimError
+from vitrim.search.claims import Claims
+from vitrim.search.run_study import run_study
+from vitrim.train.checkpoint import RunFolder
+from vitrim.train.loop import train
+from vitrim.train.recipe import Recipe
+
+BASE = {
+    "model": {"args": {"depth": 1, "embed_dim": 24, "num_heads": 2}},
+    "data": {"workers": 0, "limit": 60},
+    "epochs": 2,
+    "batch_size": 16,
+}
+ROWS = {
+    "student": {"teacher": {"name": "{row:teacher}"}, "distill": "Labels(0.5) + Logits(0.5)"},
+    "teacher": {"model": {"args": {"embed_dim": 32}}},
+    "plain": {},
+}
+WORKER = """
+import json, os, signal, sys
+from vitrim.search.run_study import run_study
+
+folder, log, kill = sys.argv[1:]
+name = ""
+
+def note(event, figures):
+    global name
+    name = figures.get("name", name)
+    if event == "done":
+        print(name, file=open(log, "a"))
+    if kill == name and event == "epoch":
+        os.kill(os.getpid(), signal.SIGKILL)
+
+table = run_study("study.yaml", folder, database="sqlite:///claims.db", report=note)
+print(json.dumps([row["accuracy"] for row in table.rows]))
+"""
+
+
+@pytest.fixture(autouse=True)
+def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A study in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump({"title": "t", "base": BASE, "rows": ROWS, "seeds": [0]}, sort_keys=False))
+    return path
+
+
+def worker(log: str, kill: str = "none") -> subprocess.Popen[str]:
+    words = [sys.executable, "-c", WORKER, "out", log, kill]
+    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def accuracies(folder: str) -> dict[str, float]:
+    return {p.parent.name: json.loads(p.read_text())["test_accuracy"] for p in Path(folder).glob("*/result.json")}
+
+
+def test_two_workers_run_everything_once_and_find_what_one_finds(file: Path):
+    workers = [worker("log"), worker("log")]
+    ends = [process.communicate(timeout=400) for process in workers]
+    assert [process.returncode for process in workers] == [0, 0], ends
+    assert sorted(Path("log").read_text().split()) == sorted(f"{row}-s0" for row in ROWS)
+    alone = run_study(file, "alone")
+    assert accuracies("out") == pytest.approx(accuracies("alone"))
+    for out, _ in ends:  # One of them tabulated, both tell.
+        assert json.loads(out) == pytest.approx([row["accuracy"] for row in alone.rows])
+    assert "| plain |" in Path("out/table.md").read_text()
+
+
+def test_the_run_of_a_dead_worker_goes_on_from_its_checkpoint(file: Path):
+    first = worker("log", kill="plain-s0")
+    first.communicate(timeout=400)
+    assert first.returncode == -signal.SIGKILL
+    assert not Path("out/plain-s0/result.json").exists()
+    finished = {path.parent.name for path in Path("out").glob("*/result.json")}
+    epochs: dict[str, list[int]] = {}
+
+    def note(event: str, figures: Mapping[str, Any]) -> None:
+        if event == "run":
+            epochs[figures["name"]] = []
+        if event == "epoch":
+            [*epochs.values()][-1].append(figures["epoch"])
+
+    start = time.monotonic()
+    run_study(file, "out", database="sqlite:///claims.db", grace=1, report=note)
+    assert time.monotonic() - start > 1  # Not before the grace period is over.
+    assert epochs.pop("plain-s0") == [1]
+    assert set(epochs) == {f"{row}-s0" for row in ROWS} - finished - {"plain-s0"}
+    assert all(numbers == [0, 1] for numbers in epochs.values())
+
+
+def test_claims_exclude_each_other_and_pass_on(tmp_path: Path):
+    url = f"sqlite:///{tmp_path}/c.db"
+    one, two, other = Claims(url, "s", 0.5), Claims(url, "s", 2), Claims(url, "another study", 2)
+    assert one.claim("run")
+    assert other.claim("run")
+    with one.held("run") as lost:
+        for _ in range(9):  # As long as it shows life, however long that is.
+            assert not two.claim("run")
+            time.sleep(0.3)
+        assert not lost.is_set()
+    assert two.claim("run")  # Given up.
+    assert not one.claim("run")
+    time.sleep(0.6)
+    assert one.claim("run")  # Never a sign of life.
+    with two.held("run") as lost:
+        assert lost.wait(5)
+    assert not two.claim("run")  # What is another's is not given up.
+
+
+def test_a_run_that_is_taken_over_is_left_to_the_other(file: Path):
+    """A worker that was suspended for longer than the grace period."""
+    told: list[str] = []
+
+    def note(event: str, figures: Mapping[str, Any]) -> None:
+        told.append(event)
+        if told.count("step") == 1 and event == "step":
+            thief = Claims("sqlite:///claims.db", Path("out/.study").read_text(), 0.3)
+            with thief._engine.begin() as database:
+                database.exec_driver_sql("UPDATE vitrim_claims SET worker = 'thief'")
+            time.sleep(1)
+        if event == "wait":
+            raise InterruptedError
+
+    file.write_text(yaml.safe_dump({"base": BASE, "rows": {"plain": {}}}))
+    with pytest.raises(InterruptedError):
+        run_study(file, "out", database="sqlite:///claims.db", grace=0.3, report=note)
+    assert told.count("step") == 1
+    assert not Path("out/plain-s0/result.json").exists()
+
+
+def test_two_commands_in_one_run_folder(tmp_path: Path):
+    recipe = Recipe.from_dict(BASE)
+    with RunFolder(tmp_path / "run").locked(), pytest.raises(BusyError, match=r"another process is writing to .*run;"):
+        train(recipe, tmp_path / "run")
+    assert train(recipe, tmp_path / "run")["epochs"] == 2  # Once the other is through.
+
+
+def test_the_lock_dies_with_its_process(tmp_path: Path):
+    script = (
+        "import os, sys, time\nfrom vitrim.train.checkpoint import RunFolder\n"
+        "with RunFolder(sys.argv[1]).locked():\n    print('in', flush=True)\n    time.sleep(60)"
+    )
+    words = [sys.executable, "-c", script, str(tmp_path / "run")]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "in\n"
+        with pytest.raises(BusyError), RunFolder(tmp_path / "run").locked():
+            pass
+        process.kill()
+    with RunFolder(tmp_path / "run").locked():
+        RunFolder(tmp_path / "run").check(Recipe())  # The lock alone makes it no foreign folder.
+
+
+def test_workers_are_started_here(file: Path, capsys: pytest.CaptureFixture[str]):
+    content = {"title": "t", "base": {**BASE, "epochs": 1}, "rows": {"a": {}, "b": {"seed": 3}, "c": {"epochs": 2}}}
+    file.write_text(yaml.safe_dump(content))
+    cli.main(["study", "study.yaml", "--out", "out", "--workers", "2"])
+    assert "written to out/table.md" in capsys.readouterr().out
+    assert "written to out/table.md" in Path("out/worker-1.log").read_text()
+    assert sorted(accuracies("out")) == ["a-s0", "b-s0", "c-s0"]
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ("--database studies.db", "--database is no URL; write sqlite:///FILE"),
+        ("--database sqlite://", "a database in memory is no other worker's"),
+        ("--database sqlite:///none/x.db", "the database sqlite:///none/x.db cannot be used (unable to open"),
+        ("--database postgres://u@h/d", "unknown kind of database 'postgres'; did you mean postgresql?"),
+        ("--database mysql+mysqldb://u:secret@h/d", "mysql+mysqldb needs a driver; run: pip install 'mysqlclient'"),
+        ("--workers 0", "workers is 0; it must be 1 or more"),
+    ],
+)
+def test_mistakes_are_one_line(words: str, line: str, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as end:
+        cli.main(["study", "study.yaml", "--out", "out", *words.split()])
+    said = capsys.readouterr().err.strip()
+    assert (end.value.code, said.count("\n")) == (2, 0)
+    assert said.startswith(f"vitrim study: {line}")
+    assert "secret" not in said
+    assert not Path("out").exists()
+
+
+def test_launched_processes_are_no_workers(file: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RecipeError, match="single processes"):
+        run_study(file, "out", database="sqlite:///claims.db")
+
+
+def test_a_study_edited_under_other_workers(file: Path):
+    """Runs that another worker has begun since are looked at again when all are there."""
+
+    def note(event: str, figures: Mapping[str, Any]) -> None:
+        if event == "run" and figures["name"] == "teacher-s0":  # Meanwhile, by a worker that reads an older file:
+            train(Recipe.from_dict({**BASE, "epochs": 1}), "out/plain-s0")
+
+    with pytest.raises(VitrimError, match=r"plain-s0 holds a run of another recipe \(epochs: 1 -> 2\)"):
+        run_study(file, "out", database="sqlite:///claims.db", report=note)
+
+
+def test_passwords_are_not_written_down(file: Path, monkeypatch: pytest.MonkeyPatch):
+    from vitrim.verbs.delivery import hide_password
+
+    url = "postgresql://me:pa@ss@host/name"
+    command = hide_password(f"vitrim study s.yaml --database {url} --out x", url)
+    assert command == "vitrim study s.yaml --database postgresql://***@host/name --out x"
+    assert hide_password("vitrim study s.yaml", None) == "vitrim study s.yaml"
+    assert os.environ.get("WORLD_SIZE") is None
