@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from ..errors import ScheduleError
+from ..errors import ScheduleError, VitrimError
 from ..measure.environment import environment
 from ..measure.table import Column, Table
 from ..models import DENSE, open_model, variant
@@ -39,7 +39,7 @@ def sweep(
         method: a reduction with names in braces, such as `TopK() @ PowerLaw(0.6, {alpha})`.
         vary: the values of each name; for "tpe" its lowest and highest value.
         search: "grid" tries every combination, all side by side; "tpe" asks optuna's sampler for `trials` settings
-            with high accuracy and few MACs, one after another.
+            with high accuracy and few MACs, one after another; where an option counts, in whole numbers.
         trials: settings that "tpe" tries.
         seed: of the sampler.
         batch_size: images at a time.
@@ -90,6 +90,18 @@ def _fill(method: str, setting: Mapping[str, float]) -> str:
     return text
 
 
+def _counts(method: str, vary: Settings, name: str) -> bool:
+    """Whether an option takes whole numbers alone: it refuses the middle of two that it takes."""
+    if not all(float(value).is_integer() for value in vary[name]):
+        return False
+    setting = {other: values[0] for other, values in vary.items()}
+    try:
+        _fill(method, {**setting, name: min(vary[name]) + 0.5})
+    except VitrimError:
+        return True
+    return False
+
+
 def _grid(
     spec: str, model: nn.Module, data: DataSpec, method: str, vary: Settings, options: dict[str, Any]
 ) -> list[dict[str, Any]]:
@@ -109,9 +121,15 @@ def _bayes(
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     rows: list[dict[str, Any]] = []
+    counts = {name for name in vary if _counts(method, vary, name)}
 
     def objective(trial: optuna.Trial) -> tuple[float, float]:
-        setting = {name: trial.suggest_float(name, min(values), max(values)) for name, values in vary.items()}
+        setting = {
+            name: trial.suggest_int(name, int(min(values)), int(max(values)))
+            if name in counts
+            else trial.suggest_float(name, min(values), max(values))
+            for name, values in vary.items()
+        }
         text = _fill(method, setting)
         pair = {(spec, DENSE): variant(model, DENSE), (spec, text): variant(model, text)}
         found = figures_of(pair, data, **options)
