@@ -187,8 +187,19 @@ def test_train_then_eval_takes_the_images_of_the_run(tmp_path: Path, capsys: pyt
     assert reduced["gmacs"] < dense["gmacs"]
     assert dense["num_images"] == 364
     assert all(len(line) <= 80 for line in said.splitlines() if not line.startswith("written"))
+    (tmp_path / "run" / "recipe.yaml").write_text("data: {name: folder, root: nowhere}\n")
+    assert call(capsys, "eval", run)[::2] == (2, "vitrim eval: nowhere is not a folder\n")
+    for verb, *more in (["eval"], ["sweep", "--method", "TopK() @ KeepRate({r})", "--vary", "{r: [0.5]}"]):
+        words = [verb, run, *more, "--data.name", "digits", "--data.workers", "0", "--out", str(tmp_path / verb)]
+        code, _, err = call(capsys, *words[:-1], words[-1] + ".json")
+        assert code == 0, err
+        assert yaml.safe_load((tmp_path / f"{verb}.json").read_text())["rows"][0]["accuracy"] == dense["accuracy"]
+    (tmp_path / "data.yaml").write_text("data: {name: digits, workers: 0}\n")
+    words = ["stratify", run, "--config", str(tmp_path / "data.yaml"), "--num_images", "32"]
+    code, _, err = call(capsys, *words, "--out", str(tmp_path / "super"))
+    assert code == 0, err
     code, _, err = call(capsys, "eval", run, "--out", str(out))
     assert code == 2
     assert "exists; choose another name" in err
-    code, _, err = call(capsys, "eval", run, "vit_tiny_patch16_224")
+    code, _, err = call(capsys, "eval", run, "vit_tiny_patch16_224", "--data.name", "digits")
     assert (code, "tells 1000 classes apart, but the images have 10" in err) == (2, True)

@@ -35,13 +35,22 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_images_of_the_first_run_unless_given(run: str):
-    assert data_of([run], DataSpec()) == DataSpec(**DATA)
-    assert data_of([run], DataSpec(workers=3, name="folder")) == DataSpec(workers=3, limit=60, name="folder")
-    assert data_of(["vitrim_digits_vit"], DataSpec(limit=5)) == DataSpec(limit=5)
+    assert data_of([run], {}) == DataSpec(**DATA)
+    assert data_of([run], {"workers": 3, "name": "folder"}) == DataSpec(workers=3, limit=60, name="folder")
+    assert data_of([run], {"limit": None, "workers": 2}) == DataSpec()  # Defaults too, once they are given.
+    assert data_of(["vitrim_digits_vit"], {"limit": 5}) == DataSpec(limit=5)
+
+
+def test_place_and_splits_go_with_the_data_set(tmp_path: Path):
+    own = {"name": "folder", "root": "there", "train_split": "a", "test_split": "b", "image_size": 48, "limit": 9}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"data": own}))
+    run = [str(tmp_path)]
+    assert data_of(run, {"name": "folder", "root": "here"}) == DataSpec(**{**own, "root": "here"})
+    assert data_of(run, {"name": "digits"}) == DataSpec(image_size=48, limit=9)
 
 
 def test_compare_gives_ratios_to_the_first_row(run: str):
-    table = compare([run], data_of([run], DataSpec()), ["dense", OWN, "TopK() @ KeepRate(0.5, at=[0])"])
+    table = compare([run], data_of([run], {}), ["dense", OWN, "TopK() @ KeepRate(0.5, at=[0])"])
     dense, saved, reduced = table.rows
     assert (dense["speed"], dense["macs_ratio"]) == (1, 1)
     assert (
@@ -89,6 +98,15 @@ def test_tpe_stays_within_bounds_and_repeats_itself(run: str):
     assert len(first) == 4
     assert all(0.2 <= r <= 0.9 and 1 <= alpha <= 2 for r, alpha in first)
     assert settings() == first
+
+
+def test_tpe_counts_in_whole_numbers(run: str):
+    def tried(method: str, **vary: list[float]) -> list[float]:
+        table = sweep([run], DataSpec(**DATA), method, vary, search="tpe", trials=3)
+        return [row["r"] for row in table.rows[1:]]
+
+    assert all(isinstance(r, int) and 2 <= r <= 12 for r in tried("ToMe() @ ConstantR({r})", r=[2.0, 12.0]))
+    assert any(r != int(r) for r in tried("TopK() @ PowerLaw(0.5, {r})", r=[1, 4]))  # Whole bounds, but no count.
 
 
 @pytest.fixture

@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import is_dataclass
 from difflib import get_close_matches
 from inspect import signature
-from typing import Any, NoReturn
+from typing import Annotated, Any, NoReturn, get_args, get_origin
 
 import docstring_parser
-from jsonargparse import ArgumentParser, set_parsing_settings
+from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 from . import __version__
 from .errors import VitrimError
@@ -83,6 +83,7 @@ def _add_options(verb: ArgumentParser, function: Callable[..., None]) -> None:
     told = {p.arg_name: p.description or "" for p in docstring_parser.parse(function.__doc__ or "").params}
     for name, parameter in signature(function, eval_str=True).parameters.items():
         kind, required = parameter.annotation, parameter.default is parameter.empty
+        kind = _group_of(kind) or kind
         if is_dataclass(kind):  # A recipe file holds the options themselves, not a `recipe:` heading.
             verb.add_class_arguments(kind, None if kind is Recipe else name)
             continue
@@ -100,6 +101,11 @@ def _add_options(verb: ArgumentParser, function: Callable[..., None]) -> None:
             action.nargs, action.const = "?", True
 
 
+def _group_of(kind: Any) -> Any:
+    """The class whose options are meant, where a function takes those that are given as a mapping."""
+    return get_args(kind)[1] if get_origin(kind) is Annotated else None
+
+
 def main(argv: list[str] | None = None) -> None:
     """Run one verb; user mistakes are one line and exit code 2."""
     warnings.filterwarnings("ignore", module="torch|timm|accelerate|PIL")
@@ -113,6 +119,9 @@ def main(argv: list[str] | None = None) -> None:
     verb = parsed["verb"]
     options = dict(parser.instantiate(parsed)[verb])
     options.pop("config", None)
+    for name, parameter in signature(VERBS[verb], eval_str=True).parameters.items():
+        if _group_of(parameter.annotation) is not None:
+            options[name] = vars(parser.parse_args(argv, defaults=False)[verb].get(name, Namespace()))
     if verb == "train":
         out = options.pop("out")
         options = {"recipe": Recipe(**options), "out": out}

@@ -1,8 +1,8 @@
 """Models side by side on the same images: accuracy, time, tokens and cost."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,16 +52,16 @@ def check_classes(models: Sequence[str], classes: Sequence[str]) -> None:
             raise DataError(f"{name} was trained on class {wrong[0]} where the images have {wrong[1]}")
 
 
-def data_of(models: Sequence[str], given: DataSpec) -> DataSpec:
+def data_of(models: Sequence[str], given: Mapping[str, Any]) -> DataSpec:
     """The images that the first run learnt with, where the first model is a run folder, with `given` laid over them.
 
-    Only options that differ from their defaults count as given.
+    `given` holds options of `DataSpec`. Where it names another data set, place and splits are not the run's.
     """
     path = Path(models[0]) / "recipe.yaml"
-    if not path.exists():
-        return given
-    changes = {name: value for name, value in asdict(given).items() if value != getattr(DataSpec(), name)}
-    return replace(Recipe.read(path).data, **changes)
+    own, new = Recipe.read(path).data if path.exists() else DataSpec(), DataSpec()
+    if given.get("name", own.name) != own.name:
+        own = replace(own, root=new.root, download=new.download, train_split=new.train_split, test_split=new.test_split)
+    return replace(own, **given)
 
 
 def compare(

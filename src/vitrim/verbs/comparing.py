@@ -2,13 +2,12 @@
 
 from typing import Literal
 
-from ..train.specs import DataSpec
-from .delivery import Device, check_table, deliver
+from .delivery import DataOptions, Device, check_table, deliver
 
 
 def evaluate(
     model: list[str],
-    data: DataSpec,
+    data: DataOptions,
     method: list[str] | None = None,
     batch_size: int = 128,
     device: Device = "auto",
@@ -18,7 +17,7 @@ def evaluate(
 
     Args:
         model: timm names, folders written by vitrim, or run folders.
-        data: the images; what is not given is taken from the recipe of the first run.
+        data: the images; what is not given is taken from the recipe of the first run, if it is one.
         method: reductions to put in at test time, such as "TopK() @ KeepRate(0.7)"; "dense" takes any out.
         batch_size: images at a time.
         device: where to run.
@@ -66,7 +65,7 @@ def bench(
 
 def sweep(
     model: list[str],
-    data: DataSpec,
+    data: DataOptions,
     method: str,
     vary: dict[str, list[float]],
     search: Literal["grid", "tpe"] = "grid",
@@ -79,7 +78,7 @@ def sweep(
 
     Args:
         model: timm names, folders written by vitrim, or run folders.
-        data: the images; what is not given is taken from the recipe of the first run.
+        data: the images; what is not given is taken from the recipe of the first run, if it is one.
         method: a reduction with names in braces, such as "TopK() @ PowerLaw({r_max}, {alpha})".
         vary: values for each name ({"alpha": [1.0, 1.5, 2.0]}); with tpe, the lowest and highest value.
         search: "grid" tries all, "tpe" (Bayesian) looks for the frontier of accuracy and MACs in so many trials.

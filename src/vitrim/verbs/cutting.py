@@ -1,12 +1,11 @@
 """Verbs that make smaller networks: a super-network of a model, and what is cut out of it."""
 
-from ..train.specs import DataSpec
-from .delivery import Device
+from .delivery import DataOptions, Device
 
 
 def stratify(
     model: str,
-    data: DataSpec,
+    data: DataOptions,
     out: str,
     num_images: int = 1024,
     labels: bool = False,

@@ -4,7 +4,7 @@ import os
 import sys
 from typing import Annotated, Any, Literal
 
-from ..train.recipe import DataSpec
+from ..train.specs import DataSpec
 
 Device = Literal["auto", "cpu", "cuda"]
 DataOptions = Annotated[dict[str, Any], DataSpec]
