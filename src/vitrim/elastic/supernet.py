@@ -30,7 +30,7 @@ CHAIN, MEANS = "chain.json", "means.safetensors"
 
 @dataclass(frozen=True)
 class SuperNet:
-    """The full network with its units in order, its chain, and the means that make up for lost units.
+    """The full network with its units in order, its chain, and the means that can make up for lost units.
 
     means: None after training with PIAD, where sub-networks have learnt to do without.
     """
@@ -45,7 +45,7 @@ class SuperNet:
         macs: float | None = None,
         params: float | None = None,
         latency: float | None = None,
-        compensate: bool | None = None,
+        compensate: bool = False,
     ) -> nn.Module:
         """The largest sub-network within one budget, as a model of its own; needs no data and no training.
 
@@ -53,7 +53,7 @@ class SuperNet:
             macs: most multiply-accumulates per image, attention products included.
             params: most parameters.
             latency: longest forward pass at batch size 1, in milliseconds, measured where the model is.
-            compensate: add what lost units contribute on average to the biases; default: where the means are known.
+            compensate: add what lost units contribute on average to the biases, where the means are known.
 
         Any budget in (0, 1] is a fraction of the full network's cost.
 
@@ -63,11 +63,11 @@ class SuperNet:
         index = choose(self.model, self.chain, macs=macs, params=params, latency=latency)
         return self.cut(index, compensate)
 
-    def cut(self, index: int, compensate: bool | None = None) -> nn.Module:
+    def cut(self, index: int, compensate: bool = False) -> nn.Module:
         """Sub-network `index` of the chain as a model of its own (0: full, -1: smallest)."""
         if compensate and self.means is None:
             raise VitrimError("this super-network holds no means; leave compensate=True out")
-        return cut(self.model, self.chain, index, None if compensate is False else self.means)
+        return cut(self.model, self.chain, index, self.means if compensate else None)
 
     @contextmanager
     def at(self, index: int) -> Iterator[nn.Module]:
