@@ -40,8 +40,9 @@ def test_sandwich_losses_are_cross_entropy_then_imitation_of_the_full_network():
         stratifier.start_epoch(0, loader())
         drawn = draw("sandwich", len(stratifier.chain), 0, 7)
         terms = list(stratifier.losses(x, y, step=7))
-        assert tuple(term.network for term in terms) == drawn
-        assert [term.last for term in terms] == [False, False, True]
+        assert {term.part: term.network for term in terms} == drawn
+        assert list(drawn) == ["full", "smallest", "random"]
+        assert torch.equal(terms[0].out, model(x))
         full = model(x)
         assert torch.allclose(terms[0].loss, F.cross_entropy(full, y))
         for term in terms[1:]:
@@ -90,7 +91,7 @@ def test_gradients_reach_the_leading_part_alone_and_every_parameter_has_one():
     with Stratifier(model, config) as stratifier:
         stratifier.start_epoch(0, loader())
         smallest = len(stratifier.chain) - 1
-        step = next(step for step in range(9999) if draw("uniform", smallest + 1, 0, step) == (smallest,))
+        step = next(step for step in range(9999) if draw("uniform", smallest + 1, 0, step) == {"random": smallest})
         (term,) = stratifier.losses(x, y, step)
         term.loss.backward()
         widths = stratifier.chain.widths(smallest)

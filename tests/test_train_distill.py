@@ -151,7 +151,8 @@ def test_held_out_loss_is_the_mean_over_single_images(teacher: str):
     learner = prepare_learner(options, prepare_student(options, 10)).train()
     splits = make_splits(*open_both(options.data), learner.student, options.data, options.augment, 0)
     assert splits.select is not None
-    found = mean_loss(learner, splits.select, batch_size=7, workers=0, accelerator=make_accelerator(cpu=True))
+    options = {"terms": ["tokens"], "batch_size": 7, "workers": 0, "accelerator": make_accelerator(cpu=True)}
+    found = mean_loss(learner, splits.select, **options)
     assert learner.training
     learner.eval()
     with torch.no_grad():

@@ -5,8 +5,8 @@ networks drawn from the chain. By default the full, the smallest and a random on
 (sandwich rule with in-place distillation, Yu & Huang 2019); rule="original" is SKD as published.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -57,12 +57,17 @@ class Piad:
 
 @dataclass(frozen=True)
 class Term:
-    """One loss to send backwards, and the network of the chain that it trains."""
+    """One loss to send backwards.
 
+    part: which part the network plays in this step, see `sampler.RULES`.
+    network: which network of the chain it trains.
+    out: what that network gave, detached.
+    """
+
+    part: str
     network: int
     loss: Tensor
-    last: bool
-    """Whether it is the last of its step: only then do processes need to exchange gradients."""
+    out: Tensor
 
 
 class Stratifier:
@@ -73,12 +78,18 @@ class Stratifier:
         config: how.
         chain: to go on from; default: the full network alone.
         teacher: an external teacher, frozen and in eval mode; default: the full network itself.
+        criterion: the loss on labels.
     """
 
     def __init__(
-        self, model: nn.Module, config: Piad, chain: Chain | None = None, teacher: nn.Module | None = None
+        self,
+        model: nn.Module,
+        config: Piad,
+        chain: Chain | None = None,
+        teacher: Callable[[Tensor], Tensor] | None = None,
+        criterion: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
     ) -> None:
-        self.model, self.config, self.teacher = model, config, teacher
+        self.model, self.config, self.teacher, self.criterion = model, config, teacher, criterion
         self.chain = chain or start_chain(model, groups=config.groups, width_multiple=config.width_multiple)
         self.epoch = -1
         if config.rule != "sandwich" and config.distill and teacher is None:
@@ -109,7 +120,12 @@ class Stratifier:
         return self.chain
 
     def losses(
-        self, images: Tensor, targets: Tensor | None, step: int, model: nn.Module | None = None
+        self,
+        images: Tensor,
+        targets: Tensor | None,
+        step: int,
+        model: nn.Module | None = None,
+        hold: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> Iterator[Term]:
         """The losses of one step, one network at a time; send each backwards before asking for the next.
 
@@ -118,6 +134,7 @@ class Stratifier:
             targets: class indices (B,) or probabilities (B, classes); None: distillation alone.
             step: counts all steps of the run; decides together with the seed which networks are drawn.
             model: the wrapped model to call (DistributedDataParallel, compiled); default: the model itself.
+            hold: entered around every network but the last, so that processes exchange gradients once a step.
         """
         c = self.config
         drawn = draw(c.rule, len(self.chain), c.seed, step)
@@ -125,20 +142,21 @@ class Stratifier:
         if c.distill and self.teacher is not None:
             with torch.no_grad():
                 target_of_students = output_of(self.teacher, images)
-        for position, index in enumerate(drawn):
-            with narrowed(self.model, self.chain.widths(index)):
+        for position, (part, index) in enumerate(drawn.items()):
+            last = position == len(drawn) - 1
+            with narrowed(self.model, self.chain.widths(index)), nullcontext() if last else hold():
                 out = output_of(model or self.model, images)
                 taught = target_of_students is not None and (self.teacher is not None or position > 0)
                 if taught:
                     loss = imitation_loss(out, target_of_students, c.temperature, is_headless(self.model))
                 elif targets is not None:
-                    loss = F.cross_entropy(out, targets)
+                    loss = self.criterion(out, targets)
                 else:
                     raise VitrimError("without labels the full network needs a teacher of its own; give one")
                 if c.distill and target_of_students is None:
                     target_of_students = out.detach()
                 # Inside the context: activation checkpointing recomputes the forward pass while going backwards.
-                yield Term(index, loss, position == len(drawn) - 1)
+                yield Term(part, index, loss, out.detach())
 
     @contextmanager
     def network(self, index: int) -> Iterator[nn.Module]:

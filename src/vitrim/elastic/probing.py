@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from ..errors import DataError, VitrimError
 Batch = Tensor | tuple[Tensor, ...] | list[Tensor]
 
 
-def output_of(model: nn.Module, images: Tensor) -> Tensor:
+def output_of(model: Callable[[Tensor], Any], images: Tensor) -> Tensor:
     """Logits (B, classes) or pooled features (B, C) of any served model, heads of a distilled one averaged."""
     out = model(images)
     if isinstance(out, tuple):

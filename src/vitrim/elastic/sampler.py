@@ -10,23 +10,31 @@ from torch import nn
 from ..errors import UnknownNameError
 from ..models.sublayers import Elastic, elastic
 
-RULES: dict[str, Callable[[random.Random, int], tuple[int, ...]]] = {
-    "sandwich": lambda rng, size: (0, size - 1, rng.randrange(size)),
-    "uniform": lambda rng, size: (rng.randrange(size),),
-    "original": lambda rng, size: (rng.randrange(max(size - 1, 1)),),
+RULES: dict[str, dict[str, Callable[[random.Random, int], int]]] = {
+    "sandwich": {
+        "full": lambda rng, size: 0,
+        "smallest": lambda rng, size: size - 1,
+        "random": lambda rng, size: rng.randrange(size),
+    },
+    "uniform": {"random": lambda rng, size: rng.randrange(size)},
+    "original": {"random": lambda rng, size: rng.randrange(max(size - 1, 1))},
 }
-"""Name -> (generator, networks in the chain) -> the networks that one step trains, largest first of a sandwich.
+"""Name -> the parts that networks play in one step, in order -> (generator, networks in the chain) -> the network.
 
 sandwich: full, smallest and a random one. uniform: any one. original: any one but the smallest, as SKD published it.
 """
 log = logging.getLogger(__name__)
 
 
-def draw(rule: str, size: int, seed: int, step: int) -> tuple[int, ...]:
-    """The networks to train at this step. A function of (seed, step) alone: processes agree, resuming is exact."""
+def draw(rule: str, size: int, seed: int, step: int) -> dict[str, int]:
+    """The networks to train at this step, by the part that each plays.
+
+    A function of (seed, step) alone: processes agree, resuming is exact.
+    """
     if rule not in RULES:
         raise UnknownNameError("sampling rule", rule, RULES)
-    drawn = RULES[rule](random.Random(f"{seed} {step}"), size)
+    rng = random.Random(f"{seed} {step}")
+    drawn = {part: pick(rng, size) for part, pick in RULES[rule].items()}
     log.debug("step %d trains networks %s of %d", step, drawn, size)
     return drawn
 

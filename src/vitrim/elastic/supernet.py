@@ -6,16 +6,19 @@ pass); training it further (PIAD) is in `piad.py`.
 
 import copy
 import itertools
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, VitrimError
 from ..models import attached
+from ..models.build import saved_folder
 from ..models.store import load, save
 from ..models.sublayers import Kind
 from .chain import GROUPS, Chain, grow, hash_of, start_chain
@@ -75,11 +78,22 @@ class SuperNet:
         with narrowed(self.model, self.chain.widths(index)):
             yield self.model
 
-    def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
-        """Write weights, chain and means into one folder; `vitrim.load` reads it as the full model."""
+    def save(self, folder: str | Path, *, overwrite: bool = False, **extra: Any) -> Path:
+        """Write weights, chain and means into one folder; `vitrim.load` reads it as the full model.
+
+        Args:
+            folder: made if it does not exist.
+            overwrite: replace a model that is there already.
+            extra: kept with the model, see `vitrim.save`.
+        """
         chain = replace(self.chain, weights=hash_of(self.model))
-        folder = save(self.model, folder, overwrite=overwrite)
-        (folder / CHAIN).write_text(chain.to_json() + "\n")
+        folder = save(self.model, folder, overwrite=overwrite, **extra)
+        temporary = folder / f".{CHAIN}.{os.getpid()}"
+        try:
+            temporary.write_text(chain.to_json() + "\n")
+            os.replace(temporary, folder / CHAIN)
+        finally:
+            temporary.unlink(missing_ok=True)
         (folder / MEANS).unlink(missing_ok=True)
         if self.means is not None:
             save_file({name: mean.cpu().contiguous() for name, mean in self.means.items()}, folder / MEANS)
@@ -89,10 +103,13 @@ class SuperNet:
     def load(cls, folder: str | Path) -> "SuperNet":
         """Read what `save` wrote.
 
+        Args:
+            folder: what `save` wrote, or a run that trained a super-network.
+
         Raises:
             CheckpointError: no super-network there, or the chain was made for other weights.
         """
-        folder = Path(folder)
+        folder = saved_folder(str(folder)) or Path(folder)
         if not (folder / CHAIN).is_file():
             raise CheckpointError(f"{folder} holds no {CHAIN}, so no super-network; make one with vitrim.stratify")
         chain = Chain.from_json((folder / CHAIN).read_text())

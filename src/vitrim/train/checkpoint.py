@@ -8,7 +8,7 @@ import errno
 import json
 import os
 import pickle
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,8 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
-from torch import nn
 
 from ..errors import BusyError, CheckpointError, RecipeError
-from ..models import save
 from .recipe import Recipe
 
 _PART = ".part"
@@ -111,10 +109,15 @@ class RunFolder:
         """Where the chosen weights are kept."""
         return self.path / "model"
 
-    def save_model(self, model: nn.Module, classes: Sequence[str]) -> None:
-        """Replace the chosen weights; the names of the classes go with them."""
+    def save_model(self, write: Callable[..., Path], classes: Sequence[str]) -> None:
+        """Replace the chosen weights; the names of the classes go with them.
+
+        Args:
+            write: `vitrim.save` of a model, or the `save` of a super-network.
+            classes: names, in the order of the model's head.
+        """
         with _told(self.model_path):
-            save(model, self.model_path, overwrite=True, classes=list(classes))
+            write(self.model_path, overwrite=True, classes=list(classes))
 
     @property
     def state_path(self) -> Path:

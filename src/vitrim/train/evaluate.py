@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +14,6 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..distill import Distiller
 from ..errors import DataError, VitrimError
 from ..models import attached_instead, find_adapter
 from ..tokens import KeepRate, Reduction, TopK
@@ -107,16 +106,22 @@ def evaluate_all(
 
 @torch.inference_mode()
 def mean_loss(
-    learner: Distiller, stream: Stream, *, batch_size: int, workers: int, accelerator: Accelerator
+    learner: nn.Module,
+    stream: Stream,
+    *,
+    terms: Sequence[str] = (),
+    batch_size: int,
+    workers: int,
+    accelerator: Accelerator,
 ) -> dict[str, float]:
-    """Mean over a stream of the objective, and of each of its terms, in eval mode and with its final weights.
+    """Mean over a stream of the objective, and of these terms of it, in eval mode and with its final weights.
 
     Every process looks at its share of the images, so that the figures do not depend on how many there are. Images
     that cannot be read are left out.
     """
     own = stream.indices[accelerator.process_index :: accelerator.num_processes]
     share = Stream(stream.images, own, stream.transform, stream.seed, stream.skip)
-    names = ["loss", *(term.name for term in learner.terms.terms)]
+    names = ["loss", *terms]
     sums = torch.zeros(1 + len(names), device=accelerator.device)
     was_training = learner.training
     learner.eval()

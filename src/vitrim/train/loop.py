@@ -19,7 +19,7 @@ from ..measure.environment import environment
 from ..models import attached, load
 from .checkpoint import RunFolder
 from .data import Stream, make_loader, make_splits
-from .evaluate import Figures, evaluate, make_accelerator
+from .evaluate import Figures, evaluate_all, make_accelerator
 from .images import open_both
 from .learner import make_mixup, make_optimizer, make_scheduler, prepare_student
 from .meter import COUNTS, Meter
@@ -27,6 +27,7 @@ from .recipe import Recipe
 from .seeding import seed_everything
 from .state import RunState, Stateful
 from .stopping import Stopped, StopSignals
+from .stratification import Stratification
 from .task import Task
 
 Report = Callable[[str, Mapping[str, Any]], None]
@@ -78,7 +79,9 @@ class _Run:
         )  # fmt: skip
         self.steps = len(loader)
         self.mixup = make_mixup(recipe.augment, len(self.splits.classes))
-        self.task = Task(recipe, self.student)
+        make_task = Task if recipe.elastic is None else Stratification
+        fresh = not folder.state_path.exists()
+        self.task = make_task(recipe, self.student, self.splits, self.accelerator, fresh=fresh)
         optimizer = make_optimizer(self.student, optim, self.task.extra)
         self.scheduler = make_scheduler(optimizer, optim, recipe.epochs, math.ceil(self.steps / optim.accumulate))
         if recipe.compile:
@@ -86,7 +89,7 @@ class _Run:
         self.learner, self.optimizer, self.loader = self.accelerator.prepare(self.task.learner, optimizer, loader)
         self.ema = ModelEmaV3(self.student, decay=optim.ema) if optim.ema > 0 else None
         self.evaluated: nn.Module = self.ema.module if self.ema else self.student
-        self.task.start(self.accelerator, self.learner, self.evaluated)
+        self.task.start(self.learner, self.evaluated)
         self.state, self.meter = RunState(), Meter(self.accelerator)
         self.parts: dict[str, Stateful | None] = {
             "learner": self.task.learner,
@@ -94,6 +97,7 @@ class _Run:
             "ema": self.ema.module if self.ema else None,
             "scaler": self.accelerator.scaler,
             "gradients": handle.gradients if (handle := attached(self.student)) else None,
+            "task": self.task.part,
         }
 
     def run(self) -> dict[str, Any]:
@@ -117,6 +121,7 @@ class _Run:
     def _train_epoch(self) -> None:
         state = self.state
         self.sampler.epoch = state.epoch
+        self.task.start_epoch(state.epoch)
         self.task.follow(state.epoch, 0.0, state.history)
         start = time.perf_counter()
         for images, targets, index in skip_first_batches(self.loader, state.step) if state.step else self.loader:
@@ -188,7 +193,7 @@ class _Run:
             self.folder.write_metrics(state.history)
         state.epoch, state.step = state.epoch + 1, 0
         self.meter.clear()
-        self._save()
+        self.state.save(self.folder, self.meter, self.parts)
         self.accelerator.log({k: v for k, v in figures.items() if isinstance(v, int | float)}, step=state.epoch)
         terms = {name: figures[f"train_{name}"] for name in self.task.terms}
         self.report("epoch", {**figures, "epochs": self.recipe.epochs, "terms": terms})
@@ -210,12 +215,12 @@ class _Run:
             figures |= self.task.hold_out(self.splits.select, self._evaluate)
         return figures
 
-    def _evaluate(self, model: nn.Module, stream: Stream) -> Figures:
-        found = evaluate(
-            model, stream, batch_size=self.recipe.batch_size, workers=self.recipe.data.workers,
+    def _evaluate(self, networks: Mapping[str, nn.Module], stream: Stream) -> dict[str, Figures]:
+        found = evaluate_all(
+            networks, stream, batch_size=self.recipe.batch_size, workers=self.recipe.data.workers,
             accelerator=self.accelerator,
         )  # fmt: skip
-        self.meter.note(found.unreadable)
+        self.meter.note(name for figures in found.values() for name in figures.unreadable)
         return found
 
     def _finish(self) -> dict[str, Any]:
@@ -243,8 +248,5 @@ class _Run:
     def _stop_if_asked(self) -> None:
         asked = torch.tensor(self.signals.number, device=self.device)
         if number := int(self.accelerator.gather(asked).max()):  # All must save at the same step.
-            self._save()
+            self.state.save(self.folder, self.meter, self.parts)
             raise Stopped(number, f"epoch {self.state.epoch + 1}, step {self.state.step} of {self.steps}")
-
-    def _save(self) -> None:
-        self.state.save(self.folder, self.meter, self.parts)

@@ -8,7 +8,7 @@ import yaml
 
 from ..errors import RecipeError, UnknownNameError
 from .options import fill, flatten, plain, read_yaml
-from .specs import AugmentSpec, DataSpec, ModelSpec, OptimSpec
+from .specs import AugmentSpec, DataSpec, ElasticSpec, ModelSpec, OptimSpec
 
 
 @dataclass
@@ -25,7 +25,9 @@ class Recipe:
         distill: the objective, for example `Labels(0.3) + Logits(Linear(0.7, 0.5)) + ClsStages(0.3)`; without it, and
             in the term `Labels`, cross-entropy. Terms on features alone learn no classes: `model.args` may leave the
             classifier out by {num_classes: 0}, and the epoch is chosen by the objective itself.
-        teacher: the teacher of these terms, made dense and frozen; sees the student's very batch in its own format.
+        elastic: train a super-network instead, whose widths are cut afterwards; without it, one network.
+        teacher: the teacher of these terms, or of the super-network, made dense and frozen; sees the student's very
+            batch in its own format.
         shard_teacher: in several processes, each keeps a share of the teacher's weights alone (FSDP), for teachers that
             fill a device.
         epochs: passes over the training images.
@@ -43,6 +45,7 @@ class Recipe:
     reduction: str | None = None
     phase: Literal["both", "train", "eval"] = "both"
     distill: str | None = None
+    elastic: ElasticSpec | None = None
     teacher: ModelSpec | None = None
     shard_teacher: bool = False
     epochs: int = 10
@@ -74,7 +77,9 @@ class Recipe:
                 )
         if self.batch_size % self.optim.accumulate:
             raise RecipeError(f"batch_size {self.batch_size} is not a multiple of accumulate {self.optim.accumulate}")
-        if self.distill is None and self.teacher is not None:
+        if self.elastic is not None:
+            self._check_elastic(self.elastic)
+        elif self.distill is None and self.teacher is not None:
             raise RecipeError("a teacher needs terms to teach by; set distill, or leave teacher out")
         if self.track is not None:
             from accelerate.tracking import (  # Here, since it imports torch.
@@ -86,6 +91,38 @@ class Recipe:
                 raise UnknownNameError("tracker", self.track, LOGGER_TYPE_TO_CLASS)
             if self.track not in map(str, get_available_trackers()):
                 raise RecipeError(f"the tracker {self.track} is not installed here; install it, or leave track out")
+
+    def _check_elastic(self, spec: ElasticSpec) -> None:
+        for name, value, fine, must in (
+            ("max_saving", spec.max_saving, 0 < spec.max_saving < 1, "lie between 0 and 1"),
+            ("temperature", spec.temperature, spec.temperature > 0, "be positive"),
+            ("images", spec.images, spec.images >= 1, "be 1 or more"),
+            ("width_multiple", spec.width_multiple, spec.width_multiple >= 1, "be 1 or more"),
+            (
+                "grow_epochs",
+                spec.grow_epochs,
+                1 <= spec.grow_epochs <= self.epochs,
+                f"be 1 to {self.epochs} (epochs)",
+            ),
+        ):
+            if not fine:
+                raise RecipeError(f"elastic.{name} is {value}; it must {must}")
+        for given, what in (
+            (self.reduction, "reduction changes tokens, elastic widths; reduce the tokens of what is extracted"),
+            (self.distill, "distill has terms for one network; elastic.distill and teacher are for all of them"),
+            (self.shard_teacher, "shard_teacher serves the terms of distill; leave it out with elastic"),
+            (self.optim.freeze, "optim.freeze trains the classifier alone, elastic what lies before it"),
+            (self.compile, "compile would start anew for every width; leave it out with elastic"),
+        ):
+            if given:
+                raise RecipeError(what)
+        if self.teacher is not None and not spec.distill:
+            raise RecipeError("a teacher needs elastic.distill to teach a super-network; set it, or leave teacher out")
+        if spec.distill and self.teacher is None and spec.rule != "sandwich":
+            raise RecipeError(
+                f"elastic.rule {spec.rule} never runs the full network, so it cannot teach; set elastic.distill to "
+                "false, or a teacher"
+            )
 
     def check_processes(self, number: int) -> None:
         """Raise `RecipeError` where a batch cannot be shared evenly among so many processes."""

@@ -83,6 +83,31 @@ class AugmentSpec:
 
 
 @dataclass
+class ElasticSpec:
+    """How a super-network learns: all networks of a chain together, while the chain still grows (PIAD).
+
+    Args:
+        grow_epochs: epochs over which the chain grows; what its smallest network saves rises linearly to max_saving.
+        max_saving: fraction of the MACs that the smallest network saves in the end.
+        rule: which networks a step trains: the full, the smallest and a random one ("sandwich"), any one ("uniform"),
+            or any one but the smallest ("original").
+        distill: smaller networks learn from the full one, or all of them from the teacher where the recipe has one;
+            otherwise from labels.
+        temperature: of that distillation.
+        images: training images by which units are ordered and, at every growth, importance is judged.
+        width_multiple: every width but the full one is a multiple of it.
+    """
+
+    grow_epochs: int = 50
+    max_saving: float = 0.875
+    rule: Literal["sandwich", "uniform", "original"] = "sandwich"
+    distill: bool = True
+    temperature: float = 1.0
+    images: int = 1024
+    width_multiple: int = 8
+
+
+@dataclass
 class OptimSpec:
     """How weights are changed.
 

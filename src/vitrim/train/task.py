@@ -1,10 +1,11 @@
 """What a run learns, by which figures its epochs are judged, and what it leaves: all in which kinds of training differ.
 
-The loop asks a task for the losses of a step and sends them backwards one by one. Here the task is that of a recipe's
-terms, labels alone where it has none: one loss per step.
+The loop asks a task for the losses of a step and sends them backwards one by one. `Task` learns by the terms of a
+recipe, labels alone where it has none: one loss per step. Other kinds derive from it.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,16 +13,17 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ..distill import Distilled
-from ..models import attached
+from ..models import attached, save
 from ..tokens import Adaptive
 from .checkpoint import RunFolder
-from .data import Stream
+from .data import Splits, Stream
 from .evaluate import Figures, attention_entropy, mean_loss
 from .learner import prepare_learner, with_student
 from .recipe import Recipe
+from .state import Stateful
 
-Evaluate = Callable[[nn.Module, Stream], Figures]
-"""Evaluates as this run does: its batch size, workers and processes."""
+Evaluate = Callable[[Mapping[str, nn.Module], Stream], dict[str, Figures]]
+"""Evaluates networks side by side as this run does: its batch size, workers and processes."""
 
 
 class Task:
@@ -31,27 +33,41 @@ class Task:
     extra: further modules that learn at the full rate.
     terms: names of the parts of the loss that are told beside it.
     classifies: whether accuracy means anything.
+    part: what checkpoints hold of the task beside the learner, None where there is nothing.
+
+    Args:
+        recipe: of the run.
+        student: the network to train.
+        splits: its images.
+        accelerator: places and shares the work.
+        fresh: no checkpoint will bring other weights.
     """
 
-    def __init__(self, recipe: Recipe, student: nn.Module) -> None:
-        self.recipe, self.student = recipe, student
+    part: Stateful | None = None
+
+    def __init__(
+        self, recipe: Recipe, student: nn.Module, splits: Splits, accelerator: Accelerator, *, fresh: bool
+    ) -> None:
+        self.recipe, self.student, self.accelerator = recipe, student, accelerator
         learner = prepare_learner(recipe, student)
         self.learner, self.extra = learner, learner.projections
         self.terms = [term.name for term in learner.terms.terms] if recipe.distill else []
         self.classifies = learner.of_student.logits or learner.of_student.dist_logits
 
-    def start(self, accelerator: Accelerator, learner: nn.Module, network: nn.Module) -> None:
+    def start(self, learner: nn.Module, network: nn.Module) -> None:
         """Take what the run has made of the parts.
 
         Args:
-            accelerator: places and shares the work.
             learner: the learner as it must be called from now on: wrapped, in several processes.
             network: what is evaluated and kept: the student, or the moving average of its weights.
         """
-        self.accelerator, self.wrapped, self.network = accelerator, learner, network
-        if self.recipe.shard_teacher and accelerator.num_processes > 1 and self.learner.teacher is not None:
+        self.wrapped, self.network = learner, network
+        if self.recipe.shard_teacher and self.accelerator.num_processes > 1 and self.learner.teacher is not None:
             self.learner.teacher.shard()
         self.judge = self.learner if self.classifies else with_student(self.learner, network)
+
+    def start_epoch(self, epoch: int) -> None:
+        """Prepare what this epoch, from 0, learns; the same call after a resumption changes nothing."""
 
     def train_mode(self) -> None:
         """Put everything into the mode in which it learns."""
@@ -94,12 +110,10 @@ class Task:
     def hold_out(self, stream: Stream, evaluate: Evaluate) -> dict[str, Any]:
         """Figures by which the epoch is chosen: of the classes, or of the objective where no classes are learnt."""
         if self.classifies:
-            found = evaluate(self.network, stream)
+            found = evaluate({"network": self.network}, stream)["network"]
             figures = {"val_accuracy": found.accuracy, "val_loss": found.loss}
         else:
-            data = {"batch_size": self.recipe.batch_size, "workers": self.recipe.data.workers}
-            means = mean_loss(self.judge, stream, **data, accelerator=self.accelerator)
-            figures = {f"val_{name}": value for name, value in means.items()}
+            figures = self._objective(self.judge, stream, self.terms)
         if self._watches_entropy:
             images = torch.stack([stream[i][0] for i in range(min(64, len(stream)))])
             figures["attention_entropy"] = attention_entropy(self.network, images.to(self.accelerator.device))
@@ -112,7 +126,7 @@ class Task:
 
     def keep(self, folder: RunFolder, classes: Sequence[str]) -> None:
         """Write the network of this epoch in place of the one that was the best before."""
-        folder.save_model(self.network, classes)
+        folder.save_model(partial(save, self.network), classes)
 
     def result(self, model: nn.Module, best: Mapping[str, Any], stream: Stream, evaluate: Evaluate) -> dict[str, Any]:
         """Figures of the network that was kept, on the test images.
@@ -125,13 +139,18 @@ class Task:
         """
         if not self.classifies:
             return {"val_loss": best.get("val_loss")}
-        found = evaluate(model, stream)
+        found = evaluate({"network": model}, stream)["network"]
         return {
             "test_accuracy": found.accuracy,
             "test_loss": found.loss,
             "test_images": found.num_images,
             "val_accuracy": best.get("val_accuracy"),
         }
+
+    def _objective(self, judge: nn.Module, stream: Stream, terms: Sequence[str]) -> dict[str, Any]:
+        sizes = {"batch_size": self.recipe.batch_size, "workers": self.recipe.data.workers}
+        means = mean_loss(judge, stream, terms=terms, **sizes, accelerator=self.accelerator)
+        return {f"val_{name}": value for name, value in means.items()}
 
     @property
     def _watches_entropy(self) -> bool:

@@ -1,0 +1,202 @@
+"""Training of a super-network as a task of the loop: PIAD's losses, growth, and figures at three sizes.
+
+Units are put in order (WPAC) before the first step, on training images that are not varied; the chain grows on the
+same images at the start of each of the first epochs.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from ..distill import Distilled, Teacher
+from ..elastic import SuperNet
+from ..elastic.piad import Piad, Stratifier, imitation_loss
+from ..elastic.probing import is_headless, output_of
+from ..elastic.sampler import RULES, narrowed
+from ..elastic.wpac import wpac
+from ..errors import DistillError, VitrimError
+from ..models import attached
+from .checkpoint import RunFolder
+from .data import InputFormat, Splits, Stream, make_loader, transforms_for
+from .learner import cross_entropy, prepare_teacher
+from .recipe import Recipe
+from .seeding import mix
+from .task import Evaluate, Task
+
+log = logging.getLogger(__name__)
+BATCH = 64
+"""Images at a time while importance is judged."""
+
+
+class Stratification(Task):
+    """All networks of a chain learn together; the full one and the chain are kept.
+
+    Epochs are judged by the mean held-out accuracy of the full, a middle and the smallest network: a super-network is
+    as good as what is cut out of it, at any size. One whose chain has not grown to its end is another super-network,
+    so that any later one is better.
+
+    Args:
+        recipe: with `elastic`.
+        student: the network to train; its units are put in order in place.
+        splits: its images.
+        accelerator: places and shares the work.
+        fresh: no checkpoint will bring weights whose units are in order already.
+
+    Raises:
+        UnsupportedModelError: no adapter knows the model, or a part of it forbids changing widths.
+        VitrimError: tokens are reduced in the model, or nothing could teach a model without classifier.
+    """
+
+    def __init__(
+        self, recipe: Recipe, student: nn.Module, splits: Splits, accelerator: Accelerator, *, fresh: bool
+    ) -> None:
+        assert recipe.elastic is not None
+        self.recipe, self.student, self.accelerator = recipe, student.to(accelerator.device), accelerator
+        if attached(student) is not None:
+            raise VitrimError("token reduction is attached to this model; a super-network starts from a dense one")
+        self.classifies = not is_headless(student)
+        if not self.classifies and recipe.teacher is None:
+            raise VitrimError("a model without classifier learns from a teacher; set teacher.name")
+        self.learner, self.extra, self.terms = _Output(student), None, list(RULES[recipe.elastic.rule])
+        self.teacher = self._make_teacher()
+        self.probe = self._make_probe(splits)
+        spec = recipe.elastic
+        if fresh:
+            wpac(student, self.probe, num_images=spec.images, labels=self.classifies, say=log.info)
+        config = Piad(
+            grow_epochs=spec.grow_epochs, max_saving=spec.max_saving, rule=spec.rule, distill=spec.distill,
+            temperature=spec.temperature, num_images=spec.images, probe_images=max(1, spec.images // 4),
+            labels=self.classifies, seed=recipe.seed, width_multiple=spec.width_multiple,
+        )  # fmt: skip
+        criterion = partial(cross_entropy, smoothing=recipe.augment.smoothing)
+        self.part = self.stratifier = Stratifier(student, config, teacher=self.teacher, criterion=criterion)
+
+    def start(self, learner: nn.Module, network: nn.Module) -> None:
+        """Take what the run has made of the parts."""
+        self.wrapped, self.network = learner, network
+
+    def start_epoch(self, epoch: int) -> None:
+        """Let the chain grow as this epoch asks."""
+        self.stratifier.start_epoch(epoch, self.probe)
+
+    def losses(self, images: Tensor, targets: Tensor, *, progress: float, update: int) -> Iterator[Distilled]:
+        """One loss for every network that this update draws; processes exchange gradients at the last one."""
+        hold = partial(self.accelerator.no_sync, self.wrapped)
+        first = True
+        for term in self.stratifier.losses(
+            images, targets if self.classifies else None, update, model=self.wrapped, hold=hold
+        ):
+            logits = term.out if first and self.classifies else None
+            yield Distilled(term.loss, {term.part: term.loss.detach()}, logits)
+            first = False
+
+    def hold_out(self, stream: Stream, evaluate: Evaluate) -> dict[str, Any]:
+        """Figures of the full network without a name of their own, of the two others with theirs, and the mean."""
+        chain, networks = self.stratifier.chain, self._networks(self.network)
+        figures: dict[str, Any] = {"networks": len(chain), "saving": 1 - chain.macs_at(-1) / chain.macs}
+        if not self.classifies:
+            return figures | self._objective(_Imitation(networks, self.teacher), stream, list(networks))
+        found = evaluate(networks, stream)
+        for name, one in found.items():
+            suffix = "" if name == "full" else f"_{name}"
+            figures |= {f"val_accuracy{suffix}": one.accuracy, f"val_loss{suffix}": one.loss}
+        return figures | {"val_accuracy_mean": sum(one.accuracy for one in found.values()) / len(found)}
+
+    def rank(self, figures: Mapping[str, Any]) -> tuple[float, float]:
+        """What makes an epoch better: a longer chain, then the mean over the three networks."""
+        assert self.recipe.elastic is not None
+        grown = min(figures["epoch"] + 1, self.recipe.elastic.grow_epochs)
+        return grown, figures["val_accuracy_mean"] if self.classifies else -figures["val_loss"]
+
+    def keep(self, folder: RunFolder, classes: Sequence[str]) -> None:
+        """Write the super-network of this epoch in place of the one that was the best before."""
+        folder.save_model(SuperNet(self.network, self.stratifier.chain).save, classes)
+
+    def result(self, model: nn.Module, best: Mapping[str, Any], stream: Stream, evaluate: Evaluate) -> dict[str, Any]:
+        """Figures of the three networks on the test images."""
+        chain, networks = self.stratifier.chain, self._networks(model)
+        figures: dict[str, Any] = {"networks": len(chain), "saving": 1 - chain.macs_at(-1) / chain.macs}
+        if not self.classifies:
+            return figures | {"val_loss": best.get("val_loss")}
+        found = evaluate(networks, stream)
+        for name, one in found.items():
+            suffix = "" if name == "full" else f"_{name}"
+            figures |= {f"test_accuracy{suffix}": one.accuracy, f"test_loss{suffix}": one.loss}
+        return figures | {"test_images": found["full"].num_images, "val_accuracy": best.get("val_accuracy")}
+
+    def _networks(self, model: nn.Module) -> dict[str, nn.Module]:
+        """The full network, the one half-way down in MACs, and the smallest."""
+        chain = self.stratifier.chain
+        middle = chain.largest("macs", (chain.macs + chain.macs_at(-1)) / 2)
+        places = {"full": 0, "middle": middle, "smallest": -1}
+        return {name: _Narrowed(model, chain.widths(index)) for name, index in places.items()}
+
+    def _make_teacher(self) -> Callable[[Tensor], Tensor] | None:
+        spec, student = self.recipe.teacher, self.student
+        if spec is None:
+            return None
+        teacher: Teacher = prepare_teacher(spec, InputFormat.of(student, self.recipe.data.image_size))
+        theirs, ours = ((model.num_classes or getattr(model, "num_features", 0)) for model in (teacher.model, student))
+        if is_headless(teacher.model) != is_headless(student) or theirs != ours:
+            raise DistillError(f"the teacher {spec.name} gives {theirs} numbers, the student {ours}; both must agree")
+        teacher.to(self.accelerator.device)
+
+        def ask(images: Tensor) -> Tensor:
+            with self.accelerator.autocast():
+                return output_of(teacher.model, teacher.prepare(images)).float()
+
+        return ask
+
+    def _make_probe(self, splits: Splits) -> DataLoader[Any]:
+        """This process's share of the training images to judge by, as they are; together always the same ones."""
+        train, recipe, accelerator = splits.train, self.recipe, self.accelerator
+        assert recipe.elastic is not None
+        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(mix(recipe.seed, 2))).tolist()
+        chosen = [train.indices[place] for place in order[: recipe.elastic.images]]
+        own = chosen[accelerator.process_index :: accelerator.num_processes]
+        stream = Stream(train.images, own, transforms_for(self.student, recipe.data), recipe.seed, train.skip)
+        return make_loader(stream, BATCH, recipe.data.workers)[0]
+
+
+class _Output(nn.Module):
+    """The network as processes wrap it: whatever narrows it, it gives logits or features."""
+
+    def __init__(self, student: nn.Module) -> None:
+        super().__init__()
+        self.student = student
+
+    def forward(self, images: Tensor) -> Tensor:
+        return output_of(self.student, images)
+
+
+class _Narrowed(nn.Module):
+    """A network of the chain, for evaluation: the weights are those of the super-network."""
+
+    def __init__(self, model: nn.Module, widths: Mapping[str, int]) -> None:
+        super().__init__()
+        self.model, self.widths = model, widths
+        self.training = model.training
+
+    def forward(self, images: Tensor) -> Tensor:
+        with narrowed(self.model, self.widths):
+            return output_of(self.model, images)
+
+
+class _Imitation(nn.Module):
+    """How far networks without a classifier are from their teacher."""
+
+    def __init__(self, networks: Mapping[str, nn.Module], teacher: Callable[[Tensor], Tensor] | None) -> None:
+        super().__init__()
+        self.networks, self.teacher = nn.ModuleDict(networks), teacher
+
+    def forward(self, images: Tensor, targets: Tensor, progress: float) -> Distilled:
+        assert self.teacher is not None
+        taught = self.teacher(images)
+        losses = {name: imitation_loss(one(images), taught, 1.0, True) for name, one in self.networks.items()}
+        return Distilled(torch.stack(list(losses.values())).mean(), losses, None)
