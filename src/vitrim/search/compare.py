@@ -58,7 +58,12 @@ def data_of(models: Sequence[str], given: Mapping[str, Any]) -> DataSpec:
     `given` holds options of `DataSpec`. Where it names another data set, place and splits are not the run's.
     """
     path = Path(models[0]) / "recipe.yaml"
-    own, new = Recipe.read(path).data if path.exists() else DataSpec(), DataSpec()
+    return laid_over(Recipe.read(path).data if path.exists() else DataSpec(), given)
+
+
+def laid_over(own: DataSpec, given: Mapping[str, Any]) -> DataSpec:
+    """These images with the `given` options in place; see `data_of`."""
+    new = DataSpec()
     if given.get("name", own.name) != own.name:
         own = replace(own, root=new.root, download=new.download, train_split=new.train_split, test_split=new.test_split)
     return replace(own, **given)

@@ -1,28 +1,45 @@
 """Verbs that make smaller networks: a super-network of a model, and what is cut out of it."""
 
-from .delivery import DataOptions, Device
+from dataclasses import replace
+
+from ..errors import RecipeError, VitrimError
+from ..train.recipe import Recipe
+from ..train.specs import ElasticSpec, OptimSpec
+from .delivery import DataOptions, Device, command_line
+
+PUBLISHED = Recipe(optim=OptimSpec(lr=2.5e-4, min_lr=1e-5), elastic=ElasticSpec(), epochs=300)
+"""What `stratify --epochs` does without a recipe: published rates and growth, without augmentation."""
 
 
 def stratify(
     model: str,
     data: DataOptions,
     out: str,
+    epochs: int = 0,
+    recipe: str | None = None,
     num_images: int = 1024,
     labels: bool = False,
     overwrite: bool = False,
     device: Device = "auto",
 ) -> None:
-    """Turn a trained model into a super-network from which smaller ones are cut; needs images, no labels, no training.
+    """Turn a trained model into a super-network from which smaller ones are cut; trains it if epochs are given.
 
     Args:
         model: a timm name with weights (NAME@FILE), a folder written by vitrim, or a run folder.
         data: the images; those of the training split are looked at.
-        out: folder for the super-network.
-        num_images: images to look at.
-        labels: the labels are classes of this model's head.
-        overwrite: replace a model that is there already.
+        out: folder for the super-network; a run folder, which the same command continues, where it is trained.
+        epochs: train all sizes together so long; 0 trains nothing, or as long as the recipe says where there is one.
+        recipe: file of a recipe with `elastic`, for the training; its model gives way to this one.
+        num_images: images to look at; in training, those that order units and judge importance.
+        labels: the labels are classes of this model's head; in training they always are.
+        overwrite: replace a model that is there already; a run is continued instead.
         device: where to run.
     """
+    if epochs or recipe:
+        if overwrite:
+            raise VitrimError("a training run is continued, never overwritten; leave --overwrite out or change --out")
+        _train(_recipe_for(model, data, recipe, epochs, num_images), out, device)
+        return
     from ..elastic.supernet import stratify as run
     from ..models import check_place, open_model
     from ..search.compare import data_of
@@ -39,6 +56,42 @@ def stratify(
     print(f"{len(supernet.chain)} networks, down to {least:.1%} of the MACs, in {out}; cut one with vitrim extract")
 
 
+def _recipe_for(model: str, data: DataOptions, file: str | None, epochs: int, num_images: int) -> Recipe:
+    """The recipe of the training; where it is shortened, growth keeps its part of it."""
+    from ..models.build import saved_folder
+    from ..search.compare import data_of, laid_over
+
+    base = Recipe.read(file) if file else PUBLISHED
+    if base.elastic is None:
+        raise RecipeError(f"{file} trains one network; a super-network needs the option elastic, such as elastic: {{}}")
+    name, _, weights = model.partition("@")
+    spec = replace(
+        base.model, name=str(saved_folder(model) or name), pretrained=weights == "pretrained",
+        checkpoint=None if weights in ("", "pretrained") else weights,
+        args=base.model.args if base.model.name == name else {},
+    )  # fmt: skip
+    growth = max(1, round(base.elastic.grow_epochs * (epochs or base.epochs) / base.epochs))
+    elastic = replace(base.elastic, grow_epochs=growth, images=base.elastic.images if file else num_images)
+    images = laid_over(base.data, data) if file else data_of([model], data)
+    return replace(base, model=spec, data=images, elastic=elastic, epochs=epochs or base.epochs)
+
+
+def _train(recipe: Recipe, out: str, device: Device) -> None:
+    import torch
+
+    from ..show.progress import live
+    from ..train.loop import train
+
+    if device == "cpu" and torch.cuda.is_available():
+        raise VitrimError("training takes the CUDA device that it finds; hide it by CUDA_VISIBLE_DEVICES= in front")
+    with live() as report:
+        result = train(recipe, out, command=command_line(), report=report)
+    print(
+        f"{result['networks']} networks, down to {1 - result['saving']:.1%} of the MACs, in {out}; "
+        "cut one with vitrim extract"
+    )
+
+
 def extract(
     supernet: str,
     out: str,
@@ -50,7 +103,7 @@ def extract(
     """Cut the largest network that fits a budget out of a super-network, in about a second.
 
     Args:
-        supernet: folder written by vitrim stratify.
+        supernet: folder written by vitrim stratify, or a run that trained one.
         out: folder for the network.
         macs: budget of MACs per image; up to 1 it is a fraction, as in the other budgets.
         params: budget of parameters.
