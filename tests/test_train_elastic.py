@@ -19,7 +19,9 @@ from vitrim.errors import RecipeError, VitrimError
 from vitrim.train.checkpoint import RunFolder
 from vitrim.train.loop import train
 from vitrim.train.recipe import Recipe
+from vitrim.train.specs import DataSpec
 from vitrim.train.stopping import Stopped
+from vitrim.verbs.cutting import _recipe_for
 
 PLAIN = {"name": "vit_tiny_patch16_224", "args": {"depth": 2, "embed_dim": 24, "num_heads": 2, "img_size": 16,
                                                   "patch_size": 4}}  # fmt: skip
@@ -89,6 +91,7 @@ KILLED = """
 import os, signal, sys
 from vitrim.train.loop import train
 from vitrim.train.recipe import Recipe
+from vitrim.train.specs import DataSpec
 
 def kill(event, figures):
     if event == "step" and (figures["epoch"], figures["step"]) == (1, 3):
@@ -117,7 +120,7 @@ def test_two_processes_equal_one(tmp_path: Path):
     train(options, tmp_path / "alone")
     (tmp_path / "recipe.yaml").write_text(options.to_yaml())
     (tmp_path / "both.py").write_text(KILLED)
-    torchrun = [str(Path(sys.executable).parent / "torchrun"), "--nproc_per_node", "2", "--master_port", "0"]
+    torchrun = [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc_per_node", "2"]
     command = [*torchrun, str(tmp_path / "both.py"), str(tmp_path / "recipe.yaml"), str(tmp_path / "both")]
     done = subprocess.run(command, env=_environment(), capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
@@ -187,3 +190,18 @@ def test_recipes_of_system_5_are_sound(name: str):
 def test_the_original_rule_spares_the_smallest():
     drawn = {draw("original", 5, 0, step)["random"] for step in range(200)}
     assert drawn == {0, 1, 2, 3}
+
+
+def test_the_command_lays_model_images_and_epochs_over_a_recipe():
+    folder = Path(__file__).parents[1] / "recipes" / "system5"
+    found = _recipe_for("vit_tiny_patch16_224@w.pth", DataSpec(root="here"), str(folder / "piad.yaml"), 30, 64)
+    assert found.elastic is not None
+    assert (found.epochs, found.elastic.grow_epochs, found.elastic.images) == (30, 5, 1024)
+    assert (found.model.name, found.model.checkpoint) == ("vit_tiny_patch16_224", "w.pth")
+    assert (found.data.name, found.data.root) == ("folder", "here")
+    plain = _recipe_for("vit_tiny_patch16_224@pretrained", DataSpec(), None, 3, 64)
+    assert plain.elastic is not None
+    assert (plain.epochs, plain.elastic.grow_epochs, plain.elastic.images) == (3, 1, 64)
+    assert (plain.model.pretrained, plain.model.checkpoint, plain.optim.lr) == (True, None, 2.5e-4)
+    with pytest.raises(RecipeError, match="needs the option elastic"):
+        _recipe_for("vit_tiny_patch16_224", DataSpec(), str(folder / "finetune.yaml"), 3, 64)
