@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from ..distill import Distilled
+from ..distill import Distilled, Distiller
 from ..models import attached, save
 from ..tokens import Adaptive
 from .checkpoint import RunFolder
@@ -43,6 +43,8 @@ class Task:
         fresh: no checkpoint will bring other weights.
     """
 
+    learner: nn.Module
+    extra: nn.Module | None
     part: Stateful | None = None
 
     def __init__(
@@ -62,6 +64,7 @@ class Task:
             network: what is evaluated and kept: the student, or the moving average of its weights.
         """
         self.wrapped, self.network = learner, network
+        assert isinstance(self.learner, Distiller)
         if self.recipe.shard_teacher and self.accelerator.num_processes > 1 and self.learner.teacher is not None:
             self.learner.teacher.shard()
         self.judge = self.learner if self.classifies else with_student(self.learner, network)
