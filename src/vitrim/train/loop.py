@@ -79,8 +79,7 @@ class _Run:
         )  # fmt: skip
         self.steps = len(loader)
         self.mixup = make_mixup(recipe.augment, len(self.splits.classes))
-        make_task = Task if recipe.elastic is None else Stratification
-        fresh = not folder.state_path.exists()
+        make_task, fresh = Task if recipe.elastic is None else Stratification, not folder.state_path.exists()
         self.task = make_task(recipe, self.student, self.splits, self.accelerator, fresh=fresh)
         optimizer = make_optimizer(self.student, optim, self.task.extra)
         self.scheduler = make_scheduler(optimizer, optim, recipe.epochs, math.ceil(self.steps / optim.accumulate))
@@ -182,8 +181,7 @@ class _Run:
         figures = self._figures()
         if not all(math.isfinite(value) for value in figures.values() if isinstance(value, float)):
             self._refuse("a figure is not finite")
-        held_out = self.splits.select is not None
-        better = not state.best or not held_out or self.task.rank(figures) > self.task.rank(state.best)
+        better = not state.best or not self.splits.select or self.task.rank(figures) > self.task.rank(state.best)
         if better:
             state.best = figures
         state.history.append(figures)
@@ -195,8 +193,8 @@ class _Run:
         self.meter.clear()
         self.state.save(self.folder, self.meter, self.parts)
         self.accelerator.log({k: v for k, v in figures.items() if isinstance(v, int | float)}, step=state.epoch)
-        terms = {name: figures[f"train_{name}"] for name in self.task.terms}
-        self.report("epoch", {**figures, "epochs": self.recipe.epochs, "terms": terms})
+        told = {"epochs": self.recipe.epochs, "terms": {name: figures[f"train_{name}"] for name in self.task.terms}}
+        self.report("epoch", figures | told)
 
     def _figures(self) -> dict[str, Any]:
         """All that is known of the epoch that has just ended."""
