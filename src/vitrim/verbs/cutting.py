@@ -48,8 +48,8 @@ def stratify(
 
     check_place(out, overwrite=overwrite)
     network = open_model(model).to(make_accelerator(cpu=device == "cpu").device)
-    data = data_of([model], data)
-    loader, _ = make_loader(plain_stream(network, data, train=True), 64, data.workers, shuffle=True)
+    spec = data_of([model], data)
+    loader, _ = make_loader(plain_stream(network, spec, train=True), 64, spec.workers, shuffle=True)
     supernet = run(network, ((images, classes) for images, classes, _ in loader), num_images=num_images, labels=labels)
     supernet.save(out, overwrite=overwrite)
     least = supernet.chain.macs_at(-1) / supernet.chain.macs
