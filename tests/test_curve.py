@@ -147,7 +147,9 @@ def test_a_row_without_super_network_of_its_own(seeds: Seeds):
         ({"lines": {"a": {"row": "ful", "ordering": "wpac"}}}, "unknown row 'ful'; did you mean full"),
         ({"lines": {"a": ["full", "smal"]}}, "unknown row 'smal'"),
         ({"lines": {"a": {"row": "full", "ordering": "wpca"}}}, "unknown ordering 'wpca'; did you mean wpac"),
-        ({"lines": {"a": {"row": "full", "compensate": True}}}, "means are known only where the curve orders"),
+        ({"lines": {"a": {"row": "family", "compensate": True}}}, "means are known only where the curve orders"),
+        ({"lines": {"a": {"row": "full"}}}, "row 'full' is no super-network; give the row the option elastic"),
+        ({"lines": {"a": {"row": "family"}}, "budgets": [1, 0.2]}, "saves 75.0% of the MACs at most, .* budget 0.2"),
         ({"lines": {"a": {"row": "pruned", "ordering": "wpac"}}}, "row 'pruned' reduces tokens"),
         ({"lines": {"a": {"row": "headless", "ordering": "wpac"}}}, "row 'headless' learns no classes"),
         ({"lines": {"a": ["full"]}, "published": {"b": {"full": 0.8}}}, "unknown curve 'b'"),
@@ -157,6 +159,7 @@ def test_mistakes_are_told_before_anything_is_trained(curve: Any, says: str):
     rows = {
         "full": recipe(32, 0),
         "small": recipe(20, 0),
+        "family": recipe(32, 0, elastic={"grow_epochs": 1, "max_saving": 0.75}),
         "pruned": recipe(32, 0, reduction="TopK() @ KeepRate(0.5, at=[0])"),
         "headless": Recipe.from_dict({"model": {"args": {"num_classes": 0}}}),
     }
@@ -172,14 +175,16 @@ def test_system_5_in_miniature(tmp_path: Path):
     assert (tmp_path / "curve.md").exists()
     assert (tmp_path / "curve.csv").exists()
     orderings = ["random", "magnitude", "Taylor", "WPAC", "WPAC + compensation"]
-    assert list(dict.fromkeys(row["curve"] for row in rows)) == [*orderings, "trained alone"]
-    full = table.rows[0]["accuracy"]
-    for name in orderings:
+    trained = ["PIAD original", "PIAD sandwich + KD"]
+    assert list(dict.fromkeys(row["curve"] for row in rows)) == [*orderings, *trained, "trained alone"]
+    tested = {row["row"]: row["accuracy"] for row in table.rows}
+    for name in [*orderings, *trained]:
+        full = tested.get(name, tested["full"])
         found = {row["budget"]: row for row in rows if row["curve"] == name}
         assert list(found) == [1, 0.6, 0.4]
         assert found[1]["accuracy"] == pytest.approx(full, abs=0.01)  # Orderings do not change the full network.
         assert all(row["gmacs"] <= budget * found[1]["gmacs"] for budget, row in found.items())
     alone = {row["row"]: row["accuracy"] for row in rows if row["curve"] == "trained alone"}
-    assert alone == pytest.approx({row["row"]: row["accuracy"] for row in table.rows})
-    assert {point["method"] for point in points(rows)} == {*orderings, "trained alone"}
+    assert alone == pytest.approx({row: accuracy for row, accuracy in tested.items() if row not in trained})
+    assert {point["method"] for point in points(rows)} == {*orderings, *trained, "trained alone"}
     assert "accuracy against cost: One super-network" in write_report(tmp_path).read_text()

@@ -123,6 +123,17 @@ class Curve:
                     raise RecipeError(f"curve {name!r}: row {row!r} learns no classes, so it has no accuracy")
             if not isinstance(line, Line):
                 continue
+            own = recipes[line.row].elastic
+            if line.ordering is None and own is None:
+                raise RecipeError(
+                    f"curve {name!r}: row {line.row!r} is no super-network; give the row the option elastic, or the "
+                    "curve an ordering"
+                )
+            if line.ordering is None and own is not None and min(self.budgets) < 1 - own.max_saving - 1e-9:
+                raise RecipeError(
+                    f"curve {name!r}: row {line.row!r} saves {own.max_saving:.1%} of the MACs at most, so it cannot "
+                    f"meet the budget {min(self.budgets)}; raise elastic.max_saving"
+                )
             if line.ordering is None and line.compensate:
                 raise RecipeError(f"curve {name!r}: means are known only where the curve orders; give an ordering")
             if line.ordering is not None and line.ordering not in ORDERINGS:
