@@ -17,7 +17,7 @@ from torchvision import transforms as T
 from ..errors import DataError, RecipeError, UnsupportedModelError
 from ..models import find_adapter
 from .images import Images, open_images
-from .seeding import mix, seed_everything
+from .seeding import mix, seed_host
 from .specs import AugmentSpec, DataSpec
 
 
@@ -40,7 +40,7 @@ class Stream(Dataset[tuple[Tensor, int, int]]):
         epoch, position = divmod(int(key), len(self.indices))
         index = self.indices[position]
         image, target, found = self._load(position)
-        seed_everything(self.seed, epoch, index)
+        seed_host(self.seed, epoch, index)
         return self.transform(image), target, index if found == index else -1 - index
 
     def _load(self, position: int) -> tuple[Image.Image, int, int]:

@@ -15,9 +15,16 @@ def mix(*numbers: int) -> int:
     return int(np.random.SeedSequence(list(numbers)).generate_state(1)[0])
 
 
-def seed_everything(*numbers: int) -> None:
-    """Seed Python's, NumPy's and torch's generators from these numbers."""
+def seed_host(*numbers: int) -> None:
+    """Seed Python's, NumPy's and torch's generators on the CPU, which is what images are varied by."""
     seed = mix(*numbers)
     random.seed(seed)
     np.random.seed(seed)
-    torch.manual_seed(seed)
+    # `torch.manual_seed` would note, for every image, a call to make once CUDA is there.
+    torch.default_generator.manual_seed(seed)
+
+
+def seed_everything(*numbers: int) -> None:
+    """Seed Python's, NumPy's and torch's generators, on all devices."""
+    seed_host(*numbers)
+    torch.manual_seed(mix(*numbers))
