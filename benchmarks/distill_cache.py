@@ -1,11 +1,10 @@
-"""What a teacher costs per epoch of a student: none, from the cache, live; interleaved rounds, median of each.
+"""What a teacher costs per epoch of its student: none, from the cache, live; interleaved rounds, quartiles of each.
 
-python benchmarks/distill_cache.py --student deit_small_patch16_224 --teacher vit_base_patch16_224
+    python benchmarks/distill_cache.py --threads 2 --out results/distill-cache-deit-s-cpu
+
+The process should have the machine to itself.
 """
 
-import argparse
-import json
-import statistics
 import tempfile
 import time
 from collections.abc import Iterable
@@ -14,12 +13,23 @@ from typing import Any
 import numpy as np
 import timm
 import torch
+from jsonargparse import auto_cli
 from PIL import Image
 from timm.data import create_transform
 from torch.utils.data import DataLoader
 
 import vitrim
 from vitrim.distill import CachedViews, Distiller, SeededViews, Teacher, TeacherCache, student_grid
+from vitrim.measure.bench_table import Quartiles, ratios
+from vitrim.measure.environment import environment
+from vitrim.measure.table import Column, Table
+
+COLUMNS = (
+    Column("teacher", "teacher"),
+    Column("epoch", "epoch [s]"),
+    Column("over_none", "over no teacher"),
+    Column("kilobytes", "kB per image and view", ".0f"),
+)
 
 
 class Noise:
@@ -51,44 +61,67 @@ def epoch(distiller: Distiller, loader: Iterable[Any], device: torch.device) -> 
     return time.perf_counter() - start
 
 
-def main() -> None:
-    """Print one line of JSON: seconds per epoch and ratios to the epoch without a teacher."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--student", default="deit_small_patch16_224")
-    parser.add_argument("--teacher", default="vit_base_patch16_224")
-    parser.add_argument("--reduction", default="TopK(fuse=sum) @ KeepRate(0.7, at=(3, 6, 9))")
-    parser.add_argument("--terms", default="Labels() + Logits() + ClsStages() + Cls() + Tokens()")
-    parser.add_argument("--images", type=int, default=64)
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--workers", type=int, default=1)
-    args = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    student = timm.create_model(args.student)
-    vitrim.attach(student, args.reduction)
-    teacher = Teacher(timm.create_model(args.teacher)).to(device)
-    views = SeededViews(Noise(args.images, 256), create_transform(224, is_training=True), views=1)
+def main(
+    student: str = "deit_small_patch16_224",
+    teacher: str = "vit_base_patch16_224",
+    reduction: str = "TopK(fuse=sum) @ KeepRate(0.7, at=(3, 6, 9))",
+    terms: str = "Labels() + Logits() + ClsStages() + Cls() + Tokens()",
+    images: int = 32,
+    batch_size: int = 16,
+    workers: int = 1,
+    threads: int | None = 2,
+    rounds: int = 5,
+    device: str = "cpu",
+    out: str = "results/distill-cache-deit-s-cpu",
+) -> None:
+    """Measure, print, and write OUT.md and OUT.json."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+    place = torch.device(device)
+    learner = timm.create_model(student)
+    vitrim.attach(learner, reduction)
+    source = Teacher(timm.create_model(teacher)).to(place)
+    views = SeededViews(Noise(images, 256), create_transform(224, is_training=True), views=1)
     with tempfile.TemporaryDirectory() as folder:
-        cache = TeacherCache.build(folder, teacher, views, args.terms, grid=student_grid(student))
-        options = {"batch_size": args.batch, "num_workers": args.workers, "persistent_workers": args.workers > 0}
-        pin = device.type == "cuda"
-        plain = DataLoader(views, pin_memory=pin, **options)
-        kept = DataLoader(CachedViews(views, cache), pin_memory=pin, **options)
+        cache = TeacherCache.build(folder, source, views, terms, grid=student_grid(learner))
+        row = sum(value.numel() * value.element_size() for value in cache[0].values())
+        options: dict[str, Any] = {"num_workers": workers, "persistent_workers": workers > 0}
+        plain, kept = (
+            DataLoader(data, batch_size, pin_memory=place.type == "cuda", **options)
+            for data in (views, CachedViews(views, cache))
+        )
         ways = {
-            "none": (Distiller(student, None, "Labels()").to(device), plain),
-            "cache": (Distiller(student, cache, args.terms).to(device), kept),
-            "live": (Distiller(student, teacher, args.terms).to(device), plain),
+            "none": (Distiller(learner, None, "Labels()").to(place), plain),
+            "from the cache": (Distiller(learner, cache, terms).to(place), kept),
+            "live": (Distiller(learner, source, terms).to(place), plain),
         }
         seconds: dict[str, list[float]] = {name: [] for name in ways}
-        for turn in range(args.rounds + 1):
-            for name, (distiller, loader) in ways.items():
-                taken = epoch(distiller, loader, device)
+        names = list(ways)
+        for turn in range(rounds + 1):
+            for name in names[turn % 3 :] + names[: turn % 3]:
+                taken = epoch(*ways[name], place)
                 if turn > 0:  # The first warms up.
                     seconds[name].append(taken)
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
-    ratios = {name: round(value / medians["none"], 3) for name, value in medians.items()}
-    print(json.dumps({**vars(args), "device": device.type, "seconds": medians, "ratio_to_none": ratios}))
+    rows = [
+        {
+            "teacher": name,
+            "epoch": str(Quartiles.of(taken)),
+            "over_none": "-" if name == "none" else str(ratios(taken, seconds["none"])),
+            "kilobytes": row / 1e3 if name == "from the cache" else None,
+            "seconds": taken,
+        }
+        for name, taken in seconds.items()
+    ]
+    notes = [
+        f"Median [quartiles] over {rounds} rounds, each of one epoch in all three ways; ratios are within rounds.",
+        f"Student {student}, {reduction}; teacher {teacher}; {terms}. {images} images of random pixels, augmented, "
+        f"in batches of {batch_size}, {workers} worker processes; optimiser included.",
+    ]
+    table = Table("Cost of a teacher per epoch", COLUMNS, rows, notes, environment())
+    print(table.text())
+    for suffix in (".md", ".json"):
+        table.write(out + suffix, overwrite=True)
 
 
 if __name__ == "__main__":
-    main()
+    auto_cli(main, as_positional=False)

@@ -2,12 +2,13 @@
 
 from .cache import CachedViews, TeacherCache
 from .distiller import Distilled, Distiller, student_grid
-from .features import Anatomy, Wanted
+from .features import Anatomy, Outputs, Wanted
+from .filling import leave_signals_to_parent
 from .losses import LOSSES
 from .objective import TERMS, WEIGHTS, Term, Terms
 from .teacher import Teacher
 from .terms import Cls, ClsStages, DistToken, Labels, Logits, Merged, Tokens
-from .views import MixedViews, SeededViews, Views
+from .views import MixedViews, SeededViews, Views, describe_views
 
 __all__ = [
     "LOSSES",
@@ -24,6 +25,7 @@ __all__ = [
     "Logits",
     "Merged",
     "MixedViews",
+    "Outputs",
     "SeededViews",
     "Teacher",
     "TeacherCache",
@@ -32,5 +34,7 @@ __all__ = [
     "Tokens",
     "Views",
     "Wanted",
+    "describe_views",
+    "leave_signals_to_parent",
     "student_grid",
 ]

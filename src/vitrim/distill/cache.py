@@ -6,26 +6,21 @@ alone. Features are float16. Of many classes the k largest logits are kept, and 
 terms, the logsumexp of all the others, so that no probability is lost or made up.
 """
 
-import os
-import shutil
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from ..errors import DistillError
 from .features import Wanted
+from .filling import Tick, fill, missing_rows
 from .manifest import MANIFEST, Manifest
 from .objective import Terms
 from .teacher import Grid, Teacher
 from .views import Views
-
-DONE = "done.npy"
-FLUSH_EVERY = 32  # Batches that a power cut can cost.
 
 
 class TeacherCache:
@@ -51,9 +46,11 @@ class TeacherCache:
         top_k: int = 128,
         batch_size: int = 64,
         workers: int = 0,
-        tick: Callable[[int, int], None] | None = None,
+        tick: Tick | None = None,
     ) -> "TeacherCache":
         """Compute what is missing, and open. An interrupted call is continued by the same call.
+
+        Several processes may call it at once: one works, the others wait. A finished cache is only read.
 
         Args:
             folder: new, empty, or of the same teacher, data, augmentation and terms.
@@ -62,46 +59,19 @@ class TeacherCache:
             terms: the objective whose questions the cache will answer.
             grid: the student's (rows, columns) of patch tokens, for terms on tokens; see `student_grid`.
             top_k: logits kept of each image; all of them where there are no more classes than that.
-            tick: called with (rows done, rows in all).
+            tick: called with (rows done, rows in all), also while another process does them; what it raises ends the
+                call, and nothing that was done is lost.
 
         Raises:
             DistillError: the folder holds another cache; not enough space; features beyond the range of float16.
         """
         folder, wanted = Path(folder), Terms.parse(terms).wanted(of_teacher=True)
-        device = teacher.scale.device
         manifest = Manifest.of(teacher, views, wanted, grid, top_k)
-        if not (folder / MANIFEST).exists():
-            first = _encode(teacher(views[0][0].unsqueeze(0).to(device), wanted, grid), wanted, top_k)
-            _create(folder, manifest.with_fields({name: value.cpu().numpy() for name, value in first.items()}))
-        kept = Manifest.read(folder)
-        kept.check_serves(manifest, folder)
-        done = np.load(folder / DONE, mmap_mode="r+")
-        arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r+") for name in kept.fields}
-        missing = np.flatnonzero(done == 0)
-        finished, pending = kept.rows - len(missing), list[np.ndarray]()
-
-        def flush() -> None:
-            # Rows first, then the marks that vouch for them.
-            for array in arrays.values():
-                array.flush()
-            for rows in pending:
-                done[rows] = 1
-            done.flush()
-            pending.clear()
-
-        loader = DataLoader(_Rows(views, missing.tolist()), batch_size, num_workers=workers)
-        for batch, (images, rows) in enumerate(loader, 1):
-            found = _encode(teacher(images.to(device), kept.wanted, kept.grid), kept.wanted, kept.top_k)
-            for name, values in found.items():
-                arrays[name][rows.numpy()] = values.cpu().numpy()
-            pending.append(rows.numpy())
-            if batch % FLUSH_EVERY == 0:
-                flush()
-            finished += len(rows)
-            if tick is not None:
-                tick(finished, kept.rows)
-        flush()
-        return cls(folder, kept, wanted)
+        if (folder / MANIFEST).exists():
+            Manifest.read(folder).check_serves(manifest, folder)
+        if not (folder / MANIFEST).exists() or len(missing_rows(folder)):
+            fill(folder, manifest, teacher, views, batch_size, workers, tick or (lambda done, rows: None))
+        return cls(folder, Manifest.read(folder), wanted)
 
     @classmethod
     def open(
@@ -122,8 +92,7 @@ class TeacherCache:
         folder, wanted = Path(folder), Terms.parse(terms).wanted(of_teacher=True)
         kept = Manifest.read(folder)
         kept.check_serves(Manifest.of(teacher, views, wanted, grid, top_k), folder)
-        missing = int((np.load(folder / DONE, mmap_mode="r") == 0).sum())
-        if missing:
+        if missing := len(missing_rows(folder)):
             raise DistillError(
                 f"the teacher cache in {folder} lacks {missing} of {kept.rows} rows; build it to the end"
             )
@@ -155,56 +124,7 @@ class CachedViews(Dataset[tuple[Any, ...]]):
         return (*self.plain[row], self.cache[row])
 
 
-class _Rows(Dataset[tuple[Tensor, int]]):
-    def __init__(self, views: Views, rows: list[int]) -> None:
-        self.views, self.rows = views, rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, position: int) -> tuple[Tensor, int]:
-        row = self.rows[position]
-        return self.views[row][0], row
-
-
 def _serves(name: str, wanted: Wanted) -> bool:
     if name in ("stages", "cls", "tokens"):
         return bool(getattr(wanted, name))
     return wanted.logits  # `logits`, or `top`, `index` and every `rest@T`.
-
-
-def _encode(found: Mapping[str, Tensor], wanted: Wanted, top_k: int) -> dict[str, Tensor]:
-    """What is kept of a batch of teacher outputs."""
-    kept: dict[str, Tensor] = {}
-    for name, value in found.items():
-        if name != "logits":
-            kept[name] = value.half()
-            if not kept[name].isfinite().all():
-                raise DistillError(f"the teacher's {name} go beyond the range of float16; distil from the live teacher")
-    if wanted.logits:
-        logits = found["logits"].float()
-        if logits.shape[1] <= top_k:
-            return {**kept, "logits": logits}
-        order = logits.sort(dim=1, descending=True, stable=True)
-        kept |= {"top": order.values[:, :top_k], "index": order.indices[:, :top_k].int()}
-        for temperature in wanted.temperatures:
-            kept[f"rest@{temperature:g}"] = (order.values[:, top_k:] / temperature).logsumexp(1)
-    return kept
-
-
-def _create(folder: Path, manifest: Manifest) -> None:
-    """Lay out empty arrays. The manifest comes last, because it vouches for them."""
-    if folder.exists() and any(folder.iterdir()) and not (folder / DONE).exists():
-        raise DistillError(f"{folder} is not empty and holds no teacher cache; choose another folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    need, free = manifest.num_bytes, shutil.disk_usage(folder).free
-    if need > free:  # A mapped file that meets a full disk kills the process.
-        raise DistillError(
-            f"the teacher cache needs {need / 1e9:.1f} GB in {folder}, where {free / 1e9:.1f} GB are free"
-        )
-    np.lib.format.open_memmap(folder / DONE, mode="w+", dtype=np.uint8, shape=(manifest.rows,))
-    for name, (kind, *shape) in manifest.fields.items():
-        np.lib.format.open_memmap(folder / f"{name}.npy", mode="w+", dtype=kind, shape=(manifest.rows, *shape))
-    part = folder / f"{MANIFEST}.part"
-    part.write_text(manifest.to_json())
-    os.replace(part, folder / MANIFEST)

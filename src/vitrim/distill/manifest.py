@@ -82,14 +82,16 @@ class Manifest:
         for differs, whose in (
             (self.format != other.format, "another version of vitrim"),
             (self.teacher != other.teacher, f"another teacher ({self.anatomy.name}: other weights or input format)"),
-            (mine["data"] != yours["data"], "other images"),
-            (mine["augmentation"] != yours["augmentation"], "another augmentation"),
         ):
             if differs:
                 raise _refusal(folder, f"is of {whose}")
-        for key in sorted({*mine, *yours}):
+        # Numbers first: another seed or length also holds other images out, and says more than their digest.
+        for key in sorted({*mine, *yours} - {"data", "augmentation"}):
             if mine.get(key) != yours.get(key):
                 raise _refusal(folder, f"was made with {key} {mine.get(key)}, not {yours.get(key)}")
+        for key, whose in (("augmentation", "another augmentation"), ("data", "other images")):
+            if mine[key] != yours[key]:
+                raise _refusal(folder, f"is of {whose}")
         if not self.wanted.covers(other.wanted):
             raise _refusal(folder, f"holds {self.wanted}, but the terms need {other.wanted}")
         if other.wanted.tokens and self.grid != other.grid:

@@ -62,14 +62,7 @@ class SeededViews(Dataset[tuple[Any, ...]]):
 
     def describe(self) -> dict[str, object]:
         """Everything that determines the pixels, as plain data."""
-        return {
-            "data": fingerprint(self.dataset),
-            "images": len(self),
-            "views": self.views,
-            "seed": self.seed,
-            # Functions print the address where they happen to lie.
-            "augmentation": re.sub(r" at 0x[0-9a-f]+", "", repr(self.transform)),
-        }
+        return describe_views(self.dataset, self.transform, self.views, self.seed)
 
 
 class MixedViews(Dataset[tuple[Any, ...]]):
@@ -100,6 +93,18 @@ class MixedViews(Dataset[tuple[Any, ...]]):
     def describe(self) -> dict[str, object]:
         """Everything that determines the pixels, as plain data."""
         return {**self.plain.describe(), "mixup": [self.alpha, self.seed]}
+
+
+def describe_views(dataset: Any, transform: Callable[[Any], Tensor], views: int, seed: int) -> dict[str, object]:
+    """What determines the pixels of these images (by index, as `fingerprint` takes them) in so many views."""
+    return {
+        "data": fingerprint(dataset),
+        "images": len(dataset),
+        "views": views,
+        "seed": seed,
+        # Functions print the address where they happen to lie.
+        "augmentation": re.sub(r" at 0x[0-9a-f]+", "", repr(transform)),
+    }
 
 
 @contextmanager

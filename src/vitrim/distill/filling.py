@@ -1,0 +1,176 @@
+"""How a teacher cache is laid out and filled: rows in any order, by one process at a time, stopped and continued."""
+
+import errno
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from ..errors import DistillError
+from .features import Wanted
+from .manifest import MANIFEST, Manifest
+from .teacher import Teacher
+from .views import Views
+
+try:
+    import fcntl
+except ImportError:  # Windows, where two processes that build one cache do the same work twice.
+    fcntl = None
+
+DONE, LOCK = "done.npy", "lock"
+FLUSH_EVERY = 32  # Batches that a power cut can cost.
+LOOK_EVERY = 0.5  # Seconds.
+
+Tick = Callable[[int, int], None]
+
+
+def missing_rows(folder: Path) -> np.ndarray:
+    """Rows that are still to be computed."""
+    return np.flatnonzero(np.load(folder / DONE, mmap_mode="r") == 0)
+
+
+def fill(
+    folder: Path, manifest: Manifest, teacher: Teacher, views: Views, batch_size: int, workers: int, tick: Tick
+) -> None:
+    """Compute what the folder, new or begun, lacks of a cache; wait where another process is doing so.
+
+    Raises:
+        DistillError: the folder holds something else; not enough space; features beyond the range of float16.
+    """
+    if folder.exists() and not (folder / DONE).exists() and any(path.name != LOCK for path in folder.iterdir()):
+        raise DistillError(f"{folder} is not empty and holds no teacher cache; choose another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    with _alone(folder, tick):
+        if not (folder / MANIFEST).exists():
+            first = teacher(views[0][0].unsqueeze(0).to(teacher.scale.device), manifest.wanted, manifest.grid)
+            rows = _encode(first, manifest.wanted, manifest.top_k)
+            _create(folder, manifest.with_fields({name: value.cpu().numpy() for name, value in rows.items()}))
+        kept = Manifest.read(folder)
+        kept.check_serves(manifest, folder)
+        _compute(folder, kept, teacher, views, batch_size, workers, tick)
+
+
+def leave_signals_to_parent(worker: int) -> None:
+    """For `worker_init_fn`: Ctrl-C reaches every process of a terminal, but workers must serve until work is saved."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _compute(
+    folder: Path, kept: Manifest, teacher: Teacher, views: Views, batch_size: int, workers: int, tick: Tick
+) -> None:
+    missing = missing_rows(folder)
+    done = np.load(folder / DONE, mmap_mode="r+")
+    arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r+") for name in kept.fields}
+    finished, pending = kept.rows - len(missing), list[np.ndarray]()
+
+    def flush() -> None:
+        # Rows first, then the marks that vouch for them.
+        for array in arrays.values():
+            array.flush()
+        for rows in pending:
+            done[rows] = 1
+        done.flush()
+        pending.clear()
+
+    loader = DataLoader(
+        _Rows(views, missing.tolist()), batch_size, num_workers=workers, worker_init_fn=leave_signals_to_parent
+    )
+    try:
+        for batch, (images, rows) in enumerate(loader, 1):
+            answers = teacher(images.to(teacher.scale.device), kept.wanted, kept.grid)
+            for name, values in _encode(answers, kept.wanted, kept.top_k).items():
+                arrays[name][rows.numpy()] = values.cpu().numpy()
+            pending.append(rows.numpy())
+            if batch % FLUSH_EVERY == 0:
+                flush()
+            finished += len(rows)
+            tick(finished, kept.rows)
+    finally:  # Whoever stops the work in `tick` finds all of it kept.
+        flush()
+
+
+@contextmanager
+def _alone(folder: Path, tick: Tick) -> Iterator[None]:
+    """One process at a time; the system frees the lock of one that died. Others tell how far that one has come."""
+    with (folder / LOCK).open("a") as file:
+        while fcntl is not None:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(LOOK_EVERY)
+                if (folder / MANIFEST).exists():
+                    rows = Manifest.read(folder).rows
+                    tick(rows - len(missing_rows(folder)), rows)
+            except OSError:  # A file system without locks.
+                break
+        yield
+
+
+class _Rows(Dataset[tuple[Tensor, int]]):
+    def __init__(self, views: Views, rows: list[int]) -> None:
+        self.views, self.rows = views, rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, position: int) -> tuple[Tensor, int]:
+        row = self.rows[position]
+        return self.views[row][0], row
+
+
+def _encode(found: Mapping[str, Tensor], wanted: Wanted, top_k: int) -> dict[str, Tensor]:
+    """What is kept of a batch of teacher outputs."""
+    kept: dict[str, Tensor] = {}
+    for name, value in found.items():
+        if name != "logits":
+            kept[name] = value.half()
+            if not kept[name].isfinite().all():
+                raise DistillError(f"the teacher's {name} go beyond the range of float16; distil from the live teacher")
+    if wanted.logits:
+        logits = found["logits"].float()
+        if logits.shape[1] <= top_k:
+            return {**kept, "logits": logits}
+        order = logits.sort(dim=1, descending=True, stable=True)
+        kept |= {"top": order.values[:, :top_k], "index": order.indices[:, :top_k].int()}
+        for temperature in wanted.temperatures:
+            kept[f"rest@{temperature:g}"] = (order.values[:, top_k:] / temperature).logsumexp(1)
+    return kept
+
+
+def _create(folder: Path, manifest: Manifest) -> None:
+    """Lay out empty arrays. The manifest comes last, because it vouches for them."""
+    need, free = manifest.num_bytes, shutil.disk_usage(folder).free
+    if need > free:
+        raise DistillError(
+            f"the teacher cache needs {need / 1e9:.1f} GB in {folder}, where {free / 1e9:.1f} GB are free"
+        )
+    _lay_out(folder / DONE, "uint8", (manifest.rows,))
+    for name, (kind, *shape) in manifest.fields.items():
+        _lay_out(folder / f"{name}.npy", kind, (manifest.rows, *shape))
+    part = folder / f"{MANIFEST}.part"
+    part.write_text(manifest.to_json())
+    os.replace(part, folder / MANIFEST)
+
+
+def _lay_out(path: Path, kind: str, shape: tuple[int, ...]) -> None:
+    """An array of zeros whose room on the disk is taken: a mapped file that meets a full one kills the process."""
+    np.lib.format.open_memmap(path, mode="w+", dtype=kind, shape=shape)
+    if not hasattr(os, "posix_fallocate"):
+        return
+    with path.open("r+b") as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                path.unlink()
+                raise DistillError(f"there is no room on the disk for {path}; free some, then repeat") from None
+            # Any other: a file system that cannot do it.
