@@ -200,6 +200,40 @@ def test_eager_and_compiled_agree():
     torch.testing.assert_close(compiled.terms, plain.terms)
 
 
+@pytest.mark.parametrize("terms", ["Labels() + Logits()", "Logits() + ClsStages() + Cls() + Tokens()"])
+def test_compiled_training_has_the_losses_of_eager_training(terms: str):
+    """Also with terms on features, which come from another method than the one compiled with a module."""
+    calls: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]):
+        def run(*args: torch.Tensor):
+            calls.append(sum(node.op != "placeholder" for node in graph.graph.nodes))
+            return graph.forward(*args)
+
+        return run
+
+    losses: dict[str, list[float]] = {}
+    for name in ("eager", "compiled"):
+        torch.manual_seed(0)
+        student = vit()
+        vitrim.attach(student, "TopK(fuse=sum) @ KeepRate(0.7, at=(1, 3))")
+        distiller = Distiller(student, teacher(), terms).train()
+        if name == "compiled":
+            distiller.compile(backend=backend)
+        optimiser = torch.optim.SGD([p for p in distiller.parameters() if p.requires_grad], lr=0.1)
+        losses[name] = []
+        for step in range(3):
+            torch.manual_seed(step)
+            out = distiller(torch.randn(4, 3, 64, 64), torch.tensor([0, 1, 2, 3]))
+            out.loss.backward()
+            optimiser.step()
+            optimiser.zero_grad()
+            losses[name].append(out.loss.item())
+    assert losses["compiled"] == pytest.approx(losses["eager"], rel=1e-5)
+    assert len(calls) == 3  # One graph per step,
+    assert min(calls) > 100  # and in it the whole student.
+
+
 def test_half_precision_sums_in_float32():
     distiller = Distiller(vit(), teacher(), "Logits() + ClsStages() + Cls() + Tokens()").eval()
     images = torch.randn(2, 3, 64, 64)

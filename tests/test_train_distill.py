@@ -237,6 +237,27 @@ def test_a_student_starts_from_another_run(teacher: str, tmp_path: Path):
     assert all(torch.equal(value, alike.state_dict()[name]) for name, value in load(teacher).state_dict().items())
 
 
+@pytest.mark.parametrize("terms", [FAKD, FEATURES])
+def test_a_compiled_run_has_the_numbers_of_an_eager_one(
+    teacher: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, terms: str
+):
+    sizes: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        sizes.append(len(graph.graph.nodes))
+        return graph.forward
+
+    genuine = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **options: genuine(function, backend=backend, **options))
+    options = {"reduction": "TopK(fuse=sum) @ KeepRate(0.7, at=[1])", "epochs": 2, "data": {"limit": 40, "holdout": 0}}
+    for compiled in (False, True):
+        assert sizes == []
+        train(recipe(teacher, terms, compile=compiled, **options), tmp_path / str(compiled))
+    assert max(sizes) > 100  # A whole student.
+    one, two = (RunFolder(tmp_path / str(compiled)).metrics for compiled in (False, True))
+    assert [line["train_loss"] for line in two] == pytest.approx([line["train_loss"] for line in one], rel=1e-5)
+
+
 def test_terms_weights_and_losses_are_listed():
     text = listing()
     assert {"Labels", "Logits", "ClsStages", "Tokens", "Merged", "Linear", "cosine", "smooth_l1"} <= set(text.split())

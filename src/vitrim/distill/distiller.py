@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -52,9 +53,11 @@ class Distiller(nn.Module):
     ) -> None:
         super().__init__()
         self.student = student
-        self.teacher = teacher if isinstance(teacher, Teacher) else None
+        live = isinstance(teacher, Teacher)
+        self.teacher, self.known = (teacher, None) if live else (None, teacher)
         self.terms = Terms.parse(terms)
         self.criterion = criterion
+        self._look = look
         own, theirs = Anatomy.of(student), None if teacher is None else teacher.anatomy
         projections: dict[str, nn.Module] = {}
         for term in self.terms.terms:
@@ -77,6 +80,21 @@ class Distiller(nn.Module):
         ]
         self.register_load_state_dict_post_hook(_expect_no_teacher)
 
+    @property
+    def classifies(self) -> bool:
+        """Whether the terms teach classes, so that accuracy means something."""
+        return self.of_student.logits or self.of_student.dist_logits
+
+    def compile(self, *args: Any, **options: Any) -> None:
+        """Compile the student's forward pass, features included; options are those of torch.compile."""
+        self.student.compile(*args, **options)
+        if self.of_student.features:  # Collected by another method than the one that is compiled with a module.
+            self._look = torch.compile(look, *args, **options)
+
+    def rely_on(self, known: Known) -> None:
+        """Let go of the live teacher: from now on its outputs come with each batch, from this cache of them."""
+        self.teacher, self.known = None, known
+
     def forward(
         self,
         images: Tensor,
@@ -92,7 +110,7 @@ class Distiller(nn.Module):
             known: the teacher's outputs on these very images, from a cache; None asks the live teacher.
             progress: fraction of training that has passed, in [0, 1], for weights that change.
         """
-        student = look(self.student, images, self.of_student)
+        student = self._look(self.student, images, self.of_student)
         if "tokens" in student:
             student |= whereabouts(self.student, student["tokens"])
         if known is None:
