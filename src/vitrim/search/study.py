@@ -81,7 +81,7 @@ class Study:
     def recipe(self, row: str, seed: int, out: Path) -> Recipe:
         """The recipe of one run of the study in folder `out`."""
         folder = lambda name: str(RunFolder(run_folder(out, name, seed)).model_path)  # noqa: E731
-        return Recipe.from_dict(merge(_with_rows(self._options(row), folder), {"seed": seed}))
+        return Recipe.from_dict(merge(_filled(self._options(row), folder, seed), {"seed": seed}))
 
     def needs(self, row: str) -> list[str]:
         """Rows whose models this one asks for."""
@@ -145,8 +145,10 @@ def run_folder(out: Path, row: str, seed: int) -> Path:
     return out / f"{row.replace(' ', '-')}-s{seed}"
 
 
-def _with_rows(options: Any, folder: Callable[[str], str]) -> Any:
-    """Options with the model folder in place of each `{row:NAME}`."""
+def _filled(options: Any, folder: Callable[[str], str], seed: int) -> Any:
+    """Options with the model folder in place of each `{row:NAME}`, and the seed in place of `{seed}`."""
     if isinstance(options, dict):
-        return {name: _with_rows(value, folder) for name, value in options.items()}
-    return _ROW.sub(lambda found: folder(found[1]), options) if isinstance(options, str) else options
+        return {name: _filled(value, folder, seed) for name, value in options.items()}
+    if not isinstance(options, str):
+        return options
+    return _ROW.sub(lambda found: folder(found[1]), options).replace("{seed}", str(seed))

@@ -1,4 +1,4 @@
-"""Live progress of a run: one bar per epoch, one line per finished epoch."""
+"""Live progress of a run: one bar per epoch, one line per finished epoch, and the same for a teacher cache."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,7 +19,13 @@ def live(console: Console | None = None, label: str = "") -> Iterator[Report]:
         task = progress.add_task(label, total=None, figures="")
 
         def report(event: str, figures: Mapping[str, Any]) -> None:
-            if event == "step":
+            if event == "cache":
+                done, total = figures["done"], figures["rows"]
+                progress.update(task, description=_cache(label, figures), completed=done, total=total, figures="")
+                if done == total:
+                    progress.console.print(f"{_cache(label, figures)}  {total} images", highlight=False)
+                    progress.reset(task)
+            elif event == "step":
                 name = f"{label} epoch {figures['epoch'] + 1}".strip()
                 progress.update(
                     task, description=name, completed=figures["step"], total=figures["steps"], figures=_now(figures)
@@ -33,6 +39,10 @@ def live(console: Console | None = None, label: str = "") -> Iterator[Report]:
                 progress.update(task, description=f"waiting for other workers: {figures['runs']} runs", figures="")
 
         yield report
+
+
+def _cache(label: str, figures: Mapping[str, Any]) -> str:
+    return f"{label} teacher cache, {figures['name']}".strip()
 
 
 def _now(figures: Mapping[str, Any]) -> str:

@@ -1,6 +1,5 @@
 """Streams of transformed images for training and evaluation, each image varied by (seed, epoch, index) alone."""
 
-import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,9 +10,10 @@ from timm.data import create_transform, rand_augment_transform, resolve_model_da
 from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import RandomResizedCropAndInterpolation, str_to_interp_mode
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 from torchvision import transforms as T
 
+from ..distill import TeacherCache, describe_views, leave_signals_to_parent
 from ..errors import DataError, RecipeError, UnsupportedModelError
 from ..models import find_adapter
 from .images import Images, open_images
@@ -21,27 +21,38 @@ from .seeding import mix, seed_host
 from .specs import AugmentSpec, DataSpec
 
 
-class Stream(Dataset[tuple[Tensor, int, int]]):
-    """Transformed images by key = epoch * len + position; how an image is varied depends on (seed, epoch, index) alone.
+class Stream(Dataset[tuple[Any, ...]]):
+    """Transformed images by key = epoch * len + position; how an image is varied depends on (seed, view, index) alone.
 
-    An item is (image (C, H, W), class, index). An unreadable image is replaced by the next one if `skip` is set;
-    its item then carries -1 - index, so that it can be counted and left out of metrics.
+    An item is (image (C, H, W), class, index), and what a teacher says of the image where `known` is set. Every epoch
+    is a view of its own, or they take turns with so many `views`. An unreadable image is replaced by the next one if
+    `skip` is set; its item then carries -1 - index, so that it can be counted and left out of metrics.
     """
 
     def __init__(
-        self, images: Images, indices: Sequence[int], transform: Callable[[Image.Image], Tensor], seed: int, skip: bool
-    ) -> None:
+        self, images: Images, indices: Sequence[int], transform: Callable[[Image.Image], Tensor], seed: int, skip: bool,
+        views: int | None = None,
+    ) -> None:  # fmt: skip
         self.images, self.indices, self.transform, self.seed, self.skip = images, list(indices), transform, seed, skip
+        self.views = views
+        self.known: TeacherCache | None = None
 
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, key: int) -> tuple[Tensor, int, int]:
+    def __getitem__(self, key: int) -> tuple[Any, ...]:
         epoch, position = divmod(int(key), len(self.indices))
         index = self.indices[position]
         image, target, found = self._load(position)
-        seed_host(self.seed, epoch, index)
-        return self.transform(image), target, index if found == index else -1 - index
+        seed_host(self.seed, epoch % self.views if self.views else epoch, index)
+        item = self.transform(image), target, index if found == index else -1 - index
+        return item if self.known is None else (*item, self.known[int(key) % self.known.rows])
+
+    def describe(self) -> dict[str, object]:
+        """Everything that determines the pixels, as plain data, for a cache of what a teacher says of them."""
+        assert self.views is not None  # Endless views cannot be kept.
+        images = Subset(self.images.source, self.indices)
+        return {**describe_views(images, self.transform, self.views, self.seed), "mode": self.images.mode}
 
     def _load(self, position: int) -> tuple[Image.Image, int, int]:
         for step in range(len(self)):
@@ -167,9 +178,9 @@ def make_splits(
     skip = spec.on_corrupt == "skip"
     plain, varied = transforms_for(model, spec), transforms_for(model, spec, augment)
     return Splits(
-        train=Stream(train, sorted(order[held:]), varied, seed, skip),
-        select=Stream(train, sorted(order[:held]), plain, seed, skip) if held else None,
-        test=Stream(test, range(len(test)), plain, seed, skip),
+        train=Stream(train, sorted(order[held:]), varied, seed, skip, augment.views),
+        select=Stream(train, sorted(order[:held]), plain, seed, skip, views=1) if held else None,
+        test=Stream(test, range(len(test)), plain, seed, skip, views=1),
         classes=train.classes,
     )
 
@@ -182,20 +193,15 @@ def plain_stream(model: nn.Module, spec: DataSpec, train: bool = False) -> Strea
 
 
 def make_loader(
-    stream: Stream, batch_size: int, workers: int, seed: int = 0, shuffle: bool = False, drop_last: bool = False
-) -> tuple[DataLoader[Any], EpochSampler]:
-    """Batches of (images, classes, indices), and the sampler whose `epoch` says which epoch comes next."""
+    stream: Stream | Subset[Any], batch_size: int, workers: int, seed: int = 0, shuffle: bool = False,
+    drop_last: bool = False,
+) -> tuple[DataLoader[Any], EpochSampler]:  # fmt: skip
+    """Batches of the stream's items, and the sampler whose `epoch` says which epoch comes next."""
     if batch_size < 1:
         raise DataError(f"batch_size is {batch_size}; it must be 1 or more")
     sampler = EpochSampler(len(stream), seed, shuffle)
     loader: DataLoader[Any] = DataLoader(
         stream, batch_size, sampler=sampler, num_workers=workers, drop_last=drop_last, persistent_workers=workers > 0,
-        pin_memory=torch.cuda.is_available(), worker_init_fn=_leave_signals_to_parent,
+        pin_memory=torch.cuda.is_available(), worker_init_fn=leave_signals_to_parent,
     )  # fmt: skip
     return loader, sampler
-
-
-def _leave_signals_to_parent(worker: int) -> None:
-    """Ctrl-C reaches every process of a terminal; workers must serve until the run has saved its state."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)

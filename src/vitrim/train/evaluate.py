@@ -4,15 +4,17 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.data_loader import prepare_data_loader
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, recursively_apply
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import Subset
 
 from ..errors import DataError, VitrimError
 from ..models import attached_instead, find_adapter
@@ -116,20 +118,20 @@ def mean_loss(
 ) -> dict[str, float]:
     """Mean over a stream of the objective, and of these terms of it, in eval mode and with its final weights.
 
-    Every process looks at its share of the images, so that the figures do not depend on how many there are. Images
-    that cannot be read are left out.
+    Every process looks at its share of the images, so that the figures do not depend on how many there are. The
+    teacher's outputs come with the images where they are cached. Images that cannot be read are left out.
     """
-    own = stream.indices[accelerator.process_index :: accelerator.num_processes]
-    share = Stream(stream.images, own, stream.transform, stream.seed, stream.skip)
+    own = range(accelerator.process_index, len(stream), accelerator.num_processes)
     names = ["loss", *terms]
     sums = torch.zeros(1 + len(names), device=accelerator.device)
     was_training = learner.training
     learner.eval()
-    for images, targets, index in make_loader(share, batch_size, workers)[0] if own else ():
-        images, targets = (part[index >= 0].to(accelerator.device) for part in (images, targets))
+    for images, targets, index, *known in make_loader(Subset(stream, own), batch_size, workers)[0] if own else ():
+        readable = partial(_rows, where=index >= 0, device=accelerator.device)
+        images, targets, *known = recursively_apply(readable, [images, targets, *known])
         if len(images):
             with accelerator.autocast():
-                found = learner(images, targets, progress=1.0)
+                found = learner(images, targets, *known, progress=1.0)
             means = torch.stack([found.loss, *(found.terms[name] for name in names[1:])]).float()
             sums += len(images) * torch.cat([torch.ones_like(means[:1]), means])
     learner.train(was_training)
@@ -187,6 +189,10 @@ def attention_entropy(model: nn.Module, images: Tensor) -> float:
     share = score / score.sum(1, keepdim=True)
     entropy = torch.special.entr(share).sum(1) / math.log(share.shape[1])
     return float(entropy.mean())
+
+
+def _rows(part: Tensor, where: Tensor, device: torch.device) -> Tensor:
+    return part[where].to(device)
 
 
 def _clock(device: torch.device) -> float:

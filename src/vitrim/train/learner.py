@@ -95,7 +95,7 @@ def prepare_learner(recipe: Recipe, student: nn.Module) -> Distiller:
 
 def with_student(learner: Distiller, student: nn.Module) -> Distiller:
     """The same objective, teacher and projections on another student, such as the average of its weights."""
-    other = Distiller(student, learner.teacher, learner.terms, learner.criterion)
+    other = Distiller(student, learner.teacher or learner.known, learner.terms, learner.criterion)
     other.projections = learner.projections
     return other
 

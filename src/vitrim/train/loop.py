@@ -13,6 +13,7 @@ from accelerate.utils import DataLoaderConfiguration
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
+from ..distill import Outputs
 from ..errors import VitrimError
 from ..measure.cost import cost
 from ..measure.environment import environment
@@ -31,7 +32,7 @@ from .stratification import Stratification
 from .task import Task
 
 Report = Callable[[str, Mapping[str, Any]], None]
-"""Called with ("step" | "epoch" | "done", figures) as the run goes on."""
+"""Called with ("cache" | "step" | "epoch" | "done", figures) as the run goes on."""
 LOOK_EVERY = 20
 """Steps between two looks at figures on an accelerator, which must be waited for; a CPU looks at every step."""
 
@@ -83,8 +84,10 @@ class _Run:
         self.task = make_task(recipe, self.student, self.splits, self.accelerator, fresh=fresh)
         optimizer = make_optimizer(self.student, optim, self.task.extra)
         self.scheduler = make_scheduler(optimizer, optim, recipe.epochs, math.ceil(self.steps / optim.accumulate))
+        if recipe.cache is not None:
+            self.task.cache_teacher(self.splits, self.device, report)
         if recipe.compile:
-            self.student.compile()
+            self.task.learner.compile()
         self.learner, self.optimizer, self.loader = self.accelerator.prepare(self.task.learner, optimizer, loader)
         self.ema = ModelEmaV3(self.student, decay=optim.ema) if optim.ema > 0 else None
         self.evaluated: nn.Module = self.ema.module if self.ema else self.student
@@ -123,16 +126,17 @@ class _Run:
         self.task.start_epoch(state.epoch)
         self.task.follow(state.epoch, 0.0, state.history)
         start = time.perf_counter()
-        for images, targets, index in skip_first_batches(self.loader, state.step) if state.step else self.loader:
+        batches = skip_first_batches(self.loader, state.step) if state.step else self.loader
+        for images, targets, index, *known in batches:
             self.task.follow(state.epoch, state.step / self.steps, state.history)
-            self._train_step(images, targets)
+            self._train_step(images, targets, *known)
             state.step += 1
             self.meter.close_step(index, time.perf_counter() - start)
             start = time.perf_counter()
             if self.device.type == "cpu" or state.step % LOOK_EVERY == 0 or state.step == self.steps:
                 self._look()
 
-    def _train_step(self, images: Tensor, labels: Tensor) -> None:
+    def _train_step(self, images: Tensor, labels: Tensor, known: Outputs | None = None) -> None:
         recipe, accelerator, state, targets = self.recipe, self.accelerator, self.state, labels
         self.task.train_mode()
         seed_everything(recipe.seed, state.epoch, state.step, accelerator.process_index)
@@ -140,7 +144,7 @@ class _Run:
             images, targets = self.mixup(images.clone(), targets)
         with accelerator.accumulate(self.learner):
             progress = state.epoch / max(1, recipe.epochs - 1)
-            for learnt in self.task.losses(images, targets, progress=progress, update=state.update):
+            for learnt in self.task.losses(images, targets, known, progress=progress, update=state.update):
                 accelerator.backward(learnt.loss)
                 self.meter.add(learnt, labels)
             if accelerator.sync_gradients and recipe.optim.clip > 0:

@@ -8,7 +8,7 @@ import yaml
 
 from ..errors import RecipeError, UnknownNameError
 from .options import fill, flatten, plain, read_yaml
-from .specs import AugmentSpec, DataSpec, ElasticSpec, ModelSpec, OptimSpec
+from .specs import AugmentSpec, CacheSpec, DataSpec, ElasticSpec, ModelSpec, OptimSpec
 
 
 @dataclass
@@ -30,6 +30,7 @@ class Recipe:
             batch in its own format.
         shard_teacher: in several processes, each keeps a share of the teacher's weights alone (FSDP), for teachers that
             fill a device.
+        cache: keep the teacher's outputs on disk instead of asking it in every epoch; needs augment.views.
         epochs: passes over the training images.
         batch_size: images per update and all processes together.
         seed: of weights, order, augmentation and dropout.
@@ -48,6 +49,7 @@ class Recipe:
     elastic: ElasticSpec | None = None
     teacher: ModelSpec | None = None
     shard_teacher: bool = False
+    cache: CacheSpec | None = None
     epochs: int = 10
     batch_size: int = 128
     seed: int = 0
@@ -67,6 +69,8 @@ class Recipe:
             ("augment.smoothing", self.augment.smoothing, 0, 0.999),
             ("augment.mix_prob", self.augment.mix_prob, 0, 1),
             ("augment.erasing", self.augment.erasing, 0, 1),
+            ("augment.views", 1 if self.augment.views is None else self.augment.views, 1, None),
+            ("cache.top_k", self.cache.top_k if self.cache else 1, 1, None),
             ("data.workers", self.data.workers, 0, None),
             ("data.limit", self.data.limit or 1, 1, None),
             ("seed", self.seed, 0, None),
@@ -81,6 +85,8 @@ class Recipe:
             self._check_elastic(self.elastic)
         elif self.distill is None and self.teacher is not None:
             raise RecipeError("a teacher needs terms to teach by; set distill, or leave teacher out")
+        if self.cache is not None:
+            self._check_cache()
         if self.track is not None:
             from accelerate.tracking import (  # Here, since it imports torch.
                 LOGGER_TYPE_TO_CLASS,
@@ -110,6 +116,7 @@ class Recipe:
         for given, what in (
             (self.reduction, "reduction changes tokens, elastic widths; reduce the tokens of what is extracted"),
             (self.distill, "distill has terms for one network; elastic.distill and teacher are for all of them"),
+            (self.cache is not None, "cache serves the terms of distill; leave it out with elastic"),
             (self.shard_teacher, "shard_teacher serves the terms of distill; leave it out with elastic"),
             (self.optim.freeze, "optim.freeze trains the classifier alone, elastic what lies before it"),
             (self.compile, "compile would start anew for every width; leave it out with elastic"),
@@ -123,6 +130,21 @@ class Recipe:
                 f"elastic.rule {spec.rule} never runs the full network, so it cannot teach; set elastic.distill to "
                 "false, or a teacher"
             )
+
+    def _check_cache(self) -> None:
+        for wrong, advice in (
+            (self.teacher is None, "needs a teacher; set teacher"),
+            (
+                self.augment.mixup > 0 or self.augment.cutmix > 0,
+                "cannot know mixed images; set augment.mixup and augment.cutmix to 0",
+            ),
+            (
+                self.augment.views is None,
+                "holds a fixed number of forms of each image; set augment.views, for example to 10",
+            ),
+        ):
+            if wrong:
+                raise RecipeError(f"a teacher cache {advice}, or leave cache out")
 
     def check_processes(self, number: int) -> None:
         """Raise `RecipeError` where a batch cannot be shared evenly among so many processes."""

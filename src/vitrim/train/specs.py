@@ -69,6 +69,7 @@ class AugmentSpec:
         cutmix: alpha of cutmix, 0 = off.
         mix_prob: probability that a batch is mixed at all.
         smoothing: label smoothing.
+        views: forms of each image that the epochs show in turn; by default every epoch has one of its own.
     """
 
     crop: Literal["none", "pad", "resized"] = "none"
@@ -80,6 +81,20 @@ class AugmentSpec:
     cutmix: float = 0.0
     mix_prob: float = 1.0
     smoothing: float = 0.0
+    views: int | None = None
+
+
+@dataclass
+class CacheSpec:
+    """Where the teacher's outputs are kept.
+
+    Args:
+        folder: made by the first run, read by all others with the same teacher, images, augmentation and seed.
+        top_k: logits kept of each image, with the sum of the others; all of them for no more classes than that.
+    """
+
+    folder: str = "teacher-cache"
+    top_k: int = 128
 
 
 @dataclass

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from ..distill import Distilled, Teacher
+from ..distill import Distilled, Outputs, Teacher
 from ..elastic import SuperNet
 from ..elastic.piad import Piad, Stratifier, imitation_loss
 from ..elastic.probing import is_headless, output_of
@@ -85,7 +85,9 @@ class Stratification(Task):
         """Let the chain grow as this epoch asks."""
         self.stratifier.start_epoch(epoch, self.probe)
 
-    def losses(self, images: Tensor, targets: Tensor, *, progress: float, update: int) -> Iterator[Distilled]:
+    def losses(
+        self, images: Tensor, targets: Tensor, known: Outputs | None, *, progress: float, update: int
+    ) -> Iterator[Distilled]:
         """One loss for every network that this update draws; processes exchange gradients at the last one."""
         hold = partial(self.accelerator.no_sync, self.wrapped)
         first = True

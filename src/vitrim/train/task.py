@@ -12,9 +12,10 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from ..distill import Distilled, Distiller
+from ..distill import Distilled, Distiller, Outputs
 from ..models import attached, save
 from ..tokens import Adaptive
+from .caching import Report, with_cache
 from .checkpoint import RunFolder
 from .data import Splits, Stream
 from .evaluate import Figures, attention_entropy, mean_loss
@@ -54,7 +55,12 @@ class Task:
         learner = prepare_learner(recipe, student)
         self.learner, self.extra = learner, learner.projections
         self.terms = [term.name for term in learner.terms.terms] if recipe.distill else []
-        self.classifies = learner.of_student.logits or learner.of_student.dist_logits
+        self.classifies = learner.classifies
+
+    def cache_teacher(self, splits: Splits, device: torch.device, report: Report) -> None:
+        """Let images bring the teacher's outputs along; see `with_cache`."""
+        assert isinstance(self.learner, Distiller)
+        with_cache(self.recipe, self.learner, splits, device, report)
 
     def start(self, learner: nn.Module, network: nn.Module) -> None:
         """Take what the run has made of the parts.
@@ -98,16 +104,19 @@ class Task:
         self.train_mode()
         return {"strength": handle.strength, "tokens": list(handle.token_counts)}
 
-    def losses(self, images: Tensor, targets: Tensor, *, progress: float, update: int) -> Iterator[Distilled]:
+    def losses(
+        self, images: Tensor, targets: Tensor, known: Outputs | None, *, progress: float, update: int
+    ) -> Iterator[Distilled]:
         """The losses of a step; each is to be sent backwards before the next is asked for.
 
         Args:
             images: (B, channels, H, W), mixed.
             targets: classes (B,), or their shares (B, K) where images are mixed.
+            known: what the teacher says of these images, where it is cached.
             progress: fraction of training that has passed, in [0, 1].
             update: counts the updates of weights; the same for all batches that are accumulated into one.
         """
-        learnt: Distilled = self.wrapped(images, targets, progress=progress)
+        learnt: Distilled = self.wrapped(images, targets, known, progress=progress)
         yield learnt._replace(terms={name: learnt.terms[name] for name in self.terms})
 
     def hold_out(self, stream: Stream, evaluate: Evaluate) -> dict[str, Any]:
