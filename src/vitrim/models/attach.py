@@ -1,19 +1,18 @@
 """Put a reduction into a model, and take it out again without a trace."""
 
-from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
 from types import TracebackType
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import ScoreError, VitrimError
-from ..tokens import Constant, Curriculum, Plan, Reducer, Reduction, Schedule, TokenState, make_plan
+from ..errors import VitrimError
+from ..tokens import Constant, Curriculum, Plan, Reducer, Reduction, Schedule, TokenState
 from ..tokens.curricula import History
 from ..tokens.gradients import GradientMemory
 from ..tokens.reduction import Phase
 from .adapter import Geometry, find_adapter
+from .planning import Planner
 from .reduced import Trace
 
 _TRACE = "vitrim_trace"
@@ -26,23 +25,15 @@ class Handle:
     def __init__(self, model: nn.Module, reduction: Reduction | None, cls_only: bool) -> None:
         self.model = model
         self.adapter = find_adapter(model)
-        self.geometry: Geometry = self.adapter.geometry(model)
-        self.cls_only = cls_only
         self.reduction = reduction
-        self._strength = 1.0
-        self._plans: dict[tuple[int, bool], Plan] = {}
+        self.cls_only = cls_only
+        self._planner = Planner(model, self.adapter, reduction, cls_only)
+        self.geometry: Geometry = self._planner.geometry
         self._originals: list[tuple[nn.Module, type[nn.Module]]] = []
         self._last: Trace | None = None
         learns = reduction is not None and reduction.reducer.training_only
         self.gradients = GradientMemory() if learns else None
         """What the score has learnt from training steps, a part of their checkpoint; None where it learns nothing."""
-        self._check()
-        if reduction is not None:
-            dense = Plan(self.geometry.num_patches, self.geometry.num_prefix, self.geometry.depth, ())
-            dense_macs = self.adapter.macs(model, dense, None).total
-            self._schedule = reduction.schedule.resolve(self._macs_of(), dense_macs)
-            self._strength = reduction.curriculum.strength(0.0)
-            self._prepare()
 
     @property
     def reducer(self) -> Reducer:
@@ -54,12 +45,12 @@ class Handle:
     @property
     def schedule(self) -> Schedule | None:
         """The schedule at full strength, with nothing left to solve for."""
-        return None if self.reduction is None else self._schedule
+        return self._planner.schedule
 
     @property
     def strength(self) -> float:
         """How much of the schedule acts now, in [0, 1]; see `set_epoch`."""
-        return self._strength
+        return self._planner.strength
 
     @property
     def token_counts(self) -> tuple[int, ...]:
@@ -76,22 +67,17 @@ class Handle:
         """The cuts for so many patch tokens (default: the model's own input size), in this mode of the model."""
         num_patches = self.geometry.num_patches if num_patches is None else num_patches
         training = self.model.training if training is None else training
-        key = (num_patches, training)
-        if key not in self._plans:
-            self._plans[key] = self._make_plan(num_patches, training)
-        return self._plans[key]
+        return self._planner.plan(num_patches, training)
 
     def set_epoch(self, epoch: float, history: History = ()) -> float:
         """Move the curriculum to `epoch` (may be a fraction); returns the strength that acts from now on."""
         if self.reduction is not None:
             self.set_strength(self.reduction.curriculum.strength(epoch, history))
-        return self._strength
+        return self.strength
 
     def set_strength(self, strength: float) -> None:
         """Let so much of the schedule act, in [0, 1], until the curriculum is moved again."""
-        if strength != self._strength:
-            self._strength = strength
-            self._prepare()
+        self._planner.set_strength(strength)
 
     def install(self) -> None:
         """Put the reduction (back) into the model."""
@@ -186,46 +172,6 @@ class Handle:
             trace = replace(trace, gradients=self.gradients.known())
             setattr(x, _TRACE, trace)
         return trace
-
-    def _make_plan(self, num_patches: int, training: bool) -> Plan:
-        g = self.geometry
-        if self.reduction is None or not self.reduction.active(training):
-            plan = Plan(num_patches, g.num_prefix, g.depth, ())
-        else:
-            schedule = self._schedule if self._strength == 1 else self._schedule.scaled(self._strength)
-            plan = make_plan(schedule, self.reducer, depth=g.depth, num_patches=num_patches, num_prefix=g.num_prefix)
-            self.adapter.check_plan(self.model, plan, self.reducer)
-        return plan.for_prefix_only() if self.cls_only else plan
-
-    def _prepare(self) -> None:
-        # Plans for the nominal size are made ahead, so that a compiled forward pass only looks them up.
-        self._plans = {}
-        for training in (True, False):
-            self.plan(training=training)
-
-    def _macs_of(self) -> Callable[[Schedule], int]:
-        g = self.geometry
-
-        @cache  # Most steps of a bisection end at a plan met before.
-        def of_plan(plan: Plan) -> int:
-            plan = plan.for_prefix_only() if self.cls_only else plan
-            return self.adapter.macs(self.model, plan, self.reducer).total
-
-        def of_schedule(schedule: Schedule) -> int:
-            sizes = {"depth": g.depth, "num_patches": g.num_patches, "num_prefix": g.num_prefix}
-            return of_plan(make_plan(schedule, self.reducer, **sizes, limits=False))
-
-        return of_schedule
-
-    def _check(self) -> None:
-        g, name = self.geometry, type(self.model).__name__
-        if self.cls_only and g.head != "prefix":
-            raise VitrimError(f"cls_only needs a head that reads CLS alone; the head of this {name} pools patch tokens")
-        if self.reduction is not None and self.reduction.reducer.needs == "cls_row" and not g.has_cls:
-            raise ScoreError(
-                f"this {name} has no CLS token to score with; use TopK(score='norm'), 'key_norm', "
-                "'mean_attention' or ToMe()"
-            )
 
 
 def attach(
