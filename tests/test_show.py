@@ -18,10 +18,11 @@ import vitrim
 from vitrim.errors import DataError, ScheduleError, ScoreError, VitrimError
 from vitrim.show.draw import draw_scores, draw_tokens, make_canvas
 from vitrim.show.files import picture_paths, spread_evenly
-from vitrim.show.pictures import _grid, _View, show
+from vitrim.show.pictures import show
 from vitrim.show.plots import cost_accuracy_plot, curves_plot, frontier
 from vitrim.show.report import write_report
 from vitrim.show.runs import say
+from vitrim.show.view import View, _grid
 
 TINY = {"img_size": 64, "patch_size": 16, "depth": 3, "embed_dim": 24, "num_heads": 3, "num_classes": 5}
 
@@ -164,7 +165,7 @@ def test_folder_gives_one_picture_per_readable_image(model, folder, tmp_path):
 def test_panels_show_the_patches_that_the_handle_kept(model, folder):
     """Reads the survivors back out of the picture."""
     handle = vitrim.attach(model, "TopK() @ KeepRate(0.5, at=(1, 2))")
-    view = _View(model, handle)
+    view = View(model, handle)
     (source,) = [s for s in view.sources(folder) if "flower" in s.name]
     batch = source.load()[None]
     ((tiles, _),) = list(view.draw(batch, torch.device("cpu"), None, False, 256))
@@ -178,7 +179,7 @@ def test_panels_show_the_patches_that_the_handle_kept(model, folder):
 
 def test_the_picture_is_what_the_model_sees(model):
     handle = vitrim.attach(model, "TopK() @ KeepRate(0.5)")
-    view = _View(model, handle)
+    view = View(model, handle)
     photo = Image.fromarray(load_sample_image("china.jpg"))
     seen = photo
     for step in view.transform.transforms[:2]:  # resize and crop, before the tensor is made
@@ -189,7 +190,7 @@ def test_the_picture_is_what_the_model_sees(model):
 
 def test_fused_tokens_are_counted_apart(model):
     handle = vitrim.attach(model, "TopK(fuse=mean) @ KeepRate(0.5, at=(0, 2))")
-    view = _View(model, handle)
+    view = View(model, handle)
     ((tiles, _),) = list(view.draw(torch.randn(1, 3, 64, 64), torch.device("cpu"), [0, 1, 2], False, 128))
     kept = int((handle.states[2].size[0] == 1).sum())
     assert [tile.title for tile in tiles] == ["image", "inside block 0", "after block 1", "inside block 2"]
@@ -199,7 +200,7 @@ def test_fused_tokens_are_counted_apart(model):
     handle.remove()
     vitrim.attach(model, "TopK(fuse=mean) @ KeepRate(0.5, at=0, reinstate=2)")
     ((tiles, _),) = list(
-        _View(model, vitrim.attached(model)).draw(torch.randn(1, 3, 64, 64), torch.device("cpu"), [1, 2], False, 128)
+        View(model, vitrim.attached(model)).draw(torch.randn(1, 3, 64, 64), torch.device("cpu"), [1, 2], False, 128)
     )
     assert [tile.note for tile in tiles[1:]] == ["8 of 16 tokens + fused", "16 of 16 tokens"]
 

@@ -1,29 +1,22 @@
 """Pictures of which tokens survive: the image, and what is left of it after every cut."""
 
 import io
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from math import log
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps
-from timm.data.config import resolve_model_data_config
-from timm.data.transforms_factory import create_transform
+from PIL import Image
 from torch import Tensor, nn
 
-from ..errors import DataError, ScheduleError, ScoreError, VitrimError
-from ..models import Handle, attached
-from ..tokens import TokenState
+from ..errors import DataError, ScheduleError, VitrimError
+from ..models import attached
 from ..train.checkpoint import write_atomic
-from .draw import Grid, draw_scores, draw_tokens, make_canvas, slot_colours, to_image
-from .files import find_images, picture_paths, spread_evenly
+from .files import picture_paths, spread_evenly
 from .sheet import Tile, montage_rows, sheet, wrap_rows
+from .view import Images, Source, View
 
-Images = str | Path | Sequence[str | Path] | Tensor
 _BATCH = 16
 
 
@@ -36,14 +29,6 @@ class Pictures:
 
     def __iter__(self) -> Iterator[Path]:
         return iter(self.paths)
-
-
-@dataclass(frozen=True)
-class Source:
-    """One image to come: its name, and how to get it as the model wants it, (C, H, W)."""
-
-    name: str
-    load: Callable[[], Tensor]
 
 
 @torch.inference_mode()
@@ -86,7 +71,7 @@ def show(
         raise ScheduleError(f"there is no block {wrong[0]}; the model has blocks 0 to {depth - 1}")
     if limit is not None and limit < 1:
         raise DataError(f"limit is the number of images to draw, 1 or more, not {limit}")
-    view = _View(model, handle)
+    view = View(model, handle)
     sources = spread_evenly(view.sources(images), limit)
     targets = picture_paths([source.name for source in sources], Path(out), montage)
     taken = [path for path in targets if path.exists()]
@@ -119,92 +104,6 @@ def show(
     return Pictures(tuple(written), tuple(skipped))
 
 
-class _View:
-    """How a model sees images, and how to show what it did to them."""
-
-    def __init__(self, model: nn.Module, handle: Handle) -> None:
-        self.model, self.handle = model, handle
-        channels, *size = handle.geometry.input_size
-        config = resolve_model_data_config(model)
-        # A model for grey images may have inherited the statistics of three channels.
-        mean, std = (_per_channel(config[name], channels) for name in ("mean", "std"))
-        self.mode = "L" if channels == 1 else "RGB"
-        self.transform: Any = create_transform(
-            (channels, *size), is_training=False, interpolation=config["interpolation"], mean=mean, std=std,
-            crop_pct=config["crop_pct"], crop_mode=config["crop_mode"],
-        )  # fmt: skip
-        self.mean, self.std = (torch.tensor(values)[:, None, None] for values in (mean, std))
-
-    def sources(self, images: Images) -> list[Source]:
-        """All images on offer, none of them read yet."""
-        if isinstance(images, Tensor):
-            if images.ndim != 4:
-                raise DataError(f"a batch of images has shape (B, C, H, W), not {tuple(images.shape)}")
-            if not len(images):
-                raise DataError("the batch of images is empty")
-            return [Source(f"image-{at:03d}", lambda image=image: image) for at, image in enumerate(images.cpu())]
-        return [Source(name, lambda path=path: self._read(path)) for name, path in find_images(images)]
-
-    def draw(
-        self, batch: Tensor, device: torch.device, blocks: Sequence[int] | None, scores: bool, side: int
-    ) -> Iterator[tuple[list[Tile], list[Tile | None]]]:
-        """For every image: the image and its cuts; heat maps of the scores (None where there are none)."""
-        dtype = next(self.model.parameters()).dtype
-        self.model(batch.to(device, dtype))
-        states = [_cpu(state) for state in self.handle.states]
-        num_patches = states[0].origin.shape[1]
-        plan = self.handle.plan(num_patches, training=False)
-        place = {cut.block: cut.place for cut in plan.cuts}
-        shown = sorted(place) if blocks is None else sorted(set(blocks))
-        if not shown:
-            raise ScheduleError(
-                "the attached reduction cuts nothing in evaluation; attach one that does, with phase='both' "
-                "and at full strength"
-            )
-        if scores and all(states[block].score is None for block in shown):
-            raise ScoreError("these cuts were not decided on scores (ToMe compares keys); leave the heat maps out")
-        grid = _grid(self.model, batch.shape[-2:], num_patches)
-        before = [TokenState.start(len(batch), num_patches), *states]
-        last = len(states) if plan.reinstate is None else plan.reinstate
-        reduced = range(min(place, default=last), last)
-        for at, image in enumerate(batch):
-            canvas = make_canvas(self._pixels(image), grid, side)
-            tiles = [Tile(to_image(canvas), "image", f"{num_patches} patches")]
-            heat: list[Tile | None] = [None]
-            for block in shown:
-                state = states[block]
-                origin, fused = state.origin[at].numpy(), self._fused(state, at, cut=block in reduced)
-                swatch = slot_colours(canvas, origin, len(fused))[fused].mean(0) if fused.any() else None
-                left = f"{int((~fused).sum())} of {num_patches} tokens" + (" + fused" if fused.any() else "")
-                tiles.append(Tile(
-                    draw_tokens(canvas, origin, fused),
-                    f"{place.get(block, 'after')} block {block}",
-                    left,
-                    None if swatch is None else tuple(int(value) for value in swatch),
-                ))  # fmt: skip
-                heat.append(_heat_tile(canvas, before[block], state, at) if scores else None)
-            yield tiles, heat if scores else []
-
-    def _fused(self, state: TokenState, at: int, cut: bool) -> np.ndarray:
-        """Which tokens now were made by fusing the rest of some cut, (M,): those of several patches, and the last."""
-        if not (cut and self.handle.reducer.extra_tokens):
-            return np.zeros(state.size.shape[1], dtype=bool)
-        fused = state.size[at].numpy() > 1
-        fused[-1] = True
-        return fused
-
-    def _read(self, path: Path) -> Tensor:
-        with Image.open(path) as opened:
-            image: Any = ImageOps.exif_transpose(opened).convert(self.mode)
-        return self.transform(image)
-
-    def _pixels(self, image: Tensor) -> np.ndarray:
-        """The picture behind a normalised image, as bytes (H, W, 3)."""
-        shown = (image.float() * self.std + self.mean).clamp(0, 1)
-        shown = shown[:3] if len(shown) >= 3 else shown[:1].expand(3, -1, -1)
-        return (shown * 255).round().byte().permute(1, 2, 0).numpy()
-
-
 @contextmanager
 def _evaluating(model: nn.Module, device: str | torch.device | None) -> Iterator[torch.device]:
     """Eval mode on this device for a while; both come back as they were."""
@@ -228,37 +127,7 @@ def _load(sources: Sequence[Source], targets: Sequence[Path], skipped: list[str]
     return ready
 
 
-def _heat_tile(canvas: np.ndarray, before: TokenState, after: TokenState, at: int) -> Tile | None:
-    """The scores that decided a cut, each at the patches of its token."""
-    if after.score is None:
-        return None
-    score = after.score[at].double().numpy()
-    origin = before.origin[at].numpy()
-    spread = np.where(origin < 0, np.nan, score[origin.clip(min=0)])
-    return Tile(draw_scores(canvas, spread), "", f"score {score.min():.3g} to {score.max():.3g}")
-
-
 def _save(picture: Image.Image, path: Path) -> None:
     content = io.BytesIO()
     picture.save(content, "PNG")
     write_atomic(path, content.getvalue())
-
-
-def _cpu(state: TokenState) -> TokenState:
-    score = None if state.score is None else state.score.cpu()
-    return TokenState(state.origin.cpu(), state.size.cpu(), score)
-
-
-def _per_channel(values: Sequence[float], channels: int) -> tuple[float, ...]:
-    return tuple(values) if len(values) == channels else (sum(values) / len(values),) * channels
-
-
-def _grid(model: nn.Module, size: Sequence[int], num_patches: int) -> Grid:
-    """Rows and columns of patches: as the patch embedding says, else those nearest to the shape of the image."""
-    embed = getattr(model, "patch_embed", None)
-    if hasattr(embed, "dynamic_feat_size"):
-        rows, columns = embed.dynamic_feat_size(tuple(size))
-        if rows * columns == num_patches:
-            return rows, columns
-    shapes = [(rows, num_patches // rows) for rows in range(1, num_patches + 1) if num_patches % rows == 0]
-    return min(shapes, key=lambda shape: abs(log(shape[0] / shape[1]) - log(size[0] / size[1])))
