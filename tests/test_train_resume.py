@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from vitrim.errors import CheckpointError, RecipeError, VitrimError
-from vitrim.train import checkpoint
+from vitrim.train import checkpoint, task
 from vitrim.train.checkpoint import RunFolder
 from vitrim.train.loop import train
 from vitrim.train.recipe import Recipe
@@ -185,7 +185,7 @@ def test_full_disk_keeps_the_old_checkpoint(what: str, tmp_path: Path, monkeypat
                 path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint.torch if what == "state" else checkpoint, "save", full)
+    monkeypatch.setattr(checkpoint.torch if what == "state" else task, "save", full)
     with pytest.raises(CheckpointError, match=r"No space left on device\); the one before is kept; free some") as e:
         train(options, tmp_path / "run")
     assert "\n" not in str(e.value)
