@@ -13,6 +13,7 @@ RANK = {
     "errors": 0,
     "notation": 1,
     "output": 1,
+    "readers": 1,
     "tokens": 2,
     "models": 3,
     "measure": 4,

@@ -3,7 +3,6 @@
 from .cache import CachedViews, TeacherCache
 from .distiller import Distilled, Distiller, student_grid
 from .features import Anatomy, Outputs, Wanted
-from .filling import leave_signals_to_parent
 from .losses import LOSSES
 from .objective import TERMS, WEIGHTS, Term, Terms
 from .teacher import Teacher
@@ -35,6 +34,5 @@ __all__ = [
     "Views",
     "Wanted",
     "describe_views",
-    "leave_signals_to_parent",
     "student_grid",
 ]

@@ -3,7 +3,6 @@
 import errno
 import os
 import shutil
-import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -11,9 +10,10 @@ from pathlib import Path
 
 import numpy as np
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from ..errors import DistillError
+from ..readers import batches_of
 from .features import Wanted
 from .manifest import MANIFEST, Manifest
 from .teacher import Teacher
@@ -57,12 +57,6 @@ def fill(
         _compute(folder, kept, teacher, views, batch_size, workers, tick)
 
 
-def leave_signals_to_parent(worker: int) -> None:
-    """For `worker_init_fn`: Ctrl-C reaches every process of a terminal, but workers must serve until work is saved."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-
-
 def _compute(
     folder: Path, kept: Manifest, teacher: Teacher, views: Views, batch_size: int, workers: int, tick: Tick
 ) -> None:
@@ -80,9 +74,7 @@ def _compute(
         done.flush()
         pending.clear()
 
-    loader = DataLoader(
-        _Rows(views, missing.tolist()), batch_size, num_workers=workers, worker_init_fn=leave_signals_to_parent
-    )
+    loader = batches_of(_Rows(views, missing.tolist()), batch_size, workers)
     try:
         for batch, (images, rows) in enumerate(loader, 1):
             answers = teacher(images.to(teacher.scale.device), kept.wanted, kept.grid)

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 from torchvision import transforms as T
 
-from ..distill import TeacherCache, describe_views, leave_signals_to_parent
+from ..distill import TeacherCache, describe_views
 from ..errors import DataError, RecipeError, UnsupportedModelError
 from ..models import find_adapter
+from ..readers import batches_of
 from .images import Images, open_images
 from .seeding import mix, seed_host
 from .specs import AugmentSpec, DataSpec
@@ -200,8 +201,8 @@ def make_loader(
     if batch_size < 1:
         raise DataError(f"batch_size is {batch_size}; it must be 1 or more")
     sampler = EpochSampler(len(stream), seed, shuffle)
-    loader: DataLoader[Any] = DataLoader(
-        stream, batch_size, sampler=sampler, num_workers=workers, drop_last=drop_last, persistent_workers=workers > 0,
-        pin_memory=torch.cuda.is_available(), worker_init_fn=leave_signals_to_parent,
+    loader = batches_of(
+        stream, batch_size, workers, sampler=sampler, drop_last=drop_last, persistent_workers=workers > 0,
+        pin_memory=torch.cuda.is_available(),
     )  # fmt: skip
     return loader, sampler
