@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from timeit import Timer
 
-import numpy as np
 import torch
 from jsonargparse import auto_cli
 from torch import Tensor, nn
@@ -20,6 +19,7 @@ from torch.nn import functional as F
 from torch.utils import benchmark
 from torch.utils.flop_counter import FlopCounterMode
 
+from vitrim.measure.bench_table import Quartiles, ratios
 from vitrim.measure.environment import environment
 from vitrim.measure.table import Column, Table
 from vitrim.models import attach, build_model
@@ -28,9 +28,7 @@ from vitrim.tokens import Reduction
 COLUMNS = (
     Column("method", "method"),
     Column("ms", "step [ms]", ".1f"),
-    Column("time_ratio", "time / dense", ".3f"),
-    Column("low", "first quartile", ".3f"),
-    Column("high", "third quartile", ".3f"),
+    Column("time_ratio", "time / dense"),
     Column("macs_ratio", "training MACs / dense", ".3f"),
     Column("over", "time over MACs", ".3f"),
 )
@@ -67,7 +65,7 @@ def training_macs(model: nn.Module, image_size: tuple[int, int, int]) -> int:
     return counter.get_total_flops() // 4
 
 
-def measure(steps: Mapping[str, Step], rounds: int) -> dict[str, np.ndarray]:
+def measure(steps: Mapping[str, Step], rounds: int) -> dict[str, list[float]]:
     """Seconds of each step in each round; the order within a round is drawn anew."""
     dice, order = random.Random(0), list(steps)
     seconds: dict[str, list[float]] = {name: [] for name in steps}
@@ -77,7 +75,7 @@ def measure(steps: Mapping[str, Step], rounds: int) -> dict[str, np.ndarray]:
             taken = Timer(steps[name], timer=benchmark.timer).timeit(1)
             if turn >= 2:  # The first two warm up.
                 seconds[name].append(taken)
-    return {name: np.array(values) for name, values in seconds.items()}
+    return seconds
 
 
 def main(
@@ -105,14 +103,13 @@ def main(
     seconds = measure({name: Step(made(name).to(device), images, precision) for name in names}, rounds)
     rows = []
     for name in names:
-        low, ratio, high = np.percentile(seconds[name] / seconds["dense"], (25, 50, 75))
-        share = macs[name] / macs["dense"]
+        time, share = ratios(seconds[name], seconds["dense"]), macs[name] / macs["dense"]
         rows.append({
-            "method": name, "ms": 1e3 * float(np.median(seconds[name])), "time_ratio": ratio, "low": low, "high": high,
-            "macs_ratio": share, "over": ratio / share,
+            "method": name, "ms": 1e3 * Quartiles.of(seconds[name]).median, "time_ratio": str(time),
+            "macs_ratio": share, "over": time.median / share, "seconds": seconds[name],
         })  # fmt: skip
     settings = {"model": model, "batch_size": batch_size, "precision": precision, "device": device, "rounds": rounds}
-    notes = [f"Settings: {json.dumps(settings)}. Ratios are medians of those within each round."]
+    notes = [f"Settings: {json.dumps(settings)}. Median [quartiles] of the ratios within each round."]
     table = Table("Training steps with dropped tokens", COLUMNS, rows, notes=notes, environment=environment())
     print(table.markdown())
     for suffix in (".md", ".json"):

@@ -5,9 +5,22 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+import timm
 import torch
+
+from vitrim import save
 
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A saved digits ViT, wider than students are; its head is grown large enough for its opinions to matter."""
+    torch.manual_seed(5)
+    model = timm.create_model("vitrim_digits_vit", depth=3, embed_dim=36, num_heads=3)
+    with torch.no_grad():
+        model.head.weight.normal_(std=0.5)
+    return str(save(model, tmp_path_factory.mktemp("teacher") / "model"))

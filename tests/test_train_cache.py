@@ -45,16 +45,6 @@ REDUCTION = "TopK(fuse=sum) @ KeepRate(0.7, at=[1])"
 HEADLESS = {"model": {"args": {**SIZES, "num_classes": 0}}, "distill": FEATURES}
 
 
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A wider one with weights of its own; grown large enough for its opinions to matter."""
-    torch.manual_seed(5)
-    model = timm.create_model("vitrim_digits_vit", depth=3, embed_dim=36, num_heads=3)
-    with torch.no_grad():
-        model.head.weight.normal_(std=0.5)
-    return str(save(model, tmp_path_factory.mktemp("teacher") / "model"))
-
-
 def options(taught_by: str, folder: Path | None, **changes: Any) -> dict[str, Any]:
     data: dict[str, Any] = {
         "model": {"args": SIZES},

@@ -39,16 +39,6 @@ FAKD = "Labels(Linear(0.3, 0.5)) + Logits(Linear(0.7, 0.5), temperature=4) + Cls
 FEATURES = "Cls(0.5) + Tokens(0.5, loss=cosine)"
 
 
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A wider one with weights of its own; grown large enough for its opinions to matter."""
-    torch.manual_seed(5)
-    model = timm.create_model("vitrim_digits_vit", depth=3, embed_dim=36, num_heads=3)
-    with torch.no_grad():
-        model.head.weight.normal_(std=0.5)
-    return str(save(model, tmp_path_factory.mktemp("teacher") / "model"))
-
-
 def recipe(teacher: str | None, distill: str | None, **changes: Any) -> Recipe:
     data = {
         "model": {"args": SIZES},

@@ -1,10 +1,15 @@
-"""Where results go is looked at before the work that makes them, not after it."""
+"""Where results go is looked at before the work that makes them; a file is replaced whole, or not at all."""
 
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryFile
 
 from .errors import VitrimError
+
+PART = ".part"
+"""How the names of unfinished files end, which only a crash leaves behind."""
 
 
 def check_file(path: str | Path, suffixes: Iterable[str], overwrite: bool = False) -> None:
@@ -27,3 +32,20 @@ def check_folder(path: str | Path) -> None:
         raise VitrimError(f"{path} cannot be a folder, there is a file of this name; choose another place") from None
     except OSError as error:
         raise VitrimError(f"cannot write to {path} ({error.strerror}); choose another place") from None
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """A path to write to, which takes the place of `path` in one step once it is whole and on the disk.
+
+    A reader, or a crash, meets the old content or the new, never a part. The folder must exist.
+    """
+    path = Path(path)
+    part = path.with_name(f".{path.name}.{os.getpid()}{PART}")
+    try:
+        yield part
+        with part.open("rb") as written:
+            os.fsync(written.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)

@@ -3,26 +3,22 @@
 import errno
 import os
 import shutil
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+from filelock import FileLock, Timeout
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..errors import DistillError
+from ..output import replacing
 from ..readers import batches_of
 from .features import Wanted
 from .manifest import MANIFEST, Manifest
 from .teacher import Teacher
 from .views import Views
-
-try:
-    import fcntl
-except ImportError:  # Windows, where two processes that build one cache do the same work twice.
-    fcntl = None
 
 DONE, LOCK = "done.npy", "lock"
 FLUSH_EVERY = 32  # Batches that a power cut can cost.
@@ -92,19 +88,20 @@ def _compute(
 @contextmanager
 def _alone(folder: Path, tick: Tick) -> Iterator[None]:
     """One process at a time; the system frees the lock of one that died. Others tell how far that one has come."""
-    with (folder / LOCK).open("a") as file:
-        while fcntl is not None:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                time.sleep(LOOK_EVERY)
-                if (folder / MANIFEST).exists():
-                    rows = Manifest.read(folder).rows
-                    tick(rows - len(missing_rows(folder)), rows)
-            except OSError:  # A file system without locks.
-                break
+    lock = FileLock(folder / LOCK)
+    while not lock.is_locked:
+        try:
+            lock.acquire(timeout=LOOK_EVERY)
+        except Timeout:
+            if (folder / MANIFEST).exists():
+                rows = Manifest.read(folder).rows
+                tick(rows - len(missing_rows(folder)), rows)
+        except (OSError, NotImplementedError):  # A file system without locks, where two do the same work.
+            break
+    try:
         yield
+    finally:
+        lock.release()
 
 
 class _Rows(Dataset[tuple[Tensor, int]]):
@@ -148,9 +145,8 @@ def _create(folder: Path, manifest: Manifest) -> None:
     _lay_out(folder / DONE, "uint8", (manifest.rows,))
     for name, (kind, *shape) in manifest.fields.items():
         _lay_out(folder / f"{name}.npy", kind, (manifest.rows, *shape))
-    part = folder / f"{MANIFEST}.part"
-    part.write_text(manifest.to_json())
-    os.replace(part, folder / MANIFEST)
+    with replacing(folder / MANIFEST) as part:
+        part.write_text(manifest.to_json())
 
 
 def _lay_out(path: Path, kind: str, shape: tuple[int, ...]) -> None:

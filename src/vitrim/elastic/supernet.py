@@ -6,7 +6,6 @@ pass); training it further (PIAD) is in `piad.py`.
 
 import copy
 import itertools
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -21,6 +20,7 @@ from ..models import attached
 from ..models.build import saved_folder
 from ..models.store import load, save
 from ..models.sublayers import Kind
+from ..output import replacing
 from .chain import GROUPS, Chain, grow, hash_of, start_chain
 from .extract import choose, cut
 from .importance import sensitivities
@@ -88,12 +88,8 @@ class SuperNet:
         """
         chain = replace(self.chain, weights=hash_of(self.model))
         folder = save(self.model, folder, overwrite=overwrite, **extra)
-        temporary = folder / f".{CHAIN}.{os.getpid()}"
-        try:
-            temporary.write_text(chain.to_json() + "\n")
-            os.replace(temporary, folder / CHAIN)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with replacing(folder / CHAIN) as part:
+            part.write_text(chain.to_json() + "\n")
         (folder / MEANS).unlink(missing_ok=True)
         if self.means is not None:
             save_file({name: mean.cpu().contiguous() for name, mean in self.means.items()}, folder / MEANS)

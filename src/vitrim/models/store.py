@@ -4,7 +4,6 @@ The description travels in the header of the weights, so that one atomic replace
 """
 
 import json
-import os
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, replace
@@ -20,7 +19,7 @@ from timm.models import get_model_args
 from torch import nn
 
 from ..errors import CheckpointError, UnknownNameError, VitrimError
-from ..output import check_folder
+from ..output import check_folder, replacing
 from ..tokens import Reduction
 from .attach import attach, attached
 from .weights import misfits, read_weights
@@ -57,12 +56,8 @@ def save(model: nn.Module, folder: str | Path, *, overwrite: bool = False, **ext
         (WEIGHTS, lambda path: save_file(state, path, metadata={_KEY: text})),
         (DESCRIPTION, lambda path: path.write_text(text + "\n")),
     ):
-        temporary = folder / f".{name}.{os.getpid()}"
-        try:
-            write(temporary)
-            os.replace(temporary, folder / name)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with replacing(folder / name) as part:
+            write(part)
     return folder
 
 

@@ -1,5 +1,6 @@
 """Models side by side on the same images: accuracy, time, tokens and cost."""
 
+import statistics
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -134,6 +135,17 @@ def figures_of(
         row["speed"] = rows[0]["seconds"] / row["seconds"]
         row["macs_ratio"] = rows[0]["gmacs"] / row["gmacs"]
     return rows
+
+
+def over_seeds(per_seed: Sequence[Mapping[str, Any]], *means: str) -> dict[str, Any]:
+    """Mean accuracy of one model trained with several seeds, its standard deviation, their number, and `means`."""
+    accuracies = [figures["accuracy"] for figures in per_seed]
+    return {
+        "accuracy": statistics.fmean(accuracies),
+        "accuracy_std": statistics.stdev(accuracies) if len(accuracies) > 1 else None,
+        "n": len(accuracies),
+        **{name: statistics.fmean(figures[name] for figures in per_seed) for name in means},
+    }
 
 
 def _notes(rows: list[dict[str, Any]]) -> list[str]:

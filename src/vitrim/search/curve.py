@@ -31,7 +31,7 @@ from ..train.evaluate import make_accelerator
 from ..train.options import fill
 from ..train.recipe import Recipe
 from ..train.specs import DataSpec
-from .compare import figures_of
+from .compare import figures_of, over_seeds
 
 Folders = Mapping[str, Path]
 """Row -> folder of its run, all of one seed."""
@@ -226,16 +226,11 @@ def _supernet(curve: Curve, line: Line, folder: Path, data: DataSpec, seed: int,
 
 def _row(curve: Curve, point: Point, per_seed: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     name, row, budget = point
-    accuracies = [figures["accuracy"] for figures in per_seed]
-    costs = ("gmacs", "gmacs_linear_only", "images_per_second")
     published = (curve.published or {}).get(name) or {}
     return {
         "curve": name, "row": row, "budget": budget,
-        "accuracy": statistics.fmean(accuracies),
-        "accuracy_std": statistics.stdev(accuracies) if len(accuracies) > 1 else None,
-        "n": len(accuracies),
+        **over_seeds(per_seed, "gmacs", "gmacs_linear_only", "images_per_second"),
         "published": published.get(row if budget is None else budget),
-        **{cost: statistics.fmean(figures[cost] for figures in per_seed) for cost in costs},
         "params": round(statistics.fmean(figures["params"] for figures in per_seed)),
     }  # fmt: skip
 

@@ -1,7 +1,6 @@
 """Carrying a study out: every run trained, then all tested side by side and tabulated with mean and deviation."""
 
 import statistics
-from collections.abc import Callable, Mapping
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -13,14 +12,14 @@ from ..models import open_model, variant
 from ..output import check_folder
 from ..train.checkpoint import RunFolder, write_atomic
 from ..train.loop import train
+from ..train.state import Report
 from .claims import GRACE
-from .compare import CLS_ONLY, figures_of
+from .compare import CLS_ONLY, figures_of, over_seeds
 from .curve import trace
 from .study import Study, run_folder
 from .sweep import sweep
 from .workers import join, once, share
 
-Report = Callable[[str, Mapping[str, Any]], None]
 _TABULATED = ".tabulated"
 
 COLUMNS = (
@@ -144,18 +143,13 @@ def _tabulate(
     rows: list[dict[str, Any]] = []
     for row, test in found[study.seeds[0]]:
         per_seed = [found[seed][row, test] for seed in study.seeds]
-        accuracies = [figures["accuracy"] for figures in per_seed]
         entropies = [figures["entropy"] for figures in per_seed if figures["entropy"] is not None]
-        numbers = ("seconds", "speed", "images_per_second", "gmacs", "macs_ratio")
         rows.append({
             "row": row,
             "test": test,
-            "accuracy": statistics.fmean(accuracies),
-            "accuracy_std": statistics.stdev(accuracies) if len(accuracies) > 1 else None,
-            "n": len(accuracies),
+            **over_seeds(per_seed, "seconds", "speed", "images_per_second", "gmacs", "macs_ratio"),
             "published": study.published.get(f"{row}, {test}", {}).get("accuracy"),
             "entropy": statistics.fmean(entropies) if entropies else None,
-            **{name: statistics.fmean(figures[name] for figures in per_seed) for name in numbers},
             "train_seconds": statistics.fmean(finished[row, seed]["train_seconds"] for seed in study.seeds),
             "tokens": per_seed[0]["tokens"],
         })  # fmt: skip

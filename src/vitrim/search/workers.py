@@ -14,7 +14,8 @@ from uuid import uuid4
 
 from ..errors import BusyError, RecipeError
 from ..train.checkpoint import RunFolder
-from ..train.loop import Report, train
+from ..train.loop import train
+from ..train.state import Report
 from .claims import GRACE, Claims
 from .study import Study, run_folder
 

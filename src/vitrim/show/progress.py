@@ -1,13 +1,13 @@
 """Live progress of a run: one bar per epoch, one line per finished epoch, and the same for a teacher cache."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-Report = Callable[[str, Mapping[str, Any]], None]
+from ..train.state import Report
 
 
 @contextmanager

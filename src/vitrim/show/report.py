@@ -1,6 +1,5 @@
 """One self-contained HTML page from run and study folders: figures, tables, curves, pictures. No torch."""
 
-import os
 from base64 import b64encode
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -13,6 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from .. import __version__
 from ..errors import DataError, VitrimError
 from ..measure.table import Table
+from ..output import replacing
 from .plots import cost_accuracy_plot, curves_plot
 from .runs import Run, cell, make_table, points, read_folder, say, words
 
@@ -55,12 +55,8 @@ def write_report(folder: str | Path | Sequence[str | Path], out: str | Path | No
         raise VitrimError(f"{path} exists and is no report of vitrim; choose another file with --out")
     page = render([read_folder(one) for one in folders])
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    try:
+    with replacing(path) as part:
         part.write_text(page, encoding="utf-8")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
     return path
 
 

@@ -4,9 +4,7 @@
 out, where the objective itself chooses the epoch; otherwise no teacher is asked about those.
 """
 
-from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -14,9 +12,8 @@ from ..distill import Distiller, TeacherCache, student_grid
 from ..errors import DistillError
 from .data import Splits, Stream
 from .recipe import Recipe
+from .state import Report
 from .stopping import Stopped, StopSignals
-
-Report = Callable[[str, Mapping[str, Any]], None]
 
 
 def with_cache(recipe: Recipe, learner: Distiller, splits: Splits, device: torch.device, report: Report) -> None:

@@ -6,7 +6,6 @@
 
 import errno
 import json
-import os
 import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,15 +17,19 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from ..errors import BusyError, CheckpointError, RecipeError
+from ..output import PART, replacing
 from .recipe import Recipe
 
-_PART = ".part"
 _LOCK = ".lock"
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
-    """Replace a file in one step: a reader, or a crash, meets the old content or the new, never a part."""
-    with _replacing(path) as part:
+    """Replace a file in one step, see `replacing`; its folder is made.
+
+    Raises:
+        CheckpointError: it could not be written (full disk); the one before is still there.
+    """
+    with _written(path) as part:
         part.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
@@ -51,7 +54,7 @@ class RunFolder:
                 )
         elif self.path.exists() and not self.path.is_dir():
             raise RecipeError(f"{self.path} is a file; choose a folder with --out")
-        elif self.path.exists() and any(not name.name.endswith((_PART, _LOCK)) for name in self.path.iterdir()):
+        elif self.path.exists() and any(not name.name.endswith((PART, _LOCK)) for name in self.path.iterdir()):
             raise RecipeError(f"{self.path} is not empty and holds no run; choose another folder with --out")
 
     @contextmanager
@@ -74,7 +77,7 @@ class RunFolder:
 
     def start(self, recipe: Recipe, command: str, environment: Mapping[str, Any]) -> None:
         """Write what the run is, the recipe first, so that a folder with anything in it can be told."""
-        for left in (*self.path.rglob(f"*{_PART}"), *self.model_path.glob(".*")):  # What a crash interrupted.
+        for left in self.path.rglob(f"*{PART}"):  # What a crash interrupted.
             left.unlink()
         for path, content in (
             (self._recipe_path, recipe.to_yaml()),
@@ -130,7 +133,7 @@ class RunFolder:
         Raises:
             CheckpointError: it could not be written (full disk); the one before is still there.
         """
-        with _replacing(self.state_path) as part:
+        with _written(self.state_path) as part:
             torch.save(dict(state), part)
 
     def load_state(self) -> dict[str, Any] | None:
@@ -149,18 +152,11 @@ class RunFolder:
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A path to write to, which takes the place of `path` in one step once it is whole and on the disk."""
-    part = path.with_name(path.name + _PART)
-    try:
-        with _told(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
+def _written(path: Path) -> Iterator[Path]:
+    with _told(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as part:
             yield part
-            with part.open("rb") as written:
-                os.fsync(written.fileno())
-            os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -26,13 +26,11 @@ from .learner import make_mixup, make_optimizer, make_scheduler, prepare_student
 from .meter import COUNTS, Meter
 from .recipe import Recipe
 from .seeding import seed_everything
-from .state import RunState, Stateful
+from .state import Report, RunState, Stateful
 from .stopping import Stopped, StopSignals
 from .stratification import Stratification
 from .task import Task
 
-Report = Callable[[str, Mapping[str, Any]], None]
-"""Called with ("cache" | "step" | "epoch" | "done", figures) as the run goes on."""
 LOOK_EVERY = 20
 """Steps between two looks at figures on an accelerator, which must be waited for; a CPU looks at every step."""
 
@@ -218,17 +216,15 @@ class _Run:
         return figures
 
     def _evaluate(self, networks: Mapping[str, nn.Module], stream: Stream) -> dict[str, Figures]:
-        found = evaluate_all(
-            networks, stream, batch_size=self.recipe.batch_size, workers=self.recipe.data.workers,
-            accelerator=self.accelerator,
-        )  # fmt: skip
+        sizes = {"batch_size": self.recipe.batch_size, "workers": self.recipe.data.workers}
+        found = evaluate_all(networks, stream, **sizes, accelerator=self.accelerator)
         self.meter.note(name for figures in found.values() for name in figures.unreadable)
         return found
 
     def _finish(self) -> dict[str, Any]:
         model, best = load(self.folder.model_path).to(self.device), self.state.best
         spent = cost(model)
-        result = {
+        result: dict[str, Any] = {
             "best_epoch": best["epoch"],
             **self.task.result(model, best, self.splits.test, self._evaluate),
             "train_seconds": sum(figures["seconds"] for figures in self.state.history),

@@ -5,6 +5,7 @@ workers or processes, meets exactly the same dice.
 """
 
 import random
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -17,14 +18,16 @@ def mix(*numbers: int) -> int:
 
 def seed_host(*numbers: int) -> None:
     """Seed Python's, NumPy's and torch's generators on the CPU, which is what images are varied by."""
-    seed = mix(*numbers)
-    random.seed(seed)
-    np.random.seed(seed)
     # `torch.manual_seed` would note, for every image, a call to make once CUDA is there.
-    torch.default_generator.manual_seed(seed)
+    _seed(mix(*numbers), torch.default_generator.manual_seed)
 
 
 def seed_everything(*numbers: int) -> None:
     """Seed Python's, NumPy's and torch's generators, on all devices."""
-    seed_host(*numbers)
-    torch.manual_seed(mix(*numbers))
+    _seed(mix(*numbers), torch.manual_seed)
+
+
+def _seed(seed: int, seed_torch: Callable[[int], object]) -> None:
+    random.seed(seed)
+    np.random.seed(seed)
+    seed_torch(seed)

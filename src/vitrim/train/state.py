@@ -1,11 +1,14 @@
-"""Where a run stands, and how that is kept: what a checkpoint holds and how training goes on from it."""
+"""Where a run stands, and how that is told and kept: what a checkpoint holds and how training goes on from it."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from .checkpoint import RunFolder
 from .meter import Meter
+
+Report = Callable[[str, Mapping[str, Any]], None]
+"""Called with ("cache" | "step" | "epoch" | "done", figures) as a run goes on; a study adds ("run", its name)."""
 
 
 class Stateful(Protocol):

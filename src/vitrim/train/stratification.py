@@ -24,6 +24,7 @@ from ..errors import DistillError, VitrimError
 from ..models import attached
 from .checkpoint import RunFolder
 from .data import InputFormat, Splits, Stream, make_loader, transforms_for
+from .evaluate import Figures
 from .learner import cross_entropy, prepare_teacher
 from .recipe import Recipe
 from .seeding import mix
@@ -100,15 +101,12 @@ class Stratification(Task):
 
     def hold_out(self, stream: Stream, evaluate: Evaluate) -> dict[str, Any]:
         """Figures of the full network without a name of their own, of the two others with theirs, and the mean."""
-        chain, networks = self.stratifier.chain, self._networks(self.network)
-        figures: dict[str, Any] = {"networks": len(chain), "saving": 1 - chain.macs_at(-1) / chain.macs}
+        networks = self._networks(self.network)
         if not self.classifies:
-            return figures | self._objective(_Imitation(networks, self.teacher), stream, list(networks))
+            return self._reach() | self._objective(_Imitation(networks, self.teacher), stream, list(networks))
         found = evaluate(networks, stream)
-        for name, one in found.items():
-            suffix = "" if name == "full" else f"_{name}"
-            figures |= {f"val_accuracy{suffix}": one.accuracy, f"val_loss{suffix}": one.loss}
-        return figures | {"val_accuracy_mean": sum(one.accuracy for one in found.values()) / len(found)}
+        mean = sum(one.accuracy for one in found.values()) / len(found)
+        return self._reach() | _named("val", found) | {"val_accuracy_mean": mean}
 
     def rank(self, figures: Mapping[str, Any]) -> tuple[float, float]:
         """What makes an epoch better: a longer chain, then the mean over the three networks."""
@@ -122,15 +120,16 @@ class Stratification(Task):
 
     def result(self, model: nn.Module, best: Mapping[str, Any], stream: Stream, evaluate: Evaluate) -> dict[str, Any]:
         """Figures of the three networks on the test images."""
-        chain, networks = self.stratifier.chain, self._networks(model)
-        figures: dict[str, Any] = {"networks": len(chain), "saving": 1 - chain.macs_at(-1) / chain.macs}
         if not self.classifies:
-            return figures | {"val_loss": best.get("val_loss")}
-        found = evaluate(networks, stream)
-        for name, one in found.items():
-            suffix = "" if name == "full" else f"_{name}"
-            figures |= {f"test_accuracy{suffix}": one.accuracy, f"test_loss{suffix}": one.loss}
-        return figures | {"test_images": found["full"].num_images, "val_accuracy": best.get("val_accuracy")}
+            return self._reach() | {"val_loss": best.get("val_loss")}
+        found = evaluate(self._networks(model), stream)
+        rest = {"test_images": found["full"].num_images, "val_accuracy": best.get("val_accuracy")}
+        return self._reach() | _named("test", found) | rest
+
+    def _reach(self) -> dict[str, Any]:
+        """How far the chain goes: its length, and the share of the MACs that the smallest network saves."""
+        chain = self.stratifier.chain
+        return {"networks": len(chain), "saving": 1 - chain.macs_at(-1) / chain.macs}
 
     def _networks(self, model: nn.Module) -> dict[str, nn.Module]:
         """The full network, the one half-way down in MACs, and the smallest."""
@@ -164,6 +163,15 @@ class Stratification(Task):
         own = chosen[accelerator.process_index :: accelerator.num_processes]
         stream = Stream(train.images, own, transforms_for(self.student, recipe.data), recipe.seed, train.skip)
         return make_loader(stream, BATCH, recipe.data.workers)[0]
+
+
+def _named(split: str, found: Mapping[str, Figures]) -> dict[str, Any]:
+    """Accuracy and loss of the three networks; those of the full one carry no name."""
+    figures: dict[str, Any] = {}
+    for name, one in found.items():
+        suffix = "" if name == "full" else f"_{name}"
+        figures |= {f"{split}_accuracy{suffix}": one.accuracy, f"{split}_loss{suffix}": one.loss}
+    return figures
 
 
 class _Output(nn.Module):

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from ..distill import Distilled, Distiller, Outputs
 from ..models import attached, save
 from ..tokens import Adaptive
-from .caching import Report, with_cache
+from .caching import with_cache
 from .checkpoint import RunFolder
 from .data import Splits, Stream
 from .evaluate import Figures, attention_entropy, mean_loss
 from .learner import prepare_learner, with_student
 from .recipe import Recipe
-from .state import Stateful
+from .state import Report, Stateful
 
 Evaluate = Callable[[Mapping[str, nn.Module], Stream], dict[str, Figures]]
 """Evaluates networks side by side as this run does: its batch size, workers and processes."""
