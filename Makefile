@@ -17,7 +17,7 @@ demo: $(STAMP)
 	$(BIN)/vitrim demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
