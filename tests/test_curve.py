@@ -128,6 +128,24 @@ def test_orderings_change_the_cut_and_nothing_else(seeds: Seeds):
     assert not torch.allclose(out["WPAC", "full", 0.5], out["random", "full", 0.5], atol=1e-2)
 
 
+def test_an_even_line_cuts_every_width_by_the_same_fraction(seeds: Seeds):
+    lines = {"even": {"row": "full", "ordering": "wpac", "even": True}, "judged": {"row": "full", "ordering": "wpac"}}
+    curve = Curve.parse({"lines": lines, "budgets": [0.5], "images": 64, "width_multiple": 2})
+    even, judged = networks(curve, seeds[0], DataSpec(**DATA)).values()
+    assert cost(even).macs <= 0.5 * cost(load(seeds[0]["full"] / "model")).macs
+
+    def spread(net: nn.Module) -> float:
+        kept = [
+            width / full
+            for block in net.blocks
+            for width, full in ((block.attn.head_dim, 16), (block.mlp.fc1.out_features, 128))
+        ]
+        return max(kept) - min(kept)
+
+    assert spread(even) <= 1 / 8  # One group of dims of a head.
+    assert spread(judged) > 1 / 8
+
+
 def test_a_row_without_super_network_of_its_own(seeds: Seeds):
     curve = Curve.parse({"lines": {"own": {"row": "full"}}})
     with pytest.raises(CheckpointError, match=r"no chain\.json"):
@@ -147,7 +165,8 @@ def test_a_row_without_super_network_of_its_own(seeds: Seeds):
         ({"lines": {"a": {"row": "ful", "ordering": "wpac"}}}, "unknown row 'ful'; did you mean full"),
         ({"lines": {"a": ["full", "smal"]}}, "unknown row 'smal'"),
         ({"lines": {"a": {"row": "full", "ordering": "wpca"}}}, "unknown ordering 'wpca'; did you mean wpac"),
-        ({"lines": {"a": {"row": "family", "compensate": True}}}, "means are known only where the curve orders"),
+        ({"lines": {"a": {"row": "family", "compensate": True}}}, "only a curve that orders compensates"),
+        ({"lines": {"a": {"row": "family", "even": True}}}, "only a curve that orders compensates or cuts evenly"),
         ({"lines": {"a": {"row": "full"}}}, "row 'full' is no super-network; give the row the option elastic"),
         ({"lines": {"a": {"row": "family"}}, "budgets": [1, 0.2]}, "saves 75.0% of the MACs at most, .* budget 0.2"),
         ({"lines": {"a": {"row": "pruned", "ordering": "wpac"}}}, "row 'pruned' reduces tokens"),

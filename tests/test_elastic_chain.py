@@ -10,7 +10,7 @@ import torch
 
 from elastic_models import images, small
 from vitrim import cost
-from vitrim.elastic.chain import Chain, Entry, UnitCost, _falling_outwards, grow, hash_of, start_chain
+from vitrim.elastic.chain import Chain, Entry, UnitCost, _falling_outwards, grow, grow_evenly, hash_of, start_chain
 from vitrim.elastic.importance import probe_loss, sensitivities
 from vitrim.elastic.sampler import RULES, draw, narrowed
 from vitrim.errors import CheckpointError, UnknownNameError, VitrimError
@@ -43,6 +43,17 @@ def test_growing_meets_its_saving_within_one_group():
     for saving in (0.1, 0.35, 0.6):
         grown = grow(chain, shares, rises, saving)
         assert grown.macs_at(-1) <= chain.macs * (1 - saving) < grown.macs_at(-2)
+
+
+def test_an_even_chain_takes_the_same_fraction_everywhere():
+    chain = start_chain(small(), width_multiple=2)
+    even = grow_evenly(chain, 0.6)
+    assert even.macs_at(-1) <= chain.macs * 0.4 < even.macs_at(-2)
+    group = max(unit.step / unit.width for unit in chain.units.values())
+    for index in range(len(even)):
+        kept = [width / chain.units[name].width for name, width in even.widths(index).items()]
+        assert max(kept) - min(kept) <= group + 1e-9
+    assert not any(entry.importance for entry in even.entries)
 
 
 def test_growing_in_parts_keeps_what_there_is():

@@ -7,7 +7,7 @@ densities fall outwards, until the saving asked for is reached.
 import hashlib
 import json
 from bisect import bisect_left
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 
@@ -184,9 +184,27 @@ def grow(
             queue.append((rise > floor, density, [cuts[index] for index in reversed(members)]))
     # Sorting is stable, and the groups of one sub-layer have different densities: outer ones always come first.
     queue.sort(key=lambda item: item[:2])
-    entries, macs, params = list(chain.entries), chain.macs_at(-1), chain.params_at(-1)
-    goal = chain.macs * (1 - saving)
-    for name, width, importance in (cut for *_, members in queue for cut in members):
+    return _cut(chain, (cut for *_, members in queue for cut in members), saving)
+
+
+def grow_evenly(chain: Chain, saving: float) -> Chain:
+    """The chain, longer until its smallest network saves the fraction `saving`; no sub-layer is judged.
+
+    All of them lose their outer units at the same pace, so that every width is about the same fraction of the full one.
+    """
+    widths = chain.widths(-1)
+    cuts = [
+        (name, width, 0.0) for name, unit in chain.units.items() for width in range(0, widths[name], unit.step)
+    ]  # fmt: skip
+    cuts.sort(key=lambda cut: cut[1] / chain.units[cut[0]].width, reverse=True)
+    return _cut(chain, cuts, saving)
+
+
+def _cut(chain: Chain, cuts: Iterable[tuple[str, int, float]], saving: float) -> Chain:
+    """The chain with so many of these cuts (sub-layer, new width, importance) as the saving asks for."""
+    widths, entries = chain.widths(-1), list(chain.entries)
+    macs, params, goal = chain.macs_at(-1), chain.params_at(-1), chain.macs * (1 - saving)
+    for name, width, importance in cuts:
         if macs <= goal:
             break
         unit, lost = chain.units[name], widths[name] - width

@@ -21,7 +21,7 @@ from ..models.build import saved_folder
 from ..models.store import load, save
 from ..models.sublayers import Kind
 from ..output import replacing
-from .chain import GROUPS, Chain, grow, hash_of, start_chain
+from .chain import GROUPS, Chain, grow, grow_evenly, hash_of, start_chain
 from .extract import choose, cut
 from .importance import sensitivities
 from .probing import Batch, images_of
@@ -126,6 +126,7 @@ def stratify(
     max_saving: float = 0.875,
     rounds: int = 4,
     ordering: str = "wpac",
+    even: bool = False,
     say: Callable[[str], None] = print,
 ) -> SuperNet:
     """Turn a trained model into a super-network without training it; the model given stays as it is.
@@ -140,6 +141,8 @@ def stratify(
         max_saving: fraction of the MACs that the smallest network of the chain saves.
         rounds: how often the sub-layers are judged anew, each time on the smallest network found so far.
         ordering: how units are ordered; see `wpac.ORDERINGS`.
+        even: every sub-layer loses the same fraction of its units, as where orderings alone are compared; none is
+            judged.
         say: called with lines to show.
 
     Raises:
@@ -161,6 +164,8 @@ def stratify(
         model, itertools.chain(probe, source), num_images=num_images, labels=labels, ordering=ordering, say=say
     )
     chain = start_chain(model, groups=groups, width_multiple=width_multiple)
+    if even:
+        chain, rounds = grow_evenly(chain, max_saving), 0
     for number in range(1, rounds + 1):
         widths = chain.widths(-1)
         rises = sensitivities(model, probe, widths, num_images=probe_images, labels=labels)

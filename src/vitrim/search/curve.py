@@ -7,6 +7,7 @@ The part `curve` of a study file names the lines to draw through rows of the stu
       lines:
         WPAC: {row: full, ordering: wpac}                           # ordered and cut, not trained any further
         WPAC + compensation: {row: full, ordering: wpac, compensate: true}
+        WPAC, even: {row: full, ordering: wpac, even: true}         # every width cut by the same fraction
         PIAD: {row: trained as super-network}                       # the row's own super-network
         trained alone: [full, narrow, narrower]                     # one point per row, as trained
 """
@@ -62,11 +63,13 @@ class Line:
     ordering: how that model's widths are ordered before they are cut, see `ORDERINGS`; None: the row was trained as a
         super-network.
     compensate: whether means make up for lost units.
+    even: whether every sub-layer loses the same fraction, in place of what is worth least.
     """
 
     row: str = ""
     ordering: str | None = None
     compensate: bool = False
+    even: bool = False
 
 
 @dataclass(frozen=True)
@@ -134,8 +137,10 @@ class Curve:
                     f"curve {name!r}: row {line.row!r} saves {own.max_saving:.1%} of the MACs at most, so it cannot "
                     f"meet the budget {min(self.budgets)}; raise elastic.max_saving"
                 )
-            if line.ordering is None and line.compensate:
-                raise RecipeError(f"curve {name!r}: means are known only where the curve orders; give an ordering")
+            if line.ordering is None and (line.compensate or line.even):
+                raise RecipeError(
+                    f"curve {name!r}: only a curve that orders compensates or cuts evenly; give an ordering"
+                )
             if line.ordering is not None and line.ordering not in ORDERINGS:
                 raise UnknownNameError("ordering", line.ordering, ORDERINGS)
             if recipes[line.row].reduction is not None:
@@ -190,13 +195,13 @@ def networks(
 ) -> dict[Point, nn.Module]:
     """The networks of all points of one seed, in the order of lines and budgets."""
     place = make_accelerator(cpu=device == "cpu").device
-    opened: dict[tuple[str, str | None], SuperNet] = {}
+    opened: dict[tuple[str, str | None, bool], SuperNet] = {}
     found: dict[Point, nn.Module] = {}
     for name, line in curve.lines.items():
         if not isinstance(line, Line):
             found |= {(name, row, None): open_model(str(folders[row])) for row in line}
             continue
-        key = line.row, line.ordering
+        key = line.row, line.ordering, line.even
         if key not in opened:
             opened[key] = _supernet(curve, line, folders[line.row], data, seed, place)
         for budget in curve.budgets:
@@ -220,7 +225,7 @@ def _supernet(curve: Curve, line: Line, folder: Path, data: DataSpec, seed: int,
     loader, _ = make_loader(plain_stream(model, data, train=True), 64, data.workers, seed=seed, shuffle=True)
     return stratify(
         model, ((images, classes) for images, classes, _ in loader), num_images=curve.images, ordering=line.ordering,
-        width_multiple=curve.width_multiple, say=lambda told: None,
+        width_multiple=curve.width_multiple, even=line.even, say=lambda told: None,
     )  # fmt: skip
 
 
