@@ -12,6 +12,7 @@ from vitrim.elastic import SuperNet, stratify
 from vitrim.errors import CheckpointError, RecipeError, UnknownNameError, VitrimError
 from vitrim.measure.cost import cost
 from vitrim.models import load
+from vitrim.models.widths import widths_of
 from vitrim.search.curve import Curve, networks, trace
 from vitrim.search.run_study import run_study
 from vitrim.show.report import write_report
@@ -135,11 +136,8 @@ def test_an_even_line_cuts_every_width_by_the_same_fraction(seeds: Seeds):
     assert cost(even).macs <= 0.5 * cost(load(seeds[0]["full"] / "model")).macs
 
     def spread(net: nn.Module) -> float:
-        kept = [
-            width / full
-            for block in net.blocks
-            for width, full in ((block.attn.head_dim, 16), (block.mlp.fc1.out_features, 128))
-        ]
+        widths = widths_of(net)
+        kept = [block.head_dim / 16 for block in widths] + [block.hidden / 128 for block in widths]
         return max(kept) - min(kept)
 
     assert spread(even) <= 1 / 8  # One group of dims of a head.
@@ -194,16 +192,18 @@ def test_system_5_in_miniature(tmp_path: Path):
     assert (tmp_path / "curve.md").exists()
     assert (tmp_path / "curve.csv").exists()
     orderings = ["random", "magnitude", "Taylor", "WPAC", "WPAC + compensation"]
+    even = ["random, even", "magnitude, even", "WPAC, even"]
     trained = ["PIAD original", "PIAD sandwich + KD"]
-    assert list(dict.fromkeys(row["curve"] for row in rows)) == [*orderings, *trained, "trained alone"]
+    cut = [*orderings, *even, "WPAC, trained on", *trained]
+    assert list(dict.fromkeys(row["curve"] for row in rows)) == [*cut, "trained alone"]
     tested = {row["row"]: row["accuracy"] for row in table.rows}
-    for name in [*orderings, *trained]:
-        full = tested.get(name, tested["full"])
+    for name in cut:
+        full = tested.get(name.removeprefix("WPAC, "), tested["full"])
         found = {row["budget"]: row for row in rows if row["curve"] == name}
         assert list(found) == [1, 0.6, 0.4]
         assert found[1]["accuracy"] == pytest.approx(full, abs=0.01)  # Orderings do not change the full network.
         assert all(row["gmacs"] <= budget * found[1]["gmacs"] for budget, row in found.items())
     alone = {row["row"]: row["accuracy"] for row in rows if row["curve"] == "trained alone"}
-    assert alone == pytest.approx({row: accuracy for row, accuracy in tested.items() if row not in trained})
-    assert {point["method"] for point in points(rows)} == {*orderings, *trained, "trained alone"}
+    assert alone == pytest.approx({row: value for row, value in tested.items() if row not in (*trained, "trained on")})
+    assert {point["method"] for point in points(rows)} == {*cut, "trained alone"}
     assert "accuracy against cost: One super-network" in write_report(tmp_path).read_text()
