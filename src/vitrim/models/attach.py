@@ -13,7 +13,7 @@ from ..tokens.gradients import GradientMemory
 from ..tokens.reduction import Phase
 from .adapter import Geometry, find_adapter
 from .planning import Planner
-from .reduced import Trace
+from .trace import Trace
 
 _TRACE = "vitrim_trace"
 _HANDLE = "vitrim_handle"
