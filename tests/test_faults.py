@@ -223,6 +223,52 @@ def test_dynamic_image_sizes() -> None:
             assert handle.states[-1].size.shape[1] + 1 == handle.plan(num).token_counts[-1]
 
 
+@pytest.mark.parametrize("text", ["TopK() @ KeepRate(0.6, at=(0, 2))", "ToMe() @ Budget(macs=0.7)"])
+def test_another_input_size_is_planned_for(text: str) -> None:
+    model, same = build("timm-vit", "vit"), build("timm-vit", "vit")
+    with vitrim.attach(model, text) as handle:
+        handle.set_strength(0.5)
+        model.set_input_size((64, 48))
+        same.set_input_size((64, 48))
+        with vitrim.attach(same, text) as fresh:
+            fresh.set_strength(0.5)
+            assert handle.token_counts == fresh.token_counts
+            assert handle.schedule == fresh.schedule
+            assert vitrim.cost(model) == vitrim.cost(same)
+            x = torch.randn(1, 3, 64, 48)
+            same.load_state_dict(model.state_dict())
+            assert torch.equal(model(x), same(x))
+
+
+HOOKED = ("TopK() @ KeepRate(0.6, at=(0, 2))", "TopK(fuse=sum) @ KeepRate(0.6, at=(0, 2))", "ToMe() @ ConstantR(3)",
+          "TopK(norm) @ KeepRate(0.6, at=(1,), place=before)", None)  # fmt: skip
+
+
+@pytest.mark.parametrize("text", HOOKED)
+def test_hooks_on_projections_are_heard(text: str | None) -> None:
+    model, halved, x = build("timm-vit", "vit"), build("timm-vit", "vit"), images(2)
+    halved.load_state_dict(model.state_dict())
+    for block in halved.blocks:
+        for parameter in (*block.attn.qkv.parameters(), *block.attn.proj.parameters()):
+            parameter.data *= 0.5
+    for block in model.blocks:
+        for layer in (block.attn.qkv, block.attn.proj):
+            layer.register_forward_hook(lambda layer, args, out: out * 0.5)
+    with vitrim.attach(model, text, cls_only=True), vitrim.attach(halved, text, cls_only=True):
+        torch.testing.assert_close(model(x), halved(x))
+
+
+@pytest.mark.parametrize("text", HOOKED)
+def test_hooks_that_could_not_be_heard_are_refused(text: str | None) -> None:
+    model, x = build("timm-vit", "vit"), images(2)
+    for block in model.blocks:
+        block.attn.register_forward_hook(lambda attn, args, out: out * 0.5)
+    dense = model(x)
+    with vitrim.attach(model, text, cls_only=True), pytest.raises(VitrimError, match=r"blocks\.\d\.attn has a hook"):
+        model(x)
+    assert torch.equal(model(x), dense)
+
+
 def test_nothing_of_a_pass_is_held_but_the_assignments() -> None:
     model, x = build("timm-vit", "vit"), images(2)
     seen: list[weakref.ref[torch.Tensor]] = []

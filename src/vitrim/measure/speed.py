@@ -230,7 +230,11 @@ def _check(
 ) -> None:
     if not models or not batch_sizes:
         raise VitrimError("nothing to measure; give at least one model and one batch size")
-    for what, number in (("rounds", rounds), ("threads", threads or 1), ("batch size", min(batch_sizes))):
+    for what, number in (
+        ("rounds", rounds),
+        ("threads", 1 if threads is None else threads),
+        ("batch size", min(batch_sizes)),
+    ):
         if number < 1:
             raise VitrimError(f"{what} is 1 or more, not {number}")
     if dtype not in DTYPES:

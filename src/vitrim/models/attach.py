@@ -28,12 +28,16 @@ class Handle:
         self.reduction = reduction
         self.cls_only = cls_only
         self._planner = Planner(model, self.adapter, reduction, cls_only)
-        self.geometry: Geometry = self._planner.geometry
         self._originals: list[tuple[nn.Module, type[nn.Module]]] = []
         self._last: Trace | None = None
         learns = reduction is not None and reduction.reducer.training_only
         self.gradients = GradientMemory() if learns else None
         """What the score has learnt from training steps, a part of their checkpoint; None where it learns nothing."""
+
+    @property
+    def geometry(self) -> Geometry:
+        """Of the model at its own input size."""
+        return self._planner.geometry
 
     @property
     def reducer(self) -> Reducer:
@@ -78,6 +82,12 @@ class Handle:
     def set_strength(self, strength: float) -> None:
         """Let so much of the schedule act, in [0, 1], until the curriculum is moved again."""
         self._planner.set_strength(strength)
+
+    def plan_anew(self) -> None:
+        """Take up a change of the model's own input size; what a budget allows is solved for that size."""
+        strength = self.strength
+        self._planner = Planner(self.model, self.adapter, self.reduction, self.cls_only)
+        self.set_strength(strength)
 
     def install(self) -> None:
         """Put the reduction (back) into the model."""

@@ -70,6 +70,8 @@ def open_model(spec: str) -> nn.Module:
     if (folder := saved_folder(spec)) is not None:
         return load(folder)
     name, _, weights = spec.partition("@") if not spec.startswith(_SOURCES) else (spec, "", "")
+    if spec == f"{name}@":
+        raise CheckpointError(f"{spec} names no weights; write {name}@FILE or {name}@pretrained, or {name} alone")
     if weights == "pretrained":
         return build_model(name, pretrained=True)
     return build_model(name, checkpoint=weights or None)

@@ -139,6 +139,14 @@ class ReducedBlock(nn.Module):
         return evidence
 
 
+def hooked(module: nn.Module) -> bool:
+    """Whether somebody listens to calls of this module."""
+    # torch's own shortcut in `Module.__call__` asks the same.
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
 def a_few_images_at_a_time(compute: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """`compute(x)` over slices of the batch (B, T, C) on a CPU, where large activations cost more than arithmetic.
 

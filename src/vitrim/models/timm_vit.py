@@ -17,7 +17,7 @@ from ..errors import ScoreError, UnsupportedModelError, VitrimError
 from ..tokens import Plan, Reducer
 from .adapter import Adapter, BlockShape, Geometry, Macs, block_macs, needed
 from .attach import Handle
-from .reduced import ReducedBlock
+from .reduced import ReducedBlock, hooked
 from .sublayers import RemovedBranch
 
 
@@ -31,11 +31,16 @@ class ReducedTimmBlock(ReducedBlock, Block):
         attn: Any = self.attn
         if isinstance(attn, RemovedBranch):  # Nothing is projected, and nothing attends.
             return (normed_BTC.new_empty(normed_BTC.shape[0], 1, normed_BTC.shape[1], 0),) * (last - first)
+        if hooked(attn):
+            raise VitrimError(
+                f"blocks.{self.vitrim_index}.attn has a hook, which cannot run here: the attention of a block that "
+                "cuts is taken apart; put the hook on the block, on attn.qkv or on attn.proj"
+            )
         part = slice(first * attn.attn_dim, last * attn.attn_dim)
-        if type(attn.qkv) is nn.Linear:
+        if type(attn.qkv) is nn.Linear and not hooked(attn.qkv):
             bias = attn.qkv.bias
             out = F.linear(normed_BTC, attn.qkv.weight[part], None if bias is None else bias[part])
-        else:  # An adapter or a quantised layer put in its place: ask it for everything.
+        else:  # An adapter or a quantised layer put in its place, or one that is listened to: ask it for everything.
             out = attn.qkv(normed_BTC)[..., part]
         streams = out.unflatten(-1, (last - first, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
         norms = (attn.q_norm, attn.k_norm, nn.Identity())[first:last]
@@ -65,6 +70,10 @@ class _ReducedModel(nn.Module):
     """What changes outside the blocks: pooling weighs tokens by size, dense maps are spread back over the grid."""
 
     vitrim_handle: Handle
+
+    def set_input_size(self, *args: Any, **kwargs: Any) -> None:
+        super().set_input_size(*args, **kwargs)
+        self.vitrim_handle.plan_anew()
 
     def forward_features(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         return self.vitrim_handle.finish(super().forward_features(x, *args, **kwargs))

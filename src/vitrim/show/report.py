@@ -12,7 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from .. import __version__
 from ..errors import DataError, VitrimError
 from ..measure.table import Table
-from ..output import replacing
+from ..output import check_folder, replacing
 from .plots import cost_accuracy_plot, curves_plot
 from .runs import Run, cell, make_table, points, read_folder, say, words
 
@@ -53,6 +53,7 @@ def write_report(folder: str | Path | Sequence[str | Path], out: str | Path | No
         path = path / "report.html"
     if path.exists() and _MARK not in path.read_text(encoding="utf-8", errors="replace")[:1000]:
         raise VitrimError(f"{path} exists and is no report of vitrim; choose another file with --out")
+    check_folder(path.parent)
     page = render([read_folder(one) for one in folders])
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as part:

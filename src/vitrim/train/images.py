@@ -99,7 +99,10 @@ def open_images(spec: DataSpec, train: bool) -> Images:
     Raises:
         DataError: folder missing, split missing, class without images, a reader that is not installed.
     """
+    spec.check()
     if spec.name == "digits":
+        if (spec.train_split, spec.test_split) not in (("train", None), ("train", "test")):
+            raise DataError("digits come with splits of their own; leave data.train_split and data.test_split out")
         return Images(_Digits(train), [str(digit) for digit in range(10)])
     if spec.name == "folder":
         return _open_folder(spec, train)

@@ -28,6 +28,15 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return data
 
 
+def check_ranges(*options: tuple[str, float | None, float, float | None]) -> None:
+    """Raise `RecipeError` where an option (name, value, lowest, highest) is out of its range; None may be anything."""
+    for name, value, low, high in options:
+        if value is not None and not (low <= value and (high is None or value <= high)):
+            raise RecipeError(
+                f"{name} is {value}; it must be {low} or more" + ("" if high is None else f", at most {high}")
+            )
+
+
 def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     """`base` with `changes` laid over it, option by option."""
     merged = dict(base)

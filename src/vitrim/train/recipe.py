@@ -7,7 +7,7 @@ from typing import Any, Literal
 import yaml
 
 from ..errors import RecipeError, UnknownNameError
-from .options import fill, flatten, plain, read_yaml
+from .options import check_ranges, fill, flatten, plain, read_yaml
 from .specs import AugmentSpec, CacheSpec, DataSpec, ElasticSpec, ModelSpec, OptimSpec
 
 
@@ -59,26 +59,13 @@ class Recipe:
 
     def check(self) -> None:
         """Raise `RecipeError` for numbers that make no sense."""
-        for name, value, low, high in (
-            ("epochs", self.epochs, 1, None),
-            ("batch_size", self.batch_size, 1, None),
-            ("data.holdout", self.data.holdout, 0, 0.9),
-            ("optim.lr", self.optim.lr, 0, None),
-            ("optim.accumulate", self.optim.accumulate, 1, None),
-            ("optim.ema", self.optim.ema, 0, 0.9999999),
-            ("augment.smoothing", self.augment.smoothing, 0, 0.999),
-            ("augment.mix_prob", self.augment.mix_prob, 0, 1),
-            ("augment.erasing", self.augment.erasing, 0, 1),
-            ("augment.views", 1 if self.augment.views is None else self.augment.views, 1, None),
-            ("cache.top_k", self.cache.top_k if self.cache else 1, 1, None),
-            ("data.workers", self.data.workers, 0, None),
-            ("data.limit", self.data.limit or 1, 1, None),
-            ("seed", self.seed, 0, None),
-        ):
-            if value < low or (high is not None and value > high):
-                raise RecipeError(
-                    f"{name} is {value}; it must be {low} or more" + (f", at most {high}" if high else "")
-                )
+        check_ranges(
+            ("epochs", self.epochs, 1, None), ("batch_size", self.batch_size, 1, None), ("seed", self.seed, 0, None)
+        )
+        for part in (self.data, self.augment, self.optim):
+            part.check()
+        if self.cache is not None:
+            check_ranges(("cache.top_k", self.cache.top_k, 1, None))
         if self.batch_size % self.optim.accumulate:
             raise RecipeError(f"batch_size {self.batch_size} is not a multiple of accumulate {self.optim.accumulate}")
         if self.elastic is not None:

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from .options import check_ranges
+
 
 @dataclass
 class ModelSpec:
@@ -54,6 +56,16 @@ class DataSpec:
     workers: int = 2
     on_corrupt: Literal["skip", "refuse"] = "refuse"
 
+    def check(self) -> None:
+        """Raise `RecipeError` for numbers that make no sense."""
+        check_ranges(
+            ("data.holdout", self.holdout, 0, 0.9),
+            ("data.limit", self.limit, 1, None),
+            ("data.image_size", self.image_size, 1, None),
+            ("data.crop_pct", self.crop_pct, 0.01, None),
+            ("data.workers", self.workers, 0, None),
+        )
+
 
 @dataclass
 class AugmentSpec:
@@ -82,6 +94,18 @@ class AugmentSpec:
     mix_prob: float = 1.0
     smoothing: float = 0.0
     views: int | None = None
+
+    def check(self) -> None:
+        """Raise `RecipeError` for numbers that make no sense."""
+        check_ranges(
+            ("augment.scale", self.scale, 0, 1),
+            ("augment.erasing", self.erasing, 0, 1),
+            ("augment.mixup", self.mixup, 0, None),
+            ("augment.cutmix", self.cutmix, 0, None),
+            ("augment.mix_prob", self.mix_prob, 0, 1),
+            ("augment.smoothing", self.smoothing, 0, 0.999),
+            ("augment.views", self.views, 1, None),
+        )
 
 
 @dataclass
@@ -151,3 +175,16 @@ class OptimSpec:
     freeze: bool = False
     accumulate: int = 1
     precision: Literal["no", "bf16", "fp16"] = "no"
+
+    def check(self) -> None:
+        """Raise `RecipeError` for numbers that make no sense."""
+        check_ranges(
+            ("optim.lr", self.lr, 0, None),
+            ("optim.weight_decay", self.weight_decay, 0, None),
+            ("optim.layer_decay", self.layer_decay, 0, 1),
+            ("optim.warmup_epochs", self.warmup_epochs, 0, None),
+            ("optim.min_lr", self.min_lr, 0, None),
+            ("optim.clip", self.clip, 0, None),
+            ("optim.ema", self.ema, 0, 0.9999999),
+            ("optim.accumulate", self.accumulate, 1, None),
+        )

@@ -3,6 +3,7 @@
 import sys
 from typing import Literal
 
+from ..errors import VitrimError
 from .delivery import Device, command_line
 
 
@@ -32,13 +33,16 @@ def show(
         overwrite: replace pictures that exist.
         device: where to run.
     """
-    from ..models import has_weights, open_model, variant
+    from ..models import attached, has_weights, open_model, variant
     from ..show.pictures import show as draw
 
+    network = variant(open_model(model), method)
+    if attached(network) is None:
+        raise VitrimError(f"{model} reduces no tokens by itself; give a --method, such as 'TopK() @ KeepRate(0.7)'")
     if not has_weights(model):
         print(f"vitrim show: weights are random; write {model}@pretrained or {model}@FILE", file=sys.stderr)
     drawn = draw(
-        variant(open_model(model), method), images, out, montage=montage, scores=scores, limit=limit, blocks=blocks,
+        network, images, out, montage=montage, scores=scores, limit=limit, blocks=blocks,
         overwrite=overwrite, device=None if device == "auto" else device,
     )  # fmt: skip
     for line in (*drawn, *drawn.skipped):
