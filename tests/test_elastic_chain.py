@@ -116,6 +116,11 @@ def test_json_round_trip_and_what_is_refused():
         Chain.from_json("{}")
     with pytest.raises(CheckpointError, match="nothing narrower"):
         replace(chain, entries=(*chain.entries, chain.entries[-1]))
+    for change in ({"macs": chain.entries[0].macs - 1}, {"params": 3}):
+        with pytest.raises(CheckpointError, match="does not cost what it says"):
+            replace(chain, entries=(replace(chain.entries[0], **change), *chain.entries[1:]))
+    with pytest.raises(CheckpointError, match="nothing narrower"):
+        replace(chain, entries=(replace(chain.entries[0], width=chain.entries[0].width + 0.5),))
     with pytest.raises(CheckpointError, match="nothing narrower"):
         Chain({"a": UnitCost(8, 4, 1, 1, 1, 0)}, 10, 10, 10, (Entry("b", 4, 6, 6, 0.1),))
 

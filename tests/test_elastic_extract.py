@@ -16,8 +16,10 @@ from vitrim.elastic import SuperNet, stratify
 from vitrim.elastic.chain import grow, start_chain
 from vitrim.elastic.extract import choose, cut
 from vitrim.elastic.sampler import narrowed
+from vitrim.elastic.supernet import CHAIN, MEANS
 from vitrim.errors import CheckpointError, ScoreError, VitrimError
 from vitrim.models import RemovedBranch, narrow
+from vitrim.verbs.cutting import extract
 
 
 def quiet(_: str) -> None:
@@ -215,6 +217,38 @@ def test_supernet_folder_holds_chain_and_weights_and_notices_other_weights(net, 
         SuperNet.load(tmp_path)
 
 
+def test_damaged_files_are_told(net, tmp_path):
+    folder = net.save(tmp_path / "net")
+    (folder / MEANS).write_bytes((folder / MEANS).read_bytes()[:40])
+    with pytest.raises(CheckpointError, match=r"means\.safetensors is damaged"):
+        SuperNet.load(folder)
+    (folder / CHAIN).write_bytes(b"\xff\xfe" + (folder / CHAIN).read_bytes())
+    with pytest.raises(CheckpointError, match="no chain"):
+        SuperNet.load(folder)
+
+
+def test_no_command_puts_a_network_where_another_would_be_lost(net, tmp_path):
+    folder = net.save(tmp_path / "net")
+    kept = {path: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(VitrimError, match="holds a super-network"):
+        extract(str(folder), str(folder), macs=0.6, overwrite=True)
+    assert {path: path.read_bytes() for path in folder.iterdir()} == kept
+    extract(str(folder), str(tmp_path / "run" / "model"), macs=0.6, compensate=True)
+    torch.testing.assert_close(
+        vitrim.load(tmp_path / "run" / "model")(images(2)), net.extract(macs=0.6, compensate=True)(images(2))
+    )
+    with pytest.raises(CheckpointError, match="is a run, whose model is"):
+        net.save(tmp_path / "run", overwrite=True)
+
+
+def test_gradient_hooks_meet_removed_sublayers():
+    model = small(torch.float32)
+    narrow(model, {"blocks.0.attn": 0, "blocks.1.mlp": 0})
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(images(1, dtype=torch.float32))
+    assert vitrim.cost(model).macs == pytest.approx(counter.get_total_flops() / 2, rel=1e-3)
+
+
 def test_chain_of_another_model_is_refused(net):
     with pytest.raises(VitrimError, match="another model or input size"):
         cut(small(img_size=96), net.chain, 3)
@@ -222,7 +256,7 @@ def test_chain_of_another_model_is_refused(net):
 
 def test_one_shot_iterators_and_labelled_batches_serve(net):
     batches = ((images(4, seed=seed), torch.arange(4)) for seed in range(3))
-    made = stratify(small(), batches, labels=True, num_images=12, rounds=1, say=quiet)
+    made = stratify(small(), batches, labels=True, num_images=12, rounds=1, groups={"attention": 4}, say=quiet)
     assert made.chain.macs_at(-1) < made.chain.macs
     with pytest.raises(VitrimError, match="no means"):
         SuperNet(net.model, net.chain).cut(2, compensate=True)

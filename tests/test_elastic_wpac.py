@@ -1,6 +1,7 @@
 """Ordering of widths: statistics against slow references, and a function that never changes."""
 
 import copy
+from dataclasses import fields
 
 import pytest
 import torch
@@ -183,8 +184,42 @@ def test_bad_input_is_told_in_one_line():
         wpac(model, [images(2)], ordering="wpca", say=quiet)
     with pytest.raises(DataError, match="no images"):
         collect(model, [], 8)
-    with pytest.raises(DataError, match="integer labels"):
-        list(batches([images(2)], model, 2, labels=True))
+    for batch in (
+        images(2),
+        (images(2), torch.rand(2)),
+        (images(2), torch.ones(2, 5, dtype=torch.long)),
+        [images(2), [1]],
+    ):
+        with pytest.raises(DataError, match="integer labels"):
+            list(batches([batch], model, 2, labels=True))
+    for wrong in (77, -1):
+        with pytest.raises(DataError, match=r"but the model has 5 classes"):
+            collect(model, [(images(2), torch.tensor([0, wrong]))], 2, labels=True)
+    for data in (images(2), 3):
+        with pytest.raises(DataError, match="iterable of batches"):
+            wpac(model, data, say=quiet)
+    for batch in ({"pixels": images(2)}, images(2)[0], []):
+        with pytest.raises(DataError, match="a batch is"):
+            wpac(model, [batch], say=quiet)
+    with torch.inference_mode(), pytest.raises(VitrimError, match="outside of it"):
+        wpac(model, [images(2)], say=quiet)
+    with pytest.raises(VitrimError, match="not finite"):
+        wpac(model, [images(2) / 0], say=quiet)
+
+
+def test_short_integers_are_labels_too():
+    sums = [collect(small(), [(images(2), torch.tensor([1, 4]).to(kind))], 2, labels=True)["blocks.0.mlp"].fisher
+            for kind in (torch.int32, torch.int64)]  # fmt: skip
+    assert torch.equal(*sums)
+
+
+def test_activation_checkpointing_changes_nothing():
+    plain, saving = small(), small()
+    saving.set_grad_checkpointing(True)
+    for name, one in collect(plain, [images(4)], 4).items():
+        other = collect(saving, [images(4)], 4)[name]
+        for field in fields(one):
+            torch.testing.assert_close(getattr(other, field.name), getattr(one, field.name), rtol=1e-9, atol=0)
 
 
 def _share(rank: int, file: str, out: str) -> None:

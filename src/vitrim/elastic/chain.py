@@ -14,7 +14,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from ..errors import CheckpointError, VitrimError
+from ..errors import CheckpointError, UnknownNameError, VitrimError
 from ..measure.cost import cost
 from ..models.sublayers import Kind, elastic
 
@@ -48,6 +48,11 @@ class UnitCost:
     left_params: int
     """Parameters that a removed sub-layer gains: the constant that stays, where there was no bias before."""
 
+    def saved(self, width: int, narrower: int) -> tuple[int, int]:
+        """MACs and parameters that go with the units from `narrower` to `width`."""
+        lost = width - narrower
+        return lost * self.macs, lost * self.params - (self.left_params if narrower == 0 else 0)
+
 
 @dataclass(frozen=True)
 class Chain:
@@ -66,11 +71,16 @@ class Chain:
     schema: int = field(default=SCHEMA)
 
     def __post_init__(self) -> None:
-        widths, before = {name: unit.width for name, unit in self.units.items()}, self.macs
+        widths = {name: unit.width for name, unit in self.units.items()}
+        macs, params = self.macs, self.params
         for index, entry in enumerate(self.entries):
-            if not 0 <= entry.width < widths.get(entry.module, 0) or entry.macs >= before:
+            if type(entry.width) is not int or not 0 <= entry.width < widths.get(entry.module, 0):
                 raise CheckpointError(f"entry {index} of the chain ({entry.module}) makes nothing narrower")
-            widths[entry.module], before = entry.width, entry.macs
+            saved = self.units[entry.module].saved(widths[entry.module], entry.width)
+            macs, params = macs - saved[0], params - saved[1]
+            if (entry.macs, entry.params) != (macs, params):
+                raise CheckpointError(f"entry {index} of the chain ({entry.module}) does not cost what it says")
+            widths[entry.module] = entry.width
 
     def __len__(self) -> int:
         return len(self.entries) + 1
@@ -143,7 +153,11 @@ def start_chain(model: nn.Module, *, groups: Mapping[Kind, int] = GROUPS, width_
         groups: into how many groups the width of each kind of sub-layer is cut.
         width_multiple: every width but the full one is a multiple of it, which keeps matrix products fast.
     """
-    if width_multiple < 1 or any(number < 1 for number in groups.values()):
+    for kind in groups:
+        if kind not in GROUPS:
+            raise UnknownNameError("kind of sub-layer", kind, GROUPS)
+    groups = {**GROUPS, **groups}
+    if any(type(number) is not int or number < 1 for number in (width_multiple, *groups.values())):
         raise VitrimError("width_multiple and groups are positive integers")
     full = cost(model)
     with elastic(model) as layers:
@@ -207,8 +221,8 @@ def _cut(chain: Chain, cuts: Iterable[tuple[str, int, float]], saving: float) ->
     for name, width, importance in cuts:
         if macs <= goal:
             break
-        unit, lost = chain.units[name], widths[name] - width
-        macs, params = macs - lost * unit.macs, params - lost * unit.params + (unit.left_params if width == 0 else 0)
+        saved = chain.units[name].saved(widths[name], width)
+        macs, params = macs - saved[0], params - saved[1]
         entries.append(Entry(name, width, macs, params, importance))
         widths[name] = width
     return replace(chain, entries=tuple(entries))

@@ -43,8 +43,26 @@ def objective_of(model: nn.Module, labels: bool) -> Callable[[Tensor, Tensor | N
 
 
 def images_of(batch: Batch) -> Tensor:
-    """The images of a batch, with or without labels beside them."""
-    return batch if isinstance(batch, Tensor) else batch[0]
+    """The images of a batch, with or without labels beside them.
+
+    Raises:
+        DataError: this is no batch.
+    """
+    images = batch[0] if isinstance(batch, tuple | list) and batch else batch
+    if not isinstance(images, Tensor) or images.ndim != 4:
+        raise DataError("a batch is a tensor of images (B, channels, height, width), or a pair of it and labels")
+    return images
+
+
+def batches_in(data: Iterable[Batch]) -> Iterator[Batch]:
+    """The batches of the data, from the first.
+
+    Raises:
+        DataError: there can be none in it.
+    """
+    if isinstance(data, Tensor) or not isinstance(data, Iterable):
+        raise DataError("the data is an iterable of batches, such as a DataLoader or a list [images]")
+    return iter(data)
 
 
 def batches(
@@ -59,16 +77,23 @@ def batches(
     left = wanted = -(-num_images // world_size())
     for batch in data:
         images = images_of(batch)
-        target = None if isinstance(batch, Tensor) or len(batch) < 2 else batch[1]
-        if labels and (target is None or target.is_floating_point()):
-            raise DataError("labels=True needs batches of (images, integer labels)")
+        given = None if isinstance(batch, Tensor) or len(batch) < 2 else batch[1]
+        target = _classes(given, model.num_classes) if labels else None
         images = images[:left].to(parameter.device, parameter.dtype, non_blocking=True)
-        yield images, target[:left].to(parameter.device) if labels and target is not None else None
+        yield images, None if target is None else target[:left].to(parameter.device)
         left -= len(images)
         if left <= 0:
             return
     if left == wanted:
         raise DataError("the data holds no images; give batches of images, from an iterator that is not used up")
+
+
+def _classes(target: object, num_classes: int) -> Tensor:
+    if not isinstance(target, Tensor) or target.is_floating_point() or target.ndim != 1:
+        raise DataError("labels=True needs batches of (images, integer labels)")
+    if len(target) and not 0 <= int(target.min()) <= int(target.max()) < num_classes:
+        raise DataError(f"labels go from {target.min()} to {target.max()}, but the model has {num_classes} classes")
+    return target.long()
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor, nn
 
+from ..errors import VitrimError
 from ..models.sublayers import elastic
 from .probing import Batch, all_reduce, batches, frozen, objective_of, output_of
 
@@ -47,6 +48,10 @@ class HeadSums:
         self.weight_3H += weight.sum(2)
         self.first_3Hh += weighted.sum(2)
         self.second_3Hhh += weighted.mT @ f
+
+    def add_mixed(self, total_Hh: Tensor) -> None:
+        """Take in what enters the output projection, summed over the tokens of a batch."""
+        self.mixed_Hh += total_Hh
 
     def covariance(self, *streams: int) -> Tensor:
         """sum w c c^T (H, h, h) over these streams, each centred on its own plain mean."""
@@ -131,7 +136,13 @@ def collect(
     """Sums for every sub-layer, by name, over `num_images` images in eval mode; added up over all processes.
 
     Costs a forward pass and a backward pass without weight gradients; `covariance` adds the second moments.
+
+    Raises:
+        DataError: no images, or labels that are none.
+        VitrimError: what was found is not finite, or gradients are forbidden here.
     """
+    if torch.is_inference_mode_enabled():
+        raise VitrimError("importance takes gradients, which torch.inference_mode() forbids; call this outside of it")
     objective = objective_of(model, labels)
     with elastic(model) as layers, frozen(model):
         device = next(model.parameters()).device
@@ -152,9 +163,9 @@ def collect(
         finally:
             for layer in layers.values():
                 layer.vitrim_tap = None
-    for each in sums.values():
-        for option in fields(each):
-            all_reduce(getattr(each, option.name))
+    parts = [getattr(each, option.name) for each in sums.values() for option in fields(each)]
+    if not all(all_reduce(part).isfinite().all() for part in parts):
+        raise VitrimError("activations or gradients are not finite; look at the weights of the model and at the images")
     return sums
 
 
@@ -162,7 +173,9 @@ def _tap(sums: Sums, covariance: bool) -> Callable[[str, Tensor], None]:
     def tap(name: str, x: Tensor) -> None:
         flat = x.detach().flatten(0, 1)
         if name == "mixed":
-            sums.mixed_Hh += flat.sum(0, dtype=torch.float64).view_as(sums.mixed_Hh)
+            # On the way back, like all the others, since activation checkpointing comes this way twice.
+            total = flat.sum(0, dtype=torch.float64).view_as(sums.mixed_Hh)
+            x.register_hook(lambda g: sums.add_mixed(total))
             return
         if not x.requires_grad:
             x.requires_grad_()

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -24,7 +25,7 @@ from ..output import replacing
 from .chain import GROUPS, Chain, grow, grow_evenly, hash_of, start_chain
 from .extract import choose, cut
 from .importance import sensitivities
-from .probing import Batch, images_of
+from .probing import Batch, batches_in, images_of
 from .sampler import narrowed
 from .wpac import wpac
 
@@ -108,11 +109,15 @@ class SuperNet:
         folder = saved_folder(str(folder)) or Path(folder)
         if not (folder / CHAIN).is_file():
             raise CheckpointError(f"{folder} holds no {CHAIN}, so no super-network; make one with vitrim.stratify")
-        chain = Chain.from_json((folder / CHAIN).read_text())
+        chain = Chain.from_json((folder / CHAIN).read_text(encoding="utf-8", errors="replace"))
         model = load(folder)
         if hash_of(model) != chain.weights:
             raise CheckpointError(f"{folder / CHAIN} belongs to other weights than those beside it; stratify again")
-        return cls(model, chain, load_file(folder / MEANS) if (folder / MEANS).is_file() else None)
+        try:
+            means = load_file(folder / MEANS) if (folder / MEANS).is_file() else None
+        except SafetensorError:
+            raise CheckpointError(f"{folder / MEANS} is damaged or cut short; stratify again") from None
+        return cls(model, chain, means)
 
 
 def stratify(
@@ -155,8 +160,8 @@ def stratify(
         raise VitrimError("max_saving lies in (0, 1), rounds and num_images are at least 1")
     model = copy.deepcopy(model)
     # Kept, so that an iterator that can be read only once serves too; there are few of them.
-    probe_images = max(32, num_images // 16)
-    source = iter(data)
+    probe_images = min(num_images, max(32, num_images // 16))
+    source = batches_in(data)
     probe: list[Batch] = []
     while probe_images > sum(len(images_of(batch)) for batch in probe) and (batch := next(source, None)) is not None:
         probe.append(batch)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import UnknownNameError, VitrimError
 from ..models.sublayers import Elastic, elastic
-from .probing import Batch, batches, frozen, output_of, world_size
+from .probing import Batch, batches, batches_in, frozen, output_of, world_size
 from .statistics import HeadSums, Sums, UnitSums, collect
 
 Axes = tuple[Tensor, Tensor]
@@ -63,7 +63,7 @@ def wpac(
     """
     if ordering not in ORDERINGS:
         raise UnknownNameError("ordering", ordering, ORDERINGS)
-    source = iter(data)
+    source = batches_in(data)
     first = list(itertools.islice(source, 1))
     sums = collect(model, itertools.chain(first, source), num_images, labels)
     images, _ = next(batches(first, model, 32 * world_size(), False))

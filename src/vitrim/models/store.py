@@ -64,6 +64,8 @@ def save(model: nn.Module, folder: str | Path, *, overwrite: bool = False, **ext
 def check_place(folder: str | Path, *, overwrite: bool = False) -> None:
     """Raise `VitrimError` where `save` could not write, so that it is known before a model is made."""
     check_folder(folder)
+    if (run := Path(folder) / "model" / WEIGHTS).is_file():
+        raise CheckpointError(f"{folder} is a run, whose model is {run.parent}; choose another folder")
     if (Path(folder) / WEIGHTS).exists() and not overwrite:
         raise CheckpointError(f"{folder} holds a model already; choose another folder or pass overwrite=True")
 

@@ -110,7 +110,8 @@ class RemovedBranch(nn.Module):
 
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         """The constant, in the shape of `x` (..., C); attention masks change nothing."""
-        return self.bias.to(x.dtype).expand_as(x)
+        # A copy, since hooks on gradients stumble over a parameter's view made while none are taken.
+        return self.bias.to(x.dtype, copy=True).expand_as(x)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Verbs that make smaller networks: a super-network of a model, and what is cut out of it."""
 
 from dataclasses import replace
+from pathlib import Path
 
 from ..errors import RecipeError, VitrimError
 from ..train.recipe import Recipe
@@ -18,6 +19,7 @@ def stratify(
     epochs: int = 0,
     recipe: str | None = None,
     num_images: int = 1024,
+    width_multiple: int | None = None,
     labels: bool = False,
     overwrite: bool = False,
     device: Device = "auto",
@@ -31,6 +33,7 @@ def stratify(
         epochs: train all sizes together so long; 0 trains nothing, or as long as the recipe says where there is one.
         recipe: file of a recipe with `elastic`, for the training; its model gives way to this one.
         num_images: images to look at; in training, those that order units and judge importance.
+        width_multiple: every width but the full one is a multiple of it; by default 8, or as the recipe says.
         labels: the labels are classes of this model's head; in training they always are.
         overwrite: replace a model that is there already; a run is continued instead.
         device: where to run.
@@ -38,7 +41,7 @@ def stratify(
     if epochs or recipe:
         if overwrite:
             raise VitrimError("a training run is continued, never overwritten; leave --overwrite out or change --out")
-        _train(_recipe_for(model, data, recipe, epochs, num_images), out, device)
+        _train(_recipe_for(model, data, recipe, epochs, num_images, width_multiple), out, device)
         return
     from ..elastic.supernet import stratify as run
     from ..models import check_place, open_model
@@ -50,13 +53,19 @@ def stratify(
     network = open_model(model).to(make_accelerator(cpu=device == "cpu").device)
     spec = data_of([model], data)
     loader, _ = make_loader(plain_stream(network, spec, train=True), 64, spec.workers, shuffle=True)
-    supernet = run(network, ((images, classes) for images, classes, _ in loader), num_images=num_images, labels=labels)
+    batches = ((images, classes) for images, classes, _ in loader)
+    supernet = run(
+        network, batches, num_images=num_images, labels=labels,
+        width_multiple=8 if width_multiple is None else width_multiple,
+    )  # fmt: skip
     supernet.save(out, overwrite=overwrite)
     least = supernet.chain.macs_at(-1) / supernet.chain.macs
     print(f"{len(supernet.chain)} networks, down to {least:.1%} of the MACs, in {out}; cut one with vitrim extract")
 
 
-def _recipe_for(model: str, data: DataOptions, file: str | None, epochs: int, num_images: int) -> Recipe:
+def _recipe_for(
+    model: str, data: DataOptions, file: str | None, epochs: int, num_images: int, width_multiple: int | None
+) -> Recipe:  # fmt: skip
     """The recipe of the training; where it is shortened, growth keeps its part of it."""
     from ..models.build import saved_folder
     from ..search.compare import data_of, laid_over
@@ -71,7 +80,10 @@ def _recipe_for(model: str, data: DataOptions, file: str | None, epochs: int, nu
         args=base.model.args if base.model.name == name else {},
     )  # fmt: skip
     growth = max(1, round(base.elastic.grow_epochs * (epochs or base.epochs) / base.epochs))
-    elastic = replace(base.elastic, grow_epochs=growth, images=base.elastic.images if file else num_images)
+    elastic = replace(
+        base.elastic, grow_epochs=growth, images=base.elastic.images if file else num_images,
+        width_multiple=base.elastic.width_multiple if width_multiple is None else width_multiple,
+    )  # fmt: skip
     images = laid_over(base.data, data) if file else data_of([model], data)
     return replace(base, model=spec, data=images, elastic=elastic, epochs=epochs or base.epochs)
 
@@ -98,6 +110,7 @@ def extract(
     macs: float | None = None,
     params: float | None = None,
     latency: float | None = None,
+    compensate: bool = False,
     overwrite: bool = False,
 ) -> None:
     """Cut the largest network that fits a budget out of a super-network, in about a second.
@@ -108,13 +121,16 @@ def extract(
         macs: budget of MACs per image; up to 1 it is a fraction, as in the other budgets.
         params: budget of parameters.
         latency: budget of milliseconds at batch size 1, measured here.
-        overwrite: replace a model that is there already.
+        compensate: add what lost units contribute on average to the biases, where no training followed the order.
+        overwrite: replace a model that is there already, but never a super-network.
     """
-    from ..elastic.supernet import SuperNet
+    from ..elastic.supernet import CHAIN, SuperNet
     from ..measure.cost import cost
     from ..models import check_place, save
 
     check_place(out, overwrite=overwrite)
-    network = SuperNet.load(supernet).extract(macs=macs, params=params, latency=latency)
+    if (Path(out) / CHAIN).exists():
+        raise VitrimError(f"{out} holds a super-network, which would be lost; choose another folder")
+    network = SuperNet.load(supernet).extract(macs=macs, params=params, latency=latency, compensate=compensate)
     save(network, out, overwrite=overwrite)
     print(f"{cost(network)}; written to {out}")
