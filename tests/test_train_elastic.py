@@ -192,14 +192,15 @@ def test_the_original_rule_spares_the_smallest():
 
 def test_the_command_lays_model_images_and_epochs_over_a_recipe():
     folder = Path(__file__).parents[1] / "recipes" / "system5"
-    found = _recipe_for("vit_tiny_patch16_224@w.pth", {"root": "here"}, str(folder / "piad.yaml"), 30, 64)
+    found = _recipe_for("vit_tiny_patch16_224@w.pth", {"root": "here"}, str(folder / "piad.yaml"), 30, 64, None)
     assert found.elastic is not None
     assert (found.epochs, found.elastic.grow_epochs, found.elastic.images) == (30, 5, 1024)
     assert (found.model.name, found.model.checkpoint) == ("vit_tiny_patch16_224", "w.pth")
     assert (found.data.name, found.data.root) == ("folder", "here")
-    plain = _recipe_for("vit_tiny_patch16_224@pretrained", {}, None, 3, 64)
+    plain = _recipe_for("vit_tiny_patch16_224@pretrained", {}, None, 3, 64, 4)
     assert plain.elastic is not None
+    assert (found.elastic.width_multiple, plain.elastic.width_multiple) == (8, 4)
     assert (plain.epochs, plain.elastic.grow_epochs, plain.elastic.images) == (3, 1, 64)
     assert (plain.model.pretrained, plain.model.checkpoint, plain.optim.lr) == (True, None, 2.5e-4)
     with pytest.raises(RecipeError, match="needs the option elastic"):
-        _recipe_for("vit_tiny_patch16_224", {}, str(folder / "finetune.yaml"), 3, 64)
+        _recipe_for("vit_tiny_patch16_224", {}, str(folder / "finetune.yaml"), 3, 64, None)
