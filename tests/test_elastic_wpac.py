@@ -216,10 +216,12 @@ def test_short_integers_are_labels_too():
 def test_activation_checkpointing_changes_nothing():
     plain, saving = small(), small()
     saving.set_grad_checkpointing(True)
-    for name, one in collect(plain, [images(4)], 4).items():
-        other = collect(saving, [images(4)], 4)[name]
-        for field in fields(one):
-            torch.testing.assert_close(getattr(other, field.name), getattr(one, field.name), rtol=1e-9, atol=0)
+    found, expected = collect(saving, [images(4)], 4), collect(plain, [images(4)], 4)
+    assert found.keys() == expected.keys()
+    for name, sums in expected.items():
+        for field in fields(sums):
+            given, wanted = getattr(found[name], field.name), getattr(sums, field.name)
+            torch.testing.assert_close(given, wanted, rtol=1e-9, atol=0)
 
 
 def _share(rank: int, file: str, out: str) -> None:

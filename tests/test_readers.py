@@ -8,7 +8,7 @@ import sys
 import pytest
 
 READING = """
-import multiprocessing, os, sys, time
+import multiprocessing, sys
 import torch
 from torch.utils.data import TensorDataset
 from vitrim.readers import batches_of

@@ -207,9 +207,7 @@ def grow_evenly(chain: Chain, saving: float) -> Chain:
     All of them lose their outer units at the same pace, so that every width is about the same fraction of the full one.
     """
     widths = chain.widths(-1)
-    cuts = [
-        (name, width, 0.0) for name, unit in chain.units.items() for width in range(0, widths[name], unit.step)
-    ]  # fmt: skip
+    cuts = [(name, low, 0.0) for name, unit in chain.units.items() for low in range(0, widths[name], unit.step)]
     cuts.sort(key=lambda cut: cut[1] / chain.units[cut[0]].width, reverse=True)
     return _cut(chain, cuts, saving)
 

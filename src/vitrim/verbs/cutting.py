@@ -54,10 +54,8 @@ def stratify(
     spec = data_of([model], data)
     loader, _ = make_loader(plain_stream(network, spec, train=True), 64, spec.workers, shuffle=True)
     batches = ((images, classes) for images, classes, _ in loader)
-    supernet = run(
-        network, batches, num_images=num_images, labels=labels,
-        width_multiple=8 if width_multiple is None else width_multiple,
-    )  # fmt: skip
+    widths = {} if width_multiple is None else {"width_multiple": width_multiple}
+    supernet = run(network, batches, num_images=num_images, labels=labels, **widths)
     supernet.save(out, overwrite=overwrite)
     least = supernet.chain.macs_at(-1) / supernet.chain.macs
     print(f"{len(supernet.chain)} networks, down to {least:.1%} of the MACs, in {out}; cut one with vitrim extract")
@@ -80,10 +78,9 @@ def _recipe_for(
         args=base.model.args if base.model.name == name else {},
     )  # fmt: skip
     growth = max(1, round(base.elastic.grow_epochs * (epochs or base.epochs) / base.epochs))
-    elastic = replace(
-        base.elastic, grow_epochs=growth, images=base.elastic.images if file else num_images,
-        width_multiple=base.elastic.width_multiple if width_multiple is None else width_multiple,
-    )  # fmt: skip
+    elastic = replace(base.elastic, grow_epochs=growth, images=base.elastic.images if file else num_images)
+    if width_multiple is not None:
+        elastic = replace(elastic, width_multiple=width_multiple)
     images = laid_over(base.data, data) if file else data_of([model], data)
     return replace(base, model=spec, data=images, elastic=elastic, epochs=epochs or base.epochs)
 
