@@ -179,8 +179,8 @@ def trace(
     notes = [
         "Budgets are fractions of the MACs of the full network, attention products included; the largest network that "
         "fits is taken. Nothing is trained after the cut. All networks took turns batch by batch.",
-        f"Orderings look at {curve.images} training images without labels and are cut by the same rule, in widths that "
-        f"are multiples of {curve.width_multiple}.",
+        f"Orderings look at {curve.images} training images without labels. Those that are not even are cut by the same "
+        f"rule. Widths are multiples of {curve.width_multiple}.",
     ]
     if any(row["over_alone"] is not None for row in rows):
         notes.append(
