@@ -106,7 +106,7 @@ def test_the_run_of_a_dead_worker_goes_on_from_its_checkpoint(file: Path):
 
 def test_claims_exclude_each_other_and_pass_on(tmp_path: Path):
     url = f"sqlite:///{tmp_path}/c.db"
-    one, two, other = Claims(url, "s", 0.5), Claims(url, "s", 2), Claims(url, "another study", 2)
+    one, two, other = Claims(url, "s", 1), Claims(url, "s", 2), Claims(url, "another study", 2)
     assert one.claim("run")
     assert other.claim("run")
     with one.held("run") as lost:
@@ -116,10 +116,10 @@ def test_claims_exclude_each_other_and_pass_on(tmp_path: Path):
         assert not lost.is_set()
     assert two.claim("run")  # Given up.
     assert not one.claim("run")
-    time.sleep(0.6)
+    time.sleep(1.1)
     assert one.claim("run")  # Never a sign of life.
     with two.held("run") as lost:
-        assert lost.wait(5)
+        assert lost.wait(30)
     assert not two.claim("run")  # What is another's is not given up.
 
 

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import random
 import signal
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from vitrim.train import checkpoint, task
 from vitrim.train.checkpoint import RunFolder
 from vitrim.train.loop import train
 from vitrim.train.recipe import Recipe
+from vitrim.train.state import Report
 from vitrim.train.stopping import Stopped
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
@@ -96,7 +98,22 @@ def test_stopped_by_a_signal_and_continued(name: str, tmp_path: Path):
     assert_same(outcome(tmp_path / "whole"), outcome(tmp_path / "parts"))
 
 
-def _in_child(options: Recipe, folder: Path, kill_at_replace: int | None = None) -> multiprocessing.Process:
+class KillSoonAfter:
+    """Kills this process and its children in the middle of what follows its nth step."""
+
+    def __init__(self, steps: int, seconds: float) -> None:
+        self.left, self.seconds = steps, seconds
+
+    def __call__(self, event: str, figures: Mapping[str, Any]) -> None:
+        if event == "step":
+            self.left -= 1
+            if self.left == 0:
+                threading.Timer(self.seconds, os.killpg, (os.getpgid(0), signal.SIGKILL)).start()
+
+
+def _in_child(
+    options: Recipe, folder: Path, kill_at_replace: int | None = None, report: Report | None = None
+) -> multiprocessing.Process:
     def work() -> None:
         os.setsid()
         if kill_at_replace is not None:
@@ -109,7 +126,7 @@ def _in_child(options: Recipe, folder: Path, kill_at_replace: int | None = None)
                 replace(source, target)
 
             os.replace = deadly
-        train(options, folder)
+        train(options, folder, report=report)
 
     child = multiprocessing.get_context("fork").Process(target=work)
     child.start()
@@ -121,15 +138,13 @@ def test_killed_at_random_moments(workers: int, tmp_path: Path):
     options = recipe(data__workers=workers, optim__ema=0.9, epochs=4, data__limit=200)
     train(options, tmp_path / "whole")
     dice = random.Random(workers)
-    killed = 0
-    for _ in range(8):
-        child = _in_child(options, tmp_path / "parts")
-        child.join(dice.uniform(0.05, 1.2))
-        if child.is_alive():
-            os.killpg(child.pid, signal.SIGKILL)
-            killed += 1
+    ends = []
+    for _ in range(6):
+        kill = KillSoonAfter(dice.randint(1, 12), dice.uniform(0, 0.05))
+        child = _in_child(options, tmp_path / "parts", report=kill)
         child.join()
-    assert killed
+        ends.append(child.exitcode)
+    assert -signal.SIGKILL in ends
     train(options, tmp_path / "parts")
     assert_same(outcome(tmp_path / "whole"), outcome(tmp_path / "parts"))
     assert not list((tmp_path / "parts").rglob("*.part"))

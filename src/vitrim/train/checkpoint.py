@@ -21,6 +21,7 @@ from ..output import PART, replacing
 from .recipe import Recipe
 
 _LOCK = ".lock"
+_PATIENCE = 2.0  # Seconds that the children of a process that was killed may take to die.
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
@@ -67,7 +68,7 @@ class RunFolder:
         with _told(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             try:
-                held = FileLock(self.path / _LOCK, blocking=False).acquire()
+                held = FileLock(self.path / _LOCK).acquire(timeout=_PATIENCE)
             except Timeout:
                 raise BusyError(
                     f"another process is writing to {self.path}; let it finish, or choose another folder with --out"
