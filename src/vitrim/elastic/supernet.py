@@ -49,7 +49,7 @@ class SuperNet:
         macs: float | None = None,
         params: float | None = None,
         latency: float | None = None,
-        compensate: bool = False,
+        compensate: bool = True,
     ) -> nn.Module:
         """The largest sub-network within one budget, as a model of its own; needs no data and no training.
 
@@ -57,7 +57,8 @@ class SuperNet:
             macs: most multiply-accumulates per image, attention products included.
             params: most parameters.
             latency: longest forward pass at batch size 1, in milliseconds, measured where the model is.
-            compensate: add what lost units contribute on average to the biases, where the means are known.
+            compensate: add what lost units contribute on average to the biases, where the means are known: not after
+                training as a super-network, by which the sub-networks have learnt to do without.
 
         Any budget in (0, 1] is a fraction of the full network's cost.
 
@@ -67,10 +68,8 @@ class SuperNet:
         index = choose(self.model, self.chain, macs=macs, params=params, latency=latency)
         return self.cut(index, compensate)
 
-    def cut(self, index: int, compensate: bool = False) -> nn.Module:
-        """Sub-network `index` of the chain as a model of its own (0: full, -1: smallest)."""
-        if compensate and self.means is None:
-            raise VitrimError("this super-network holds no means; leave compensate=True out")
+    def cut(self, index: int, compensate: bool = True) -> nn.Module:
+        """Sub-network `index` of the chain as a model of its own (0: full, -1: smallest), see `extract`."""
         return cut(self.model, self.chain, index, self.means if compensate else None)
 
     @contextmanager

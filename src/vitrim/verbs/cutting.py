@@ -107,7 +107,7 @@ def extract(
     macs: float | None = None,
     params: float | None = None,
     latency: float | None = None,
-    compensate: bool = False,
+    compensate: bool = True,
     overwrite: bool = False,
 ) -> None:
     """Cut the largest network that fits a budget out of a super-network, in about a second.

@@ -1,0 +1,73 @@
+"""How long cutting a network out of a super-network takes, beside building the full model.
+
+    python benchmarks/extract.py --threads 2 --out results/extract-deit-b-cpu
+
+The cut is measured from a super-network in memory to a network ready to run. Its widths are chosen at random, since the
+time does not depend on what is worth more. Both take turns in interleaved rounds; the process should have the machine
+to itself.
+"""
+
+import time
+from collections.abc import Callable
+
+import torch
+from jsonargparse import auto_cli
+
+from vitrim.elastic.chain import grow, start_chain
+from vitrim.elastic.supernet import SuperNet
+from vitrim.measure.bench_table import Quartiles
+from vitrim.measure.environment import environment
+from vitrim.measure.table import Column, Table
+from vitrim.models import build_model
+
+COLUMNS = (
+    Column("what", "what"),
+    Column("ms", "ms, median [quartiles]"),
+    Column("over_build", "over building", ".2f"),
+)
+
+
+def milliseconds(work: Callable[[], object]) -> float:
+    """How long it takes once."""
+    start = time.perf_counter()
+    work()
+    return 1e3 * (time.perf_counter() - start)
+
+
+def main(
+    model: str = "deit_base_patch16_224",
+    macs: float = 0.5,
+    rounds: int = 12,
+    threads: int | None = 2,
+    out: str = "results/extract-deit-b-cpu",
+) -> None:
+    """Measure, print, and write OUT.md and OUT.json."""
+    torch.set_num_threads(threads or torch.get_num_threads())
+    torch.manual_seed(0)
+    network = build_model(model).eval()
+    start = start_chain(network)
+    shares = {name: torch.rand(unit.width).sort(descending=True).values for name, unit in start.units.items()}
+    chain = grow(start, shares, {name: torch.rand(()).item() for name in start.units}, 0.875)
+    family = SuperNet(network, chain)
+    works = {
+        f"extract(macs={macs})": lambda: family.extract(macs=macs),
+        "build the full model with timm": lambda: build_model(model),
+    }
+    times: dict[str, list[float]] = {what: [] for what in works}
+    for round_ in range(rounds + 1):
+        for what, work in works.items():
+            taken = milliseconds(work)
+            if round_:  # The first one warms up.
+                times[what].append(taken)
+    medians = {what: Quartiles.of(each) for what, each in times.items()}
+    build = medians["build the full model with timm"].median
+    rows = [{"what": what, "ms": str(each), "over_build": each.median / build} for what, each in medians.items()]
+    notes = [f"{model}, {len(chain):,} networks in the chain, {rounds} interleaved rounds."]
+    table = Table("Cost of an extraction", COLUMNS, rows, notes=notes, environment=environment())
+    print(table.markdown())
+    for suffix in (".md", ".json"):
+        table.write(out + suffix, overwrite=True)
+
+
+if __name__ == "__main__":
+    auto_cli(main, as_positional=False)
