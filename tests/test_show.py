@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 import timm
 import torch
-from PIL import Image
+import yaml
+from PIL import Image, ImageChops
 from sklearn.datasets import load_digits, load_sample_image
 from timm.models.vision_transformer import VisionTransformer
 
 import vitrim
+from vitrim import cli
 from vitrim.errors import DataError, ScheduleError, ScoreError, VitrimError
 from vitrim.show.draw import draw_scores, draw_tokens, make_canvas
 from vitrim.show.files import picture_paths, spread_evenly
@@ -486,3 +488,22 @@ def test_figures_are_said_as_people_read_them():
         ("macs_ratio", 0.5): "0.5", ("resumed", True): "yes", ("loss", float("nan")): "nan",
     }  # fmt: skip
     assert {key: say(*key) for key in said} == said
+
+
+def test_a_study_draws_its_rows_on_the_same_images(tmp_path: Path):
+    options = {"args": {"depth": 2, "embed_dim": 24, "num_heads": 2}}
+    half = {"reduction": "TopK() @ KeepRate(0.5, at=[0])"}
+    content = {
+        "base": {"model": options, "data": {"workers": 0, "limit": 60}, "epochs": 1, "batch_size": 16},
+        "rows": {"dense": {}, "half": half, "half again": {**half, "data": {"limit": 30}}},
+        "pictures": {"rows": ["half", "half again"], "images": 3},
+    }
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    cli.main(["study", str(tmp_path / "study.yaml"), "--out", str(tmp_path / "out")])
+    names = ["tokens-half-again-s0.png", "tokens-half-s0.png"]
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.png")) == names
+    one, other = (Image.open(tmp_path / "out" / name) for name in names)
+    assert one.size == other.size
+    assert ImageChops.difference(one, other).crop((0, 0, 190, one.size[1])).getbbox() is None  # The images themselves.
+    assert ImageChops.difference(one, other).getbbox() is not None
+    assert "tokens half s0" in (tmp_path / "out" / "report.html").read_text()

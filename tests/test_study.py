@@ -176,6 +176,10 @@ def test_mistakes_in_a_study(study_file: Path):
         ({"rows": {"a": {}, "b": {"epochs": 0}}}, "epochs is 0"),
         ({"rows": {"a": {}, "b": {"distill": "Cls("}}}, "cannot read 'Cls\\('"),
         ({"sweep": {"method": "TopK() @ KeepRate({r})"}}, "sweep of the study has no vary"),
+        ({"pictures": ["half"]}, "pictures is \\['half'\\]; it must be a mapping"),
+        ({"pictures": {"rows": ["halv"]}}, "unknown row 'halv'; did you mean half"),
+        ({"pictures": {"rows": ["dense"]}}, "the model of row 'dense' reduces no tokens"),
+        ({"pictures": {"rows": ["half"], "images": 0}}, "of one image or more"),
         ({"sweep": {"method": "TopK() @ KeepRate({r})", "vary": {"r": [2.0]}}}, "keep rate lies in"),
     ],
 )  # fmt: skip

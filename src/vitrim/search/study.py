@@ -1,14 +1,15 @@
 """The file of a study: rows x seeds under one base recipe, and the methods that every row is tested under.
 
 It holds `title`, `base` (recipe options), `rows` (name: changes), `test` (name: method), `seeds`, optionally `sweep`
-(method, vary), `curve` (see `curve.py`), `published` (figures to print beside) and `scales`, whose entries are laid
-over all of it. `{row:NAME}` in an option is the model that the row of that name has learnt with the same seed: a
-teacher, or weights to start from. Rows without a classifier serve others in this way and are in no table.
+(method, vary), `curve` (see `curve.py`), `pictures` (rows, images), `published` (figures to print beside) and `scales`,
+whose entries are laid over all of it. `{row:NAME}` in an option is the model that the row of that name has learnt with
+the same seed: a teacher, or weights to start from. Rows without a classifier serve others in this way and are in no
+table.
 """
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from graphlib import CycleError, TopologicalSorter
 from itertools import product
 from pathlib import Path
@@ -21,13 +22,43 @@ from ..models.variants import DENSE_CLS_ONLY
 from ..tokens import Reduction
 from ..train.checkpoint import RunFolder
 from ..train.learner import reduction_of
-from ..train.options import flatten, merge, read_yaml
+from ..train.options import fill, flatten, merge, read_yaml
 from ..train.recipe import Recipe
 from .curve import Curve
 from .sweep import check_sweep
 
 _ROW = re.compile(r"\{row:([^{}]+)\}")
-_PARTS = {"title", "base", "rows", "test", "seeds", "sweep", "curve", "published", "scales"}
+_PARTS = {"title", "base", "rows", "test", "seeds", "sweep", "curve", "pictures", "published", "scales"}
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """The part `pictures` of a study: whose surviving tokens are drawn, all on the same test images of the base.
+
+    rows: rows whose models reduce tokens.
+    images: how many test images, spread evenly.
+    """
+
+    rows: list[str] = field(default_factory=list)
+    images: int = 4
+
+    def check(self, recipes: Mapping[str, Recipe]) -> None:
+        """Look at all names before anything is trained.
+
+        Args:
+            recipes: of all rows of the study.
+
+        Raises:
+            UnknownNameError: a row that there is not.
+            RecipeError: a model without anything to draw, or no rows or images.
+        """
+        if not self.rows or self.images < 1:
+            raise RecipeError("the pictures of the study are of one row or more, and of one image or more")
+        for row in self.rows:
+            if row not in recipes:
+                raise UnknownNameError("row", row, recipes)
+            if recipes[row].reduction is None or recipes[row].phase == "train":
+                raise RecipeError(f"pictures: the model of row {row!r} reduces no tokens; leave it out")
 
 
 @dataclass(frozen=True)
@@ -41,6 +72,7 @@ class Study:
     seeds: list[int]
     sweep: dict[str, Any] | None
     curve: Curve | None
+    pictures: Pictures | None
     published: dict[str, dict[str, float]]
 
     @classmethod
@@ -57,6 +89,9 @@ class Study:
         for name in ("base", "rows"):
             if not isinstance(data.get(name), dict):
                 raise RecipeError(f"{path} has no {name!r} with options in it")
+        for name in ("sweep", "curve", "pictures", "published"):
+            if not isinstance(data.get(name) or {}, dict):
+                raise RecipeError(f"{path}: {name} is {data[name]!r}; it must be a mapping of options")
         for name in (*data["rows"], *(data.get("test") or ())):
             if not isinstance(name, str):
                 raise RecipeError(f"{path}: YAML reads a name as {name!r}; put names such as off, yes or 1 in quotes")
@@ -75,6 +110,7 @@ class Study:
             seeds=seeds,
             sweep=data.get("sweep"),
             curve=Curve.parse(data["curve"]) if data.get("curve") is not None else None,
+            pictures=fill(Pictures, data["pictures"], "pictures") if data.get("pictures") is not None else None,
             published=data.get("published") or {},
         )
 
@@ -130,8 +166,10 @@ class Study:
             if missing := {"method", "vary"} - set(self.sweep):
                 raise RecipeError(f"the sweep of the study has no {' and no '.join(sorted(missing))}")
             check_sweep(self.sweep["method"], self.sweep["vary"])
-        if self.curve is not None:
-            self.curve.check({row: self.recipe(row, self.seeds[0], out) for row in self.rows})
+        recipes = {row: self.recipe(row, self.seeds[0], out) for row in self.rows}
+        for part in (self.curve, self.pictures):
+            if part is not None:
+                part.check(recipes)
 
     def _options(self, row: str) -> dict[str, Any]:
         return merge(self.base, self.rows[row])

@@ -42,13 +42,16 @@ def study(
     """
     from ..search.local_workers import local_workers
     from ..search.run_study import run_study
+    from ..search.study import Study
     from ..show.progress import live
     from ..show.report import write_report
+    from ..show.study_pictures import draw_study
 
     with local_workers(workers, file, out, scale, root, database) as place, live() as report:
         table = run_study(
             file, out, scale=scale, root=root, database=place, command=hide_password(command_line(), database),
             report=report,
         )  # fmt: skip
+    draw_study(Study.read(file, scale, root), out)
     print(table.text())
     print(f"written to {out}/table.md and {write_report(out)}")

@@ -1,0 +1,37 @@
+"""The pictures that a study asks for: which tokens the models of its rows keep, all on the same test images."""
+
+from pathlib import Path
+
+import torch
+
+from ..models import open_model
+from ..search.study import Study, run_folder
+from ..train.data import plain_stream
+from ..train.options import fill
+from ..train.specs import DataSpec
+from .files import spread_evenly
+from .pictures import show
+
+
+def draw_study(study: Study, out: str | Path) -> list[Path]:
+    """Draw the part `pictures` of a finished study, with the models of its first seed, on test images of its base.
+
+    Args:
+        study: the study.
+        out: its folder, in which the pictures are put, too: one sheet for each row, an image in a line.
+
+    Returns:
+        The pictures, none where the study asks for none.
+    """
+    if study.pictures is None:
+        return []
+    data, drawn = fill(DataSpec, study.base.get("data", {}), "data"), []
+    for row in study.pictures.rows:
+        folder = run_folder(Path(out), row, study.seeds[0])
+        model = open_model(str(folder))
+        stream = plain_stream(model, data)
+        chosen = spread_evenly(range(len(stream)), study.pictures.images)
+        images = torch.stack([stream[index][0] for index in chosen])
+        target = Path(out) / f"tokens-{folder.name}.png"
+        drawn += show(model, images, target, montage=True, limit=None, overwrite=True)
+    return drawn
