@@ -74,7 +74,7 @@ def main(
     device: str = "cpu",
     out: str = "results/distill-cache-deit-s-cpu",
 ) -> None:
-    """Measure, print, and write OUT.md and OUT.json."""
+    """Measure, print, and write OUT.md, OUT.csv and OUT.json."""
     if threads is not None:
         torch.set_num_threads(threads)
     place = torch.device(device)
@@ -119,8 +119,7 @@ def main(
     ]
     table = Table("Cost of a teacher per epoch", COLUMNS, rows, notes, environment())
     print(table.text())
-    for suffix in (".md", ".json"):
-        table.write(out + suffix, overwrite=True)
+    table.write_all(out)
 
 
 if __name__ == "__main__":

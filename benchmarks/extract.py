@@ -41,7 +41,7 @@ def main(
     threads: int | None = 2,
     out: str = "results/extract-deit-b-cpu",
 ) -> None:
-    """Measure, print, and write OUT.md and OUT.json."""
+    """Measure, print, and write OUT.md, OUT.csv and OUT.json."""
     torch.set_num_threads(threads or torch.get_num_threads())
     torch.manual_seed(0)
     network = build_model(model).eval()
@@ -65,8 +65,7 @@ def main(
     notes = [f"{model}, {len(chain):,} networks in the chain, {rounds} interleaved rounds."]
     table = Table("Cost of an extraction", COLUMNS, rows, notes=notes, environment=environment())
     print(table.markdown())
-    for suffix in (".md", ".json"):
-        table.write(out + suffix, overwrite=True)
+    table.write_all(out)
 
 
 if __name__ == "__main__":

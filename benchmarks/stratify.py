@@ -47,7 +47,7 @@ def main(
     threads: int | None = 2,
     out: str = "results/stratify-deit-s-cpu",
 ) -> None:
-    """Measure, print, and write OUT.md and OUT.json."""
+    """Measure, print, and write OUT.md, OUT.csv and OUT.json."""
     torch.set_num_threads(threads or torch.get_num_threads())
     network = build_model(model).eval()
     size = network.pretrained_cfg["input_size"]
@@ -77,8 +77,7 @@ def main(
     notes = [f"{model}, random weights and pixels, without labels, batches of {batch_size}."]
     table = Table("Cost of ordering the units", COLUMNS, rows, notes=notes, environment=environment())
     print(table.markdown())
-    for suffix in (".md", ".json"):
-        table.write(out + suffix, overwrite=True)
+    table.write_all(out)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ PyTorch's own count of forward and backward pass together. The process should ha
 import json
 import random
 from collections.abc import Mapping
-from pathlib import Path
 from timeit import Timer
 
 import torch
@@ -87,7 +86,7 @@ def main(
     device: str = "cpu",
     out: str = "results/bench-train-step-cpu",
 ) -> None:
-    """Measure, print, and write OUT.md and OUT.json."""
+    """Measure, print, and write OUT.md, OUT.csv and OUT.json."""
     torch.set_num_threads(threads or torch.get_num_threads())
     names = ("dense", *METHODS)
 
@@ -112,8 +111,7 @@ def main(
     notes = [f"Settings: {json.dumps(settings)}. Median [quartiles] of the ratios within each round."]
     table = Table("Training steps with dropped tokens", COLUMNS, rows, notes=notes, environment=environment())
     print(table.markdown())
-    for suffix in (".md", ".json"):
-        table.write(Path(out + suffix), overwrite=True)
+    table.write_all(out)
 
 
 if __name__ == "__main__":

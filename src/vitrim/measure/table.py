@@ -10,7 +10,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from ..output import check_file
+from ..output import check_file, replacing
 
 _GAP = 2
 FORMS = (".md", ".csv", ".html", ".json")
@@ -158,4 +158,10 @@ class Table:
             ".md": self.markdown, ".csv": self.csv, ".html": self.html,
             ".json": lambda: json.dumps(self.to_dict(), indent=2) + "\n",
         }  # fmt: skip
-        path.write_text(text[path.suffix](), encoding="utf-8")
+        with replacing(path) as part:
+            part.write_text(text[path.suffix](), encoding="utf-8")
+
+    def write_all(self, stem: str | Path) -> None:
+        """Write `stem.md`, `stem.csv` and `stem.json`, in place of any that exist."""
+        for suffix in (".md", ".csv", ".json"):
+            self.write(f"{stem}{suffix}", overwrite=True)

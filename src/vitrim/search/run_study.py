@@ -97,25 +97,20 @@ def _write_tables(
     """Test what was learnt, and write all tables of the study."""
     found = {seed: _test(study, out, seed) for seed in study.seeds}
     table = _tabulate(study, scale, out, found, finished)
-    _write(table, out / "table")
+    table.write_all(out / "table")
     write_atomic(out / "command.txt", command + "\n")
     if study.sweep is not None:
         tested, seed = list(dict.fromkeys(row["row"] for row in table.rows)), study.seeds[0]
         models, data = [str(run_folder(out, row, seed)) for row in tested], study.recipe(tested[0], seed, out).data
         swept = sweep(models, data, study.sweep["method"], study.sweep["vary"])
-        _write(swept, out / "sweep")
+        swept.write_all(out / "sweep")
     if study.curve is not None:
         recipe = study.recipe(next(iter(study.rows)), study.seeds[0], out)
         runs = {seed: {row: run_folder(out, row, seed) for row in study.rows} for seed in study.seeds}
         traced = trace(study.curve, study.title, runs, recipe.data, batch_size=recipe.batch_size)
-        _write(traced, out / "curve")
+        traced.write_all(out / "curve")
     write_atomic(out / _TABULATED, state)
     return table
-
-
-def _write(table: Table, stem: Path) -> None:
-    for suffix in (".md", ".csv", ".json"):
-        table.write(stem.with_suffix(suffix), overwrite=True)
 
 
 def _state(study: Study, scale: str, finished: dict[tuple[str, int], dict[str, Any]]) -> str:
