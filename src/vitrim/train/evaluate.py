@@ -59,7 +59,6 @@ def evaluate(model: nn.Module, stream: Stream, **options: Any) -> Figures:
     return evaluate_all({"model": model}, stream, **options)["model"]
 
 
-@torch.inference_mode()
 def evaluate_all(
     models: Mapping[str, nn.Module],
     streams: Stream | Mapping[str, Stream],
@@ -88,17 +87,18 @@ def evaluate_all(
     which = {name: list(loaders).index(id(stream)) for name, stream in own.items()}
     modes = {name: model.training for name, model in models.items()}
     tallies = {name: _Tally() for name in models}
-    for model in models.values():
+    for model in models.values():  # Not in inference mode, in which weights that move can be trained no more.
         model.eval().to(device)
     names = list(models)
     for done, batches in enumerate(zip(*ready, strict=True), 1):
         for name in names[done % len(names) :] + names[: done % len(names)]:
             images, targets, index = batches[which[name]]
             start = _clock(device)
-            with accelerator.autocast():
+            with torch.inference_mode(), accelerator.autocast():
                 logits = models[name](images)
             tallies[name].seconds += _clock(device) - start
-            tallies[name].add(*accelerator.gather_for_metrics((logits.float(), targets, index)))
+            with torch.inference_mode():
+                tallies[name].add(*accelerator.gather_for_metrics((logits.float(), targets, index)))
         if tick is not None:
             tick(done, len(ready[0]))
     for name, model in models.items():
