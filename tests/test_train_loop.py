@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import timm
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from vitrim import load
+from vitrim import attach, attached, load, save
 from vitrim.train import loop
 from vitrim.train.checkpoint import RunFolder
 from vitrim.train.learner import make_optimizer, make_scheduler, prepare_student
@@ -157,10 +158,21 @@ def test_training_only_reduction_leaves_a_plain_network(tmp_path: Path):
     assert RunFolder(tmp_path / "run").metrics[0]["tokens"] == [33, 33]
     assert result["tokens"] == [65, 65]
     kept = load(tmp_path / "run" / "model")
+    assert attached(kept) is None
+    assert type(kept) is VisionTransformer
     plain = timm.create_model("vitrim_digits_vit", **SIZES).eval()
     plain.load_state_dict(kept.state_dict())
     images = torch.rand(3, 1, 8, 8)
     assert torch.equal(kept(images), plain(images))
+
+
+def test_a_reduction_that_the_weights_bring_has_grown_already(tmp_path: Path):
+    model = timm.create_model("vitrim_digits_vit", **SIZES)
+    attach(model, "TopK() @ KeepRate(0.5, at=[0]) @ Delayed(30)").set_strength(1)
+    save(model, tmp_path / "pruned")
+    result = train(recipe(model={"name": str(tmp_path / "pruned"), "args": {}}), tmp_path / "run")
+    assert [line["tokens"] for line in RunFolder(tmp_path / "run").metrics] == [[33, 33]] * 2
+    assert result["tokens"] == [33, 33]
 
 
 def test_progressive_drop_in_training_alone(tmp_path: Path):

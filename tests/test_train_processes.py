@@ -16,8 +16,8 @@ OPTIONS = (
 SIZES = "{img_size: 32, embed_dim: 24, depth: 2, num_heads: 2, patch_size: 8}"
 KEYS = ("train_loss", "train_accuracy", "val_loss", "val_accuracy")
 LAUNCHERS = {
-    "accelerate": ["accelerate", "launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision",
-                   "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", "1", "-m"],
+    "accelerate": ["accelerate", "launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
+                   "--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", "1", "-m"],
     "torchrun": ["torchrun", "--nproc_per_node", "2", "-m"],
 }  # fmt: skip
 

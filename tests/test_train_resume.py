@@ -164,6 +164,15 @@ def test_killed_while_each_file_is_written(tmp_path: Path):
         assert (tmp_path / f"parts{number}" / "environment.json").exists()
 
 
+@pytest.mark.parametrize("name", ["result.json", "metrics.jsonl"])
+def test_figures_cut_short_are_told(name: str, tmp_path: Path):
+    train(recipe(epochs=1, data__limit=30), tmp_path / "run")
+    (tmp_path / "run" / name).write_text('{"epochs": 1, ')
+    folder = RunFolder(tmp_path / "run")
+    with pytest.raises(CheckpointError, match=rf"{name} is damaged or cut short; remove it"):
+        print(folder.result, folder.metrics)
+
+
 def test_nan_stops_with_the_last_good_checkpoint(tmp_path: Path):
     options = recipe(optim__lr=1e30, optim__clip=0.0, optim__name="sgd", optim__warmup_epochs=0, epochs=2)
     with pytest.raises(VitrimError, match=r"nothing was saved yet; lower optim\.lr"):

@@ -8,7 +8,7 @@ from .attach import Handle, attach, attached
 from .build import build_model, has_weights, open_model
 from .store import check_place, load, save
 from .sublayers import RemovedBranch
-from .variants import DENSE, OWN, attached_instead, reads_prefix_only, variant
+from .variants import DENSE, OWN, attached_instead, detached, reads_prefix_only, variant
 from .weights import read_weights
 from .widths import BlockWidths, narrow, set_widths, widths_of
 
@@ -26,6 +26,7 @@ __all__ = [
     "attached_instead",
     "build_model",
     "check_place",
+    "detached",
     "find_adapter",
     "has_weights",
     "load",

@@ -52,12 +52,18 @@ def attached_instead(
     model: nn.Module, reduction: Reduction | str | None, *, cls_only: bool = False
 ) -> Iterator[Handle]:
     """Attach this reduction for a while, in place of whatever is attached; the old handle comes back as it was."""
+    with detached(model), attach(model, reduction, cls_only=cls_only) as handle:
+        yield handle
+
+
+@contextmanager
+def detached(model: nn.Module) -> Iterator[None]:
+    """Take off whatever is attached for a while; the old handle comes back as it was."""
     before = attached(model)
     if before is not None:
         before.remove()
     try:
-        with attach(model, reduction, cls_only=cls_only) as handle:
-            yield handle
+        yield
     finally:
         if before is not None:
             before.install()

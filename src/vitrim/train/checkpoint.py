@@ -92,7 +92,7 @@ class RunFolder:
     def result(self) -> dict[str, Any] | None:
         """The final figures, None while the run is unfinished."""
         path = self.path / "result.json"
-        return json.loads(path.read_text()) if path.exists() else None
+        return _parsed(path, path.read_text()) if path.exists() else None
 
     def write_result(self, result: Mapping[str, Any]) -> None:
         """Mark the run as finished."""
@@ -106,7 +106,7 @@ class RunFolder:
     def metrics(self) -> list[dict[str, Any]]:
         """The figures of all epochs so far."""
         path = self.path / "metrics.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        return [_parsed(path, line) for line in path.read_text().splitlines()] if path.exists() else []
 
     @property
     def model_path(self) -> Path:
@@ -144,12 +144,20 @@ class RunFolder:
         try:
             return torch.load(self.state_path, map_location="cpu", weights_only=True)
         except Exception as error:  # Readers of foreign bytes fail in many ways; all of them mean the same.
-            reason = "it holds code" if isinstance(error, pickle.UnpicklingError) else "it is damaged or cut short"
+            code = isinstance(error, pickle.UnpicklingError) and "unsupported global" in str(error).lower()
+            reason = "it holds code" if code else "it is damaged or cut short"
             raise CheckpointError(f"{self.state_path} cannot be read ({reason}); remove it to start anew") from None
 
     @property
     def _recipe_path(self) -> Path:
         return self.path / "recipe.yaml"
+
+
+def _parsed(path: Path, text: str) -> dict[str, Any]:
+    try:
+        return json.loads(text)
+    except ValueError:
+        raise CheckpointError(f"{path} is damaged or cut short; remove it and repeat the command") from None
 
 
 @contextmanager

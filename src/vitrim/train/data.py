@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 from torchvision import transforms as T
 
 from ..distill import TeacherCache, describe_views
-from ..errors import DataError, RecipeError, UnsupportedModelError
+from ..errors import DataError, UnsupportedModelError
 from ..models import find_adapter
 from ..readers import batches_of
 from .images import Images, open_images
@@ -112,7 +112,7 @@ class InputFormat:
         config = resolve_model_data_config(model)
         try:
             size = find_adapter(model).geometry(model).input_size
-        except UnsupportedModelError:  # A network of another kind can be trained and evaluated all the same.
+        except UnsupportedModelError:  # A teacher, or what is only evaluated, may be of another kind.
             size = config["input_size"]
         if image_size not in (None, size[1]):
             raise DataError(f"the model takes images of {size[1]} px, but data.image_size is {image_size}")
@@ -153,13 +153,7 @@ def transforms_for(
     if augment.randaugment:
         grey = tuple(min(255, round(255 * m)) for m in form.mean)
         params = {"translate_const": int(min(size) * 0.45), "img_mean": grey}
-        try:
-            steps.append(rand_augment_transform(augment.randaugment, params))
-        except (AssertionError, ValueError):
-            text = augment.randaugment
-            raise RecipeError(
-                f"timm cannot read augment.randaugment {text!r}; for example rand-m9-n2-mstd0.5"
-            ) from None
+        steps.append(rand_augment_transform(augment.randaugment, params))
     steps += [T.ToTensor(), T.Normalize(form.mean, form.std)]
     if augment.erasing > 0:
         steps.append(RandomErasing(augment.erasing, mode="pixel", device="cpu"))

@@ -1,5 +1,6 @@
 """What a recipe builds to learn with: networks, objective, mixing, optimiser and learning-rate schedule."""
 
+from dataclasses import replace
 from functools import partial
 
 import timm
@@ -10,10 +11,11 @@ from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..distill import Distiller, Teacher
+from ..distill import Distiller, Teacher, Terms
+from ..distill.terms import Labels
 from ..errors import DistillError, RecipeError, VitrimError
-from ..models import attach, attached, build_model
-from ..tokens import Reduction, render
+from ..models import attach, attached, build_model, find_adapter
+from ..tokens import Adaptive, Constant, Reduction, render
 from .data import InputFormat
 from .recipe import Recipe
 from .specs import AugmentSpec, ModelSpec, OptimSpec
@@ -31,11 +33,16 @@ def reduction_of(recipe: Recipe) -> Reduction | None:
     """The reduction of a recipe, None where it has none.
 
     Raises:
-        RecipeError: its curriculum starts after the last epoch.
+        RecipeError: its curriculum starts after the last epoch, or waits for figures that no epoch will have.
     """
     if recipe.reduction is None:
         return None
     reduction = Reduction.parse(recipe.reduction, recipe.phase)
+    if isinstance(reduction.curriculum, Adaptive) and recipe.data.holdout == 0:
+        raise RecipeError(
+            f"{render(reduction.curriculum)} follows figures on held-out images, but data.holdout is 0; set it, for "
+            "example to 0.1, or choose another curriculum"
+        )
     if not reduction.curriculum.acts_within(recipe.epochs):
         raise RecipeError(
             f"{render(reduction.curriculum)} never acts within {recipe.epochs} epochs, which count from 0; "
@@ -44,11 +51,34 @@ def reduction_of(recipe: Recipe) -> Reduction | None:
     return reduction
 
 
+def learns_labels(recipe: Recipe) -> bool:
+    """Whether the labels of the images are what a recipe learns, alone or among others."""
+    if recipe.elastic is not None or recipe.distill is None:
+        return True
+    return any(isinstance(term, Labels) for term in Terms.parse(recipe.distill).terms)
+
+
 def prepare_student(recipe: Recipe, num_classes: int) -> nn.Module:
-    """The network to train, with the recipe's reduction in place of one it brought along."""
+    """The network to train, with the recipe's reduction in place of one it brought along.
+
+    One that it brought along, and that the recipe does not replace, acts from the start: it has grown already.
+
+    Raises:
+        RecipeError: labels of the images are no classes of the network.
+        UnsupportedModelError: no adapter knows such networks.
+    """
     student = prepare_model(recipe.model, num_classes, recipe.data.image_size)
-    if (reduction := reduction_of(recipe)) is not None:
-        if (brought := attached(student)) is not None:
+    find_adapter(student)
+    if student.num_classes not in (0, num_classes) and learns_labels(recipe):
+        raise RecipeError(
+            f"the network has {student.num_classes} classes, the images have {num_classes}; leave num_classes out of "
+            "model.args, and for weights of other classes set model.reset_head"
+        )
+    reduction, brought = reduction_of(recipe), attached(student)
+    if reduction is None and brought is not None and brought.reduction is not None:
+        reduction = replace(brought.reduction, curriculum=Constant())
+    if reduction is not None:
+        if brought is not None:
             brought.remove()
         attach(student, reduction)
     if recipe.checkpointing:
@@ -125,6 +155,8 @@ def make_optimizer(student: nn.Module, spec: OptimSpec, projections: nn.Module |
         )
     except (ValueError, AssertionError) as error:
         raise VitrimError(f"cannot make optimiser {spec.name!r}: {error}") from None
+    if getattr(optimizer, "is_second_order", False):
+        raise VitrimError(f"the optimiser {spec.name!r} needs second derivatives, which training does not take")
     for group in param_groups_weight_decay(projections or nn.Identity(), spec.weight_decay):
         if group["params"]:
             optimizer.add_param_group(group)

@@ -108,7 +108,7 @@ class _Run:
             self.state.restore(self.folder, self.meter, self.parts)
             self.scheduler.step_update(self.state.update)
             if self.recipe.track:
-                self.accelerator.init_trackers("vitrim", config={})
+                self.accelerator.init_trackers("vitrim", config=self.recipe.flat())
             try:
                 while self.state.epoch < self.recipe.epochs:
                     self._train_epoch()

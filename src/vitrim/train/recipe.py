@@ -68,6 +68,9 @@ class Recipe:
             check_ranges(("cache.top_k", self.cache.top_k, 1, None))
         if self.batch_size % self.optim.accumulate:
             raise RecipeError(f"batch_size {self.batch_size} is not a multiple of accumulate {self.optim.accumulate}")
+        if self.optim.warmup_epochs > self.epochs:
+            raise RecipeError(f"optim.warmup_epochs is {self.optim.warmup_epochs}, but epochs is {self.epochs}")
+        self.check_processes(1)
         if self.elastic is not None:
             self._check_elastic(self.elastic)
         elif self.distill is None and self.teacher is not None:
@@ -134,14 +137,24 @@ class Recipe:
                 raise RecipeError(f"a teacher cache {advice}, or leave cache out")
 
     def check_processes(self, number: int) -> None:
-        """Raise `RecipeError` where a batch cannot be shared evenly among so many processes."""
+        """Raise `RecipeError` where a batch cannot be shared evenly among so many processes, or not in pairs."""
         batch = self.batch_size // self.optim.accumulate
         if batch % number:
             raise RecipeError(f"a batch of {batch} images cannot be shared evenly among {number} processes")
+        if (batch // number) % 2 and (self.augment.mixup > 0 or self.augment.cutmix > 0):
+            raise RecipeError(
+                f"images are mixed in pairs, but {batch // number} come at a time (batch_size / optim.accumulate / "
+                "processes); choose a batch_size that makes them even"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as nested plain data."""
         return plain(asdict(self))
+
+    def flat(self) -> dict[str, int | float | str]:
+        """All options as `group.option`, for experiment trackers: numbers and text alone."""
+        options = flatten(self.to_dict())
+        return {name: value if isinstance(value, int | float) else str(value) for name, value in options.items()}
 
     def to_yaml(self) -> str:
         """The recipe as a complete file, options in the order of their definition."""

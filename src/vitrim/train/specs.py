@@ -1,9 +1,13 @@
 """The parts of a recipe: which network, which images, how they are varied, how weights are changed. Plain data."""
 
+import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from ..errors import RecipeError, UnknownNameError
 from .options import check_ranges
+
+_RANDAUGMENT = re.compile(r"rand(-(m\d+|n\d+|p[\d.]+|mstd[\d.]+|mmax\d+|inc[01]|t\w+))*")
 
 
 @dataclass
@@ -62,7 +66,7 @@ class DataSpec:
             ("data.holdout", self.holdout, 0, 0.9),
             ("data.limit", self.limit, 1, None),
             ("data.image_size", self.image_size, 1, None),
-            ("data.crop_pct", self.crop_pct, 0.01, None),
+            ("data.crop_pct", self.crop_pct, 0.01, 1),
             ("data.workers", self.workers, 0, None),
         )
 
@@ -106,6 +110,11 @@ class AugmentSpec:
             ("augment.smoothing", self.smoothing, 0, 0.999),
             ("augment.views", self.views, 1, None),
         )
+        if self.randaugment is not None and not _RANDAUGMENT.fullmatch(self.randaugment):
+            raise RecipeError(
+                f"augment.randaugment is {self.randaugment!r}; it must be rand-, then parts such as m9, n2, mstd0.5 or "
+                "inc1: rand-m9-n2-mstd0.5"
+            )
 
 
 @dataclass
@@ -177,14 +186,19 @@ class OptimSpec:
     precision: Literal["no", "bf16", "fp16"] = "no"
 
     def check(self) -> None:
-        """Raise `RecipeError` for numbers that make no sense."""
+        """Raise `RecipeError` for numbers that make no sense, `UnknownNameError` for an unknown optimiser."""
+        if not self.lr > 0:
+            raise RecipeError(f"optim.lr is {self.lr}; it must be positive")
         check_ranges(
-            ("optim.lr", self.lr, 0, None),
             ("optim.weight_decay", self.weight_decay, 0, None),
-            ("optim.layer_decay", self.layer_decay, 0, 1),
+            ("optim.layer_decay", self.layer_decay, 1e-6, 1),
             ("optim.warmup_epochs", self.warmup_epochs, 0, None),
-            ("optim.min_lr", self.min_lr, 0, None),
+            ("optim.min_lr", self.min_lr, 0, self.lr),
             ("optim.clip", self.clip, 0, None),
             ("optim.ema", self.ema, 0, 0.9999999),
             ("optim.accumulate", self.accumulate, 1, None),
         )
+        from timm.optim import list_optimizers  # Here, since it imports torch.
+
+        if self.name.lower().removeprefix("lookahead_") not in (known := list_optimizers()):
+            raise UnknownNameError("optimiser", self.name, known)

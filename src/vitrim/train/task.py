@@ -5,6 +5,7 @@ recipe, labels alone where it has none: one loss per step. Other kinds derive fr
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -13,7 +14,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ..distill import Distilled, Distiller, Outputs
-from ..models import attached, save
+from ..models import attached, detached, save
 from ..tokens import Adaptive
 from .caching import with_cache
 from .checkpoint import RunFolder
@@ -137,8 +138,14 @@ class Task:
         return strength, figures["val_accuracy"] if self.classifies else -figures["val_loss"]
 
     def keep(self, folder: RunFolder, classes: Sequence[str]) -> None:
-        """Write the network of this epoch in place of the one that was the best before."""
-        folder.save_model(partial(save, self.network), classes)
+        """Write the network of this epoch in place of the one that was the best before.
+
+        A reduction that acts in training alone is no part of it.
+        """
+        handle = attached(self.network)
+        whole = handle is None or handle.reduction is None or handle.reduction.phase != "train"
+        with nullcontext() if whole else detached(self.network):
+            folder.save_model(partial(save, self.network), classes)
 
     def result(self, model: nn.Module, best: Mapping[str, Any], stream: Stream, evaluate: Evaluate) -> dict[str, Any]:
         """Figures of the network that was kept, on the test images.
