@@ -88,6 +88,8 @@ def test_version(capsys: pytest.CaptureFixture[str]):
         ("train --out x --seed -1", "vitrim train: seed is -1; it must be 0 or more"),
         ("train --out x --track foo", "vitrim train: unknown tracker 'foo'; known: aim, "),
         ("train --out x --augment.randaugment rand-foo", "vitrim train: augment.randaugment is 'rand-foo'; it must be"),
+        ("train --out x --config optim.yaml", "vitrim: optim is 3; it must be a mapping of options"),
+        ("eval vitrim_digits_vit --config data.yaml", "vitrim: data is 3; it must be a mapping of options"),
         ("train --out x --optim.name adamx", "vitrim train: unknown optimiser 'adamx'; did you mean"),
         ("train --out x --optim.lr 0", "vitrim train: optim.lr is 0.0; it must be positive"),
         ("train --out x --optim.min_lr 1", "vitrim train: optim.min_lr is 1.0; it must be 0 or more, at most 0.001"),
@@ -114,12 +116,14 @@ def test_mistakes_are_one_line(
     words: str, line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.chdir(tmp_path)
+    for group in ("optim", "data"):
+        Path(f"{group}.yaml").write_text(f"{group}: 3\n")
     code, out, err = call(capsys, *words.split())
     assert code == 2
     assert err.strip().startswith(line)
     assert err.strip().count("\n") == 0
     assert "Traceback" not in out + err
-    assert list(tmp_path.iterdir()) == []
+    assert {path.name for path in tmp_path.iterdir()} == {"optim.yaml", "data.yaml"}
 
 
 def test_unknown_option_in_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

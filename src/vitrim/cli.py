@@ -5,8 +5,8 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterable
-from dataclasses import is_dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from inspect import signature
 from typing import Annotated, Any, NoReturn, get_args, get_origin
@@ -106,6 +106,16 @@ def _group_of(kind: Any) -> Any:
     return get_args(kind)[1] if get_origin(kind) is Annotated else None
 
 
+def _groups(function: Callable[..., None]) -> Iterator[str]:
+    """Names of what holds options itself; a file of --config may give them a plain value."""
+    for name, parameter in signature(function, eval_str=True).parameters.items():
+        kind = _group_of(parameter.annotation) or parameter.annotation
+        if kind is Recipe:
+            yield from (option.name for option in fields(Recipe) if is_dataclass(option.default_factory))
+        elif is_dataclass(kind):
+            yield name
+
+
 def main(argv: list[str] | None = None) -> None:
     """Run one verb; user mistakes are one line and exit code 2."""
     warnings.filterwarnings("ignore", module="torch|timm|accelerate|PIL")
@@ -117,6 +127,9 @@ def main(argv: list[str] | None = None) -> None:
     except UnicodeDecodeError as error:
         parser.error(f"the file given by --config is not text in UTF-8 ({error.reason} at byte {error.start})")
     verb = parsed["verb"]
+    for group in _groups(VERBS[verb]):
+        if not isinstance(parsed[verb].get(group), Namespace):
+            parser.error(f"{group} is {parsed[verb].get(group)!r}; it must be a mapping of options")
     options = dict(parser.instantiate(parsed)[verb])
     options.pop("config", None)
     for name, parameter in signature(VERBS[verb], eval_str=True).parameters.items():

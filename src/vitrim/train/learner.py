@@ -120,7 +120,7 @@ def prepare_learner(recipe: Recipe, student: nn.Module) -> Distiller:
     seen = InputFormat.of(student, recipe.data.image_size)
     teacher = None if recipe.teacher is None else prepare_teacher(recipe.teacher, seen)
     criterion = partial(cross_entropy, smoothing=recipe.augment.smoothing)
-    return Distiller(student, teacher, recipe.distill or "Labels()", criterion)
+    return Distiller(student, teacher, "Labels()" if recipe.distill is None else recipe.distill, criterion)
 
 
 def with_student(learner: Distiller, student: nn.Module) -> Distiller:

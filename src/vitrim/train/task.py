@@ -55,7 +55,7 @@ class Task:
         self.recipe, self.student, self.accelerator = recipe, student, accelerator
         learner = prepare_learner(recipe, student)
         self.learner, self.extra = learner, learner.projections
-        self.terms = [term.name for term in learner.terms.terms] if recipe.distill else []
+        self.terms = [term.name for term in learner.terms.terms] if recipe.distill is not None else []
         self.classifies = learner.classifies
 
     def cache_teacher(self, splits: Splits, device: torch.device, report: Report) -> None:
