@@ -160,6 +160,20 @@ def test_compiled_models_are_measured(monkeypatch):
     assert "compile True" in table.markdown()
 
 
+def test_no_row_is_left_uncompiled(monkeypatch):
+    compiled = []
+
+    def count(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    genuine = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model, **options: genuine(model, backend=count, **options))
+    models = {f"r={r}": variant(tiny(), f"ToMe() @ ConstantR({r})") for r in range(1, 9)}
+    bench(models, batch_sizes=(2, 3), rounds=1, warmup=1, compile=True, device="cpu")
+    assert len(compiled) == 2 * len(models)
+
+
 def test_macs_of_foreign_models_come_from_pytorch():
     linear = nn.Sequential(nn.Flatten(), nn.Linear(12, 7))
     looks_at_values = type("Looks", (nn.Module,), {"forward": lambda self, x: x if x.sum().item() > 0 else -x})()

@@ -6,7 +6,8 @@ study compares with stand in the same table.
 """
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -67,7 +68,7 @@ def wpac(
     first = list(itertools.islice(source, 1))
     sums = collect(model, itertools.chain(first, source), num_images, labels)
     images, _ = next(batches(first, model, 32 * world_size(), False))
-    with frozen(model), torch.no_grad():
+    with frozen(model), torch.no_grad(), _exact_products():
         before = output_of(model, images)
         means, shares = apply(model, sums, ordering)
         after = output_of(model, images)
@@ -77,6 +78,17 @@ def wpac(
     if not difference <= limit:
         raise VitrimError(f"{ordering} changed the outputs by {difference:.1e}, more than {limit:.1e}")
     return Ordered(difference, means, shares)
+
+
+@contextmanager
+def _exact_products() -> Iterator[None]:
+    """Matrix products in full float32 for a while, where TensorFloat-32 would round to three digits."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def apply(model: nn.Module, sums: Mapping[str, Sums], ordering: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

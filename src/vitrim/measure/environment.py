@@ -24,6 +24,7 @@ def environment() -> dict[str, str | int | None]:
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "cuda": torch.version.cuda if torch.cuda.is_available() else None,
+        "float32_matmul": torch.get_float32_matmul_precision() if torch.cuda.is_available() else None,
     }
 
 

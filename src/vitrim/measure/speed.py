@@ -17,7 +17,7 @@ from torch.utils import benchmark
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..errors import UnknownNameError, UnsupportedModelError, VitrimError
-from ..models import find_adapter, open_model, variant
+from ..models import find_adapter, open_model, variant, without_limit
 from .bench_table import BenchRow, BenchTable, ratios
 from .cost import cost
 from .environment import environment
@@ -130,7 +130,7 @@ class _Trial:
     def __init__(self, model: nn.Module, images: Tensor, compiled: bool) -> None:
         self.model = model
         self.images = images
-        self.run = torch.compile(model, dynamic=False) if compiled else model
+        self.run = without_limit(torch.compile(model, dynamic=False)) if compiled else model
         # torch's clock waits for the accelerator; timeit switches garbage collection off.
         self._timer = Timer(lambda: self.run(self.images), timer=benchmark.timer)
 

@@ -6,6 +6,7 @@ from . import timm_vit as _timm_vit  # noqa: F401  (enters itself in the table)
 from .adapter import ADAPTERS, Adapter, Geometry, find_adapter
 from .attach import Handle, attach, attached
 from .build import build_model, has_weights, open_model
+from .compiling import without_limit
 from .store import check_place, load, save
 from .sublayers import RemovedBranch
 from .variants import DENSE, OWN, attached_instead, detached, reads_prefix_only, variant
@@ -38,4 +39,5 @@ __all__ = [
     "set_widths",
     "variant",
     "widths_of",
+    "without_limit",
 ]

@@ -31,7 +31,6 @@ class Pictures:
         return iter(self.paths)
 
 
-@torch.inference_mode()
 def show(
     model: nn.Module,
     images: Images,
@@ -89,7 +88,8 @@ def show(
             if not ready:
                 continue
             batch = torch.stack([image for _, _, image in ready])
-            drawn = view.draw(batch, device_now, blocks, scores, side=192 if montage else 288)
+            with torch.inference_mode():
+                drawn = list(view.draw(batch, device_now, blocks, scores, side=192 if montage else 288))
             for (name, target, _), (tiles, heat) in zip(ready, drawn, strict=True):
                 if montage:
                     rows += montage_rows(name, tiles, heat, first=not rows)

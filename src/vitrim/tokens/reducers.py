@@ -185,9 +185,12 @@ class ToMe(Reducer):
     def assign(self, evidence: Evidence, keep: int) -> Assignment:
         num_tokens = evidence.num_patches
         num_moved = num_tokens - keep
-        metric = evidence.key[:, :, evidence.num_prefix :].detach().mean(1)
-        metric = torch.nn.functional.normalize(metric, dim=-1, eps=torch.finfo(metric.dtype).tiny)
-        similarity, partner = (metric[:, ::2] @ metric[:, 1::2].transpose(1, 2)).max(dim=2)
+        key = evidence.key[:, :, evidence.num_prefix :].detach()
+        # Half precision would tie the similarities of near tokens, and so merge other pairs.
+        with torch.autocast(key.device.type, enabled=False):
+            metric = (key if key.dtype.itemsize >= 4 else key.float()).mean(1)
+            metric = torch.nn.functional.normalize(metric, dim=-1, eps=torch.finfo(metric.dtype).tiny)
+            similarity, partner = (metric[:, ::2] @ metric[:, 1::2].transpose(1, 2)).max(dim=2)
         edge = ranking(similarity)[:, :num_moved]
         moved = edge * 2
         joined = partner.gather(1, edge) * 2 + 1

@@ -83,7 +83,8 @@ def evaluate_all(
     own = streams if isinstance(streams, Mapping) else dict.fromkeys(models, streams)
     loaders = {id(stream): make_loader(stream, batch_size, workers)[0] for stream in own.values()}
     # Not by the accelerator, which would keep a loader and its workers for as long as it lives.
-    ready = [prepare_data_loader(one, device, split_batches=True, put_on_device=True) for one in loaders.values()]
+    how = {"split_batches": True, "put_on_device": True, "non_blocking": True}
+    ready = [prepare_data_loader(one, device, **how) for one in loaders.values()]
     which = {name: list(loaders).index(id(stream)) for name, stream in own.items()}
     modes = {name: model.training for name, model in models.items()}
     tallies = {name: _Tally() for name in models}
@@ -91,6 +92,10 @@ def evaluate_all(
         model.eval().to(device)
     names = list(models)
     for done, batches in enumerate(zip(*ready, strict=True), 1):
+        if done == 1 and device.type != "cpu":  # An accelerator loads its programs at their first use.
+            for name in names:
+                with torch.inference_mode(), accelerator.autocast():
+                    models[name](batches[which[name]][0])
         for name in names[done % len(names) :] + names[: done % len(names)]:
             images, targets, index = batches[which[name]]
             start = _clock(device)

@@ -61,7 +61,7 @@ class _Run:
         self.accelerator = make_accelerator(
             mixed_precision=optim.precision,
             gradient_accumulation_steps=optim.accumulate,
-            dataloader_config=DataLoaderConfiguration(split_batches=True),
+            dataloader_config=DataLoaderConfiguration(split_batches=True, non_blocking=True),
             log_with=recipe.track,
             project_dir=str(folder.path) if recipe.track else None,
         )
@@ -133,6 +133,7 @@ class _Run:
             start = time.perf_counter()
             if self.device.type == "cpu" or state.step % LOOK_EVERY == 0 or state.step == self.steps:
                 self._look()
+        self.meter.spend(time.perf_counter() - start)  # The last look waits for an accelerator to get there.
 
     def _train_step(self, images: Tensor, labels: Tensor, known: Outputs | None = None) -> None:
         recipe, accelerator, state, targets = self.recipe, self.accelerator, self.state, labels

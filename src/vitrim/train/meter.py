@@ -36,8 +36,12 @@ class Meter:
     def close_step(self, index: Tensor, seconds: float) -> None:
         """Take in the indices (B,) of the images of a step and the time that it took."""
         self.sums["images"] = self.sums.get("images", 0) + len(index)
-        self.sums["seconds"] = self.sums.get("seconds", 0.0) + seconds
+        self.spend(seconds)
         self._indices.append(index)
+
+    def spend(self, seconds: float) -> None:
+        """Count time that belongs to the steps so far."""
+        self.sums["seconds"] = self.sums.get("seconds", 0.0) + seconds
 
     def means(self) -> dict[str, float]:
         """The figures so far of this process. Waits for the device."""

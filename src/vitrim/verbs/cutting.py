@@ -109,6 +109,7 @@ def extract(
     latency: float | None = None,
     compensate: bool = True,
     overwrite: bool = False,
+    device: Device = "auto",
 ) -> None:
     """Cut the largest network that fits a budget out of a super-network, in about a second.
 
@@ -117,17 +118,21 @@ def extract(
         out: folder for the network.
         macs: budget of MACs per image; up to 1 it is a fraction, as in the other budgets.
         params: budget of parameters.
-        latency: budget of milliseconds at batch size 1, measured here.
+        latency: budget of milliseconds at batch size 1, measured on the device.
         compensate: add what lost units contribute on average to the biases, where no training followed the order.
         overwrite: replace a model that is there already, but never a super-network.
+        device: where latency is measured.
     """
     from ..elastic.supernet import CHAIN, SuperNet
     from ..measure.cost import cost
     from ..models import check_place, save
+    from ..train.evaluate import make_accelerator
 
     check_place(out, overwrite=overwrite)
     if (Path(out) / CHAIN).exists():
         raise VitrimError(f"{out} holds a super-network, which would be lost; choose another folder")
-    network = SuperNet.load(supernet).extract(macs=macs, params=params, latency=latency, compensate=compensate)
+    family = SuperNet.load(supernet)
+    family.model.to(make_accelerator(cpu=device == "cpu").device)
+    network = family.extract(macs=macs, params=params, latency=latency, compensate=compensate)
     save(network, out, overwrite=overwrite)
     print(f"{cost(network)}; written to {out}")

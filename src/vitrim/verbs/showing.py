@@ -35,6 +35,7 @@ def show(
     """
     from ..models import attached, has_weights, open_model, variant
     from ..show.pictures import show as draw
+    from ..train.evaluate import make_accelerator
 
     network = variant(open_model(model), method)
     if attached(network) is None:
@@ -43,7 +44,7 @@ def show(
         print(f"vitrim show: weights are random; write {model}@pretrained or {model}@FILE", file=sys.stderr)
     drawn = draw(
         network, images, out, montage=montage, scores=scores, limit=limit, blocks=blocks,
-        overwrite=overwrite, device=None if device == "auto" else device,
+        overwrite=overwrite, device=make_accelerator(cpu=device == "cpu").device,
     )  # fmt: skip
     for line in (*drawn, *drawn.skipped):
         print(line)
