@@ -176,7 +176,7 @@ def test_a_row_without_super_network_of_its_own(seeds: Seeds):
         ({"lines": {"a": ["full"]}, "published": {"a": {"full": 79.8}}}, "published at full is 79.8; it must be 0"),
         (
             {"lines": {"a": {"row": "full", "ordering": "wpac"}}, "budgets": [1, 0.5], "published": {"a": {0.6: 0.8}}},
-            "of 'a' '0.6'; known: 0.5, 1",
+            "of 'a' '0.6'; did you mean 0.5",
         ),
     ],
 )  # fmt: skip

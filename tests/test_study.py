@@ -152,6 +152,38 @@ def test_a_study_over_seeds_and_what_is_not_run_twice(study_file: Path, tmp_path
         run_study(study_file, out, scale="smoke")
 
 
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_study_is_written_over_nothing_else(
+    workers: str, study_file: Path, run: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "table.md").write_text("my own")
+    for folder, says in ((run, "holds a run, which a study would"), (tmp_path / "mine", "holds no study (table.md)")):
+        before = {path: path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+        with pytest.raises(SystemExit):
+            cli.main(["study", str(study_file), "--out", str(folder), "--scale", "smoke", "--workers", workers])
+        said = capsys.readouterr().err.strip()
+        assert says in said
+        assert "\n" not in said
+        assert {path: path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()} == before
+
+
+def test_a_study_that_was_interrupted_goes_on(study_file: Path, tmp_path: Path):
+    def stop(event: str, figures: Any) -> None:
+        if event == "done":
+            raise InterruptedError
+
+    out, events = tmp_path / "out", []
+    out.mkdir()
+    (out / ".DS_Store").write_text("hidden files say nothing about a folder")
+    with pytest.raises(InterruptedError):
+        run_study(study_file, out, scale="smoke", report=stop)
+    assert not (out / "table.md").exists()
+    run_study(study_file, out, scale="smoke", report=lambda event, figures: events.append(event))
+    assert events.count("run") == 1  # The other row alone.
+    assert (out / "table.md").exists()
+
+
 def test_every_row_is_tested_on_its_own_images(study_file: Path, tmp_path: Path):
     digits = load_digits()
     for split, numbers in (("train", range(60)), ("test", range(60, 200))):

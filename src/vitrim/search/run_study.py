@@ -9,13 +9,13 @@ from typing import Any
 from ..measure.environment import environment
 from ..measure.table import Column, Table
 from ..models import open_model, variant
-from ..output import check_folder
 from ..train.checkpoint import RunFolder, write_atomic
 from ..train.loop import train
 from ..train.state import Report
 from .claims import GRACE
 from .compare import CLS_ONLY, figures_of, other_images, over_seeds
 from .curve import trace
+from .folder import check_study_folder, mark
 from .study import Published, Study, run_folder
 from .sweep import sweep
 from .workers import join, once, share
@@ -70,15 +70,17 @@ def run_study(
         report: called as training goes on.
 
     Raises:
-        RecipeError: the study was edited under runs that are there already.
+        RecipeError: the study was edited under runs that are there already, or the folder holds something else.
         BusyError: another process, which is no worker of this study, is at one of the runs.
         VitrimError: the database cannot be used.
     """
-    check_folder(out)
+    check_study_folder(out)
     study, out = Study.read(file, scale, root), Path(out)
     study.check(out)
     claims = join(database, out, grace) if database is not None else None
-    if claims is not None:
+    if claims is None:
+        mark(out)
+    else:
         share(study, out, claims, command=command, report=report)
     finished: dict[tuple[str, int], dict[str, Any]] = {}
     for seed in study.seeds:
