@@ -13,8 +13,9 @@ from sklearn.datasets import load_digits
 from vitrim import cli
 from vitrim.distill import Terms
 from vitrim.errors import RecipeError, ScheduleError, UnknownNameError, VitrimError
+from vitrim.measure.cost import cost
 from vitrim.measure.table import Column, Table
-from vitrim.models import OWN
+from vitrim.models import OWN, open_model
 from vitrim.search.compare import compare, data_of
 from vitrim.search.run_study import run_study
 from vitrim.search.study import Study
@@ -78,6 +79,11 @@ def test_whole_numbers_from_the_command_line(run: str):
     table = sweep([run], DataSpec(**DATA), "ToMe() @ ConstantR({r})", {"r": [4.0, 8.0]})
     assert [row["tokens"][0] for row in table.rows] == [65, 61, 57]
     assert table.rows[1]["method"] == "ToMe() @ ConstantR(4)"
+
+
+def test_the_title_shows_the_method_as_it_is_written(run: str):
+    table = sweep([run], DataSpec(**DATA), "TopK() @ Stages({{0: 0.8, 1: {r}}})", {"r": [0.5]})
+    assert table.title == "TopK() @ Stages({0: 0.8, 1: {r}}) over r"
 
 
 def test_sweeps_without_anything_to_do(run: str):
@@ -147,6 +153,7 @@ def test_a_study_over_seeds_and_what_is_not_run_twice(study_file: Path, tmp_path
     assert table.rows[0]["accuracy_std"] == pytest.approx(abs(accuracies[0] - accuracies[1]) / 2**0.5)
     assert (table.rows[0]["published"], table.rows[1]["published"]) == (0.5, None)
     assert (out / "table.md").exists()
+    assert {row["params"] for row in table.rows} == {cost(open_model(str(out / "dense-s0"))).params}
     study_file.write_text(study_file.read_text().replace("batch_size: 16", "batch_size: 8"))
     with pytest.raises(RecipeError, match=r"another recipe \(batch_size: 16 -> 8\)"):
         run_study(study_file, out, scale="smoke")
@@ -385,6 +392,37 @@ def test_a_name_that_is_given_twice_is_refused(study_file: Path):
         Study.read(study_file, "full")
     study_file.write_text("base: &base {epochs: 1}\nrows:\n  a: &a {<<: *base, epochs: 2}\n  b: {<<: *a, epochs: 3}\n")
     assert Study.read(study_file, "full").rows == {"a": {"epochs": 2}, "b": {"epochs": 3}}  # Anchors may be laid over.
+
+
+SINGLE = {
+    "system1": {"train": "trained with pruning"},
+    "system2": {
+        "teacher": "teacher", "naive-ce": "naive, CE", "naive-logit-kd": "naive, logit KD",
+        "naive-feature-kd": "naive, feature KD", "progressive-ce": "progressive, CE",
+        "progressive-fakd": "progressive, FAKD",
+    },
+    "system3": {"baseline": "baseline", "ptd": "PTD", "ptd-plus": "PTD+"},
+    "system4": {
+        "distil-cls": "distil ViT-S, cls", "distil-all": "distil ViT-S, all", "finetune": "ViT-S, all",
+        "probe": "ViT-S, all, frozen", "scratch": "ViT-S, scratch",
+    },
+    "system5": {"piad": "PIAD sandwich + KD", "piad-original": "PIAD original"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("system", SINGLE)
+def test_a_recipe_says_what_the_row_of_the_study_does(system: str):
+    """But for where weights lie, and for options that say nothing because those they belong to are off."""
+    folder = ROOT / "recipes" / system
+    study = Study.read(folder / "study.yaml", "full")
+    for file, row in SINGLE[system].items():
+        one, other = Recipe.read(folder / f"{file}.yaml"), study.recipe(row, 0, Path("runs"))
+        apart = {"model.checkpoint", "model.reset_head", "teacher.name", "data.workers"}
+        apart |= {"augment.mix_prob"} if not one.augment.mixup and not one.augment.cutmix else set()
+        apart |= {"phase"} if one.reduction is None else set()
+        if system == "system5":  # The study gives all rows the drop path of its base.
+            apart |= {"model.args", "model.args.drop_path_rate"}
+        assert [text for text in one.differences(other) if text.split(":")[0] not in apart] == []
 
 
 def test_system_1_in_miniature(tmp_path: Path):

@@ -35,6 +35,7 @@ COLUMNS = (
     Column("speed", "speed ratio", ".2f"),
     Column("gmacs", "GMACs", ".4f"),
     Column("macs_ratio", "MACs ratio", ".2f"),
+    Column("params", "parameters", ",d"),
     Column("images_per_second", "images/s", ".0f"),
     Column("train_seconds", "training [s]", ".0f"),
     Column("tokens", "tokens leaving each block"),
@@ -153,6 +154,7 @@ def _tabulate(
             "published": printed.accuracy,
             "published_speed": printed.speed,
             "entropy": statistics.fmean(entropies) if entropies else None,
+            "params": round(statistics.fmean(figures["params"] for figures in per_seed)),
             "train_seconds": statistics.fmean(finished[row, seed]["train_seconds"] for seed in study.seeds),
             "tokens": per_seed[0]["tokens"],
         })  # fmt: skip
