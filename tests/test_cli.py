@@ -47,6 +47,11 @@ def test_help_is_instant_and_without_torch():
     assert done.returncode == 0, done.stderr
 
 
+def test_the_package_is_the_command():
+    done = subprocess.run([sys.executable, "-m", "vitrim", "--version"], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "vitrim 0.1.0\n")
+
+
 def test_version(capsys: pytest.CaptureFixture[str]):
     assert call(capsys, "--version")[:2] == (0, "vitrim 0.1.0\n")
 

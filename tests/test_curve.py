@@ -170,6 +170,14 @@ def test_a_row_without_super_network_of_its_own(seeds: Seeds):
         ({"lines": {"a": {"row": "pruned", "ordering": "wpac"}}}, "row 'pruned' reduces tokens"),
         ({"lines": {"a": {"row": "headless", "ordering": "wpac"}}}, "row 'headless' learns no classes"),
         ({"lines": {"a": ["full"]}, "published": {"b": {"full": 0.8}}}, "unknown curve 'b'"),
+        ({"lines": {"a": ["full"]}, "published": {"a": {"ful": 0.8}}}, "of 'a' 'ful'; did you mean full"),
+        ({"lines": {"a": ["full"]}, "published": {"a": 0.8}}, "published is 0.8; it must be figures"),
+        ({"lines": {"a": ["full"]}, "published": {"a": {"full": "0.8"}}}, "it must be figures by budget, or by row"),
+        ({"lines": {"a": ["full"]}, "published": {"a": {"full": 79.8}}}, "published at full is 79.8; it must be 0"),
+        (
+            {"lines": {"a": {"row": "full", "ordering": "wpac"}}, "budgets": [1, 0.5], "published": {"a": {0.6: 0.8}}},
+            "of 'a' '0.6'; did you mean 0.5",
+        ),
     ],
 )  # fmt: skip
 def test_mistakes_are_told_before_anything_is_trained(curve: Any, says: str):

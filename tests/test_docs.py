@@ -2,6 +2,8 @@
 
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -51,6 +53,25 @@ def test_examples_run(page: Path, place: Path, monkeypatch: pytest.MonkeyPatch, 
                     assert words[0] == "vitrim", f"{page.name}: only vitrim commands belong in a sh block, not {line}"
                     main(words[1:])
     assert examples, f"{page.name} shows no example"
+
+
+FRESH = """
+import os, sys, timm, torch
+for number, text in enumerate(sys.stdin.read().split(chr(0))):
+    if not os.fork():
+        exec(compile(text, f"example {number}", "exec"), {})
+        os._exit(0)
+    assert os.wait()[1] == 0, text
+"""
+
+
+def test_pages_that_begin_with_python_run_in_an_interpreter_of_their_own():
+    """Nothing that another page has imported helps them."""
+    first = [examples[0] for page in PAGES if (examples := FENCE.findall(page.read_text()))]
+    texts = [text for language, text in first if language == "python"]
+    assert len(texts) > 4
+    done = subprocess.run([sys.executable, "-c", FRESH], input=chr(0).join(texts), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_every_page_and_file_that_is_linked_exists():

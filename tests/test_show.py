@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 import yaml
+from matplotlib.axes import Axes
 from PIL import Image, ImageChops
 from sklearn.datasets import load_digits, load_sample_image
 from timm.models.vision_transformer import VisionTransformer
@@ -23,7 +24,7 @@ from vitrim.show.files import picture_paths, spread_evenly
 from vitrim.show.pictures import show
 from vitrim.show.plots import cost_accuracy_plot, curves_plot, frontier
 from vitrim.show.report import write_report
-from vitrim.show.runs import say
+from vitrim.show.runs import over_seeds, say
 from vitrim.show.view import View, _grid
 
 TINY = {"img_size": 64, "patch_size": 16, "depth": 3, "embed_dim": 24, "num_heads": 3, "num_classes": 5}
@@ -434,6 +435,35 @@ def test_report_of_a_study_holds_every_run(tmp_path):
         assert text in page.text
     assert "base-s0/model" not in page.text
     assert page.count("img") == 4  # cost plot, compared curves, the curves of both runs
+
+
+def test_curves_of_many_runs_are_compared_by_row(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr("vitrim.show.report.curves_plot", lambda metrics, file: seen.append(metrics) or False)
+    for row in range(7):
+        for seed in range(3):
+            write_run(tmp_path / f"row{row}-s{seed}", metrics=metrics_of(4 + seed))
+    write_run(tmp_path / "alone-s0", metrics=metrics_of(2))
+    write_report(tmp_path)
+    compared = next(metrics for metrics in seen if isinstance(metrics, dict))
+    assert list(compared) == ["alone-s0", *(f"row{row}, mean of 3 seeds" for row in range(7))]
+    mean = over_seeds({"a-s0": [{"loss": 1.0, "tokens": [3]}, {"loss": 3}], "a-s1": [{"loss": 2.0, "tokens": [3]}]})
+    assert mean == {"a, mean of 2 seeds": [{"loss": 1.5, "tokens": [3]}]}  # Over the epochs that both have.
+
+
+def test_curves_that_cannot_be_told_apart_are_left_out_with_a_word(tmp_path):
+    for row in range(33):
+        write_run(tmp_path / f"row{row}-s0", metrics=metrics_of(2))
+    assert "The curves of 33 runs are too many for one plot" in Page(write_report(tmp_path)).text
+    runs = {f"row{row}": [{"epoch": 0, "val_loss": row}, {"epoch": 1, "val_loss": 0}] for row in range(32)}
+    drawn = []
+    plot = Axes.plot
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            Axes, "plot", lambda self, *args, **options: drawn.append(options) or plot(self, *args, **options)
+        )
+        assert curves_plot(runs, tmp_path / "curves.png")
+    assert len({(options["color"], options["linestyle"]) for options in drawn}) == 32
 
 
 def test_a_study_without_a_table_gets_an_overview(tmp_path):

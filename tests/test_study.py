@@ -7,12 +7,15 @@ from typing import Any
 
 import pytest
 import yaml
+from PIL import Image
+from sklearn.datasets import load_digits
 
 from vitrim import cli
 from vitrim.distill import Terms
 from vitrim.errors import RecipeError, ScheduleError, UnknownNameError, VitrimError
+from vitrim.measure.cost import cost
 from vitrim.measure.table import Column, Table
-from vitrim.models import OWN
+from vitrim.models import OWN, open_model
 from vitrim.search.compare import compare, data_of
 from vitrim.search.run_study import run_study
 from vitrim.search.study import Study
@@ -76,6 +79,11 @@ def test_whole_numbers_from_the_command_line(run: str):
     table = sweep([run], DataSpec(**DATA), "ToMe() @ ConstantR({r})", {"r": [4.0, 8.0]})
     assert [row["tokens"][0] for row in table.rows] == [65, 61, 57]
     assert table.rows[1]["method"] == "ToMe() @ ConstantR(4)"
+
+
+def test_the_title_shows_the_method_as_it_is_written(run: str):
+    table = sweep([run], DataSpec(**DATA), "TopK() @ Stages({{0: 0.8, 1: {r}}})", {"r": [0.5]})
+    assert table.title == "TopK() @ Stages({0: 0.8, 1: {r}}) over r"
 
 
 def test_sweeps_without_anything_to_do(run: str):
@@ -145,9 +153,83 @@ def test_a_study_over_seeds_and_what_is_not_run_twice(study_file: Path, tmp_path
     assert table.rows[0]["accuracy_std"] == pytest.approx(abs(accuracies[0] - accuracies[1]) / 2**0.5)
     assert (table.rows[0]["published"], table.rows[1]["published"]) == (0.5, None)
     assert (out / "table.md").exists()
+    assert {row["params"] for row in table.rows} == {cost(open_model(str(out / "dense-s0"))).params}
     study_file.write_text(study_file.read_text().replace("batch_size: 16", "batch_size: 8"))
     with pytest.raises(RecipeError, match=r"another recipe \(batch_size: 16 -> 8\)"):
         run_study(study_file, out, scale="smoke")
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_study_is_written_over_nothing_else(
+    workers: str, study_file: Path, run: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "table.md").write_text("my own")
+    for folder, says in ((run, "holds a run, which a study would"), (tmp_path / "mine", "holds no study (table.md)")):
+        before = {path: path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+        with pytest.raises(SystemExit):
+            cli.main(["study", str(study_file), "--out", str(folder), "--scale", "smoke", "--workers", workers])
+        said = capsys.readouterr().err.strip()
+        assert says in said
+        assert "\n" not in said
+        assert {path: path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()} == before
+
+
+def test_a_study_that_was_interrupted_goes_on(study_file: Path, tmp_path: Path):
+    def stop(event: str, figures: Any) -> None:
+        if event == "done":
+            raise InterruptedError
+
+    out, events = tmp_path / "out", []
+    out.mkdir()
+    (out / ".DS_Store").write_text("hidden files say nothing about a folder")
+    with pytest.raises(InterruptedError):
+        run_study(study_file, out, scale="smoke", report=stop)
+    assert not (out / "table.md").exists()
+    run_study(study_file, out, scale="smoke", report=lambda event, figures: events.append(event))
+    assert events.count("run") == 1  # The other row alone.
+    assert (out / "table.md").exists()
+
+
+def test_every_row_is_tested_on_its_own_images(study_file: Path, tmp_path: Path):
+    digits = load_digits()
+    for split, numbers in (("train", range(60)), ("test", range(60, 200))):
+        for number in numbers:
+            folder = tmp_path / "images" / split / str(digits.target[number])
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray((digits.images[number] * 15).astype("uint8")).save(folder / f"{number}.png")
+    content = yaml.safe_load(study_file.read_text())
+    content["rows"] = {
+        "plain": {},
+        "few": {"data": {"limit": 30, "holdout": 0.2}},
+        "cropped": {"data": {"crop_pct": 0.5}},
+        "files": {"data": {"name": "folder", "root": str(tmp_path / "images")}},
+    }
+    method = "TopK() @ KeepRate({r}, at=[0])"
+    lines = {"cut": {"row": "cropped", "ordering": "wpac"}, "alone": [*content["rows"]]}
+    content |= {
+        "test": {"as trained": "own"}, "seeds": [0], "published": None,
+        "sweep": {"method": method, "vary": {"r": [0.5]}},
+        "curve": {"lines": lines, "budgets": [1], "images": 32, "width_multiple": 2},
+    }  # fmt: skip
+    study_file.write_text(yaml.safe_dump(content, sort_keys=False))
+    out = tmp_path / "out"
+    table = run_study(study_file, out)
+    own = {row: json.loads((out / f"{row}-s0" / "result.json").read_text()) for row in content["rows"]}
+    accuracies = {row: figures["test_accuracy"] for row, figures in own.items()}
+    assert {row["row"]: row["accuracy"] for row in table.rows} == pytest.approx(accuracies)
+    assert len({*accuracies.values()}) >= 3  # Else equal figures would say nothing.
+    assert (table.rows[0]["speed"], table.rows[3]["speed"]) == (1, 1)  # Each the first on its images.
+    assert "24 to 54 images (140 to 364 test images)" in table.notes[0]
+    said = f"Test images are not the same (digits: plain, few, cropped; folder {tmp_path / 'images'}: files)."
+    assert table.notes[-1].startswith(said)
+    swept = json.loads((out / "sweep.json").read_text())
+    dense = {row["model"]: row["accuracy"] for row in swept["rows"] if row["method"] == "dense"}
+    assert dense == pytest.approx({f"{row}-s0": accuracy for row, accuracy in accuracies.items()})
+    traced = json.loads((out / "curve.json").read_text())
+    points = {(row["curve"], row["row"]): row["accuracy"] for row in traced["rows"]}
+    assert points["cut", "cropped"] == pytest.approx(accuracies["cropped"], abs=0.01)
+    assert {row: points["alone", row] for row in accuracies} == pytest.approx(accuracies)
 
 
 def test_mistakes_in_a_study(study_file: Path):
@@ -175,7 +257,28 @@ def test_mistakes_in_a_study(study_file: Path):
         ({"rows": {"a": {}, "b": {"reduction": "TopK() @ KeepRate(2)"}}}, "keep rate lies in"),
         ({"rows": {"a": {}, "b": {"epochs": 0}}}, "epochs is 0"),
         ({"rows": {"a": {}, "b": {"distill": "Cls("}}}, "cannot read 'Cls\\('"),
-        ({"sweep": {"method": "TopK() @ KeepRate({r})"}}, "sweep of the study has no vary"),
+        ({"rows": 3}, "has no 'rows' with options in it"),
+        ({"rows": {"a": 3}}, "row 'a' is 3; it must be a mapping of options"),
+        ({"rows": {"a": {"data": {1: 2}}}}, "row 'a': unknown option in data '1'"),
+        ({"rows": {"a": {}, "b": {"model": {"name": "vitrim_digit_vit"}}}}, "did you mean vitrim_digits_vit"),
+        ({"rows": {"a": {}, "b": {"teacher": {"name": "no/such"}, "distill": "Logits()"}}}, "nothing at no/such"),
+        ({"rows": {"a": {}, "b": {"augment": {"randaugment": "rand-9"}}}}, "row 'b': timm cannot read"),
+        ({"rows": {"a": {"model": {"args": {"num_classes": 0}}}}}, "no row of the study learns classes"),
+        ({"test": ["dense"]}, "test is \\['dense'\\]; it must be a mapping"),
+        ({"test": {"a": 3}}, "test 'a' is 3; it must be a method"),
+        ({"scales": 3}, "scales is 3; it must be a mapping"),
+        ({"scales": {"smoke": 3}}, "scale smoke is 3; it must be a mapping"),
+        ({"scales": {"smoke": {"row": {}}}}, "unknown part of a study 'row'; did you mean rows"),
+        ({"sweep": 3}, "sweep is 3; it must be a mapping"),
+        ({"sweep": {"method": "TopK() @ KeepRate({r})"}}, "there is nothing to vary"),
+        ({"sweep": {"vary": {"r": [0.5]}}}, "the sweep of the study has no method"),
+        ({"sweep": {"method": "TopK() @ KeepRate({r})", "vary": 3}}, "sweep.vary is 3; it must be a mapping"),
+        ({"sweep": {"method": "TopK() @ KeepRate({r})", "vary": {"r": 0.5}}}, "sweep.vary.r is 0.5; it must list"),
+        ({"published": {"dense, of": {"accuracy": 0.5}}}, "in published 'dense, of'; did you mean dense, off"),
+        ({"published": {"dense, off": 0.5}}, "published 'dense, off' is 0.5; it must be a mapping"),
+        ({"published": {"dense, off": {"acc": 0.5}}}, "option in published 'dense, off' 'acc'; did you mean accu"),
+        ({"published": {"dense, off": {"accuracy": "good"}}}, "'dense, off'.accuracy is 'good'; it must be a number"),
+        ({"published": {"dense, off": {"accuracy": 71.68}}}, "accuracy is 71.68; it must be 0 or more, at most 1"),
         ({"pictures": ["half"]}, "pictures is \\['half'\\]; it must be a mapping"),
         ({"pictures": {"rows": ["halv"]}}, "unknown row 'halv'; did you mean half"),
         ({"pictures": {"rows": ["dense"]}}, "the model of row 'dense' reduces no tokens"),
@@ -267,6 +370,59 @@ def test_every_recipe_and_study_can_be_read_at_every_scale(path: Path):
         known = {f"{row}, {test}" for row in study.rows for test in study.test}
         assert set(study.published) <= known
         assert len(study.seeds) in {"smoke": (1,), "small": (1, 3), "full": (3,)}[scale]
+
+
+def test_published_figures_are_in_the_table(study_file: Path, tmp_path: Path):
+    content = yaml.safe_load(study_file.read_text()) | {"seeds": [0]}
+    table = run_study(study_file, tmp_path / "out", scale="smoke")
+    assert "published speed" not in table.markdown()  # Where nobody has published one.
+    content["published"]["half, on"] = {"speed": 1.37}
+    study_file.write_text(yaml.safe_dump(content, sort_keys=False))
+    table = run_study(study_file, tmp_path / "out")
+    assert [row["published"] for row in table.rows] == [0.5, None, None, None]
+    assert [row["published_speed"] for row in table.rows] == [None, None, None, 1.37]
+    lines = [line for line in table.markdown().splitlines() if line.startswith("| half | on |")]
+    assert "| 1.37 |" in lines[0]
+    assert "| published speed |" in table.markdown()
+
+
+def test_a_name_that_is_given_twice_is_refused(study_file: Path):
+    study_file.write_text("base: &base {epochs: 1}\nrows:\n  a: {<<: *base, epochs: 2}\n  b: {}\n  a: {}\n")
+    with pytest.raises(RecipeError, match=r"study\.yaml, line 5: 'a' is given twice"):
+        Study.read(study_file, "full")
+    study_file.write_text("base: &base {epochs: 1}\nrows:\n  a: &a {<<: *base, epochs: 2}\n  b: {<<: *a, epochs: 3}\n")
+    assert Study.read(study_file, "full").rows == {"a": {"epochs": 2}, "b": {"epochs": 3}}  # Anchors may be laid over.
+
+
+SINGLE = {
+    "system1": {"train": "trained with pruning"},
+    "system2": {
+        "teacher": "teacher", "naive-ce": "naive, CE", "naive-logit-kd": "naive, logit KD",
+        "naive-feature-kd": "naive, feature KD", "progressive-ce": "progressive, CE",
+        "progressive-fakd": "progressive, FAKD",
+    },
+    "system3": {"baseline": "baseline", "ptd": "PTD", "ptd-plus": "PTD+"},
+    "system4": {
+        "distil-cls": "distil ViT-S, cls", "distil-all": "distil ViT-S, all", "finetune": "ViT-S, all",
+        "probe": "ViT-S, all, frozen", "scratch": "ViT-S, scratch",
+    },
+    "system5": {"piad": "PIAD sandwich + KD", "piad-original": "PIAD original"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("system", SINGLE)
+def test_a_recipe_says_what_the_row_of_the_study_does(system: str):
+    """But for where weights lie, and for options that say nothing because those they belong to are off."""
+    folder = ROOT / "recipes" / system
+    study = Study.read(folder / "study.yaml", "full")
+    for file, row in SINGLE[system].items():
+        one, other = Recipe.read(folder / f"{file}.yaml"), study.recipe(row, 0, Path("runs"))
+        apart = {"model.checkpoint", "model.reset_head", "teacher.name", "data.workers"}
+        apart |= {"augment.mix_prob"} if not one.augment.mixup and not one.augment.cutmix else set()
+        apart |= {"phase"} if one.reduction is None else set()
+        if system == "system5":  # The study gives all rows the drop path of its base.
+            apart |= {"model.args", "model.args.drop_path_rate"}
+        assert [text for text in one.differences(other) if text.split(":")[0] not in apart] == []
 
 
 def test_system_1_in_miniature(tmp_path: Path):

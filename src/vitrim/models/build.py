@@ -40,7 +40,8 @@ def build_model(
         CheckpointError: weights that are missing, unsafe, damaged, or made for another model.
         VitrimError: arguments that the architecture does not take.
     """
-    path = Path(spec)
+    path, name = Path(spec), str(spec)
+    check_name(name)
     if path.is_dir() or (path.name == WEIGHTS and (path.parent / DESCRIPTION).exists()):
         if checkpoint is not None:
             raise CheckpointError(f"{spec} brings its own weights; leave checkpoint out, or name an architecture")
@@ -49,8 +50,6 @@ def build_model(
         if checkpoint is not None:
             raise CheckpointError(f"{spec} is a file of weights already; leave checkpoint out, or name an architecture")
         return _from_file(path, num_classes, reset_head, args)
-    name = str(spec)
-    _check_name(name)
     if checkpoint is None:
         return _create(name, num_classes, pretrained, args)
     state = _read(checkpoint)
@@ -137,8 +136,15 @@ def _with_classes(model: nn.Module, spec: str | Path, num_classes: int | None, r
     return model
 
 
-def _check_name(name: str) -> None:
-    if name.startswith(_SOURCES):
+def check_name(name: str) -> None:
+    """Raise unless `build_model` has something to begin with: a folder, a file of weights, or an architecture.
+
+    Raises:
+        UnknownNameError: no such architecture.
+        CheckpointError: nothing lies at this path.
+    """
+    path = Path(name)
+    if name.startswith(_SOURCES) or path.is_dir() or path.suffix in SUFFIXES:
         return
     if "/" in name or "\\" in name:
         raise CheckpointError(f"nothing at {name}: no folder written by vitrim.save and no file of weights")

@@ -16,11 +16,15 @@ from ..measure.table import Column, Table
 from ..models import open_model, variant
 from ..models.build import saved_folder
 from ..models.store import read_description, weights_path
-from ..train.data import InputFormat, plain_stream
-from ..train.evaluate import evaluate_all, make_accelerator
+from ..train.data import InputFormat, Stream, plain_stream
+from ..train.evaluate import Figures, evaluate_all, make_accelerator
 from ..train.images import open_images
 from ..train.recipe import Recipe
 from ..train.specs import DataSpec
+
+DataOf = DataSpec | Mapping[str, DataSpec]
+"""The images: one set for all models, or by the name of each."""
+ImageSet = tuple[str, str | None, str | None]
 
 COLUMNS = (
     Column("model", "model"),
@@ -70,6 +74,16 @@ def laid_over(own: DataSpec, given: Mapping[str, Any]) -> DataSpec:
     return replace(own, **given)
 
 
+def data_for(name: str, data: DataOf) -> DataSpec:
+    """The images of the model of that name."""
+    return data if isinstance(data, DataSpec) else data[name]
+
+
+def image_set(data: DataSpec) -> ImageSet:
+    """What two data options have in common where their test images are the same, however they are cut and read."""
+    return data.name, data.root, data.test_split
+
+
 def compare(
     models: Sequence[str],
     data: DataSpec,
@@ -104,25 +118,35 @@ def compare(
 
 
 def figures_of(
-    variants: dict[tuple[str, str], nn.Module], data: DataSpec, *,
+    variants: dict[tuple[str, str], nn.Module], data: DataOf, *,
     batch_size: int = 128, device: str = "auto", tick: Callable[[int, int], None] | None = None,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """One row of figures per (model, method), evaluated side by side, each on images as it wants them.
+    """One row of figures per (model, method), each on its images as it wants them.
 
-    Ratios are to the first.
+    Those on the same test images are evaluated side by side; ratios are to the first on the same images.
     """
     accelerator = make_accelerator(cpu=device == "cpu")
-    named = {f"{number}": model for number, model in enumerate(variants.values())}
-    formats = {number: InputFormat.of(model, data.image_size) for number, model in named.items()}
-    by_format = {form: plain_stream(named[number], data) for number, form in formats.items()}
-    streams = {number: by_format[form] for number, form in formats.items()}
+    together: dict[ImageSet, dict[tuple[str, str], nn.Module]] = {}
+    for (name, method), model in variants.items():
+        together.setdefault(image_set(data_for(name, data)), {})[name, method] = model
+    found: dict[tuple[str, str], Figures] = {}
+    for group in together.values():
+        specs = [data_for(name, data) for name, _ in group]
+        named = {f"{number}": model for number, model in enumerate(group.values())}
+        by_form: dict[Any, Stream] = {}
+        streams: dict[str, Stream] = {}
+        for (number, model), spec in zip(named.items(), specs, strict=True):
+            form = InputFormat.of(model, spec.image_size), spec.crop_pct, spec.on_corrupt
+            streams[number] = by_form[form] = by_form.get(form) or plain_stream(model, spec)
+        figures = evaluate_all(
+            named, streams, batch_size=batch_size, workers=specs[0].workers, accelerator=accelerator, tick=tick
+        )
+        found |= zip(group, figures.values(), strict=True)
     short = Counter(Path(name).name for name in {name for name, _ in variants})
-    found = evaluate_all(
-        named, streams, batch_size=batch_size, workers=data.workers, accelerator=accelerator, tick=tick
-    )
     rows: list[dict[str, Any]] = []
-    for (name, method), number in zip(variants, named, strict=True):
-        figures, spent = found[number], cost(named[number].eval())
+    first: dict[ImageSet, dict[str, Any]] = {}
+    for (name, method), model in variants.items():
+        figures, spent = found[name, method], cost(model.eval())
         rows.append({
             "model": Path(name).name if short[Path(name).name] == 1 else name, "method": method,
             "accuracy": figures.accuracy, "loss": figures.loss, "entropy": figures.entropy,
@@ -131,9 +155,9 @@ def figures_of(
             "tokens": list(spent.token_counts),
             "num_images": figures.num_images, "unreadable": list(figures.unreadable),
         })  # fmt: skip
-    for row in rows:
-        row["speed"] = rows[0]["seconds"] / row["seconds"]
-        row["macs_ratio"] = rows[0]["gmacs"] / row["gmacs"]
+        base = first.setdefault(image_set(data_for(name, data)), rows[-1])
+        rows[-1]["speed"] = base["seconds"] / figures.seconds
+        rows[-1]["macs_ratio"] = base["gmacs"] / rows[-1]["gmacs"]
     return rows
 
 
@@ -146,6 +170,20 @@ def over_seeds(per_seed: Sequence[Mapping[str, Any]], *means: str) -> dict[str, 
         "n": len(accuracies),
         **{name: statistics.fmean(figures[name] for figures in per_seed) for name in means},
     }
+
+
+def other_images(data: Mapping[str, DataSpec]) -> list[str]:
+    """A note on models that were tested on images of their own, none where all had the same."""
+    told: dict[ImageSet, list[str]] = {}
+    for name, spec in data.items():
+        told.setdefault(image_set(spec), []).append(name)
+    if len(told) == 1:
+        return []
+    sets = "; ".join(f"{' '.join(filter(None, images))}: {', '.join(names)}" for images, names in told.items())
+    return [
+        f"Test images are not the same ({sets}). Only models on the same images compare: they took turns, and ratios "
+        "are to the first of them."
+    ]
 
 
 def _notes(rows: list[dict[str, Any]]) -> list[str]:

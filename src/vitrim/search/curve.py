@@ -29,10 +29,10 @@ from ..models import open_model
 from ..train.checkpoint import RunFolder
 from ..train.data import make_loader, plain_stream
 from ..train.evaluate import make_accelerator
-from ..train.options import fill
+from ..train.options import check_ranges, fill
 from ..train.recipe import Recipe
 from ..train.specs import DataSpec
-from .compare import figures_of, over_seeds
+from .compare import DataOf, data_for, figures_of, other_images, over_seeds
 
 Folders = Mapping[str, Path]
 """Row -> folder of its run, all of one seed."""
@@ -145,13 +145,21 @@ class Curve:
                 raise UnknownNameError("ordering", line.ordering, ORDERINGS)
             if recipes[line.row].reduction is not None:
                 raise RecipeError(f"curve {name!r}: row {line.row!r} reduces tokens; only a dense one can be cut")
-        for name in self.published or ():
+        for name, figures in (self.published or {}).items():
             if name not in self.lines:
-                raise UnknownNameError("curve", name, self.lines)
+                raise UnknownNameError("curve", str(name), self.lines)
+            line = self.lines[name]
+            known: list[Any] = self.budgets if isinstance(line, Line) else line
+            if not isinstance(figures, dict) or not all(type(figure) in (int, float) for figure in figures.values()):
+                raise RecipeError(f"curve {name!r}: published is {figures!r}; it must be figures by budget, or by row")
+            for point, figure in figures.items():
+                if point not in known:
+                    raise UnknownNameError(f"point in curve.published of {name!r}", str(point), map(str, known))
+                check_ranges((f"curve {name!r}: published at {point}", figure, 0, 1))
 
 
 def trace(
-    curve: Curve, title: str, seeds: Mapping[int, Folders], data: DataSpec, *, batch_size: int = 128,
+    curve: Curve, title: str, seeds: Mapping[int, Folders], data: DataOf, *, batch_size: int = 128,
     device: str = "auto",
 ) -> Table:  # fmt: skip
     """Cut every network of every line, and evaluate all of one seed side by side on the test images.
@@ -160,7 +168,7 @@ def trace(
         curve: what to draw, checked.
         title: of the table.
         seeds: the finished runs by seed; accuracies are means over seeds.
-        data: the images. Training images are ordered by, test images evaluated.
+        data: the images, for all rows or by name. Training images are ordered by, test images evaluated.
         batch_size: images at a time.
         device: "auto", "cpu" or "cuda".
 
@@ -171,7 +179,8 @@ def trace(
     for seed, folders in seeds.items():
         points = networks(curve, folders, data, seed=seed, device=device)
         named = {(f"{number}", ""): network for number, network in enumerate(points.values())}
-        figures = figures_of(named, data, batch_size=batch_size, device=device)
+        images = {name: data_for(row, data) for (name, _), (_, row, _) in zip(named, points, strict=True)}
+        figures = figures_of(named, images, batch_size=batch_size, device=device)
         for point, row in zip(points, figures, strict=True):
             found.setdefault(point, []).append(row)
     rows = [_row(curve, point, per_seed) for point, per_seed in found.items()]
@@ -187,11 +196,12 @@ def trace(
             "Over trained alone: accuracy less that of networks trained alone, on a straight line between those that "
             "cost a little more and a little less."
         )
+    notes += other_images({row["row"]: data_for(row["row"], data) for row in rows})
     return Table(f"{title}: accuracy of every size", COLUMNS, rows, notes=notes, environment=environment())
 
 
 def networks(
-    curve: Curve, folders: Folders, data: DataSpec, *, seed: int = 0, device: str = "auto"
+    curve: Curve, folders: Folders, data: DataOf, *, seed: int = 0, device: str = "auto"
 ) -> dict[Point, nn.Module]:
     """The networks of all points of one seed, in the order of lines and budgets."""
     place = make_accelerator(cpu=device == "cpu").device
@@ -203,7 +213,7 @@ def networks(
             continue
         key = line.row, line.ordering, line.even
         if key not in opened:
-            opened[key] = _supernet(curve, line, folders[line.row], data, seed, place)
+            opened[key] = _supernet(curve, line, folders[line.row], data_for(line.row, data), seed, place)
         for budget in curve.budgets:
             found[name, line.row, budget] = opened[key].extract(macs=budget, compensate=line.compensate)
     return found

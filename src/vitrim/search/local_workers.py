@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from ..errors import RecipeError
-from ..output import check_folder
+from .folder import check_study_folder, mark
 from .study import Study
 
 
@@ -34,9 +34,9 @@ def local_workers(
     if number == 1:
         yield database
         return
-    check_folder(out)
+    check_study_folder(out)
     Study.read(file, scale, root).check(Path(out))  # So that a mistake is told once, and before anything is written.
-    Path(out).mkdir(parents=True, exist_ok=True)
+    mark(Path(out))
     database = database or f"sqlite:///{Path(out).absolute()}/claims.db"
     command = [sys.executable, "-m", "vitrim.cli", "study", file, "--out", out, "--scale", scale]
     command += ["--database", database, *(["--root", root] if root is not None else [])]

@@ -1,22 +1,22 @@
 """Carrying a study out: every run trained, then all tested side by side and tabulated with mean and deviation."""
 
 import statistics
+from collections.abc import Iterable
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from ..errors import RecipeError
 from ..measure.environment import environment
 from ..measure.table import Column, Table
 from ..models import open_model, variant
-from ..output import check_folder
 from ..train.checkpoint import RunFolder, write_atomic
 from ..train.loop import train
 from ..train.state import Report
 from .claims import GRACE
-from .compare import CLS_ONLY, figures_of, over_seeds
+from .compare import CLS_ONLY, figures_of, other_images, over_seeds
 from .curve import trace
-from .study import Study, run_folder
+from .folder import check_study_folder, mark
+from .study import Published, Study, run_folder
 from .sweep import sweep
 from .workers import join, once, share
 
@@ -29,15 +29,20 @@ COLUMNS = (
     Column("accuracy_std", "std", ".2%"),
     Column("n", "n", "d"),
     Column("published", "published", ".2%"),
+    Column("published_speed", "published speed", ".2f"),
     Column("entropy", "entropy if correct", ".3f"),
     Column("seconds", "test time [s]", ".2f"),
     Column("speed", "speed ratio", ".2f"),
     Column("gmacs", "GMACs", ".4f"),
     Column("macs_ratio", "MACs ratio", ".2f"),
+    Column("params", "parameters", ",d"),
     Column("images_per_second", "images/s", ".0f"),
     Column("train_seconds", "training [s]", ".0f"),
     Column("tokens", "tokens leaving each block"),
 )
+
+PUBLISHED = ("published", "published_speed")
+"""Columns that only a study with such figures has."""
 
 
 def run_study(
@@ -66,15 +71,17 @@ def run_study(
         report: called as training goes on.
 
     Raises:
-        RecipeError: the study was edited under runs that are there already.
+        RecipeError: the study was edited under runs that are there already, or the folder holds something else.
         BusyError: another process, which is no worker of this study, is at one of the runs.
         VitrimError: the database cannot be used.
     """
-    check_folder(out)
+    check_study_folder(out)
     study, out = Study.read(file, scale, root), Path(out)
     study.check(out)
     claims = join(database, out, grace) if database is not None else None
-    if claims is not None:
+    if claims is None:
+        mark(out)
+    else:
         share(study, out, claims, command=command, report=report)
     finished: dict[tuple[str, int], dict[str, Any]] = {}
     for seed in study.seeds:
@@ -101,13 +108,14 @@ def _write_tables(
     write_atomic(out / "command.txt", command + "\n")
     if study.sweep is not None:
         tested, seed = list(dict.fromkeys(row["row"] for row in table.rows)), study.seeds[0]
-        models, data = [str(run_folder(out, row, seed)) for row in tested], study.recipe(tested[0], seed, out).data
-        swept = sweep(models, data, study.sweep["method"], study.sweep["vary"])
+        data = {str(run_folder(out, row, seed)): study.recipe(row, seed, out).data for row in tested}
+        swept = sweep([*data], data, study.sweep.method or "", study.sweep.vary)
         swept.write_all(out / "sweep")
     if study.curve is not None:
-        recipe = study.recipe(next(iter(study.rows)), study.seeds[0], out)
+        first = study.recipe(next(iter(study.rows)), study.seeds[0], out)
+        data = {row: study.recipe(row, study.seeds[0], out).data for row in study.rows}
         runs = {seed: {row: run_folder(out, row, seed) for row in study.rows} for seed in study.seeds}
-        traced = trace(study.curve, study.title, runs, recipe.data, batch_size=recipe.batch_size)
+        traced = trace(study.curve, study.title, runs, data, batch_size=first.batch_size)
         traced.write_all(out / "curve")
     write_atomic(out / _TABULATED, state)
     return table
@@ -122,12 +130,11 @@ def _test(study: Study, out: Path, seed: int) -> dict[tuple[str, str], dict[str,
     """Figures of all rows under all methods, one seed, side by side."""
     opened = {row: open_model(str(run_folder(out, row, seed))) for row in study.rows}
     models = {row: model for row, model in opened.items() if model.num_classes}
-    if not models:
-        raise RecipeError("no row of the study learns classes, so there is nothing to test")
     pairs = [(row, test) for row in models for test in study.test]
     variants = {(row, test): variant(models[row], study.test[test]) for row, test in pairs}
-    recipe = study.recipe(next(iter(models)), seed, out)
-    rows = figures_of(variants, recipe.data, batch_size=recipe.batch_size)
+    recipes = {row: study.recipe(row, seed, out) for row in models}
+    data = {row: recipe.data for row, recipe in recipes.items()}
+    rows = figures_of(variants, data, batch_size=next(iter(recipes.values())).batch_size)
     return dict(zip(pairs, rows, strict=True))
 
 
@@ -138,24 +145,36 @@ def _tabulate(
     rows: list[dict[str, Any]] = []
     for row, test in found[study.seeds[0]]:
         per_seed = [found[seed][row, test] for seed in study.seeds]
+        printed = study.published.get(f"{row}, {test}") or Published()
         entropies = [figures["entropy"] for figures in per_seed if figures["entropy"] is not None]
         rows.append({
             "row": row,
             "test": test,
             **over_seeds(per_seed, "seconds", "speed", "images_per_second", "gmacs", "macs_ratio"),
-            "published": study.published.get(f"{row}, {test}", {}).get("accuracy"),
+            "published": printed.accuracy,
+            "published_speed": printed.speed,
             "entropy": statistics.fmean(entropies) if entropies else None,
+            "params": round(statistics.fmean(figures["params"] for figures in per_seed)),
             "train_seconds": statistics.fmean(finished[row, seed]["train_seconds"] for seed in study.seeds),
             "tokens": per_seed[0]["tokens"],
         })  # fmt: skip
-    lengths = [study.recipe(row["row"], study.seeds[0], out).epochs for row in rows]
-    epochs = " to ".join(map(str, sorted({min(lengths), max(lengths)})))
-    result = finished[rows[0]["row"], study.seeds[0]]
+    recipes = {row["row"]: study.recipe(row["row"], study.seeds[0], out) for row in rows}
+    results = [finished[row, study.seeds[0]] for row in recipes]
     notes = [
-        f"Scale {scale}: {epochs} epochs on {result['train_images']} images "
-        f"({result['test_images']} test images), {len(study.seeds)} seed{'s' if len(study.seeds) > 1 else ''}. "
+        f"Scale {scale}: {_span(recipe.epochs for recipe in recipes.values())} epochs on "
+        f"{_span(result['train_images'] for result in results)} images "
+        f"({_span(result['test_images'] for result in results)} test images), "
+        f"{len(study.seeds)} seed{'s' if len(study.seeds) > 1 else ''}. "
         "The epoch is chosen on held-out training images; test images are read once.",
-        "Test time is spent inside the model; all rows took turns batch by batch. Ratios are to the first row.",
+        "Test time is spent inside the model; rows took turns batch by batch. Ratios are to the first row.",
         CLS_ONLY,
+        *other_images({row: recipe.data for row, recipe in recipes.items()}),
     ]
-    return Table(study.title, COLUMNS, rows, notes=notes, environment=environment())
+    columns = [c for c in COLUMNS if c.key not in PUBLISHED or any(row[c.key] is not None for row in rows)]
+    return Table(study.title, columns, rows, notes=notes, environment=environment())
+
+
+def _span(numbers: Iterable[int]) -> str:
+    """The lowest and the highest of some numbers, or the one that all of them are."""
+    known = sorted(set(numbers))
+    return " to ".join(map(str, dict.fromkeys((known[0], known[-1]))))

@@ -15,20 +15,25 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from ..distill import Terms
-from ..errors import RecipeError, UnknownNameError
+from ..errors import RecipeError, UnknownNameError, VitrimError
 from ..models import DENSE, OWN
+from ..models.build import check_name
 from ..models.variants import DENSE_CLS_ONLY
 from ..tokens import Reduction
 from ..train.checkpoint import RunFolder
+from ..train.data import transforms_for
 from ..train.learner import reduction_of
-from ..train.options import fill, flatten, merge, read_yaml
+from ..train.options import check_ranges, fill, flatten, merge, read_yaml
 from ..train.recipe import Recipe
+from ..train.specs import DataSpec
 from .curve import Curve
-from .sweep import check_sweep
+from .sweep import Sweep
 
 _ROW = re.compile(r"\{row:([^{}]+)\}")
-_PARTS = {"title", "base", "rows", "test", "seeds", "sweep", "curve", "pictures", "published", "scales"}
+_PARTS = {"title", "base", "rows", "test", "seeds", "sweep", "curve", "pictures", "published"}
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,23 @@ class Pictures:
 
 
 @dataclass(frozen=True)
+class Published:
+    """What stands in print about a row under a test.
+
+    accuracy: a fraction.
+    speed: how much faster than the first row.
+    """
+
+    accuracy: float | None = None
+    speed: float | None = None
+
+    def check(self, name: str) -> None:
+        """Raise `RecipeError` for figures that make no sense."""
+        check_ranges((f"published {name!r}: accuracy", self.accuracy, 0, 1))
+        check_ranges((f"published {name!r}: speed", self.speed, 0, None))
+
+
+@dataclass(frozen=True)
 class Study:
     """A study file at one scale."""
 
@@ -70,31 +92,43 @@ class Study:
     rows: dict[str, dict[str, Any]]
     test: dict[str, str]
     seeds: list[int]
-    sweep: dict[str, Any] | None
+    sweep: Sweep | None
     curve: Curve | None
     pictures: Pictures | None
-    published: dict[str, dict[str, float]]
+    published: dict[str, Published]
 
     @classmethod
     def read(cls, path: str | Path, scale: str, root: str | None = None) -> "Study":
-        """Read a study file; `root` takes the place of its image folder."""
+        """Read a study file; `root` takes the place of its image folder.
+
+        Raises:
+            RecipeError: a part of the wrong kind.
+            UnknownNameError: a part, a scale or an option that there is not.
+        """
         data = read_yaml(path)
-        for name in data:
+        scales = {
+            str(name): _mapping(path, f"scale {name}", changes)
+            for name, changes in _mapping(path, "scales", data.pop("scales", None)).items()
+        }
+        for name in (*data, *(name for changes in scales.values() for name in changes)):
             if name not in _PARTS:
                 raise UnknownNameError("part of a study", str(name), _PARTS)
-        scales = data.pop("scales", {})
         if scale not in scales and scale != "full":
             raise UnknownNameError("scale", scale, [*scales, "full"])
         data = merge(data, scales.get(scale) or {})
         for name in ("base", "rows"):
             if not isinstance(data.get(name), dict):
                 raise RecipeError(f"{path} has no {name!r} with options in it")
-        for name in ("sweep", "curve", "pictures", "published"):
-            if not isinstance(data.get(name) or {}, dict):
-                raise RecipeError(f"{path}: {name} is {data[name]!r}; it must be a mapping of options")
-        for name in (*data["rows"], *(data.get("test") or ())):
+        rows = {name: _mapping(path, f"row {name!r}", changes) for name, changes in data["rows"].items()}
+        test = _mapping(path, "test", data.get("test")) or {OWN: OWN}
+        for name in (*rows, *test):
             if not isinstance(name, str):
                 raise RecipeError(f"{path}: YAML reads a name as {name!r}; put names such as off, yes or 1 in quotes")
+        for name, method in test.items():
+            if not isinstance(method, str):
+                raise RecipeError(f"{path}: test {name!r} is {method!r}; it must be a method, such as dense or own")
+        for name in ("sweep", "curve", "pictures"):
+            _mapping(path, name, data.get(name))
         seeds = [0] if data.get("seeds") is None else data["seeds"]
         if not isinstance(seeds, list) or not seeds or any(type(seed) is not int for seed in seeds):
             raise RecipeError(f"{path}: seeds is {seeds!r}; it must list whole numbers, such as [0, 1, 2]")
@@ -103,15 +137,18 @@ class Study:
         if root is not None:
             data["base"] = merge(data["base"], {"data": {"root": root}})
         return cls(
-            title=data.get("title", Path(path).stem),
+            title=str(data.get("title") or Path(path).stem),
             base=data["base"],
-            rows={name: changes or {} for name, changes in data["rows"].items()},
-            test=data.get("test") or {OWN: OWN},
+            rows=rows,
+            test=test,
             seeds=seeds,
-            sweep=data.get("sweep"),
+            sweep=fill(Sweep, data["sweep"], "sweep") if data.get("sweep") is not None else None,
             curve=Curve.parse(data["curve"]) if data.get("curve") is not None else None,
             pictures=fill(Pictures, data["pictures"], "pictures") if data.get("pictures") is not None else None,
-            published=data.get("published") or {},
+            published={
+                name: fill(Published, _mapping(path, f"published {name!r}", figures), f"published {name!r}")
+                for name, figures in _mapping(path, "published", data.get("published")).items()
+            },
         )
 
     def recipe(self, row: str, seed: int, out: Path) -> Recipe:
@@ -153,23 +190,40 @@ class Study:
             if (other := folders.setdefault(run_folder(out, row, 0), row)) != row:
                 raise RecipeError(f"rows {other!r} and {row!r} would share a folder; name them differently")
         for row, seed in product(self.order(), self.seeds):
-            recipe = self.recipe(row, seed, out)
-            recipe.check()
+            try:
+                recipe = self.recipe(row, seed, out)
+                self._check_recipe(row, recipe)
+            except VitrimError as error:
+                raise RecipeError(f"row {row!r}: {error}") from None
             RunFolder(run_folder(out, row, seed)).check(recipe)
-            reduction_of(recipe)
-            if recipe.distill is not None:
-                Terms.parse(recipe.distill)
         for method in self.test.values():
             if method not in (OWN, DENSE, DENSE_CLS_ONLY):
                 Reduction.parse(method)
         if self.sweep is not None:
-            if missing := {"method", "vary"} - set(self.sweep):
-                raise RecipeError(f"the sweep of the study has no {' and no '.join(sorted(missing))}")
-            check_sweep(self.sweep["method"], self.sweep["vary"])
+            self.sweep.check()
         recipes = {row: self.recipe(row, self.seeds[0], out) for row in self.rows}
+        tested = [row for row, recipe in recipes.items() if recipe.model.args.get("num_classes") != 0]
+        if not tested:
+            raise RecipeError("no row of the study learns classes, so there is nothing to test")
+        for name, figures in self.published.items():
+            if name not in (known := [f"{row}, {test}" for row in tested for test in self.test]):
+                raise UnknownNameError("row and test in published", str(name), known)
+            figures.check(name)
         for part in (self.curve, self.pictures):
             if part is not None:
                 part.check(recipes)
+
+    def _check_recipe(self, row: str, recipe: Recipe) -> None:
+        """Look at all that can be looked at without images and weights."""
+        recipe.check()
+        transforms_for(nn.Identity(), DataSpec(), recipe.augment)  # Reads its texts.
+        reduction_of(recipe)
+        if recipe.distill is not None:
+            Terms.parse(recipe.distill)
+        options = self._options(row)
+        for part, spec in (("model", recipe.model), ("teacher", recipe.teacher)):
+            if spec is not None and not _ROW.search((options.get(part) or {}).get("name") or ""):
+                check_name(spec.name)
 
     def _options(self, row: str) -> dict[str, Any]:
         return merge(self.base, self.rows[row])
@@ -181,6 +235,13 @@ class Study:
 def run_folder(out: Path, row: str, seed: int) -> Path:
     """Where the run of a row and seed lies."""
     return out / f"{row.replace(' ', '-')}-s{seed}"
+
+
+def _mapping(path: str | Path, name: str, value: Any) -> dict[Any, Any]:
+    """A part of the file that holds options by name; empty where it is left out."""
+    if not isinstance({} if value is None else value, dict):
+        raise RecipeError(f"{path}: {name} is {value!r}; it must be a mapping of options")
+    return value or {}
 
 
 def _filled(options: Any, folder: Callable[[str], str], seed: int) -> Any:

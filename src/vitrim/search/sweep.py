@@ -1,26 +1,53 @@
 """One method at many settings, at test time only: a grid, or a Bayesian search along the accuracy-cost frontier."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import nn
 
-from ..errors import ScheduleError, VitrimError
+from ..errors import RecipeError, ScheduleError, VitrimError
 from ..measure.environment import environment
 from ..measure.table import Column, Table
 from ..models import DENSE, open_model, variant
 from ..tokens import Reduction
 from ..train.specs import DataSpec
-from .compare import CLS_ONLY, COLUMNS, figures_of
+from .compare import CLS_ONLY, COLUMNS, DataOf, data_for, figures_of, other_images
 
 Settings = Mapping[str, Sequence[float]]
 
 
+@dataclass(frozen=True)
+class Sweep:
+    """The part `sweep` of a study.
+
+    method: a reduction with names in braces, see `sweep`.
+    vary: the values of each name.
+    """
+
+    method: str | None = None
+    vary: dict[str, Any] = field(default_factory=dict)
+
+    def check(self) -> None:
+        """Look at all settings before anything is trained.
+
+        Raises:
+            RecipeError: no method, or values that are no numbers.
+            ScheduleError: as `check_sweep`.
+        """
+        if self.method is None:
+            raise RecipeError("the sweep of the study has no method; give one, such as TopK() @ KeepRate({r})")
+        for name, values in self.vary.items():
+            if not isinstance(values, list) or not all(type(value) in (int, float) for value in values):
+                raise RecipeError(f"sweep.vary.{name} is {values!r}; it must list numbers, such as [0.5, 0.7]")
+        check_sweep(self.method, self.vary)
+
+
 def sweep(
     models: Sequence[str],
-    data: DataSpec,
+    data: DataOf,
     method: str,
     vary: Settings,
     *,
@@ -35,7 +62,7 @@ def sweep(
 
     Args:
         models: as in `compare`.
-        data: the images.
+        data: the images, for all models or by name.
         method: a reduction with names in braces, such as `TopK() @ PowerLaw(0.6, {alpha})`.
         vary: the values of each name; for "tpe" its lowest and highest value.
         search: "grid" tries every combination, all side by side; "tpe" asks optuna's sampler for `trials` settings
@@ -54,13 +81,14 @@ def sweep(
         model = open_model(spec)
         options: dict[str, Any] = {"batch_size": batch_size, "device": device, "tick": tick}
         if search == "grid":
-            rows += _grid(spec, model, data, method, vary, options)
+            rows += _grid(spec, model, data_for(spec, data), method, vary, options)
         else:
-            rows += _bayes(spec, model, data, method, vary, trials, seed, options)
+            rows += _bayes(spec, model, data_for(spec, data), method, vary, trials, seed, options)
     columns = (COLUMNS[0], *(Column(name, name, ".3g") for name in vary), *COLUMNS[2:])
     notes = ["Test time only: weights are those of the named model. Ratios are to the dense row of the same model."]
-    notes.append(CLS_ONLY)
-    return Table(f"{method} over {', '.join(vary)}", columns, rows, notes=notes, environment=environment())
+    notes += [CLS_ONLY, *other_images({spec: data_for(spec, data) for spec in models})]
+    shown = method.format(**{name: f"{{{name}}}" for name in vary})
+    return Table(f"{shown} over {', '.join(vary)}", columns, rows, notes=notes, environment=environment())
 
 
 def check_sweep(method: str, vary: Settings) -> None:

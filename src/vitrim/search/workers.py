@@ -10,13 +10,13 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 from ..errors import BusyError, RecipeError
 from ..train.checkpoint import RunFolder
 from ..train.loop import train
 from ..train.state import Report
 from .claims import GRACE, Claims
+from .folder import name_of
 from .study import Study, run_folder
 
 POLL = 2.0
@@ -38,7 +38,7 @@ def join(database: str, out: Path, grace: float = GRACE) -> Claims:
         raise RecipeError("workers that share a study by --database are single processes; start them without launcher")
     claims = Claims(database, "", grace)
     out.mkdir(parents=True, exist_ok=True)
-    claims.study = _name_of(out)
+    claims.study = name_of(out)
     return claims
 
 
@@ -94,16 +94,3 @@ def _train(
 
 def _pause(claims: Claims) -> None:
     time.sleep(min(POLL, claims.grace / 10))
-
-
-def _name_of(out: Path) -> str:
-    """A name of the study folder that is the same wherever workers mount it, and new where the folder is."""
-    path, mine = out / ".study", uuid4().hex
-    part = path.with_name(f".study-{mine}")
-    part.write_text(mine)
-    try:
-        with suppress(FileExistsError):
-            os.link(part, path)  # In one step, so that no worker reads half a name.
-    finally:
-        part.unlink()
-    return path.read_text()

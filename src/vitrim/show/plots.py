@@ -16,6 +16,9 @@ Target = str | Path | IO[bytes]
 # Okabe and Ito's colours, told apart by colour-blind readers and in print.
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a5195", "#8c6d31")
 _MARKERS = "osD^vPX*"
+_DASHES = ("-", "--", ":", "-.")
+MOST_CURVES = len(_COLOURS) * len(_DASHES)
+"""Runs whose curves can be told apart."""
 _INK, _GRID = "#3b3f46", "#e3e5e9"
 _COSTS = {"macs": "MACs per image", "images_per_second": "images per second"}
 _PANELS = {
@@ -94,7 +97,7 @@ def curves_plot(metrics: Sequence[Row] | Mapping[str, Sequence[Row]], path: Targ
         False, and nothing is written, where there is nothing to plot.
     """
     runs = metrics if isinstance(metrics, Mapping) else {"": metrics}
-    colours = {name: _COLOURS[index % 8] for index, name in enumerate(runs)}  # A run keeps its own in every panel.
+    styles = {name: _style(index) for index, name in enumerate(runs)}  # A run keeps its own in every panel.
     panels: list[tuple[str, list[tuple[str, list[float], list[float]]]]] = []
     for title, keys in _PANELS.items():
         lines: list[tuple[str, list[float], list[float]]] = []
@@ -112,8 +115,8 @@ def curves_plot(metrics: Sequence[Row] | Mapping[str, Sequence[Row]], path: Targ
         for index, (label, xs, ys) in enumerate(lines):
             marker = "o" if len(xs) < 25 else ""
             told = label if len(lines) > 1 or len(runs) > 1 else ""
-            colour = colours[label] if len(runs) > 1 else _COLOURS[index % 8]
-            axes.plot(xs, ys, marker=marker, markersize=4, linewidth=1.8, color=colour, label=told)
+            style = styles[label] if len(runs) > 1 else _style(index)
+            axes.plot(xs, ys, marker=marker, markersize=4, linewidth=1.8, label=told, **style)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if title == "accuracy":
             axes.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
@@ -142,6 +145,13 @@ def _series(row: Row) -> str:
 
 def _is_dense(row: Row) -> bool:
     return bool(row.get("dense")) or _series(row) == "dense"
+
+
+def _style(index: int) -> dict[str, str]:
+    return {
+        "color": _COLOURS[index % len(_COLOURS)],
+        "linestyle": _DASHES[index // len(_COLOURS) % len(_DASHES)],
+    }
 
 
 def _curve(run: Sequence[Row], key: str) -> tuple[list[float], list[float]]:
@@ -193,9 +203,11 @@ def _save(figure: Figure, path: Target) -> None:
     entries = {label: handle for label, handle in entries.items() if label}
     if len(entries) > 1:
         letters = max(len(label) for label in entries) + 6
+        columns = max(1, min(len(entries), int(13 * figure.get_figwidth() / letters)))
+        figure.set_figheight(figure.get_figheight() + 0.2 * (ceil(len(entries) / columns) - 1))
         figure.legend(
             list(entries.values()), [_safe(label) for label in entries], loc="outside lower center", frameon=False,
-            ncols=max(1, min(len(entries), int(13 * figure.get_figwidth() / letters))), labelcolor=_INK, fontsize=9.5,
+            ncols=columns, labelcolor=_INK, fontsize=9.5,
         )  # fmt: skip
     figure.savefig(path, dpi=160, format=None if isinstance(path, str | Path) else "png")
 

@@ -13,13 +13,12 @@ from .. import __version__
 from ..errors import DataError, VitrimError
 from ..measure.table import Table
 from ..output import check_folder, replacing
-from .plots import cost_accuracy_plot, curves_plot
-from .runs import Run, cell, make_table, points, read_folder, say, words
+from .plots import MOST_CURVES, cost_accuracy_plot, curves_plot
+from .runs import Run, cell, make_table, over_seeds, points, read_folder, say, words
 
 _MARK = '<meta name="generator" content="vitrim'
 _COST_PLOT = "accuracy-against-cost"
 _MOST_PICTURES = 12
-_MOST_CURVES = 12
 _CARDS = {
     "test_accuracy": "test accuracy",
     "accuracy": "accuracy",
@@ -80,9 +79,11 @@ def _study(top: Run, runs: Sequence[Run]) -> dict[str, Any]:
         overview = make_table({"title": "runs", "columns": ["run", *known], "rows": results})
         top = replace(top, tables=[overview] if overview else [])
     section = _run(top, str(top.result.get("title") or top.path.resolve().name))
-    several = {_name(top, run): run.metrics for run in runs if run.metrics}
-    if 1 < len(several) <= _MOST_CURVES:
+    several = over_seeds({_name(top, run): run.metrics for run in runs if run.metrics})
+    if 1 < len(several) <= MOST_CURVES:
         section["plots"] += _plot("training curves", lambda file: curves_plot(several, file))
+    elif several and len(several) > MOST_CURVES:
+        section["notes"].append(f"The curves of {len(several)} runs are too many for one plot; each run has its own.")
     return section | {"runs": [_run(run, _name(top, run)) for run in runs]}
 
 

@@ -1,6 +1,7 @@
 """Read what runs have left in their folders, and say figures the way people read them. No torch."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
@@ -12,6 +13,7 @@ from ..measure.table import Column, Table
 
 _MARKS = ("recipe.yaml", "result.json", "metrics.jsonl", "environment.json", "command.txt")
 _INNER = {"checkpoint", "model", "pictures"}
+_SEED = re.compile(r"-s\d+$")
 _FRACTIONS = ("accuracy", "top1", "top_1", "top5", "top_5")
 
 
@@ -131,6 +133,33 @@ def points(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             point["macs"] = row["gmacs"] * 1e9
         point["dense"] = row.get("dense") or row.get("method") == "dense"
         found.append(point)
+    return found
+
+
+def over_seeds(metrics: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Sequence[Mapping[str, Any]]]:
+    """Curves by run, those of one row's seeds (`ROW-sSEED`) as their mean over the epochs that all of them have."""
+    rows: dict[str, list[str]] = {}
+    for name in metrics:
+        rows.setdefault(_SEED.sub("", name), []).append(name)
+    found: dict[str, Sequence[Mapping[str, Any]]] = {}
+    for row, names in rows.items():
+        if len(names) == 1:
+            found[names[0]] = metrics[names[0]]
+        else:
+            epochs = zip(*(metrics[name] for name in names), strict=False)
+            found[f"{row}, mean of {len(names)} seeds"] = [_mean(epoch) for epoch in epochs]
+    return found
+
+
+def _mean(epochs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What all of these agree on, and the mean of every other figure that is a number in all of them."""
+    found: dict[str, Any] = {}
+    for name, first in epochs[0].items():
+        values = [epoch.get(name) for epoch in epochs]
+        if all(value == first for value in values):
+            found[name] = first
+        elif all(type(value) in (int, float) for value in values):
+            found[name] = sum(values) / len(values)
     return found
 
 

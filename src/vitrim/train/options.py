@@ -13,14 +13,39 @@ from ..errors import RecipeError, UnknownNameError
 Options = TypeVar("Options")
 
 
+class _TwiceError(Exception):
+    def __init__(self, name: str, line: int) -> None:
+        self.name, self.line = name, line
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a name that a mapping gives twice, of which YAML would silently take the last."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen: set[tuple[str, str]] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if (key.tag, key.value) in seen:
+                    raise _TwiceError(key.value, key.start_mark.line + 1)
+                seen.add((key.tag, key.value))
+        return node
+
+
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """A YAML file that holds a mapping."""
+    """A YAML file that holds a mapping.
+
+    Raises:
+        RecipeError: it cannot be read, is something else, or gives a name twice.
+    """
     try:
-        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        data = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)  # A safe one.
     except FileNotFoundError:
         raise RecipeError(f"{path} does not exist") from None
     except OSError as error:
         raise RecipeError(f"{path} cannot be read ({error.strerror})") from None
+    except _TwiceError as error:
+        raise RecipeError(f"{path}, line {error.line}: {error.name!r} is given twice; remove or rename one") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict):
@@ -53,7 +78,7 @@ def flatten(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         if isinstance(value, dict) and value:
             flat.update(flatten(value, f"{prefix}{name}."))
         else:
-            flat[prefix + name] = value
+            flat[f"{prefix}{name}"] = value
     return flat
 
 

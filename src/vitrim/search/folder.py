@@ -1,0 +1,48 @@
+"""The folder of a study, which carries a mark by which it is told from all others, and which is its name to workers."""
+
+import os
+from contextlib import suppress
+from pathlib import Path
+from uuid import uuid4
+
+from ..errors import RecipeError
+from ..output import check_folder
+from ..train.checkpoint import write_atomic
+
+MARK = ".study"
+
+
+def check_study_folder(out: str | Path) -> None:
+    """Refuse a folder that holds something else than a study, hidden files aside; changes nothing.
+
+    Raises:
+        RecipeError: it holds a run, or anything that no study has written.
+        VitrimError: it takes no files.
+    """
+    check_folder(out)
+    out = Path(out)
+    if not out.is_dir() or (out / MARK).exists():
+        return
+    if (out / "recipe.yaml").exists():
+        raise RecipeError(f"{out} holds a run, which a study would write over; choose another folder with --out")
+    if found := sorted(path.name for path in out.iterdir() if not path.name.startswith(".")):
+        raise RecipeError(f"{out} is not empty and holds no study ({found[0]}); choose another folder with --out")
+
+
+def mark(out: Path) -> None:
+    """Make the folder that of a study."""
+    if not (out / MARK).exists():
+        write_atomic(out / MARK, uuid4().hex)
+
+
+def name_of(out: Path) -> str:
+    """A name of the study folder that is the same wherever workers mount it; one of them marks it."""
+    path, mine = out / MARK, uuid4().hex
+    part = path.with_name(f"{MARK}-{mine}")
+    part.write_text(mine)
+    try:
+        with suppress(FileExistsError):
+            os.link(part, path)  # In one step, so that no worker reads half a name.
+    finally:
+        part.unlink()
+    return path.read_text()
