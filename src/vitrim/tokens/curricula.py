@@ -11,7 +11,7 @@ from math import cos, pi
 from typing import Literal
 
 from ..errors import ScheduleError
-from .options import check_options
+from ..kinds import check_options
 
 History = Sequence[Mapping[str, float]]
 CURRICULA: dict[str, type["Curriculum"]] = {}

@@ -6,8 +6,8 @@ from math import ceil
 from typing import Literal
 
 from ..errors import ScheduleError
+from ..kinds import check_options
 from ..notation import render
-from .options import check_options
 from .reducers import Reducer
 
 Place = Literal["before", "inside"]

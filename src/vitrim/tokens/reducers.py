@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ..errors import ScoreError
+from ..kinds import check_options
 from .assignment import Assignment
-from .options import check_options
 from .scores import Evidence, Needs, find_score
 
 REDUCERS: dict[str, type["Reducer"]] = {}

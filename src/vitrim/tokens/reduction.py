@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ..errors import ScheduleError, ScoreError
+from ..kinds import check_options
 from ..notation import Notation, render
 from .curricula import CURRICULA, Constant, Curriculum, Polynomial
-from .options import check_options
 from .plan import SCHEDULES, Schedule
 from .reducers import REDUCERS, Reducer
 from .schedules import KeepRate

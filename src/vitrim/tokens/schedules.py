@@ -10,8 +10,8 @@ from math import ceil, floor
 from numbers import Integral
 
 from ..errors import ScheduleError
+from ..kinds import as_tuple
 from ..notation import SHOWN
-from .options import as_tuple
 from .plan import Place, Schedule
 from .reducers import Reducer
 
