@@ -255,13 +255,17 @@ def test_student_is_left_as_it_was():
     assert clone.student is not student
 
 
-def _worker(rank, folder, terms):
+def _pair(name, terms):
     torch.manual_seed(0)
+    student = vit(name, depth=3)
+    vitrim.attach(student, "ToMe() @ ConstantR(2)")
+    return Distiller(student, teacher(depth=2), terms).train()
+
+
+def _worker(rank, folder, name, terms):
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    student = vit(depth=3)
-    vitrim.attach(student, "ToMe() @ ConstantR(2)")
-    wrapped = DistributedDataParallel(Distiller(student, teacher(depth=2), terms).train())
+    wrapped = DistributedDataParallel(_pair(name, terms))
     torch.manual_seed(1)
     images = torch.randn(4, 3, 64, 64)
     for _ in range(2):  # The second pass is the one that complains of parameters without a gradient.
@@ -273,14 +277,18 @@ def _worker(rank, folder, terms):
     torch.distributed.destroy_process_group()
 
 
-def test_two_processes_equal_one(tmp_path):
-    """Headless terms on a student with a head: DDP must not wait for it, nor for the teacher."""
-    terms = "Cls() + Tokens() + Merged()"
-    mp.spawn(_worker, (str(tmp_path), terms), nprocs=2)
-    torch.manual_seed(0)
-    student = vit(depth=3)
-    vitrim.attach(student, "ToMe() @ ConstantR(2)")
-    distiller = Distiller(student, teacher(depth=2), terms).train()
+@pytest.mark.parametrize(
+    ("name", "terms"),
+    [
+        ("vit_tiny_patch16_224", "Cls() + Tokens() + Merged()"),
+        ("vit_tiny_patch16_224", "ClsStages(stages=2)"),
+        ("deit_tiny_distilled_patch16_224", "DistToken()"),
+    ],
+)
+def test_two_processes_equal_one(tmp_path, name, terms):
+    """DDP must not wait for parts of the student that no term reads, nor for the teacher."""
+    mp.spawn(_worker, (str(tmp_path), name, terms), nprocs=2)
+    distiller = _pair(name, terms)
     torch.manual_seed(1)
     distiller(torch.randn(4, 3, 64, 64)).loss.backward()
     grads = torch.load(tmp_path / "grads.pt", weights_only=True)
@@ -288,6 +296,41 @@ def test_two_processes_equal_one(tmp_path):
     assert grads.keys() == alone.keys()
     for name, gradient in alone.items():
         torch.testing.assert_close(grads[name], gradient, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("reduction", [None, "TopK(fuse=sum) @ KeepRate(0.7, at=(1, 3))", "ToMe() @ ConstantR(2)"])
+@pytest.mark.parametrize(
+    ("name", "terms"),
+    [
+        ("vit_tiny_patch16_224", "Labels() + Logits()"),
+        ("vit_tiny_patch16_224", "ClsStages(stages=2)"),
+        ("vit_tiny_patch16_224", "ClsStages(stages=3, weight=0.5) + Logits()"),
+        ("vit_tiny_patch16_224", "ClsStages(stages=2) + Tokens()"),
+        ("vit_tiny_patch16_224", "Cls()"),
+        ("vit_tiny_patch16_224", "Tokens()"),
+        ("vit_tiny_patch16_224", "Cls() + Labels()"),
+        ("deit_tiny_distilled_patch16_224", "DistToken()"),
+        ("deit_tiny_distilled_patch16_224", "DistToken() + Labels() + ClsStages()"),
+        ("deit_tiny_distilled_patch16_224", "Cls()"),
+        ("deit_tiny_distilled_patch16_224", "Labels() + Tokens()"),
+        ("vit_base_patch16_siglip_224", "Tokens()"),
+        ("vit_base_patch16_siglip_224", "Logits() + Tokens()"),
+        ("eva02_tiny_patch14_224", "ClsStages()"),
+        ("eva02_tiny_patch14_224", "Logits() + Tokens()"),
+    ],
+)
+def test_several_processes_wait_for_just_what_learns(name, terms, reduction):
+    student = vit(name, **({"img_size": 56} if "patch14" in name else {}))
+    if reduction and "eva" not in name and ("siglip" not in name or "ToMe" in reduction):
+        vitrim.attach(student, reduction)
+    distiller = Distiller(student, teacher(img_size=student.patch_embed.img_size), terms).train()
+    draw = torch.get_rng_state()
+    ignored = set(distiller._ddp_params_and_buffers_to_ignore)
+    assert torch.equal(torch.get_rng_state(), draw)
+    distiller(torch.randn(2, 3, *student.patch_embed.img_size), torch.tensor([0, 4])).loss.backward()
+    idle = {name for name, parameter in distiller.named_parameters() if parameter.grad is None}
+    assert {name for name in ignored if not name.startswith("teacher.") or name in idle} == idle
+    assert ("student.head.weight" in idle) == (not {"logits"} & {r for t in distiller.terms.terms for r in t.reads})
 
 
 @pytest.mark.parametrize(

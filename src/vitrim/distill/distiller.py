@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from ..errors import DistillError
 from ..models import find_adapter
-from .features import Anatomy, Outputs, look, whereabouts
+from .features import Anatomy, Outputs, idle_parameters, look, whereabouts
 from .objective import Batch, Term, Terms
 from .teacher import Teacher, grid_of
 
@@ -71,13 +71,6 @@ class Distiller(nn.Module):
             held = {id(parameter) for parameter in self.teacher.parameters()}
             if any(id(parameter) in held for parameter in student.parameters()):
                 raise DistillError("student and teacher share weights; give the teacher its own with copy.deepcopy")
-        # DDP waits for a gradient of every parameter and sends every buffer around: a head that no term reads, and
-        # the frozen teacher, must not be its business.
-        self._ddp_params_and_buffers_to_ignore = [
-            *(name for name, _ in self.named_parameters() if name.startswith("teacher.")),
-            *(name for name, _ in self.named_buffers() if name.startswith("teacher.")),
-            *(f"student.{name}" for name in self._idle_parameters()),
-        ]
         self.register_load_state_dict_post_hook(_expect_no_teacher)
 
     @property
@@ -133,11 +126,17 @@ class Distiller(nn.Module):
             grid = grid_of(student["origin"].shape[1], images.shape[-2:])
         return self.teacher(images, self.of_teacher, grid)
 
-    def _idle_parameters(self) -> list[str]:
-        if not self.of_student.features or self.of_student.logits or self.of_student.dist_logits:
-            return []
-        head = ("head.", "head_dist.", "fc_norm.", "attn_pool.")
-        return [name for name, _ in self.student.named_parameters() if name.startswith(head)]
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        """What DDP, which asks for it, leaves alone: the frozen teacher and what no term teaches.
+
+        DDP waits for a gradient of every other parameter and sends every other buffer around.
+        """
+        frozen = [name for name, _ in (*self.named_parameters(), *self.named_buffers()) if name.startswith("teacher.")]
+        if not self.of_student.features:
+            return frozen
+        reads = {name for term in self.terms.terms for name in term.reads}
+        return [*frozen, *(f"student.{name}" for name in idle_parameters(self.student, self.of_student, reads))]
 
 
 def student_grid(student: nn.Module) -> tuple[int, int]:

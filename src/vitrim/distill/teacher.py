@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from ..errors import DistillError
 from ..models import attached
-from .features import Anatomy, Wanted, look
+from .features import Anatomy, Wanted, input_size_of, look
 
 Grid = tuple[int, int]
 _HOW = {"training", "fused_attn", "grad_checkpointing"}
@@ -61,9 +61,7 @@ class Teacher(nn.Module):
         self.model = model.eval().requires_grad_(False)
         self.anatomy = Anatomy.of(model)
         config = resolve_model_data_config(model)
-        # A timm model built for another size keeps the size of its weights in the configuration.
-        own_size = getattr(getattr(model, "patch_embed", None), "img_size", None) or config["input_size"][1:]
-        self.input_size: Grid = (int(own_size[0]), int(own_size[1])) if input_size is None else input_size
+        self.input_size: Grid = input_size_of(model)[1:] if input_size is None else input_size
         own = torch.tensor([mean or config["mean"], std or config["std"]], dtype=torch.float64)
         given = torch.tensor([images_mean or own[0].tolist(), images_std or own[1].tolist()], dtype=torch.float64)
         self.renormalises = not torch.equal(own, given)
