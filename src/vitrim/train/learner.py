@@ -1,5 +1,6 @@
 """What a recipe builds to learn with: networks, objective, mixing, optimiser and learning-rate schedule."""
 
+from collections.abc import Sequence
 from functools import partial
 
 import timm
@@ -10,9 +11,10 @@ from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..distill import Distiller, Teacher
+from ..distill import Distiller, Teacher, Terms
 from ..errors import DistillError, RecipeError, VitrimError
 from ..models import attach, attached, build_model
+from ..models.classes import other_classes
 from ..tokens import Reduction, render
 from .data import InputFormat
 from .recipe import Recipe
@@ -44,9 +46,15 @@ def reduction_of(recipe: Recipe) -> Reduction | None:
     return reduction
 
 
-def prepare_student(recipe: Recipe, num_classes: int) -> nn.Module:
-    """The network to train, with the recipe's reduction in place of one it brought along."""
+def prepare_student(recipe: Recipe, num_classes: int, classes: Sequence[str] | None = None) -> nn.Module:
+    """The network to train, with the recipe's reduction in place of one it brought along.
+
+    Raises:
+        RecipeError: it brings a classifier along for other classes than these.
+    """
     student = prepare_model(recipe.model, num_classes, recipe.data.image_size)
+    if student.num_classes and not recipe.model.reset_head and (fault := _other_classes(recipe.model, classes)):
+        raise RecipeError(f"{fault}; set model.reset_head to start a new classifier")
     if (reduction := reduction_of(recipe)) is not None:
         if (brought := attached(student)) is not None:
             brought.remove()
@@ -63,11 +71,17 @@ def prepare_student(recipe: Recipe, num_classes: int) -> nn.Module:
     return student
 
 
-def prepare_teacher(spec: ModelSpec, seen: InputFormat) -> Teacher:
+def prepare_teacher(spec: ModelSpec, seen: InputFormat, classes: Sequence[str] | None = None) -> Teacher:
     """The teacher of a recipe, dense and frozen, for images that arrive in the student's format.
 
+    Args:
+        spec: which network.
+        seen: the student's format.
+        classes: what its logits must stand for; None where nobody reads them.
+
     Raises:
-        DistillError: it cannot be built, has no weights to teach from, or takes other channels than arrive.
+        DistillError: it cannot be built, has no weights to teach from, takes other channels than arrive, or knows
+            other classes.
     """
     if timm.is_model(spec.name) and not spec.pretrained and spec.checkpoint is None:
         raise DistillError(f"the teacher {spec.name} has learnt nothing; set teacher.checkpoint or teacher.pretrained")
@@ -75,6 +89,8 @@ def prepare_teacher(spec: ModelSpec, seen: InputFormat) -> Teacher:
         model = prepare_model(spec, None)
     except VitrimError as error:
         raise DistillError(f"no teacher: {error}") from None
+    if fault := _other_classes(spec, classes):
+        raise DistillError(f"{fault}; teach by terms on features, or train the teacher on these images")
     if (brought := attached(model)) is not None:
         brought.remove()
     own = InputFormat.of(model)
@@ -85,12 +101,17 @@ def prepare_teacher(spec: ModelSpec, seen: InputFormat) -> Teacher:
     )
 
 
-def prepare_learner(recipe: Recipe, student: nn.Module) -> Distiller:
+def prepare_learner(recipe: Recipe, student: nn.Module, classes: Sequence[str] | None = None) -> Distiller:
     """Student, teacher and objective in one module; where a recipe distils nothing, the objective is that on labels."""
-    seen = InputFormat.of(student, recipe.data.image_size)
-    teacher = None if recipe.teacher is None else prepare_teacher(recipe.teacher, seen)
+    seen, terms = InputFormat.of(student, recipe.data.image_size), Terms.parse(recipe.distill or "Labels()")
+    compared = classes if terms.wanted(of_teacher=True).logits else None
+    teacher = None if recipe.teacher is None else prepare_teacher(recipe.teacher, seen, compared)
     criterion = partial(cross_entropy, smoothing=recipe.augment.smoothing)
-    return Distiller(student, teacher, recipe.distill or "Labels()", criterion)
+    return Distiller(student, teacher, terms, criterion)
+
+
+def _other_classes(spec: ModelSpec, classes: Sequence[str] | None) -> str:
+    return "" if classes is None or spec.reset_head else other_classes(spec.checkpoint or spec.name, classes)
 
 
 def with_student(learner: Distiller, student: nn.Module) -> Distiller:
