@@ -1,6 +1,7 @@
 """Student, teacher and objective in one module, so that a training loop wraps, calls and optimises a single thing."""
 
 from collections.abc import Callable, Sequence
+from functools import wraps
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -12,6 +13,9 @@ from ..models import find_adapter
 from .features import Anatomy, Outputs, idle_parameters, look, whereabouts
 from .objective import Batch, Term, Terms
 from .teacher import Teacher, grid_of
+
+LENGTHS = 1024
+"""Forms of the student that may be compiled; more than there are numbers of tokens."""
 
 
 class Known(Protocol):
@@ -60,8 +64,13 @@ class Distiller(nn.Module):
         self._look = look
         own, theirs = Anatomy.of(student), None if teacher is None else teacher.anatomy
         projections: dict[str, nn.Module] = {}
+        if teacher is not None and not any(term.asks for term in self.terms.terms):
+            raise DistillError(
+                f"no term of {self.terms} asks the teacher; leave teacher out, or add one such as Logits()"
+            )
         for term in self.terms.terms:
             check_pair(term, own, theirs)
+            term.check(student)
             made = None if theirs is None else term.project(own, theirs)
             if made is not None:
                 projections[term.name] = made
@@ -79,10 +88,14 @@ class Distiller(nn.Module):
         return self.of_student.logits or self.of_student.dist_logits
 
     def compile(self, *args: Any, **options: Any) -> None:
-        """Compile the student's forward pass, features included; options are those of torch.compile."""
+        """Compile the student's forward pass, features included; options are those of torch.compile.
+
+        Every number of tokens that a curriculum passes through is compiled for, however many there are.
+        """
         self.student.compile(*args, **options)
+        self.student._compiled_call_impl = _for_many_lengths(self.student._compiled_call_impl)
         if self.of_student.features:  # Collected by another method than the one that is compiled with a module.
-            self._look = torch.compile(look, *args, **options)
+            self._look = _for_many_lengths(torch.compile(look, *args, **options))
 
     def rely_on(self, known: Known) -> None:
         """Let go of the live teacher: from now on its outputs come with each batch, from this cache of them."""
@@ -137,6 +150,17 @@ class Distiller(nn.Module):
             return frozen
         reads = {name for term in self.terms.terms for name in term.reads}
         return [*frozen, *(f"student.{name}" for name in idle_parameters(self.student, self.of_student, reads))]
+
+
+def _for_many_lengths(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """Without it, torch goes back to eager execution after 8 forms of the same code, and tells only a log."""
+
+    @wraps(compiled)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with torch._dynamo.config.patch(recompile_limit=LENGTHS, accumulated_recompile_limit=4 * LENGTHS):
+            return compiled(*args, **kwargs)
+
+    return call
 
 
 def student_grid(student: nn.Module) -> tuple[int, int]:

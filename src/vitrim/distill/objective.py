@@ -97,6 +97,9 @@ class Term:
         names = self.asks if of_teacher else self.reads
         return Wanted(**{name: name in names for name in ("logits", "dist_logits", "cls", "tokens")})
 
+    def check(self, student: nn.Module) -> None:
+        """Raise `DistillError` where this student, reduced as it is, would give the term nothing to compare."""
+
     def project(self, student: Anatomy, teacher: Anatomy) -> nn.Module | None:
         """The learned map from student to teacher width, None where there is nothing to learn."""
         return None
