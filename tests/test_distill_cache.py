@@ -262,6 +262,40 @@ def test_other_mistakes_take_one_line(tmp_path, teacher, monkeypatch):
         build(tmp_path / "e", teacher)
 
 
+@pytest.mark.parametrize("name", ["done", "logits", "tokens"])
+@pytest.mark.parametrize(
+    ("harm", "part"),
+    [
+        (lambda path: path.unlink(), "is missing; remove"),
+        (lambda path: path.write_bytes(b""), "is damaged or cut short; remove"),
+        (lambda path: path.write_bytes(path.read_bytes()[:40]), "is damaged or cut short; remove"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-1]), "is damaged or cut short; remove"),
+        (lambda path: path.write_bytes(b"What is this?" * 20), "is damaged or cut short; remove"),
+        (lambda path: np.save(path, np.load(path)[1:]), "does not fit the manifest; remove"),
+        (lambda path: np.save(path, np.load(path).astype("int64")), "does not fit the manifest; remove"),
+    ],
+)
+def test_a_damaged_cache_takes_one_line(tmp_path, teacher, name, harm, part):
+    build(tmp_path / "c", teacher)
+    harm(tmp_path / "c" / f"{name}.npy")
+    for verb in (TeacherCache.open, TeacherCache.build):
+        with pytest.raises(VitrimError, match=part) as told:
+            verb(tmp_path / "c", teacher, views(), TERMS, grid=(4, 4))
+        assert "\n" not in str(told.value)
+        assert str(told.value).startswith(f"{tmp_path / 'c' / name}.npy ")
+
+
+def test_a_cache_that_is_damaged_half_way_takes_one_line(tmp_path, teacher):
+    def stop(done, _):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build(tmp_path / "c", teacher, tick=stop)
+    (tmp_path / "c" / "cls.npy").write_bytes(b"")
+    with pytest.raises(VitrimError, match=r"cls.npy is damaged or cut short; remove .* and build the cache again"):
+        build(tmp_path / "c", teacher)
+
+
 def test_manifest_is_plain_json(tmp_path, teacher):
     build(tmp_path / "c", teacher)
     manifest = json.loads((tmp_path / "c" / "manifest.json").read_text())

@@ -14,7 +14,7 @@ from vitrim.distill import Distiller, Teacher, Wanted, student_grid
 from vitrim.distill.features import group_means, look, whereabouts
 from vitrim.errors import VitrimError
 
-ALL = "Labels() + Logits(0.7) + ClsStages(0.3) + Cls(0.5) + Tokens(0.5) + Merged(0.5)"
+ALL = "Labels() + Logits(0.7) + ClsStages(0.3) + Cls(0.5) + Tokens(0.5)"
 
 
 def vit(name="vit_tiny_patch16_224", **args):
@@ -123,24 +123,38 @@ def test_total_is_the_weighted_sum_and_follows_progress():
     assert distiller(images, soft).loss.isfinite()
 
 
-@pytest.mark.parametrize("text", [None, "TopK(fuse=sum) @ KeepRate(0.6, at=(1, 3))", "ToMe() @ ConstantR(2)"])
-def test_gradient_reaches_student_and_projections_only(text):
+@pytest.mark.parametrize(
+    ("text", "terms"),
+    [
+        (None, ALL),
+        ("TopK(fuse=sum) @ KeepRate(0.6, at=(1, 3))", ALL),
+        ("ToMe() @ ConstantR(2)", f"{ALL} + Merged(0.5)"),
+    ],
+)
+def test_gradient_reaches_student_and_projections_only(text, terms):
     student = vit()
     if text:
         vitrim.attach(student, text)
-    distiller = Distiller(student, teacher(), ALL).train()
+    distiller = Distiller(student, teacher(), terms).train()
     out = distiller(torch.randn(2, 3, 64, 64), torch.tensor([0, 4]))
     out.loss.backward()
     assert out.logits.shape == (2, 5)
-    assert set(out.terms) == {"labels", "logits", "cls_stages", "cls", "tokens", "merged"}
+    assert set(out.terms) == {term.name for term in distiller.terms.terms}
     for name, parameter in distiller.named_parameters():
         assert (parameter.grad is None) == name.startswith("teacher."), name
-    live = [p for name, p in distiller.named_parameters() if not name.startswith(("teacher.", "projections.merged"))]
+    live = [p for name, p in distiller.named_parameters() if not name.startswith("teacher.")]
     assert all(bool(p.grad.abs().sum() > 0) for p in live)
 
 
-@pytest.mark.parametrize("text", ["TopK(fuse=sum) @ KeepRate(0.6, at=(1, 3))", "ToMe() @ ConstantR(2)"])
-@pytest.mark.parametrize("terms", [ALL, "Cls() + Tokens()"])
+@pytest.mark.parametrize(
+    ("text", "terms"),
+    [
+        ("TopK(fuse=sum) @ KeepRate(0.6, at=(1, 3))", ALL),
+        ("TopK(fuse=sum) @ KeepRate(0.6, at=(1, 3))", "Cls() + Tokens()"),
+        ("ToMe() @ ConstantR(2)", f"{ALL} + Merged(0.5)"),
+        ("ToMe() @ ConstantR(2)", "Cls() + Tokens()"),
+    ],
+)
 def test_activation_checkpointing_changes_nothing(text, terms):
     student = vit().double()
     vitrim.attach(student, text)
@@ -234,6 +248,31 @@ def test_compiled_training_has_the_losses_of_eager_training(terms: str):
     assert min(calls) > 100  # and in it the whole student.
 
 
+@pytest.mark.parametrize(("terms", "modes"), [("Labels()", (True, False)), ("Cls()", (True,))])
+def test_every_strength_of_a_curriculum_is_compiled(terms: str, modes: tuple[bool, ...]):
+    """Evaluation calls the student itself; torch counts its forms with those of training."""
+    graphs: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]):
+        graphs.append(len(graph.graph.nodes))
+        return graph.forward
+
+    student = vit(depth=1)
+    handle = vitrim.attach(student, "TopK() @ KeepRate(0.2, at=(0,))")
+    distiller = Distiller(student, None if terms == "Labels()" else teacher(depth=1), terms)
+    distiller.compile(backend=backend)
+    images, labels = torch.randn(2, 3, 64, 64), torch.tensor([0, 4])
+    numbers = 10 // len(modes)  # torch's own limit is 8.
+    for _ in range(2):  # Once compiled, each is there to stay.
+        for training in modes:
+            distiller.train(training)
+            for number in range(numbers):
+                handle.set_strength((number + 1) / 12)
+                assert handle.token_counts == (16 - number,)
+                _ = distiller(images, labels) if training else student(images)
+        assert len(graphs) == 10
+
+
 def test_half_precision_sums_in_float32():
     distiller = Distiller(vit(), teacher(), "Logits() + ClsStages() + Cls() + Tokens()").eval()
     images = torch.randn(2, 3, 64, 64)
@@ -255,13 +294,17 @@ def test_student_is_left_as_it_was():
     assert clone.student is not student
 
 
-def _worker(rank, folder, terms):
+def _pair(name, terms):
     torch.manual_seed(0)
+    student = vit(name, depth=3)
+    vitrim.attach(student, "ToMe() @ ConstantR(2)")
+    return Distiller(student, teacher(depth=2), terms).train()
+
+
+def _worker(rank, folder, name, terms):
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    student = vit(depth=3)
-    vitrim.attach(student, "ToMe() @ ConstantR(2)")
-    wrapped = DistributedDataParallel(Distiller(student, teacher(depth=2), terms).train())
+    wrapped = DistributedDataParallel(_pair(name, terms))
     torch.manual_seed(1)
     images = torch.randn(4, 3, 64, 64)
     for _ in range(2):  # The second pass is the one that complains of parameters without a gradient.
@@ -273,14 +316,18 @@ def _worker(rank, folder, terms):
     torch.distributed.destroy_process_group()
 
 
-def test_two_processes_equal_one(tmp_path):
-    """Headless terms on a student with a head: DDP must not wait for it, nor for the teacher."""
-    terms = "Cls() + Tokens() + Merged()"
-    mp.spawn(_worker, (str(tmp_path), terms), nprocs=2)
-    torch.manual_seed(0)
-    student = vit(depth=3)
-    vitrim.attach(student, "ToMe() @ ConstantR(2)")
-    distiller = Distiller(student, teacher(depth=2), terms).train()
+@pytest.mark.parametrize(
+    ("name", "terms"),
+    [
+        ("vit_tiny_patch16_224", "Cls() + Tokens() + Merged()"),
+        ("vit_tiny_patch16_224", "ClsStages(stages=2)"),
+        ("deit_tiny_distilled_patch16_224", "DistToken()"),
+    ],
+)
+def test_two_processes_equal_one(tmp_path, name, terms):
+    """DDP must not wait for parts of the student that no term reads, nor for the teacher."""
+    mp.spawn(_worker, (str(tmp_path), name, terms), nprocs=2)
+    distiller = _pair(name, terms)
     torch.manual_seed(1)
     distiller(torch.randn(4, 3, 64, 64)).loss.backward()
     grads = torch.load(tmp_path / "grads.pt", weights_only=True)
@@ -288,6 +335,41 @@ def test_two_processes_equal_one(tmp_path):
     assert grads.keys() == alone.keys()
     for name, gradient in alone.items():
         torch.testing.assert_close(grads[name], gradient, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("reduction", [None, "TopK(fuse=sum) @ KeepRate(0.7, at=(1, 3))", "ToMe() @ ConstantR(2)"])
+@pytest.mark.parametrize(
+    ("name", "terms"),
+    [
+        ("vit_tiny_patch16_224", "Labels() + Logits()"),
+        ("vit_tiny_patch16_224", "ClsStages(stages=2)"),
+        ("vit_tiny_patch16_224", "ClsStages(stages=3, weight=0.5) + Logits()"),
+        ("vit_tiny_patch16_224", "ClsStages(stages=2) + Tokens()"),
+        ("vit_tiny_patch16_224", "Cls()"),
+        ("vit_tiny_patch16_224", "Tokens()"),
+        ("vit_tiny_patch16_224", "Cls() + Labels()"),
+        ("deit_tiny_distilled_patch16_224", "DistToken()"),
+        ("deit_tiny_distilled_patch16_224", "DistToken() + Labels() + ClsStages()"),
+        ("deit_tiny_distilled_patch16_224", "Cls()"),
+        ("deit_tiny_distilled_patch16_224", "Labels() + Tokens()"),
+        ("vit_base_patch16_siglip_224", "Tokens()"),
+        ("vit_base_patch16_siglip_224", "Logits() + Tokens()"),
+        ("eva02_tiny_patch14_224", "ClsStages()"),
+        ("eva02_tiny_patch14_224", "Logits() + Tokens()"),
+    ],
+)
+def test_several_processes_wait_for_just_what_learns(name, terms, reduction):
+    student = vit(name, **({"img_size": 56} if "patch14" in name else {}))
+    if reduction and "eva" not in name and ("siglip" not in name or "ToMe" in reduction):
+        vitrim.attach(student, reduction)
+    distiller = Distiller(student, teacher(img_size=student.patch_embed.img_size), terms).train()
+    draw = torch.get_rng_state()
+    ignored = set(distiller._ddp_params_and_buffers_to_ignore)
+    assert torch.equal(torch.get_rng_state(), draw)
+    distiller(torch.randn(2, 3, *student.patch_embed.img_size), torch.tensor([0, 4])).loss.backward()
+    idle = {name for name, parameter in distiller.named_parameters() if parameter.grad is None}
+    assert {name for name in ignored if not name.startswith("teacher.") or name in idle} == idle
+    assert ("student.head.weight" in idle) == (not {"logits"} & {r for t in distiller.terms.terms for r in t.reads})
 
 
 @pytest.mark.parametrize(
@@ -299,6 +381,8 @@ def test_two_processes_equal_one(tmp_path):
         ({}, {}, "DistToken()", "with a distillation token"),
         ({"class_token": False, "global_pool": "avg"}, {}, "Cls()", "reads CLS"),
         ({"depth": 2}, {}, "ClsStages()", None),
+        ({}, {}, "Labels()", "no term of Labels() asks the teacher; leave teacher out"),
+        ({}, {}, "Tokens() + Merged()", "compares merged tokens, but no token reduction is attached to the student"),
     ],
 )
 def test_pairs_that_do_not_fit_take_one_line(student, teach, terms, part):
@@ -307,6 +391,36 @@ def test_pairs_that_do_not_fit_take_one_line(student, teach, terms, part):
         Distiller(vit(**student), teacher(**teach), terms)(images)
     assert "\n" not in str(told.value)
     assert (part or "too few for 3 stages") in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "phase", "part"),
+    [
+        ("TopK() @ KeepRate(0.7)", "both", r"the student's TopK\(\) merges none"),
+        (
+            "TopK(fuse=sum) @ KeepRate(0.7)",
+            "both",
+            r"TopK\(fuse='sum'\) merges none; leave Merged out, or reduce by ToMe",
+        ),
+        ("ToMe() @ KeepRate(0.7)", "eval", "acts in phase eval alone"),
+        ("ToMe() @ KeepRate(0.7, at=1, reinstate=3)", "both", "come apart before block 3"),
+        ("ToMe() @ Budget(0.95, shape=KeepRate(0.5, at=1, reinstate=3))", "both", "come apart before block 3"),
+    ],
+)
+def test_merged_needs_tokens_that_are_merged(text, phase, part):
+    student = vit()
+    vitrim.attach(student, text, phase=phase)
+    with pytest.raises(VitrimError, match=part):
+        Distiller(student, teacher(), "Cls() + Merged()")
+
+
+@pytest.mark.parametrize("text", ["ToMe() @ ConstantR(2)", "ToMe() @ Budget(0.8) @ Delayed(3)"])
+def test_merged_learns_where_tokens_are_merged(text):
+    student = vit()
+    handle = vitrim.attach(student, text)
+    distiller = Distiller(student, teacher(), "Merged()").train()
+    handle.set_epoch(3)
+    assert float(distiller(torch.randn(2, 3, 64, 64)).terms["merged"]) > 0
 
 
 def test_other_mistakes_take_one_line():

@@ -2,6 +2,9 @@
 
 import copy
 import math
+import subprocess
+import sys
+from functools import partial
 
 import pytest
 import timm
@@ -14,6 +17,7 @@ from vitrim.distill.teacher import grid_of, resample_tokens
 from vitrim.errors import VitrimError
 from vitrim.models.build import build_model
 
+IMAGES = torch.linspace(-1, 1, 3 * 64 * 64).view(1, 3, 64, 64)
 EVERYTHING = Wanted(logits=True, stages=3, cls=True, tokens=True)
 
 
@@ -164,6 +168,71 @@ def test_fingerprint_tells_teachers_apart():
     with torch.no_grad():
         model.blocks[1].mlp.fc1.bias[3] += 1e-6
     assert Teacher(model).fingerprint() != first
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        {"num_heads": 6},
+        {"act_layer": "relu"},
+        {"norm_layer": partial(torch.nn.LayerNorm, eps=1e-3)},
+        {"global_pool": "avg"},
+    ],
+)
+def test_fingerprint_tells_settings_apart_that_are_in_no_weight(args):
+    model, other = vit(fc_norm=False), vit(fc_norm=False, **args)
+    other.load_state_dict(model.state_dict())
+    assert not torch.equal(other(IMAGES), model(IMAGES))
+    assert Teacher(other).fingerprint() != Teacher(model).fingerprint()
+
+
+class Shifted(torch.nn.Module):
+    """Holds a constant that no checkpoint carries."""
+
+    def __init__(self, shift):
+        super().__init__()
+        self.num_classes, self.layer = 5, torch.nn.Linear(3, 5)
+        self.register_buffer("offset", torch.full((3,), shift), persistent=False)
+
+    def forward(self, images):
+        return self.layer(images.mean((2, 3)) + self.offset)
+
+
+def test_fingerprint_covers_constants_that_no_checkpoint_carries():
+    one, two = Shifted(0.0), Shifted(1.0)
+    two.load_state_dict(one.state_dict())
+    assert Teacher(one).fingerprint() != Teacher(two).fingerprint()
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "eva02_tiny_patch14_224", "resnet10t"])
+def test_fingerprint_stays_where_the_answers_stay(name, tmp_path):
+    sizes = {"img_size": 56, "depth": 3, "embed_dim": 48, "num_heads": 3} if "resnet" not in name else {}
+    model = timm.create_model(name, num_classes=5, drop_path_rate=0.1, **sizes)
+    given = {"input_size": (56, 56)}
+    first = Teacher(model, **given).fingerprint()
+
+    def after(change):
+        change()
+        return Teacher(model, **given).fingerprint()
+
+    assert after(model.train) == after(model.eval) == first
+    assert after(lambda: model.requires_grad_(True)) == first
+    assert after(lambda: model.to(memory_format=torch.channels_last)) == first
+    assert after(lambda: model(torch.randn(2, 3, 56, 56))) == first
+    assert after(lambda: model.set_grad_checkpointing(True)) == first
+    assert after(lambda: model.register_forward_hook(lambda *_: None)) == first
+    assert after(lambda: model.compile(backend="eager")) == first
+    assert Teacher(vitrim.load(vitrim.save(model, tmp_path / "model")), **given).fingerprint() == first
+
+
+def test_fingerprint_is_the_same_in_another_process(tmp_path):
+    model = vit()
+    vitrim.save(model, tmp_path / "model")
+    line = (
+        "import sys, vitrim; from vitrim.distill import Teacher; print(Teacher(vitrim.load(sys.argv[1])).fingerprint())"
+    )
+    told = subprocess.run([sys.executable, "-c", line, tmp_path / "model"], capture_output=True, text=True, check=True)
+    assert told.stdout.strip() == Teacher(model).fingerprint()
 
 
 def test_a_reduced_teacher_is_refused():

@@ -2,14 +2,15 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from vitrim.distill import LOSSES, TERMS, Terms
+from vitrim.distill import LOSSES, TERMS, Cls, Logits, Terms
 from vitrim.distill.features import Anatomy, group_means
 from vitrim.distill.losses import coarse_kl, soft_kl
-from vitrim.distill.objective import Batch
+from vitrim.distill.objective import Batch, Linear
 from vitrim.errors import VitrimError
 
 B, N, M, P, K, WIDTH, WIDE = 3, 8, 5, 2, 7, 4, 6
@@ -208,6 +209,20 @@ def test_notation_takes_short_forms():
     assert terms.wanted(of_teacher=True).temperatures == (4.0,)
 
 
+def test_booleans_may_be_written_as_in_yaml():
+    assert Terms.parse("Logits(hard=true) + DistToken(hard=false)") == Terms.parse(
+        "Logits(hard=True) + DistToken(hard=False)"
+    )
+
+
+def test_numbers_from_elsewhere_can_be_printed_and_read():
+    made = Terms((Logits(np.float32(0.5), temperature=np.int64(2)), Cls(Linear(np.float64(0), 1), normalise=True)))
+    assert str(made) == "Logits(weight=0.5, temperature=2) + Cls(weight=Linear(start=0.0, end=1), normalise=True)"
+    assert Terms.parse(str(made)) == made
+    with pytest.raises(VitrimError, match="weight is a number or a Weight, not nan"):
+        Logits(float("nan"))
+
+
 def test_table_holds_all_terms():
     assert set(TERMS) == {"Labels", "Logits", "ClsStages", "Cls", "Tokens", "Merged", "DistToken"}
 
@@ -224,7 +239,21 @@ def test_table_holds_all_terms():
         ("Linear(0, 1)", "no distillation term"),
         ("Logits() *", "cannot read"),
         ("Logits() @ Cls()", "cannot read"),
-        ("Logits('much')", "a weight is a number"),
+        ("Logits('much')", "Logits: weight is a number or a Weight, not 'much'"),
+        ("Logits(True)", "Logits: weight is a number or a Weight, not True"),
+        ("Logits(1e400)", "Logits: weight is a number or a Weight, not inf"),
+        ("Logits(Linear(1, a))", "Linear: end is a number, not 'a'"),
+        ("Logits(-1)", "Logits: weight is never below 0 and not 0 for ever, unlike -1"),
+        ("Logits(0)", "Logits: weight is never below 0 and not 0 for ever, unlike 0"),
+        ("Cls(Linear(1, -0.5))", "Cls: weight is never below 0 and not 0 for ever, unlike Linear(start=1, end=-0.5)"),
+        ("Labels(Linear(0, 0))", "Labels: weight is never below 0"),
+        ("Logits(hard=no)", "Logits: hard is True or False, not 'no'"),
+        ("Logits(hard=1)", "Logits: hard is True or False, not 1"),
+        ("Cls(normalise='no')", "Cls: normalise is True or False, not 'no'"),
+        ("Cls(loss=2)", "Cls: loss is text, not 2"),
+        ("ClsStages(stages=2.5)", "ClsStages: stages is a whole number, not 2.5"),
+        ("Logits(temperature=x)", "Logits: temperature is a number, not 'x'"),
+        ("Logits(temperature=1e400)", "Logits: temperature is a number, not inf"),
         ("__import__('os').remove('x')", "cannot read"),
         ("", "cannot read"),
     ],

@@ -6,6 +6,7 @@ import pytest
 
 import vitrim
 from vitrim.errors import ScheduleError
+from vitrim.tokens import Schedule
 
 
 def test_polynomial_published_drop_ratios() -> None:
@@ -19,8 +20,28 @@ def test_polynomial_drives_the_keep_rate() -> None:
     schedule, ptd = vitrim.KeepRate(0.65), vitrim.Polynomial(40, 140, final=0.35, initial=0.1)
     for epoch in (0, 55.5, 90, 170):
         assert 1 - schedule.scaled(ptd.strength(epoch)).rate == pytest.approx(ptd.drop_ratio(epoch))
-    with pytest.raises(ScheduleError, match="make them agree"):
-        vitrim.Reduction(vitrim.TopK(), vitrim.KeepRate(0.5), ptd)
+
+
+@pytest.mark.parametrize(
+    ("fits", "contradicts"),
+    [
+        (vitrim.KeepRate(0.65), vitrim.KeepRate(0.5)),
+        (vitrim.Stages({0: 0.65}), vitrim.Stages({0: 0.8})),
+        (vitrim.Stages({0: 0.85, 2: 0.65}), vitrim.Stages({0: 0.65, 2: 0.5})),
+        (vitrim.PowerLaw(0.35), vitrim.PowerLaw(0.6)),
+        (None, vitrim.ConstantR(2)),
+        (None, vitrim.Counts((9, 8, 7))),
+        (None, vitrim.Budget(0.5)),
+    ],
+)
+def test_polynomial_ends_where_the_schedule_does(fits: Schedule | None, contradicts: Schedule) -> None:
+    ptd = vitrim.Polynomial(40, 140, final=0.35)
+    if fits is not None:
+        assert vitrim.Reduction(vitrim.TopK(), fits, ptd).schedule == fits
+    says = "make them agree or leave `final` out" if fits else "has no one drop ratio; leave `final` out"
+    with pytest.raises(ScheduleError, match=says):
+        vitrim.Reduction(vitrim.TopK(), contradicts, ptd)
+    assert vitrim.Reduction(vitrim.TopK(), contradicts, vitrim.Polynomial(40, 140)).schedule == contradicts
 
 
 def test_delayed_constant_and_cosine() -> None:

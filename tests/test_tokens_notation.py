@@ -59,6 +59,7 @@ def test_shortest_forms() -> None:
     short = Reduction.parse("TopK @ KeepRate(0.7, at=[3, 6])")
     assert short == Reduction(vitrim.TopK(), vitrim.KeepRate(0.7, at=(3, 6)))
     assert str(short) == "TopK() @ KeepRate(rate=0.7, at=(3, 6))"
+    assert Reduction.parse("ToMe(prop_attn=false) @ ConstantR(2)").reducer == vitrim.ToMe(prop_attn=False)
     assert Reduction.parse("TopK(norm, fuse=mean) @ ConstantR(2) @ Delayed(5)").curriculum == vitrim.Delayed(5)
 
 
@@ -103,6 +104,8 @@ def test_phase_is_checked() -> None:
         (lambda: vitrim.ConstantR("3"), "ConstantR: r is a whole number, not '3'"),
         (lambda: vitrim.ConstantR(1.5), "ConstantR: r is a whole number, not 1.5"),
         (lambda: vitrim.KeepRate(0.7, at=(1.5,)), "KeepRate: at is a tuple, each entry a whole number or None, not"),
+        (lambda: vitrim.PowerLaw(float("nan")), "PowerLaw: r_max is a number, not nan"),
+        (lambda: vitrim.Budget(float("inf")), "Budget: macs is a number, not inf"),
         (lambda: vitrim.KeepRate(True), "KeepRate: rate is a number, not True"),
         (lambda: vitrim.Stages([1]), "Stages: fractions is a mapping, each key a whole number and each value a number"),
         (lambda: vitrim.Stages({4: "a"}), "Stages: fractions is a mapping"),

@@ -200,6 +200,74 @@ def test_mistakes_are_told_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
+DIGITS = [str(number) for number in range(10)]
+TURNED = DIGITS[::-1]
+NAMED = {"depth": 3, "embed_dim": 36, "num_heads": 3}
+
+
+@pytest.fixture(scope="module")
+def foreign(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A saved model of as many classes as there are digits, in another order."""
+    model = timm.create_model("vitrim_digits_vit", **NAMED)
+    return str(save(model, tmp_path_factory.mktemp("foreign") / "run" / "model", classes=TURNED))
+
+
+@pytest.mark.parametrize(
+    ("distill", "options", "message"),
+    [
+        (
+            "Labels() + Logits()",
+            {"teacher": {"name": "{foreign}"}},
+            "was trained on class 9 where the images have 0; teach by",
+        ),
+        (
+            "Logits()",
+            {"teacher": {"name": "vitrim_digits_vit", "checkpoint": "{foreign}", "args": NAMED}},
+            "was trained on class 9 where the images have 0; teach by terms on features",
+        ),
+        (
+            None,
+            {"teacher": None, "model": {"name": "{foreign}"}},
+            "the images have 0; set model.reset_head to start a new",
+        ),
+        (
+            None,
+            {"teacher": None, "model": {"checkpoint": "{foreign}", "args": NAMED}},
+            "the images have 0; set model.reset_head to start a new",
+        ),
+        (
+            None,
+            {"teacher": {"name": "{foreign}"}, "elastic": {"grow_epochs": 1}},
+            "was trained on class 9 where the images have 0; teach by",
+        ),
+    ],
+)
+def test_classes_of_another_order_are_refused(
+    foreign: str, tmp_path: Path, distill: str | None, options: dict[str, Any], message: str
+):
+    data = {"data": {"workers": 0, "limit": 40}, "model": {"args": SIZES}, "distill": distill, "epochs": 1} | options
+    text = yaml.safe_dump(data).replace("{foreign}", foreign)
+    with pytest.raises(VitrimError, match=message) as caught:
+        train(Recipe.from_dict(yaml.safe_load(text)), tmp_path / "run")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_classes_count_only_where_they_are_compared(foreign: str, tmp_path: Path):
+    assert prepare_learner(headless(foreign), prepare_student(headless(foreign), 10, DIGITS), DIGITS).teacher
+    fresh = recipe(None, None, model={"checkpoint": foreign, "args": NAMED, "reset_head": True})
+    assert prepare_student(fresh, 10, DIGITS).num_classes == 10
+    bare = recipe(None, None, model={"checkpoint": foreign, "args": {**NAMED, "num_classes": 0}})
+    assert prepare_student(bare, 10, DIGITS).num_classes == 0
+    own = recipe(foreign, "Logits()", model={"name": foreign, "args": {}})
+    assert prepare_learner(own, prepare_student(own, 10, TURNED), TURNED).teacher
+
+
+def test_a_teacher_that_no_term_asks_is_refused(teacher: str, tmp_path: Path):
+    with pytest.raises(VitrimError, match=r"no term of Labels\(\) asks the teacher; leave teacher out"):
+        train(recipe(teacher, "Labels()"), tmp_path / "run")
+
+
 def test_the_teacher_sees_its_own_format_and_is_dense(tmp_path: Path):
     student = timm.create_model("vitrim_digits_vit", **SIZES)
     colour = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, **SIZES)

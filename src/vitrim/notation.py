@@ -2,7 +2,7 @@
 
 Parts are frozen dataclasses in tables, joined by one operator. The same text serves the command line, recipes, saved
 models and reports: what `render` prints, `Notation.parse` reads. A name without quotes inside an expression is a
-string, so that a shell needs only one pair of quotes.
+string, so that a shell needs only one pair of quotes; true and false are those of YAML.
 """
 
 import ast
@@ -12,6 +12,7 @@ from typing import Any, cast
 
 from .errors import UnknownNameError, VitrimError
 
+_BOOLEANS = {"true": True, "false": False}
 SHOWN = {"shown": True}
 """Metadata of a field without which its part says too little, even at its default: `KeepRate(rate=0.7)`."""
 
@@ -67,7 +68,7 @@ class Notation:
 
     def _value(self, node: ast.expr, text: str) -> object:
         if isinstance(node, ast.Name):
-            return node.id
+            return _BOOLEANS.get(node.id, node.id)
         if isinstance(node, ast.Call):
             return self._build(node, text)
         try:

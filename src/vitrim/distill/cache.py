@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 from ..errors import DistillError
 from .features import Wanted
-from .filling import Tick, fill, missing_rows
+from .filling import Arrays, Tick, fill, missing_rows, open_arrays
 from .manifest import MANIFEST, Manifest
 from .objective import Terms
 from .teacher import Grid, Teacher
@@ -32,7 +32,8 @@ class TeacherCache:
     def __init__(self, folder: Path, manifest: Manifest, wanted: Wanted) -> None:
         self.folder, self.anatomy, self.rows = folder, manifest.anatomy, manifest.rows
         self.names = [name for name in manifest.fields if _serves(name, wanted)]
-        self._arrays: dict[str, np.ndarray] = {}
+        self.manifest = manifest
+        self._arrays = self._map()
 
     @classmethod
     def build(
@@ -63,13 +64,15 @@ class TeacherCache:
                 call, and nothing that was done is lost.
 
         Raises:
-            DistillError: the folder holds another cache; not enough space; features beyond the range of float16.
+            DistillError: the folder holds another cache, or a damaged one; not enough space; features beyond the
+                range of float16.
         """
         folder, wanted = Path(folder), Terms.parse(terms).wanted(of_teacher=True)
         manifest = Manifest.of(teacher, views, wanted, grid, top_k)
-        if (folder / MANIFEST).exists():
-            Manifest.read(folder).check_serves(manifest, folder)
-        if not (folder / MANIFEST).exists() or len(missing_rows(folder)):
+        kept = Manifest.read(folder) if (folder / MANIFEST).exists() else None
+        if kept is not None:
+            kept.check_serves(manifest, folder)
+        if kept is None or len(missing_rows(folder, kept)):
             fill(folder, manifest, teacher, views, batch_size, workers, tick or (lambda done, rows: None))
         return cls(folder, Manifest.read(folder), wanted)
 
@@ -87,12 +90,12 @@ class TeacherCache:
         """A finished cache, after a check that it belongs to this teacher, data and augmentation, and serves the terms.
 
         Raises:
-            DistillError: it is missing, unfinished, or belongs to others.
+            DistillError: it is missing, damaged, unfinished, or belongs to others.
         """
         folder, wanted = Path(folder), Terms.parse(terms).wanted(of_teacher=True)
         kept = Manifest.read(folder)
         kept.check_serves(Manifest.of(teacher, views, wanted, grid, top_k), folder)
-        if missing := len(missing_rows(folder)):
+        if missing := len(missing_rows(folder, kept)):
             raise DistillError(
                 f"the teacher cache in {folder} lacks {missing} of {kept.rows} rows; build it to the end"
             )
@@ -103,8 +106,11 @@ class TeacherCache:
 
     def __getitem__(self, row: int) -> dict[str, Tensor]:
         if not self._arrays:
-            self._arrays = {name: np.load(self.folder / f"{name}.npy", mmap_mode="r") for name in self.names}
+            self._arrays = self._map()
         return {name: torch.from_numpy(np.array(array[row])) for name, array in self._arrays.items()}
+
+    def _map(self) -> Arrays:
+        return open_arrays(self.folder, self.manifest, self.names)
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_arrays": {}}  # Every worker maps the files itself.

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import DistillError
-from ..models import find_adapter
-from .features import Anatomy, Outputs, look, whereabouts
+from ..models import find_adapter, without_limit
+from .features import Anatomy, Outputs, idle_parameters, look, whereabouts
 from .objective import Batch, Term, Terms
 from .teacher import Teacher, grid_of
 
@@ -60,8 +60,13 @@ class Distiller(nn.Module):
         self._look = look
         own, theirs = Anatomy.of(student), None if teacher is None else teacher.anatomy
         projections: dict[str, nn.Module] = {}
+        if teacher is not None and not any(term.asks for term in self.terms.terms):
+            raise DistillError(
+                f"no term of {self.terms} asks the teacher; leave teacher out, or add one such as Logits()"
+            )
         for term in self.terms.terms:
             check_pair(term, own, theirs)
+            term.check(student)
             made = None if theirs is None else term.project(own, theirs)
             if made is not None:
                 projections[term.name] = made
@@ -71,13 +76,6 @@ class Distiller(nn.Module):
             held = {id(parameter) for parameter in self.teacher.parameters()}
             if any(id(parameter) in held for parameter in student.parameters()):
                 raise DistillError("student and teacher share weights; give the teacher its own with copy.deepcopy")
-        # DDP waits for a gradient of every parameter and sends every buffer around: a head that no term reads, and
-        # the frozen teacher, must not be its business.
-        self._ddp_params_and_buffers_to_ignore = [
-            *(name for name, _ in self.named_parameters() if name.startswith("teacher.")),
-            *(name for name, _ in self.named_buffers() if name.startswith("teacher.")),
-            *(f"student.{name}" for name in self._idle_parameters()),
-        ]
         self.register_load_state_dict_post_hook(_expect_no_teacher)
 
     @property
@@ -86,10 +84,14 @@ class Distiller(nn.Module):
         return self.of_student.logits or self.of_student.dist_logits
 
     def compile(self, *args: Any, **options: Any) -> None:
-        """Compile the student's forward pass, features included; options are those of torch.compile."""
+        """Compile the student's forward pass, features included; options are those of torch.compile.
+
+        Every number of tokens that a curriculum passes through is compiled for, however many there are.
+        """
         self.student.compile(*args, **options)
+        self.student._compiled_call_impl = without_limit(self.student._compiled_call_impl)
         if self.of_student.features:  # Collected by another method than the one that is compiled with a module.
-            self._look = torch.compile(look, *args, **options)
+            self._look = without_limit(torch.compile(look, *args, **options))
 
     def rely_on(self, known: Known) -> None:
         """Let go of the live teacher: from now on its outputs come with each batch, from this cache of them."""
@@ -133,11 +135,17 @@ class Distiller(nn.Module):
             grid = grid_of(student["origin"].shape[1], images.shape[-2:])
         return self.teacher(images, self.of_teacher, grid)
 
-    def _idle_parameters(self) -> list[str]:
-        if not self.of_student.features or self.of_student.logits or self.of_student.dist_logits:
-            return []
-        head = ("head.", "head_dist.", "fc_norm.", "attn_pool.")
-        return [name for name, _ in self.student.named_parameters() if name.startswith(head)]
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        """What DDP, which asks for it, leaves alone: the frozen teacher and what no term teaches.
+
+        DDP waits for a gradient of every other parameter and sends every other buffer around.
+        """
+        frozen = [name for name, _ in (*self.named_parameters(), *self.named_buffers()) if name.startswith("teacher.")]
+        if not self.of_student.features:
+            return frozen
+        reads = {name for term in self.terms.terms for name in term.reads}
+        return [*frozen, *(f"student.{name}" for name in idle_parameters(self.student, self.of_student, reads))]
 
 
 def student_grid(student: nn.Module) -> tuple[int, int]:

@@ -8,10 +8,13 @@ features are what the checkpoint returns, never what is recomputed. Models witho
 Shapes: B images, K classes, S stage boundaries, P prefix and N patch tokens, M of them left, C channels.
 """
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from timm.data.config import resolve_model_data_config
 from torch import Tensor, nn
 
 from ..errors import DistillError
@@ -126,6 +129,32 @@ def look(model: nn.Module, images: Tensor, wanted: Wanted) -> dict[str, Tensor]:
     if wanted.tokens:
         found["tokens"] = final[:, anatomy.num_prefix :]
     return found
+
+
+def input_size_of(model: nn.Module) -> tuple[int, int, int]:
+    """(channels, height, width) that this very model takes; timm's configuration keeps those of its weights."""
+    channels, *size = resolve_model_data_config(model)["input_size"]
+    height, width = getattr(getattr(model, "patch_embed", None), "img_size", None) or size
+    return int(getattr(model, "in_chans", channels)), int(height), int(width)
+
+
+def idle_parameters(model: nn.Module, wanted: Wanted, reads: Collection[str]) -> list[str]:
+    """Parameters that no gradient reaches from these outputs of `look`: a head that is not read, blocks behind the
+    last one that is.
+
+    Found on the meta device, where a copy of the model takes no memory and computes nothing.
+    """
+    memo: dict[int, Any] = {id(buffer): buffer.to("meta") for buffer in model.buffers()}
+    for parameter in model.parameters():
+        memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+    hollow = copy.deepcopy(model, memo).train()
+    learnt = {name: parameter for name, parameter in hollow.named_parameters() if parameter.requires_grad}
+    dtype = next(model.parameters()).dtype
+    with torch.enable_grad():
+        found = look(hollow, torch.empty(2, *input_size_of(model), device="meta", dtype=dtype), wanted)
+        read = [found[name].sum() for name in reads if name in found and found[name].requires_grad]
+    reached = torch.autograd.grad(read, list(learnt.values()), allow_unused=True) if read else [None] * len(learnt)
+    return [name for name, gradient in zip(learnt, reached, strict=True) if gradient is None]
 
 
 def whereabouts(model: nn.Module, tokens_BMC: Tensor) -> dict[str, Tensor]:

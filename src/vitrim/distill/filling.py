@@ -3,9 +3,10 @@
 import errno
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from filelock import FileLock, Timeout
@@ -20,16 +21,41 @@ from .manifest import MANIFEST, Manifest
 from .teacher import Teacher
 from .views import Views
 
-DONE, LOCK = "done.npy", "lock"
+DONE, LOCK = "done", "lock"
 FLUSH_EVERY = 32  # Batches that a power cut can cost.
 LOOK_EVERY = 0.5  # Seconds.
 
 Tick = Callable[[int, int], None]
+Arrays = dict[str, np.ndarray]
 
 
-def missing_rows(folder: Path) -> np.ndarray:
+def missing_rows(folder: Path, manifest: Manifest) -> np.ndarray:
     """Rows that are still to be computed."""
-    return np.flatnonzero(np.load(folder / DONE, mmap_mode="r") == 0)
+    return np.flatnonzero(open_arrays(folder, manifest, [DONE])[DONE] == 0)
+
+
+def open_arrays(folder: Path, manifest: Manifest, names: Iterable[str], mode: Literal["r", "r+"] = "r") -> Arrays:
+    """These arrays of a cache, mapped; `DONE` is one of them.
+
+    Raises:
+        DistillError: one is missing, cut short, or not of the shape that the manifest says.
+    """
+    arrays: Arrays = {}
+    for name in names:
+        path = folder / f"{name}.npy"
+        kind, *shape = manifest.fields[name] if name != DONE else ("uint8",)
+        try:
+            array = np.load(path, mmap_mode=mode)
+        except FileNotFoundError:
+            array, fault = None, "is missing"
+        except (ValueError, EOFError):  # NumPy's words for too few bytes are many.
+            array, fault = None, "is damaged or cut short"
+        else:
+            fault = "does not fit the manifest" if (array.dtype, array.shape) != (kind, (manifest.rows, *shape)) else ""
+        if array is None or fault:
+            raise DistillError(f"{path} {fault}; remove {folder} and build the cache again")
+        arrays[name] = array
+    return arrays
 
 
 def fill(
@@ -40,7 +66,11 @@ def fill(
     Raises:
         DistillError: the folder holds something else; not enough space; features beyond the range of float16.
     """
-    if folder.exists() and not (folder / DONE).exists() and any(path.name != LOCK for path in folder.iterdir()):
+    if (
+        folder.exists()
+        and not (folder / f"{DONE}.npy").exists()
+        and any(path.name != LOCK for path in folder.iterdir())
+    ):
         raise DistillError(f"{folder} is not empty and holds no teacher cache; choose another folder")
     folder.mkdir(parents=True, exist_ok=True)
     with _alone(folder, tick):
@@ -56,9 +86,9 @@ def fill(
 def _compute(
     folder: Path, kept: Manifest, teacher: Teacher, views: Views, batch_size: int, workers: int, tick: Tick
 ) -> None:
-    missing = missing_rows(folder)
-    done = np.load(folder / DONE, mmap_mode="r+")
-    arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r+") for name in kept.fields}
+    missing = missing_rows(folder, kept)
+    arrays = open_arrays(folder, kept, [DONE, *kept.fields], "r+")
+    done = arrays.pop(DONE)
     finished, pending = kept.rows - len(missing), list[np.ndarray]()
 
     def flush() -> None:
@@ -94,8 +124,8 @@ def _alone(folder: Path, tick: Tick) -> Iterator[None]:
             lock.acquire(timeout=LOOK_EVERY)
         except Timeout:
             if (folder / MANIFEST).exists():
-                rows = Manifest.read(folder).rows
-                tick(rows - len(missing_rows(folder)), rows)
+                kept = Manifest.read(folder)
+                tick(kept.rows - len(missing_rows(folder, kept)), kept.rows)
         except (OSError, NotImplementedError):  # A file system without locks, where two do the same work.
             break
     try:
@@ -142,8 +172,7 @@ def _create(folder: Path, manifest: Manifest) -> None:
         raise DistillError(
             f"the teacher cache needs {need / 1e9:.1f} GB in {folder}, where {free / 1e9:.1f} GB are free"
         )
-    _lay_out(folder / DONE, "uint8", (manifest.rows,))
-    for name, (kind, *shape) in manifest.fields.items():
+    for name, (kind, *shape) in {DONE: ("uint8",), **manifest.fields}.items():
         _lay_out(folder / f"{name}.npy", kind, (manifest.rows, *shape))
     with replacing(folder / MANIFEST) as part:
         part.write_text(manifest.to_json())

@@ -14,7 +14,7 @@ from .features import Anatomy, Wanted
 from .teacher import Grid, Teacher
 from .views import Views
 
-MANIFEST, FORMAT = "manifest.json", 1
+MANIFEST, FORMAT = "manifest.json", 2
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,10 @@ class Manifest:
         mine, yours = self.views, other.views
         for differs, whose in (
             (self.format != other.format, "another version of vitrim"),
-            (self.teacher != other.teacher, f"another teacher ({self.anatomy.name}: other weights or input format)"),
+            (
+                self.teacher != other.teacher,
+                f"another teacher ({self.anatomy.name}: other weights, settings or input format)",
+            ),
         ):
             if differs:
                 raise _refusal(folder, f"is of {whose}")

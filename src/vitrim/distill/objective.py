@@ -13,6 +13,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from ..errors import DistillError
+from ..kinds import check_options
 from ..notation import Notation, render
 from .features import Anatomy, Outputs, Wanted
 
@@ -26,6 +27,9 @@ class Weight:
 
     def __init_subclass__(cls) -> None:
         WEIGHTS[cls.__name__] = cls
+
+    def __post_init__(self) -> None:
+        check_options(self, DistillError)
 
     def at(self, progress: float) -> float:
         """The weight when this fraction of training, in [0, 1], has passed."""
@@ -75,8 +79,14 @@ class Term:
             TERMS[cls.__name__] = cls
 
     def __post_init__(self) -> None:
-        if not isinstance(self.weight, int | float | Weight):
-            raise DistillError(f"a weight is a number or {' or '.join(WEIGHTS)}, not {self.weight!r}")
+        check_options(self, DistillError)
+        course = [self.weight_at(moment / 100) for moment in range(101)]
+        if min(course) < 0 or max(course) == 0:
+            shown = render(self.weight) if isinstance(self.weight, Weight) else self.weight
+            raise DistillError(
+                f"{type(self).__name__}: weight is never below 0 and not 0 for ever, unlike {shown}; "
+                "leave a term out that shall not count"
+            )
 
     def weight_at(self, progress: float) -> float:
         """The weight when this fraction of training, in [0, 1], has passed."""
@@ -86,6 +96,9 @@ class Term:
         """What must be looked at of the teacher, or of the student."""
         names = self.asks if of_teacher else self.reads
         return Wanted(**{name: name in names for name in ("logits", "dist_logits", "cls", "tokens")})
+
+    def check(self, student: nn.Module) -> None:
+        """Raise `DistillError` where this student, reduced as it is, would give the term nothing to compare."""
 
     def project(self, student: Anatomy, teacher: Anatomy) -> nn.Module | None:
         """The learned map from student to teacher width, None where there is nothing to learn."""

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Sequence
 from math import sqrt
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -15,9 +15,11 @@ from torch.nn import functional as F
 
 from ..errors import DistillError
 from ..models import attached
-from .features import Anatomy, Wanted, look
+from .features import Anatomy, Wanted, input_size_of, look
 
 Grid = tuple[int, int]
+_HOW = {"training", "fused_attn", "grad_checkpointing"}
+"""Settings of modules that decide how an output in eval mode is computed, and not which."""
 
 
 class Teacher(nn.Module):
@@ -59,9 +61,7 @@ class Teacher(nn.Module):
         self.model = model.eval().requires_grad_(False)
         self.anatomy = Anatomy.of(model)
         config = resolve_model_data_config(model)
-        # A timm model built for another size keeps the size of its weights in the configuration.
-        own_size = getattr(getattr(model, "patch_embed", None), "img_size", None) or config["input_size"][1:]
-        self.input_size: Grid = (int(own_size[0]), int(own_size[1])) if input_size is None else input_size
+        self.input_size: Grid = input_size_of(model)[1:] if input_size is None else input_size
         own = torch.tensor([mean or config["mean"], std or config["std"]], dtype=torch.float64)
         given = torch.tensor([images_mean or own[0].tolist(), images_std or own[1].tolist()], dtype=torch.float64)
         self.renormalises = not torch.equal(own, given)
@@ -106,9 +106,14 @@ class Teacher(nn.Module):
         return found
 
     def fingerprint(self) -> str:
-        """SHA-256 of weights, architecture and input format: equal fingerprints give equal outputs."""
-        code = hashlib.sha256(repr((type(self.model).__name__, self.anatomy, self.input_size)).encode())
-        for name, tensor in [*self.model.state_dict().items(), ("scale", self.scale), ("shift", self.shift)]:
+        """SHA-256 of weights, settings of all modules and input format: equal fingerprints give equal outputs.
+
+        Device, mode, hooks, compilation and what else changes no output do not count.
+        """
+        code = hashlib.sha256(repr((self.anatomy, self.input_size, _settings(self.model))).encode())
+        constants = {**dict(self.model.named_buffers()), "scale": self.scale, "shift": self.shift}
+        tensors = {**self.model.state_dict(), **constants}
+        for name, tensor in tensors.items():
             flat = tensor.detach().cpu().contiguous().flatten()
             code.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
             code.update(flat.view(torch.uint8).numpy())
@@ -132,6 +137,24 @@ def resample_tokens(tokens_BNC: Tensor, old: Grid, new: Grid) -> Tensor:
     image = image.float() if image.dtype.itemsize < 4 else image
     image = F.interpolate(image, new, mode="bilinear", antialias=True, align_corners=False)
     return image.flatten(2).transpose(1, 2)
+
+
+def _settings(model: nn.Module) -> list[tuple[object, ...]]:
+    """What of a model's function is in none of its tensors: kinds of its modules, and their public plain values."""
+    return [
+        (
+            name,
+            type(module).__name__,
+            *sorted((key, repr(value)) for key, value in vars(module).items() if _counts(key, value)),
+        )
+        for name, module in model.named_modules(remove_duplicate=False)
+    ]
+
+
+def _counts(name: str, value: object) -> bool:
+    if isinstance(value, tuple | list):
+        return all(_counts(name, entry) for entry in cast("tuple[object, ...]", value))
+    return not name.startswith("_") and name not in _HOW and isinstance(value, bool | int | float | str | None)
 
 
 def _channels(values: Tensor) -> Tensor:

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import DistillError
+from ..models import attached
+from ..notation import render
 from .features import Anatomy, Outputs, Wanted, group_means
 from .losses import coarse_kl, distance, find_loss, mean_where, soft_kl, wide
 from .objective import Batch, Term
@@ -181,6 +183,22 @@ class Tokens(_Patches):
 @dataclass(frozen=True)
 class Merged(_Patches):
     """Final patch tokens merged from several positions (ToMe), against the mean of the teacher's tokens there."""
+
+    def check(self, student: nn.Module) -> None:
+        """Tokens must be merged in training, and stay so to the end."""
+        handle = attached(student)
+        reduction = None if handle is None else handle.reduction
+        if handle is None or reduction is None or handle.schedule is None:
+            fault = "no token reduction is attached to the student"
+        elif not reduction.reducer.merges:
+            fault = f"the student's {render(reduction.reducer)} merges none"
+        elif not reduction.active(training=True):
+            fault = f"the student's reduction acts in phase {reduction.phase} alone"
+        elif handle.schedule.reinstate is not None:
+            fault = f"the student's come apart before block {handle.schedule.reinstate}"
+        else:
+            return
+        raise DistillError(f"the term Merged compares merged tokens, but {fault}; leave Merged out, or reduce by ToMe")
 
     def _concerns(self, count_BM: Tensor) -> Tensor:
         return count_BM > 1

@@ -14,8 +14,7 @@ from ..measure.cost import cost
 from ..measure.environment import environment
 from ..measure.table import Column, Table
 from ..models import open_model, variant
-from ..models.build import saved_folder
-from ..models.store import read_description, weights_path
+from ..models.classes import other_classes
 from ..train.data import InputFormat, Stream, plain_stream
 from ..train.evaluate import Figures, evaluate_all, make_accelerator
 from ..train.images import open_images
@@ -44,17 +43,6 @@ CLS_ONLY = (
     "Under a reduction, the last block computes CLS alone where the head reads nothing else (same logits, so 1 token "
     "leaves it); the method dense+cls_only shows that saving by itself."
 )
-
-
-def check_classes(models: Sequence[str], classes: Sequence[str]) -> None:
-    """Raise `DataError` where a saved model knows its classes by other names, or in another order, than the images."""
-    for name in models:
-        if (folder := saved_folder(name)) is None:
-            continue
-        known = read_description(weights_path(folder))["extra"].get("classes")
-        if known is not None and known != list(classes):
-            wrong = next(((a, b) for a, b in zip(known, classes, strict=False) if a != b), (known, classes))
-            raise DataError(f"{name} was trained on class {wrong[0]} where the images have {wrong[1]}")
 
 
 def data_of(models: Sequence[str], given: Mapping[str, Any]) -> DataSpec:
@@ -102,13 +90,15 @@ def compare(
         DataError: a model's number of classes is not that of the data.
     """
     opened = {name: open_model(name) for name in models}
-    classes = len(open_images(data, False).classes)
+    classes = open_images(data, False).classes
     for name, model in opened.items():
-        if model.num_classes != classes:
+        if model.num_classes != len(classes):
             raise DataError(
-                f"{name} tells {model.num_classes} classes apart, but the images have {classes}; train it on them first"
+                f"{name} tells {model.num_classes} classes apart, but the images have {len(classes)}; "
+                "train it on them first"
             )
-    check_classes(models, open_images(data, False).classes)
+        if fault := other_classes(name, classes):
+            raise DataError(fault)
     if len({*methods}) < len(methods) or len({*models}) < len(models):
         raise VitrimError("a model or a method is named twice; every row needs its own")
     variants = {(name, method): variant(model, method) for name, model in opened.items() for method in methods}

@@ -11,7 +11,7 @@ from math import cos, pi
 from typing import Literal
 
 from ..errors import ScheduleError
-from .options import check_options
+from ..kinds import check_options
 
 History = Sequence[Mapping[str, float]]
 CURRICULA: dict[str, type["Curriculum"]] = {}
@@ -67,7 +67,8 @@ class Polynomial(Curriculum):
     """PTD: drop ratio `initial` before `start`, `final` from `end` on, between them a power of the time passed.
 
     `d(t) = initial + ((t - start) / (end - start))^gamma * (final - initial)`; `final` is the drop ratio of the
-    schedule it drives, so `KeepRate(0.65)` goes with `final=0.35`. Left out, it is whatever the schedule drops.
+    schedule it drives, so `KeepRate(0.65)`, `Stages({0: 0.65})` and `PowerLaw(0.35)` go with `final=0.35`.
+    Left out, it is whatever the schedule drops.
     """
 
     start: float

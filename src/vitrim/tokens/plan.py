@@ -6,8 +6,8 @@ from math import ceil
 from typing import Literal
 
 from ..errors import ScheduleError
+from ..kinds import check_options
 from ..notation import render
-from .options import check_options
 from .reducers import Reducer
 
 Place = Literal["before", "inside"]
@@ -116,6 +116,11 @@ class Schedule:
     def scaled(self, strength: float) -> "Schedule":
         """The same schedule with its reduction multiplied by `strength` in [0, 1]; 0 keeps everything."""
         raise NotImplementedError
+
+    @property
+    def drop_ratio(self) -> float | None:
+        """The share of tokens that the whole schedule drops, by its own measure; None where no one number says it."""
+        return None
 
     def check(self, depth: int, num_patches: int, reducer: Reducer) -> None:
         """Raise `ScheduleError` where the schedule asks for what a model of that size cannot give."""

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ..errors import ScoreError
+from ..kinds import check_options
 from .assignment import Assignment
-from .options import check_options
 from .scores import Evidence, Needs, find_score
 
 REDUCERS: dict[str, type["Reducer"]] = {}
@@ -25,6 +25,9 @@ class Reducer:
     """Tokens appended by a cut beside the kept ones."""
     prop_attn: ClassVar[bool] = False
     """Whether log(size) enters the attention logits after a cut."""
+
+    merges: ClassVar[bool] = False
+    """Whether lost tokens are averaged into those that stay."""
 
     def __init_subclass__(cls) -> None:
         REDUCERS[cls.__name__] = cls
@@ -170,6 +173,7 @@ class ToMe(Reducer):
         prop_attn: add log(size) to the attention logits of later blocks.
     """
 
+    merges = True
     prop_attn: bool = True  # pyright: ignore[reportIncompatibleVariableOverride]
 
     @property

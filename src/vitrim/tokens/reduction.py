@@ -8,12 +8,11 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ..errors import ScheduleError, ScoreError
+from ..kinds import check_options
 from ..notation import Notation, render
 from .curricula import CURRICULA, Constant, Curriculum, Polynomial
-from .options import check_options
 from .plan import SCHEDULES, Schedule
 from .reducers import REDUCERS, Reducer
-from .schedules import KeepRate
 
 Phase = Literal["both", "train", "eval"]
 _NOTATION = Notation(
@@ -41,14 +40,15 @@ class Reduction:
                 f"{render(self.reducer)} lives on gradients, so it can act in phase 'train' alone, "
                 f"not in phase {self.phase!r}; at test time choose another score"
             )
-        curriculum, schedule = self.curriculum, self.schedule
-        if isinstance(curriculum, Polynomial) and isinstance(schedule, KeepRate):
-            dropped = 1 - schedule.rate
-            if curriculum.final != 1 and abs(curriculum.final - dropped) > 1e-9:
-                raise ScheduleError(
-                    f"Polynomial ends at drop ratio {curriculum.final}, but KeepRate({schedule.rate}) drops "
-                    f"{dropped:.4g}; make them agree or leave `final` out"
-                )
+        if isinstance(self.curriculum, Polynomial) and self.curriculum.final != 1:
+            self._check_final(self.curriculum.final)
+
+    def _check_final(self, final: float) -> None:
+        drops = self.schedule.drop_ratio
+        if drops is None or abs(final - drops) > 1e-9:
+            named = "has no one drop ratio" if drops is None else f"drops {drops:.4g}"
+            advice = "leave `final` out" if drops is None else "make them agree or leave `final` out"
+            raise ScheduleError(f"Polynomial ends at drop ratio {final}, but {self.schedule} {named}; {advice}")
 
     def active(self, training: bool) -> bool:
         """Whether tokens are reduced in this mode of the model."""

@@ -10,8 +10,8 @@ from math import ceil, floor
 from numbers import Integral
 
 from ..errors import ScheduleError
+from ..kinds import as_tuple
 from ..notation import SHOWN
-from .options import as_tuple
 from .plan import Place, Schedule
 from .reducers import Reducer
 
@@ -49,6 +49,10 @@ class PowerLaw(Schedule):
     def scaled(self, strength: float) -> Schedule:
         return replace(self, r_max=self.r_max * strength)
 
+    @property
+    def drop_ratio(self) -> float | None:
+        return self.r_max  # In the last block.
+
 
 @dataclass(frozen=True)
 class KeepRate(Schedule):
@@ -78,6 +82,10 @@ class KeepRate(Schedule):
     def scaled(self, strength: float) -> Schedule:
         return replace(self, rate=1 - strength * (1 - self.rate))
 
+    @property
+    def drop_ratio(self) -> float | None:
+        return 1 - self.rate  # At each cut.
+
 
 @dataclass(frozen=True)
 class Stages(Schedule):
@@ -106,6 +114,10 @@ class Stages(Schedule):
 
     def scaled(self, strength: float) -> Schedule:
         return replace(self, fractions={b: 1 - strength * (1 - f) for b, f in self.fractions.items()})
+
+    @property
+    def drop_ratio(self) -> float | None:
+        return 1 - min(self.fractions.values())  # In all.
 
 
 class _FrozenDict(dict[int, float]):

@@ -22,13 +22,11 @@ def with_cache(recipe: Recipe, learner: Distiller, splits: Splits, device: torch
     Every process calls it: one computes, the others wait. `report` is called with ("cache", figures) meanwhile.
 
     Raises:
-        DistillError: no term asks a teacher; the folder holds the cache of another one or of other images.
+        DistillError: the folder holds the cache of another teacher or of other images.
         Stopped: SIGTERM or Ctrl-C arrived; what was done is kept, the same call continues.
     """
     spec, teacher, terms = recipe.cache, learner.teacher, learner.terms
-    assert spec is not None
-    if teacher is None or not any(term.asks for term in terms.terms):
-        raise DistillError("no term of distill asks a teacher, so there is nothing to cache; leave cache out")
+    assert spec is not None and teacher is not None  # As the recipe is checked.
     teacher.to(device)
     grid = student_grid(learner.student) if learner.of_teacher.tokens else None
 

@@ -1,5 +1,6 @@
 """What a recipe builds to learn with: networks, objective, mixing, optimiser and learning-rate schedule."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -15,6 +16,7 @@ from ..distill import Distiller, Teacher, Terms
 from ..distill.terms import Labels
 from ..errors import DistillError, RecipeError, VitrimError
 from ..models import attach, attached, build_model, find_adapter
+from ..models.classes import other_classes
 from ..tokens import Adaptive, Constant, Reduction, render
 from .data import InputFormat
 from .recipe import Recipe
@@ -58,13 +60,13 @@ def learns_labels(recipe: Recipe) -> bool:
     return any(isinstance(term, Labels) for term in Terms.parse(recipe.distill).terms)
 
 
-def prepare_student(recipe: Recipe, num_classes: int) -> nn.Module:
+def prepare_student(recipe: Recipe, num_classes: int, classes: Sequence[str] | None = None) -> nn.Module:
     """The network to train, with the recipe's reduction in place of one it brought along.
 
     One that it brought along, and that the recipe does not replace, acts from the start: it has grown already.
 
     Raises:
-        RecipeError: labels of the images are no classes of the network.
+        RecipeError: labels of the images are no classes of the network, or it brings a classifier along for others.
         UnsupportedModelError: no adapter knows such networks.
     """
     student = prepare_model(recipe.model, num_classes, recipe.data.image_size)
@@ -74,6 +76,8 @@ def prepare_student(recipe: Recipe, num_classes: int) -> nn.Module:
             f"the network has {student.num_classes} classes, the images have {num_classes}; leave num_classes out of "
             "model.args, and for weights of other classes set model.reset_head"
         )
+    if student.num_classes and not recipe.model.reset_head and (fault := _other_classes(recipe.model, classes)):
+        raise RecipeError(f"{fault}; set model.reset_head to start a new classifier")
     reduction, brought = reduction_of(recipe), attached(student)
     if reduction is None and brought is not None and brought.reduction is not None:
         reduction = replace(brought.reduction, curriculum=Constant())
@@ -93,11 +97,17 @@ def prepare_student(recipe: Recipe, num_classes: int) -> nn.Module:
     return student
 
 
-def prepare_teacher(spec: ModelSpec, seen: InputFormat) -> Teacher:
+def prepare_teacher(spec: ModelSpec, seen: InputFormat, classes: Sequence[str] | None = None) -> Teacher:
     """The teacher of a recipe, dense and frozen, for images that arrive in the student's format.
 
+    Args:
+        spec: which network.
+        seen: the student's format.
+        classes: what its logits must stand for; None where nobody reads them.
+
     Raises:
-        DistillError: it cannot be built, has no weights to teach from, or takes other channels than arrive.
+        DistillError: it cannot be built, has no weights to teach from, takes other channels than arrive, or knows
+            other classes.
     """
     if timm.is_model(spec.name) and not spec.pretrained and spec.checkpoint is None:
         raise DistillError(f"the teacher {spec.name} has learnt nothing; set teacher.checkpoint or teacher.pretrained")
@@ -105,6 +115,8 @@ def prepare_teacher(spec: ModelSpec, seen: InputFormat) -> Teacher:
         model = prepare_model(spec, None)
     except VitrimError as error:
         raise DistillError(f"no teacher: {error}") from None
+    if fault := _other_classes(spec, classes):
+        raise DistillError(f"{fault}; teach by terms on features, or train the teacher on these images")
     if (brought := attached(model)) is not None:
         brought.remove()
     own = InputFormat.of(model)
@@ -115,12 +127,18 @@ def prepare_teacher(spec: ModelSpec, seen: InputFormat) -> Teacher:
     )
 
 
-def prepare_learner(recipe: Recipe, student: nn.Module) -> Distiller:
+def prepare_learner(recipe: Recipe, student: nn.Module, classes: Sequence[str] | None = None) -> Distiller:
     """Student, teacher and objective in one module; where a recipe distils nothing, the objective is that on labels."""
     seen = InputFormat.of(student, recipe.data.image_size)
-    teacher = None if recipe.teacher is None else prepare_teacher(recipe.teacher, seen)
+    terms = Terms.parse("Labels()" if recipe.distill is None else recipe.distill)
+    compared = classes if terms.wanted(of_teacher=True).logits else None
+    teacher = None if recipe.teacher is None else prepare_teacher(recipe.teacher, seen, compared)
     criterion = partial(cross_entropy, smoothing=recipe.augment.smoothing)
-    return Distiller(student, teacher, "Labels()" if recipe.distill is None else recipe.distill, criterion)
+    return Distiller(student, teacher, terms, criterion)
+
+
+def _other_classes(spec: ModelSpec, classes: Sequence[str] | None) -> str:
+    return "" if classes is None or spec.reset_head else other_classes(spec.checkpoint or spec.name, classes)
 
 
 def with_student(learner: Distiller, student: nn.Module) -> Distiller:

@@ -65,7 +65,7 @@ class Stratification(Task):
         if not self.classifies and recipe.teacher is None:
             raise VitrimError("a model without classifier learns from a teacher; set teacher.name")
         self.learner, self.extra, self.terms = _Output(student), None, list(RULES[recipe.elastic.rule])
-        self.teacher = self._make_teacher()
+        self.teacher = self._make_teacher(splits.classes if self.classifies else None)
         self.probe = self._make_probe(splits)
         spec = recipe.elastic
         if fresh:
@@ -138,11 +138,11 @@ class Stratification(Task):
         places = {"full": 0, "middle": middle, "smallest": -1}
         return {name: _Narrowed(model, chain.widths(index)) for name, index in places.items()}
 
-    def _make_teacher(self) -> Callable[[Tensor], Tensor] | None:
+    def _make_teacher(self, classes: Sequence[str] | None) -> Callable[[Tensor], Tensor] | None:
         spec, student = self.recipe.teacher, self.student
         if spec is None:
             return None
-        teacher: Teacher = prepare_teacher(spec, InputFormat.of(student, self.recipe.data.image_size))
+        teacher: Teacher = prepare_teacher(spec, InputFormat.of(student, self.recipe.data.image_size), classes)
         theirs, ours = ((model.num_classes or getattr(model, "num_features", 0)) for model in (teacher.model, student))
         if is_headless(teacher.model) != is_headless(student) or theirs != ours:
             raise DistillError(f"the teacher {spec.name} gives {theirs} numbers, the student {ours}; both must agree")

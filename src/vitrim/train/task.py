@@ -53,7 +53,7 @@ class Task:
         self, recipe: Recipe, student: nn.Module, splits: Splits, accelerator: Accelerator, *, fresh: bool
     ) -> None:
         self.recipe, self.student, self.accelerator = recipe, student, accelerator
-        learner = prepare_learner(recipe, student)
+        learner = prepare_learner(recipe, student, splits.classes)
         self.learner, self.extra = learner, learner.projections
         self.terms = [term.name for term in learner.terms.terms] if recipe.distill is not None else []
         self.classifies = learner.classifies

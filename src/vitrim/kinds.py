@@ -1,12 +1,13 @@
-"""Options of reducers, schedules and curricula are of the kind that their annotation names, wherever they come from."""
+"""Options of all that the notation writes are of the kind that their annotation names, wherever they come from."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
+from math import inf
 from numbers import Integral, Real
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, cast, get_args, get_origin
 
-from ..errors import VitrimError
+from .errors import VitrimError
 
 _NUMBERS: dict[Any, type] = {int: Integral, float: Real}
 _OWN: tuple[tuple[type, Any], ...] = ((bool, bool), (str, str), (Integral, int), (Real, float))
@@ -47,8 +48,8 @@ def _fits(value: Any, hint: Any) -> bool:
     inner = get_args(hint)
     if get_origin(hint) in (Union, UnionType):
         return any(_fits(value, one) for one in inner)
-    if hint in _NUMBERS:  # Numbers of NumPy are welcome; True is no number here.
-        return isinstance(value, _NUMBERS[hint]) and not isinstance(value, bool)
+    if hint in _NUMBERS:  # Numbers of NumPy are welcome; True is no number here, nor are infinity and nan.
+        return isinstance(value, _NUMBERS[hint]) and not isinstance(value, bool) and abs(value) < inf
     if get_origin(hint) is Literal:
         return value in inner
     if get_origin(hint) is tuple:
