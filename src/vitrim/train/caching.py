@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 
 from ..distill import Distiller, TeacherCache, student_grid
-from ..errors import DistillError
 from .data import Splits, Stream
 from .recipe import Recipe
 from .state import Report
@@ -26,7 +25,8 @@ def with_cache(recipe: Recipe, learner: Distiller, splits: Splits, device: torch
         Stopped: SIGTERM or Ctrl-C arrived; what was done is kept, the same call continues.
     """
     spec, teacher, terms = recipe.cache, learner.teacher, learner.terms
-    assert spec is not None and teacher is not None  # As the recipe is checked.
+    assert spec is not None
+    assert teacher is not None  # As the recipe is checked.
     teacher.to(device)
     grid = student_grid(learner.student) if learner.of_teacher.tokens else None
 
