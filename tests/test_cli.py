@@ -105,6 +105,10 @@ def test_version(capsys: pytest.CaptureFixture[str]):
             "vitrim train: the network has 3 classes, the images have 10;",
         ),
         ("train --out x --model.name resnet10t", "vitrim train: no adapter for"),
+        (
+            "train --out x --optim.freeze --distill Cls() --teacher.name vitrim_digits_vit",
+            "vitrim train: optim.freeze trains the classifier alone, which no term of distill reads",
+        ),
         ("train --out x --optim.name adahessian", "vitrim train: the optimiser 'adahessian' needs second derivatives"),
         (
             "train --out x --data.holdout 0 --reduction TopK()@KeepRate(0.5)@Adaptive()",

@@ -53,11 +53,14 @@ def reduction_of(recipe: Recipe) -> Reduction | None:
     return reduction
 
 
+def terms_of(recipe: Recipe) -> Terms:
+    """The objective of a recipe; where it distils nothing, the loss on labels."""
+    return Terms.parse("Labels()" if recipe.distill is None else recipe.distill)
+
+
 def learns_labels(recipe: Recipe) -> bool:
     """Whether the labels of the images are what a recipe learns, alone or among others."""
-    if recipe.elastic is not None or recipe.distill is None:
-        return True
-    return any(isinstance(term, Labels) for term in Terms.parse(recipe.distill).terms)
+    return recipe.elastic is not None or any(isinstance(term, Labels) for term in terms_of(recipe).terms)
 
 
 def prepare_student(recipe: Recipe, num_classes: int, classes: Sequence[str] | None = None) -> nn.Module:
@@ -88,6 +91,9 @@ def prepare_student(recipe: Recipe, num_classes: int, classes: Sequence[str] | N
     if recipe.checkpointing:
         student.set_grad_checkpointing()
     if recipe.optim.freeze:
+        wanted = terms_of(recipe).wanted(of_teacher=False)
+        if not (wanted.logits or wanted.dist_logits):
+            raise RecipeError("optim.freeze trains the classifier alone, which no term of distill reads; leave it out")
         student.requires_grad_(False)
         head = student.get_classifier()
         for module in head if isinstance(head, tuple) else (head,):
@@ -128,9 +134,9 @@ def prepare_teacher(spec: ModelSpec, seen: InputFormat, classes: Sequence[str] |
 
 
 def prepare_learner(recipe: Recipe, student: nn.Module, classes: Sequence[str] | None = None) -> Distiller:
-    """Student, teacher and objective in one module; where a recipe distils nothing, the objective is that on labels."""
+    """Student, teacher and objective in one module."""
     seen = InputFormat.of(student, recipe.data.image_size)
-    terms = Terms.parse("Labels()" if recipe.distill is None else recipe.distill)
+    terms = terms_of(recipe)
     compared = classes if terms.wanted(of_teacher=True).logits else None
     teacher = None if recipe.teacher is None else prepare_teacher(recipe.teacher, seen, compared)
     criterion = partial(cross_entropy, smoothing=recipe.augment.smoothing)

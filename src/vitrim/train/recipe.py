@@ -13,7 +13,8 @@ from .specs import AugmentSpec, CacheSpec, DataSpec, ElasticSpec, ModelSpec, Opt
 
 @dataclass
 class Recipe:
-    """Everything that determines a run. The same recipe gives the same numbers, interrupted or not.
+    """Everything that determines a run. The same recipe gives the same numbers, interrupted or not; on CUDA, whose
+    kernels add up in no fixed order, up to rounding.
 
     Args:
         model: the network.
