@@ -11,6 +11,7 @@ import vitrim
 PACKAGE = Path(vitrim.__file__).parent
 RANK = {
     "errors": 0,
+    "kinds": 1,
     "notation": 1,
     "output": 1,
     "readers": 1,
@@ -25,6 +26,7 @@ RANK = {
     "demo": 9,
     "verbs": 10,
     "cli": 11,
+    "__main__": 12,
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 

@@ -32,7 +32,8 @@ from .stratification import Stratification
 from .task import Task
 
 LOOK_EVERY = 20
-"""Steps between two looks at figures on an accelerator, which must be waited for; a CPU looks at every step."""
+"""Steps between two looks at figures on an accelerator, which must be waited for, or up to the next update of weights;
+a CPU looks at every step."""
 
 
 def train(recipe: Recipe, out: str | Path, *, command: str = "", report: Report | None = None) -> dict[str, Any]:
@@ -131,7 +132,8 @@ class _Run:
             state.step += 1
             self.meter.close_step(index, time.perf_counter() - start)
             start = time.perf_counter()
-            if self.device.type == "cpu" or state.step % LOOK_EVERY == 0 or state.step == self.steps:
+            due = self.accelerator.sync_gradients and state.step % LOOK_EVERY < self.recipe.optim.accumulate
+            if due or self.device.type == "cpu" or state.step == self.steps:
                 self._look()
         self.meter.spend(time.perf_counter() - start)  # The last look waits for an accelerator to get there.
 
