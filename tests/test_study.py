@@ -262,7 +262,7 @@ def test_mistakes_in_a_study(study_file: Path):
         ({"rows": {"a": {"data": {1: 2}}}}, "row 'a': unknown option in data '1'"),
         ({"rows": {"a": {}, "b": {"model": {"name": "vitrim_digit_vit"}}}}, "did you mean vitrim_digits_vit"),
         ({"rows": {"a": {}, "b": {"teacher": {"name": "no/such"}, "distill": "Logits()"}}}, "nothing at no/such"),
-        ({"rows": {"a": {}, "b": {"augment": {"randaugment": "rand-9"}}}}, "row 'b': timm cannot read"),
+        ({"rows": {"a": {}, "b": {"augment": {"randaugment": "rand-9"}}}}, "row 'b': augment.randaugment is 'rand-9'"),
         ({"rows": {"a": {"model": {"args": {"num_classes": 0}}}}}, "no row of the study learns classes"),
         ({"test": ["dense"]}, "test is \\['dense'\\]; it must be a mapping"),
         ({"test": {"a": 3}}, "test 'a' is 3; it must be a method"),

@@ -15,8 +15,6 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from ..distill import Terms
 from ..errors import RecipeError, UnknownNameError, VitrimError
 from ..models import DENSE, OWN
@@ -24,11 +22,9 @@ from ..models.build import check_name
 from ..models.variants import DENSE_CLS_ONLY
 from ..tokens import Reduction
 from ..train.checkpoint import RunFolder
-from ..train.data import transforms_for
 from ..train.learner import reduction_of
 from ..train.options import check_ranges, fill, flatten, merge, read_yaml
 from ..train.recipe import Recipe
-from ..train.specs import DataSpec
 from .curve import Curve
 from .sweep import Sweep
 
@@ -216,7 +212,6 @@ class Study:
     def _check_recipe(self, row: str, recipe: Recipe) -> None:
         """Look at all that can be looked at without images and weights."""
         recipe.check()
-        transforms_for(nn.Identity(), DataSpec(), recipe.augment)  # Reads its texts.
         reduction_of(recipe)
         if recipe.distill is not None:
             Terms.parse(recipe.distill)

@@ -3,6 +3,7 @@
 To add a reducer, subclass `Reducer`: say what it needs, and turn an `Evidence` into an `Assignment`.
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -191,7 +192,7 @@ class ToMe(Reducer):
         num_moved = num_tokens - keep
         key = evidence.key[:, :, evidence.num_prefix :].detach()
         # Half precision would tie the similarities of near tokens, and so merge other pairs.
-        with torch.autocast(key.device.type, enabled=False):
+        with nullcontext() if key.is_meta else torch.autocast(key.device.type, enabled=False):
             metric = (key if key.dtype.itemsize >= 4 else key.float()).mean(1)
             metric = torch.nn.functional.normalize(metric, dim=-1, eps=torch.finfo(metric.dtype).tiny)
             similarity, partner = (metric[:, ::2] @ metric[:, 1::2].transpose(1, 2)).max(dim=2)
