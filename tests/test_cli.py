@@ -142,6 +142,14 @@ def test_unknown_option_in_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert err.startswith("vitrim train: unknown option --optim.lrr; did you mean --optim.lr")
 
 
+def test_a_name_that_a_file_gives_twice_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "r.yaml").write_text("epochs: 2\nseed: 1\nepochs: 3\n")
+    code, _, err = call(capsys, "train", "--config", str(tmp_path / "r.yaml"), "--out", str(tmp_path / "run"))
+    assert code == 2
+    assert err.endswith("r.yaml, line 3: 'epochs' is given twice; remove or rename one\n")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_file_that_is_no_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     (tmp_path / "r.yaml").write_bytes(b"a: \xff")
     code, _, err = call(capsys, "train", "--config", str(tmp_path / "r.yaml"), "--out", "x")

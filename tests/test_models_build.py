@@ -220,6 +220,15 @@ def test_own_folder_as_model_and_as_checkpoint(tmp_path):
         vitrim.build_model(tmp_path / "saved", checkpoint=tmp_path / "saved")
 
 
+def test_weights_learnt_with_other_heads(tmp_path):
+    vitrim.save(vitrim.build_model(NAME, num_classes=3, **SIZES), tmp_path / "saved")
+    heads = vitrim.load(tmp_path / "saved").blocks[0].attn.num_heads
+    for checkpoint in (tmp_path / "saved", tmp_path / "saved" / "model.safetensors"):
+        with pytest.raises(CheckpointError, match=rf"learnt with {heads} attention heads, .* ask for num_heads={heads}"):
+            vitrim.build_model(NAME, checkpoint=checkpoint, **SIZES | {"num_heads": 2 * heads})
+        vitrim.build_model(NAME, checkpoint=checkpoint, **SIZES | {"num_heads": heads})
+
+
 def test_averaged_and_plain_weights_of_the_official_dinov2_form(tmp_path):
     name, sizes = "vit_small_patch14_reg4_dinov2", {"img_size": 28, "depth": 1, "embed_dim": 24, "num_heads": 2}
     model = timm.create_model(name, **sizes).eval()

@@ -16,6 +16,7 @@ from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 from . import __version__
 from .errors import VitrimError
+from .train.options import read_yaml
 from .train.recipe import Recipe
 from .train.stopping import Stopped
 from .verbs import VERBS
@@ -131,7 +132,7 @@ def main(argv: list[str] | None = None) -> None:
         if not isinstance(parsed[verb].get(group), Namespace):
             parser.error(f"{group} is {parsed[verb].get(group)!r}; it must be a mapping of options")
     options = dict(parser.instantiate(parsed)[verb])
-    options.pop("config", None)
+    files = filter(None, options.pop("config", None) or ())  # None stands for options in place of a file.
     for name, parameter in signature(VERBS[verb], eval_str=True).parameters.items():
         if _group_of(parameter.annotation) is not None:
             options[name] = vars(parser.parse_args(argv, defaults=False)[verb].get(name, Namespace()))
@@ -139,6 +140,8 @@ def main(argv: list[str] | None = None) -> None:
         out = options.pop("out")
         options = {"recipe": Recipe(**options), "out": out}
     try:
+        for file in files:
+            read_yaml(file)  # Refuses names that are given twice, of which the parser has taken the last.
         if options.get("device") == "cuda":
             _expect_cuda()
         VERBS[verb](**options)

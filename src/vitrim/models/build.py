@@ -8,9 +8,9 @@ import timm
 from torch import nn
 
 from ..errors import CheckpointError, UnknownNameError, VitrimError
-from .store import DESCRIPTION, WEIGHTS, load, weights_path
+from .store import DESCRIPTION, WEIGHTS, check_heads, load, weights_path
 from .torchvision import Converted, convert_torchvision, is_torchvision
-from .weights import SUFFIXES, State, class_count, load_weights, read_weights
+from .weights import SUFFIXES, class_count, load_weights, read_weights
 
 _SOURCES = ("hf-hub:", "local-dir:")
 
@@ -52,11 +52,15 @@ def build_model(
         return _from_file(path, num_classes, reset_head, args)
     if checkpoint is None:
         return _create(name, num_classes, pretrained, args)
-    state = _read(checkpoint)
+    file = weights_path(checkpoint) if Path(checkpoint).is_dir() else Path(checkpoint)
+    state = read_weights(file)
+    if is_torchvision(state):
+        state = convert_torchvision(state).state
     if num_classes is None and not reset_head:
         num_classes = class_count(state)
     model = _create(name, num_classes, False, args)
     load_weights(model, state, checkpoint, reset_head=reset_head or num_classes == 0)
+    check_heads(model, file)
     return model
 
 
@@ -85,12 +89,6 @@ def saved_folder(spec: str) -> Path | None:
 def has_weights(spec: str) -> bool:
     """Whether `open_model` finds weights that were learnt; a bare timm name stands for random ones."""
     return Path(spec).exists() or "@" in spec or spec.startswith(_SOURCES)
-
-
-def _read(checkpoint: str | Path) -> State:
-    path = Path(checkpoint)
-    state = read_weights(weights_path(path) if path.is_dir() else path)
-    return convert_torchvision(state).state if is_torchvision(state) else state
 
 
 def _from_file(path: Path, num_classes: int | None, reset_head: bool, args: dict[str, Any]) -> nn.Module:

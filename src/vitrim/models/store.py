@@ -106,20 +106,47 @@ def weights_path(folder: str | Path) -> Path:
 
 def read_description(path: Path) -> dict[str, Any]:
     """What `save` wrote of the model in this file of weights; CheckpointError if it was written by something else."""
+    record = _description(path)
+    if record is None:
+        raise CheckpointError(
+            f"{path} was not written by vitrim.save; name its architecture: "
+            f"vitrim.build_model('<timm name>', checkpoint={str(path)!r})"
+        )
+    return record
+
+
+def check_heads(model: nn.Module, path: Path) -> None:
+    """Raise `CheckpointError` if the weights in this file were learnt with other attention heads, as no shape tells.
+
+    Only files that `save` wrote say so.
+    """
+    record = _description(path) if path.suffix == ".safetensors" else None
+    if record is None:
+        return
+    with torch.device("meta"):
+        learnt = _heads(_rebuild(record, {}))
+    for name, own in _heads(model).items():
+        if (heads := learnt.get(name, own)) != own:
+            raise CheckpointError(
+                f"{path} was learnt with {heads} attention heads, the model has {own}; ask for num_heads={heads}"
+            )
+
+
+def _description(path: Path) -> dict[str, Any] | None:
     try:
         with safe_open(path, "pt") as file:
             text = (file.metadata() or {}).get(_KEY)
     except SafetensorError as error:
         raise CheckpointError(f"{path} is damaged or cut short; copy or download it again") from error
-    if text is None:
-        raise CheckpointError(
-            f"{path} was not written by vitrim.save; name its architecture: "
-            f"vitrim.build_model('<timm name>', checkpoint={str(path)!r})"
-        )
-    record = json.loads(text)
-    if record["schema"] > SCHEMA:
+    record = None if text is None else json.loads(text)
+    if record is not None and record["schema"] > SCHEMA:
         raise CheckpointError(f"{path} has schema {record['schema']}, this vitrim reads up to {SCHEMA}; update vitrim")
     return record
+
+
+def _heads(model: nn.Module) -> dict[str, int]:
+    """Attention heads by the name of the layer."""
+    return {name: module.num_heads for name, module in model.named_modules() if hasattr(module, "num_heads")}
 
 
 def describe(model: nn.Module) -> dict[str, Any]:
