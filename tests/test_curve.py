@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vitrim.elastic import SuperNet, stratify
 from vitrim.errors import CheckpointError, RecipeError, UnknownNameError, VitrimError
@@ -61,13 +61,25 @@ def seeds(tmp_path_factory: pytest.TempPathFactory) -> Seeds:
     return found
 
 
-def accuracy(model: nn.Module) -> float:
+def outputs(model: nn.Module) -> tuple[Tensor, Tensor]:
+    """Logits (N, 10) on the test images, and their classes."""
     stream = plain_stream(model, DataSpec(**DATA))
     images, classes = zip(
         *((image, target) for image, target, _ in (stream[i] for i in range(len(stream)))), strict=True
     )
     with torch.no_grad():
-        return (model.eval()(torch.stack(images)).argmax(1) == torch.tensor(classes)).double().mean().item()
+        return model.eval()(torch.stack(images)).double(), torch.tensor(classes)
+
+
+def accuracy(model: nn.Module) -> float:
+    logits, classes = outputs(model)
+    return (logits.argmax(1) == classes).double().mean().item()
+
+
+def divergence(full: nn.Module, model: nn.Module) -> float:
+    """Mean over the images of sum_k p_k log(p_k / q_k)."""
+    p, q = (outputs(one)[0].softmax(1) for one in (full, model))
+    return (p * (p / q).log()).sum(1).mean().item()
 
 
 def test_every_figure_is_that_of_the_network_cut_by_hand(seeds: Seeds):
@@ -95,9 +107,16 @@ def test_every_figure_is_that_of_the_network_cut_by_hand(seeds: Seeds):
         assert row["gmacs"] == pytest.approx(sum(c.macs for c in costs) / 2e9)
         assert row["gmacs_linear_only"] == pytest.approx(sum(c.macs_linear_only for c in costs) / 2e9)
         assert row["params"] == round(sum(c.params for c in costs) / 2)
-        if row["budget"] is not None:
+        if row["budget"] is None:
+            assert row["divergence"] is None
+        else:
+            whole = [load(folders[row["row"]] / "model") for folders in seeds.values()]
+            apart = [divergence(full, net) for full, net in zip(whole, nets, strict=True)]
+            assert row["divergence"] == pytest.approx(sum(apart) / 2, rel=1e-3, abs=1e-5)
             assert row["gmacs"] <= row["budget"] * cost(load(seeds[0]["full"] / "model")).macs / 1e9 * (1 + 1e-9)
-    assert len({row["accuracy"] for row in table.rows}) > 4  # Else equal figures would say nothing.
+    # Else equal figures would say nothing.
+    assert len({row["accuracy"] for row in table.rows}) > 4
+    assert max(row["divergence"] or 0 for row in table.rows) > 0.01
 
 
 def test_what_networks_trained_alone_have_at_the_same_cost(seeds: Seeds):

@@ -24,6 +24,8 @@ from ..train.specs import DataSpec
 DataOf = DataSpec | Mapping[str, DataSpec]
 """The images: one set for all models, or by the name of each."""
 ImageSet = tuple[str, str | None, str | None]
+Variant = tuple[str, str]
+"""Model, method."""
 
 COLUMNS = (
     Column("model", "model"),
@@ -108,29 +110,33 @@ def compare(
 
 
 def figures_of(
-    variants: dict[tuple[str, str], nn.Module], data: DataOf, *,
+    variants: Mapping[Variant, nn.Module], data: DataOf, *, originals: Mapping[Variant, Variant] | None = None,
     batch_size: int = 128, device: str = "auto", tick: Callable[[int, int], None] | None = None,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """One row of figures per (model, method), each on its images as it wants them.
 
-    Those on the same test images are evaluated side by side; ratios are to the first on the same images.
+    Those on the same test images are evaluated side by side; ratios are to the first on the same images. `originals`
+    names variants, on the same images too, from which the predictions of others should not diverge.
     """
     accelerator = make_accelerator(cpu=device == "cpu")
-    together: dict[ImageSet, dict[tuple[str, str], nn.Module]] = {}
+    together: dict[ImageSet, dict[Variant, nn.Module]] = {}
     for (name, method), model in variants.items():
         together.setdefault(image_set(data_for(name, data)), {})[name, method] = model
-    found: dict[tuple[str, str], Figures] = {}
+    found: dict[Variant, Figures] = {}
     for group in together.values():
         specs = [data_for(name, data) for name, _ in group]
-        named = {f"{number}": model for number, model in enumerate(group.values())}
+        number_of = {key: f"{number}" for number, key in enumerate(group)}
+        named = {number_of[key]: model for key, model in group.items()}
+        whole = {number_of[key]: number_of[one] for key, one in (originals or {}).items() if key in group}
         by_form: dict[Any, Stream] = {}
         streams: dict[str, Stream] = {}
         for (number, model), spec in zip(named.items(), specs, strict=True):
             form = InputFormat.of(model, spec.image_size), spec.crop_pct, spec.on_corrupt
             streams[number] = by_form[form] = by_form.get(form) or plain_stream(model, spec)
         figures = evaluate_all(
-            named, streams, batch_size=batch_size, workers=specs[0].workers, accelerator=accelerator, tick=tick
-        )
+            named, streams, originals=whole, batch_size=batch_size, workers=specs[0].workers,
+            accelerator=accelerator, tick=tick,
+        )  # fmt: skip
         found |= zip(group, figures.values(), strict=True)
     short = Counter(Path(name).name for name in {name for name, _ in variants})
     rows: list[dict[str, Any]] = []
@@ -140,6 +146,7 @@ def figures_of(
         rows.append({
             "model": Path(name).name if short[Path(name).name] == 1 else name, "method": method,
             "accuracy": figures.accuracy, "loss": figures.loss, "entropy": figures.entropy,
+            "divergence": figures.divergence,
             "seconds": figures.seconds, "images_per_second": figures.images_per_second,
             "gmacs": spent.macs / 1e9, "gmacs_linear_only": spent.macs_linear_only / 1e9, "params": spent.params,
             "tokens": list(spent.token_counts),

@@ -48,6 +48,7 @@ COLUMNS = (
     Column("n", "n", "d"),
     Column("published", "published", ".2%"),
     Column("over_alone", "over trained alone", "+.2%"),
+    Column("divergence", "divergence [nats]", ".4f"),
     Column("gmacs", "GMACs", ".4f"),
     Column("gmacs_linear_only", "GMACs, linear only", ".4f"),
     Column("params", "parameters", ",d"),
@@ -180,14 +181,18 @@ def trace(
         points = networks(curve, folders, data, seed=seed, device=device)
         named = {(f"{number}", ""): network for number, network in enumerate(points.values())}
         images = {name: data_for(row, data) for (name, _), (_, row, _) in zip(named, points, strict=True)}
-        figures = figures_of(named, images, batch_size=batch_size, device=device)
-        for point, row in zip(points, figures, strict=True):
+        cut = {key: (row, "full") for key, (_, row, budget) in zip(named, points, strict=True) if budget is not None}
+        full = {key: open_model(str(folders[key[0]])) for key in cut.values()}
+        images |= {row: data_for(row, data) for row, _ in full}
+        figures = figures_of(named | full, images, originals=cut, batch_size=batch_size, device=device)
+        for point, row in zip(points, figures, strict=False):  # Behind them: the full networks.
             found.setdefault(point, []).append(row)
     rows = [_row(curve, point, per_seed) for point, per_seed in found.items()]
     _beside_alone(rows)
     notes = [
         "Budgets are fractions of the MACs of the full network, attention products included; the largest network that "
         "fits is taken. Nothing is trained after the cut. All networks took turns batch by batch.",
+        "Divergence is how far predictions are from those of the network before the cut: mean KL(full || cut).",
         f"Orderings look at {curve.images} training images without labels. Those that are not even are cut by the same "
         f"rule. Widths are multiples of {curve.width_multiple}.",
     ]
@@ -246,6 +251,7 @@ def _row(curve: Curve, point: Point, per_seed: Sequence[Mapping[str, Any]]) -> d
         "curve": name, "row": row, "budget": budget,
         **over_seeds(per_seed, "gmacs", "gmacs_linear_only", "images_per_second"),
         "published": published.get(row if budget is None else budget),
+        "divergence": None if budget is None else statistics.fmean(figures["divergence"] for figures in per_seed),
         "params": round(statistics.fmean(figures["params"] for figures in per_seed)),
     }  # fmt: skip
 

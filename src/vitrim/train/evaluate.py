@@ -27,6 +27,8 @@ class Figures:
     """What one evaluation found. `seconds` is time inside the model alone; `accuracy` a fraction.
 
     `entropy` is that of the predictions on correctly classified images, mean in nats, None where there are none.
+    `divergence` is how far the predictions are from those of the model that this one was made of: the mean KL
+    divergence KL(original || this) in nats, None where no original was given.
     `unreadable` names the images that could not be read; they count nowhere else.
     """
 
@@ -36,6 +38,7 @@ class Figures:
     images_per_second: float
     num_images: int
     entropy: float | None = None
+    divergence: float | None = None
     unreadable: tuple[str, ...] = ()
 
 
@@ -63,6 +66,7 @@ def evaluate_all(
     models: Mapping[str, nn.Module],
     streams: Stream | Mapping[str, Stream],
     *,
+    originals: Mapping[str, str] | None = None,
     batch_size: int = 128,
     workers: int = 0,
     accelerator: Accelerator | None = None,
@@ -73,6 +77,7 @@ def evaluate_all(
     Args:
         models: each returns logits (B, classes); whatever is attached acts. Their mode is put back.
         streams: images with their classes, for all models or for each as it wants them; each is read once.
+        originals: model -> the one among `models`, on the same images, from which its predictions should not diverge.
         batch_size: images at a time, all processes together.
         workers: processes that read images.
         accelerator: places and shares the work; by default one process on the best device.
@@ -96,6 +101,7 @@ def evaluate_all(
             for name in names:
                 with torch.inference_mode(), accelerator.autocast():
                     models[name](batches[which[name]][0])
+        found: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
         for name in names[done % len(names) :] + names[: done % len(names)]:
             images, targets, index = batches[which[name]]
             start = _clock(device)
@@ -103,7 +109,11 @@ def evaluate_all(
                 logits = models[name](images)
             tallies[name].seconds += _clock(device) - start
             with torch.inference_mode():
-                tallies[name].add(*accelerator.gather_for_metrics((logits.float(), targets, index)))
+                found[name] = accelerator.gather_for_metrics((logits.float(), targets, index))
+        for name in names:
+            original = found[originals[name]][0] if originals and name in originals else None
+            with torch.inference_mode():
+                tallies[name].add(*found[name], original)
         if tick is not None:
             tick(done, len(ready[0]))
     for name, model in models.items():
@@ -152,11 +162,16 @@ class _Tally:
     seen: int = 0
     loss: float = 0.0
     entropy: float = 0.0
+    divergence: float | None = None
     seconds: float = 0.0
     unreadable: set[int] = field(default_factory=set)
 
-    def add(self, logits: Tensor, targets: Tensor, index: Tensor) -> None:
+    def add(self, logits: Tensor, targets: Tensor, index: Tensor, original: Tensor | None) -> None:
         valid = index >= 0  # An unreadable image came with its neighbour's pixels and a negative index.
+        if original is not None:
+            log_q, log_p = logits[valid].log_softmax(1), original[valid].log_softmax(1)
+            new = float(F.kl_div(log_q, log_p, reduction="sum", log_target=True))
+            self.divergence = new + (self.divergence or 0.0)
         logits, targets = logits[valid], targets[valid]
         correct = logits.argmax(1) == targets
         self.hits += int(correct.sum())
@@ -176,6 +191,7 @@ class _Tally:
             images_per_second=self.seen / self.seconds,
             num_images=self.seen,
             entropy=self.entropy / self.hits if self.hits else None,
+            divergence=None if self.divergence is None else self.divergence / self.seen,
             unreadable=names,
         )
 
