@@ -146,7 +146,7 @@ def _description(path: Path) -> dict[str, Any] | None:
 
 def _heads(model: nn.Module) -> dict[str, int]:
     """Attention heads by the name of the layer."""
-    return {name: module.num_heads for name, module in model.named_modules() if hasattr(module, "num_heads")}
+    return {name: int(module.num_heads) for name, module in model.named_modules() if hasattr(module, "num_heads")}
 
 
 def describe(model: nn.Module) -> dict[str, Any]:
