@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import UnknownNameError
+from ..tokens.precision import wide
 
 FeatureLoss = Callable[[Tensor, Tensor], Tensor]
 LOSSES: dict[str, FeatureLoss] = {}
@@ -45,11 +46,6 @@ def cosine(student: Tensor, target: Tensor) -> Tensor:
 def smooth_l1(student: Tensor, target: Tensor) -> Tensor:
     """Mean over channels of the Huber loss with threshold 1."""
     return F.smooth_l1_loss(student, target, reduction="none").mean(-1)
-
-
-def wide(x: Tensor) -> Tensor:
-    """At least float32: sums over a thousand channels or classes lose too much in half precision."""
-    return x.float() if x.dtype.itemsize < 4 else x
 
 
 def distance(student: Tensor, target: Tensor, loss: str, normalise: bool) -> Tensor:

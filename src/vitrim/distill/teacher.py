@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from ..errors import DistillError
 from ..models import attached
+from ..tokens.precision import wide
 from .features import Anatomy, Wanted, input_size_of, look
 
 Grid = tuple[int, int]
@@ -134,8 +135,7 @@ def resample_tokens(tokens_BNC: Tensor, old: Grid, new: Grid) -> Tensor:
     if old == new:
         return tokens_BNC
     image = tokens_BNC.transpose(1, 2).unflatten(2, old)
-    image = image.float() if image.dtype.itemsize < 4 else image
-    image = F.interpolate(image, new, mode="bilinear", antialias=True, align_corners=False)
+    image = F.interpolate(wide(image), new, mode="bilinear", antialias=True, align_corners=False)
     return image.flatten(2).transpose(1, 2)
 
 

@@ -12,8 +12,9 @@ from torch.nn import functional as F
 from ..errors import DistillError
 from ..models import attached
 from ..notation import render
+from ..tokens.precision import wide
 from .features import Anatomy, Outputs, Wanted, group_means
-from .losses import coarse_kl, distance, find_loss, mean_where, soft_kl, wide
+from .losses import coarse_kl, distance, find_loss, mean_where, soft_kl
 from .objective import Batch, Term
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import VitrimError
 from ..models.sublayers import elastic
+from ..tokens.precision import wide
 from .probing import Batch, all_reduce, batches, frozen, objective_of, output_of
 
 
@@ -123,11 +124,6 @@ class UnitSums:
 
 
 Sums = HeadSums | UnitSums
-
-
-def wide(x: Tensor) -> Tensor:
-    """At least float32: in half precision the squares of most saliencies would be zero."""
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def collect(

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, distributed
 
 from ..errors import ScoreError
+from .precision import wide
 
 MOMENTUM = 0.9
 """Weight of what earlier steps said."""
@@ -43,7 +44,7 @@ class GradientMemory:
 
         def note(gradient_BTC: Tensor) -> None:
             rows = gradient_BTC[:, first:last].detach()
-            square_C = rows.to(torch.promote_types(rows.dtype, torch.float32)).square().sum((0, 1))
+            square_C = wide(rows).square().sum((0, 1))
             self._fresh[block] = square_C if block not in self._fresh else self._fresh[block] + square_C
 
         x_BTC.register_hook(note)

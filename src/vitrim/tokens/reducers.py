@@ -13,6 +13,7 @@ from torch import Tensor
 from ..errors import ScoreError
 from ..kinds import check_options
 from .assignment import Assignment
+from .precision import wide
 from .scores import Evidence, Needs, find_score
 
 REDUCERS: dict[str, type["Reducer"]] = {}
@@ -193,7 +194,7 @@ class ToMe(Reducer):
         key = evidence.key[:, :, evidence.num_prefix :].detach()
         # Half precision would tie the similarities of near tokens, and so merge other pairs.
         with nullcontext() if key.is_meta else torch.autocast(key.device.type, enabled=False):
-            metric = (key if key.dtype.itemsize >= 4 else key.float()).mean(1)
+            metric = wide(key).mean(1)
             metric = torch.nn.functional.normalize(metric, dim=-1, eps=torch.finfo(metric.dtype).tiny)
             similarity, partner = (metric[:, ::2] @ metric[:, 1::2].transpose(1, 2)).max(dim=2)
         edge = ranking(similarity)[:, :num_moved]

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ScoreError, UnknownNameError
+from .precision import wide
 
 Needs = Literal["nothing", "key", "cls_row", "attention", "hidden"]
 
@@ -79,7 +80,7 @@ class Evidence:
         if self.bias_B11T is not None:
             logits = logits + self.bias_B11T
         # Half precision would tie most scores; the row is small, so float32 costs nothing.
-        return logits.float().softmax(-1) if logits.dtype.itemsize < 4 else logits.softmax(-1)
+        return wide(logits).softmax(-1)
 
 
 @dataclass(frozen=True)
