@@ -115,7 +115,8 @@ def test_a_run_from_the_cache_has_the_numbers_of_the_live_teacher(
 
 def test_views_take_turns(teacher: str):
     given = recipe(teacher, None)
-    stream = make_splits(*open_both(given.data), prepare_student(given, 10), given.data, given.augment, 0).train
+    images, tested = open_both(given.data)
+    stream = make_splits(images, tested, prepare_student(given, images.classes), given.data, given.augment, 0).train
     first, again = [stream[key][0] for key in range(48)], [stream[96 + key][0] for key in range(48)]
     other = [stream[48 + key][0] for key in range(48)]
     assert all(torch.equal(one, two) for one, two in zip(first, again, strict=True))

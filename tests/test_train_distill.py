@@ -95,7 +95,7 @@ def test_without_distillation_nothing_but_the_loss_is_told(tmp_path: Path):
 def test_projections_learn_at_the_full_rate(teacher: str, tmp_path: Path):
     options = headless(teacher, optim={"layer_decay": 0.5, "weight_decay": 0.3, "warmup_epochs": 0})
     torch.manual_seed(0)
-    learner = prepare_learner(options, prepare_student(options, 10))
+    learner = prepare_learner(options, prepare_student(options, DIGITS))
     optimizer = make_optimizer(learner.student, options.optim, learner.projections)
     rates = {
         id(p): (g["lr"] * g.get("lr_scale", 1), g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]
@@ -138,7 +138,7 @@ def test_a_student_without_head_learns_without_labels(teacher: str, tmp_path: Pa
 
 def test_held_out_loss_is_the_mean_over_single_images(teacher: str):
     options = headless(teacher)
-    learner = prepare_learner(options, prepare_student(options, 10)).train()
+    learner = prepare_learner(options, prepare_student(options, DIGITS)).train()
     splits = make_splits(*open_both(options.data), learner.student, options.data, options.augment, 0)
     assert splits.select is not None
     options = {"terms": ["tokens"], "batch_size": 7, "workers": 0, "accelerator": make_accelerator(cpu=True)}
@@ -254,13 +254,13 @@ def test_classes_of_another_order_are_refused(
 
 
 def test_classes_count_only_where_they_are_compared(foreign: str, tmp_path: Path):
-    assert prepare_learner(headless(foreign), prepare_student(headless(foreign), 10, DIGITS), DIGITS).teacher
+    assert prepare_learner(headless(foreign), prepare_student(headless(foreign), DIGITS), DIGITS).teacher
     fresh = recipe(None, None, model={"checkpoint": foreign, "args": NAMED, "reset_head": True})
-    assert prepare_student(fresh, 10, DIGITS).num_classes == 10
+    assert prepare_student(fresh, DIGITS).num_classes == 10
     bare = recipe(None, None, model={"checkpoint": foreign, "args": {**NAMED, "num_classes": 0}})
-    assert prepare_student(bare, 10, DIGITS).num_classes == 0
+    assert prepare_student(bare, DIGITS).num_classes == 0
     own = recipe(foreign, "Logits()", model={"name": foreign, "args": {}})
-    assert prepare_learner(own, prepare_student(own, 10, TURNED), TURNED).teacher
+    assert prepare_learner(own, prepare_student(own, TURNED), TURNED).teacher
 
 
 def test_a_teacher_that_no_term_asks_is_refused(teacher: str, tmp_path: Path):
@@ -286,12 +286,12 @@ def test_the_teacher_sees_its_own_format_and_is_dense(tmp_path: Path):
 def test_a_student_starts_from_another_run(teacher: str, tmp_path: Path):
     train(headless(teacher, epochs=1), tmp_path / "first")
     spec = {"checkpoint": str(tmp_path / "first" / "model"), "reset_head": True, "args": SIZES}
-    student = prepare_student(recipe(None, None, model=spec), 10)
+    student = prepare_student(recipe(None, None, model=spec), DIGITS)
     before, own = load(tmp_path / "first" / "model").state_dict(), student.state_dict()
     assert all(torch.equal(value, own[name]) for name, value in before.items())
     assert own["head.weight"].shape == (10, 24)
     alike = {"checkpoint": teacher, "args": {"depth": 3, "embed_dim": 36, "num_heads": 3}}
-    alike = prepare_student(recipe(teacher, "Logits()", model=alike), 10)
+    alike = prepare_student(recipe(teacher, "Logits()", model=alike), DIGITS)
     assert all(torch.equal(value, alike.state_dict()[name]) for name, value in load(teacher).state_dict().items())
 
 

@@ -70,7 +70,7 @@ def test_linear_probe_changes_the_head_alone(tmp_path: Path):
     options = recipe(optim={"freeze": True, "weight_decay": 0.1}, model={"args": {**SIZES, "drop_path_rate": 0.5}})
     train(options, tmp_path / "run")
     loop.seed_everything(0)
-    start = prepare_student(options, 10).state_dict()
+    start = prepare_student(options, [str(digit) for digit in range(10)]).state_dict()
     after = state(tmp_path / "run")["learner"]
     changed = {name for name, value in start.items() if not torch.equal(value, after[f"student.{name}"])}
     assert changed == {"head.weight", "head.bias"}

@@ -63,8 +63,8 @@ def learns_labels(recipe: Recipe) -> bool:
     return recipe.elastic is not None or any(isinstance(term, Labels) for term in terms_of(recipe).terms)
 
 
-def prepare_student(recipe: Recipe, num_classes: int, classes: Sequence[str] | None = None) -> nn.Module:
-    """The network to train, with the recipe's reduction in place of one it brought along.
+def prepare_student(recipe: Recipe, classes: Sequence[str]) -> nn.Module:
+    """The network to train on images of these classes, with the recipe's reduction in place of one it brought along.
 
     One that it brought along, and that the recipe does not replace, acts from the start: it has grown already.
 
@@ -72,11 +72,11 @@ def prepare_student(recipe: Recipe, num_classes: int, classes: Sequence[str] | N
         RecipeError: labels of the images are no classes of the network, or it brings a classifier along for others.
         UnsupportedModelError: no adapter knows such networks.
     """
-    student = prepare_model(recipe.model, num_classes, recipe.data.image_size)
+    student = prepare_model(recipe.model, len(classes), recipe.data.image_size)
     find_adapter(student)
-    if student.num_classes not in (0, num_classes) and learns_labels(recipe):
+    if student.num_classes not in (0, len(classes)) and learns_labels(recipe):
         raise RecipeError(
-            f"the network has {student.num_classes} classes, the images have {num_classes}; leave num_classes out of "
+            f"the network has {student.num_classes} classes, the images have {len(classes)}; leave num_classes out of "
             "model.args, and for weights of other classes set model.reset_head"
         )
     if student.num_classes and not recipe.model.reset_head and (fault := _other_classes(recipe.model, classes)):

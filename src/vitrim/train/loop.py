@@ -70,7 +70,7 @@ class _Run:
         recipe.check_processes(self.accelerator.num_processes)
         seed_everything(recipe.seed)
         train_images, test_images = open_both(recipe.data)
-        self.student = prepare_student(recipe, len(train_images.classes), train_images.classes)
+        self.student = prepare_student(recipe, train_images.classes)
         self.splits = make_splits(train_images, test_images, self.student, recipe.data, recipe.augment, recipe.seed)
         batch = recipe.batch_size // optim.accumulate
         loader, self.sampler = make_loader(
