@@ -10,6 +10,7 @@ import json
 import random
 from collections.abc import Mapping
 from timeit import Timer
+from typing import Any
 
 import torch
 from jsonargparse import auto_cli
@@ -25,6 +26,7 @@ from vitrim.models import attach, build_model
 from vitrim.tokens import Reduction
 
 COLUMNS = (
+    Column("batch_size", "batch", "d"),
     Column("method", "method"),
     Column("ms", "step [ms]", ".1f"),
     Column("time_ratio", "time / dense"),
@@ -77,18 +79,8 @@ def measure(steps: Mapping[str, Step], rounds: int) -> dict[str, list[float]]:
     return seconds
 
 
-def main(
-    model: str = "vitrim_hybrid_vit",
-    batch_size: int = 128,
-    threads: int | None = 2,
-    rounds: int = 12,
-    precision: str = "no",
-    device: str = "cpu",
-    out: str = "results/bench-train-step-cpu",
-) -> None:
-    """Measure, print, and write OUT.md, OUT.csv and OUT.json."""
-    torch.set_num_threads(threads or torch.get_num_threads())
-    names = ("dense", *METHODS)
+def compare(model: str, batch_size: int, rounds: int, precision: str, device: str) -> list[dict[str, Any]]:
+    """Figures of all methods at one batch size."""
 
     def made(name: str) -> nn.Module:
         network = build_model(model)
@@ -96,6 +88,7 @@ def main(
             attach(network, Reduction.parse(name, "train"))
         return network
 
+    names = ("dense", *METHODS)
     size = made("dense").pretrained_cfg["input_size"]
     images = torch.randn(batch_size, *size, generator=torch.Generator().manual_seed(0)).to(device)
     macs = {name: training_macs(made(name), size) for name in names}
@@ -104,10 +97,25 @@ def main(
     for name in names:
         time, share = ratios(seconds[name], seconds["dense"]), macs[name] / macs["dense"]
         rows.append({
-            "method": name, "ms": 1e3 * Quartiles.of(seconds[name]).median, "time_ratio": str(time),
-            "macs_ratio": share, "over": time.median / share, "seconds": seconds[name],
+            "batch_size": batch_size, "method": name, "ms": 1e3 * Quartiles.of(seconds[name]).median,
+            "time_ratio": str(time), "macs_ratio": share, "over": time.median / share, "seconds": seconds[name],
         })  # fmt: skip
-    settings = {"model": model, "batch_size": batch_size, "precision": precision, "device": device, "rounds": rounds}
+    return rows
+
+
+def main(
+    model: str = "vitrim_hybrid_vit",
+    batch_sizes: tuple[int, ...] = (32, 128),
+    threads: int | None = 2,
+    rounds: int = 12,
+    precision: str = "no",
+    device: str = "cpu",
+    out: str = "results/bench-train-step-cpu",
+) -> None:
+    """Measure, print, and write OUT.md, OUT.csv and OUT.json."""
+    torch.set_num_threads(threads or torch.get_num_threads())
+    rows = [row for size in batch_sizes for row in compare(model, size, rounds, precision, device)]
+    settings = {"model": model, "precision": precision, "device": device, "rounds": rounds}
     notes = [f"Settings: {json.dumps(settings)}. Median [quartiles] of the ratios within each round."]
     table = Table("Training steps with dropped tokens", COLUMNS, rows, notes=notes, environment=environment())
     print(table.markdown())
