@@ -283,6 +283,31 @@ def test_the_teacher_sees_its_own_format_and_is_dense(tmp_path: Path):
     assert torch.allclose(seen, expected, atol=1e-5)
 
 
+SMALL = {"depth": 1, "embed_dim": 24, "num_heads": 2}
+
+
+@pytest.mark.parametrize(
+    ("name", "args"),
+    [
+        ("eva02_tiny_patch14_224", {**SMALL, "img_size": 28}),
+        ("beit_base_patch16_224", {**SMALL, "img_size": 32}),
+        ("vit_relpos_small_patch16_224", {**SMALL, "img_size": 32}),
+        ("cait_xxs24_224", {**SMALL, "img_size": 32}),
+        ("swin_tiny_patch4_window7_224", {"img_size": 64, "depths": (1,), "num_heads": (3,)}),
+        ("mixer_s16_224", {"img_size": 32}),  # Without patch_embed.
+        ("resnet10t", {}),
+    ],
+)
+def test_teachers_of_all_kinds_get_images_of_their_own_size(name: str, args: dict[str, Any], tmp_path: Path):
+    path = save(timm.create_model(name, num_classes=10, in_chans=1, **args), tmp_path / "teacher")
+    options = recipe(str(path), "Logits()")
+    learner = prepare_learner(options, prepare_student(options, DIGITS), DIGITS)
+    size = args.get("img_size", 176)
+    assert learner.teacher
+    assert learner.teacher.prepare(images := torch.rand(2, 1, 8, 8)).shape == (2, 1, size, size)
+    assert learner(images, torch.tensor([0, 1]), progress=0.0).loss.isfinite()
+
+
 def test_a_student_starts_from_another_run(teacher: str, tmp_path: Path):
     train(headless(teacher, epochs=1), tmp_path / "first")
     spec = {"checkpoint": str(tmp_path / "first" / "model"), "reset_head": True, "args": SIZES}
