@@ -7,10 +7,10 @@ from typing import Any
 import timm
 from torch import nn
 
-from ..errors import CheckpointError, UnknownNameError, VitrimError
+from ..errors import CheckpointError, ClassCountError, UnknownNameError, VitrimError
 from .store import DESCRIPTION, WEIGHTS, check_heads, load, weights_path
 from .torchvision import Converted, convert_torchvision, is_torchvision
-from .weights import SUFFIXES, class_count, load_weights, read_weights
+from .weights import SUFFIXES, class_count, classifiers_of, load_weights, read_weights
 
 _SOURCES = ("hf-hub:", "local-dir:")
 
@@ -57,7 +57,7 @@ def build_model(
     if is_torchvision(state):
         state = convert_torchvision(state).state
     if num_classes is None and not reset_head:
-        num_classes = class_count(state)
+        num_classes = class_count(state, classifiers_of(name)[0])
     model = _create(name, num_classes, False, args)
     load_weights(model, state, checkpoint, reset_head=reset_head or num_classes == 0)
     check_heads(model, file)
@@ -68,7 +68,8 @@ def open_model(spec: str) -> nn.Module:
     """A model by what people have of it.
 
     A run folder, a folder written by `vitrim.save`, a file of torchvision weights, a timm name, `NAME@FILE` (that
-    architecture with weights from a file) or `NAME@pretrained` (with timm's published weights, which it downloads).
+    architecture with weights from a file), `NAME@pretrained` (with timm's published weights, which it downloads), or
+    timm's own `hf-hub:NAME` and `local-dir:FOLDER`, with the weights that lie there.
     """
     if (folder := saved_folder(spec)) is not None:
         return load(folder)
@@ -77,7 +78,7 @@ def open_model(spec: str) -> nn.Module:
         raise CheckpointError(f"{spec} names no weights; write {name}@FILE or {name}@pretrained, or {name} alone")
     if weights == "pretrained":
         return build_model(name, pretrained=True)
-    return build_model(name, checkpoint=weights or None)
+    return build_model(name, checkpoint=weights or None, pretrained=spec.startswith(_SOURCES))
 
 
 def saved_folder(spec: str) -> Path | None:
@@ -91,11 +92,17 @@ def has_weights(spec: str) -> bool:
     return Path(spec).exists() or "@" in spec or spec.startswith(_SOURCES)
 
 
+def is_architecture(name: str) -> bool:
+    """Whether a name for `build_model` brings no weights along unless asked to: no saved folder, no file of them."""
+    return name.startswith(_SOURCES) or not (Path(name).is_dir() or Path(name).suffix in SUFFIXES)
+
+
 def _from_file(path: Path, num_classes: int | None, reset_head: bool, args: dict[str, Any]) -> nn.Module:
     state = read_weights(path)
     if not is_torchvision(state):
         raise CheckpointError(
-            f"{path} does not say its architecture; name it: build_model('<timm name>', checkpoint={str(path)!r})"
+            f"{path} does not say its architecture; give that as the name and this file as checkpoint, or both as "
+            f"NAME@{path}"
         )
     found: Converted = convert_torchvision(state, num_heads=args.pop("num_heads", None))
     classes = found.num_classes if num_classes is None else num_classes
@@ -116,7 +123,7 @@ def _create(name: str, num_classes: int | None, pretrained: bool, args: dict[str
             raise VitrimError(f"{name} cannot be built with {args}: {reason}") from error
         # Hubs and mirrors fail in many ways; all of them leave the user without weights.
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"no pretrained weights for {name}: {reason}; give a file with checkpoint=") from error
+        raise CheckpointError(f"no pretrained weights for {name}: {reason}; give a file as checkpoint") from error
     embed = getattr(model, "patch_embed", None)
     if getattr(embed, "num_patches", None) == 0:
         raise VitrimError(f"images of {embed.img_size} px are smaller than one patch of {embed.patch_size} px")
@@ -127,9 +134,9 @@ def _with_classes(model: nn.Module, spec: str | Path, num_classes: int | None, r
     if reset_head or num_classes == 0:
         model.reset_classifier(model.num_classes if num_classes is None else num_classes)
     elif num_classes not in (None, model.num_classes):
-        raise CheckpointError(
-            f"{spec} has {model.num_classes} classes, not the {num_classes} asked for; "
-            f"ask for num_classes={model.num_classes}, or reset_head=True to start a new head"
+        raise ClassCountError(
+            f"{spec} has {model.num_classes} classes, not the {num_classes} asked for",
+            f"ask for num_classes={model.num_classes}, or reset_head=True to start a new head",
         )
     return model
 
@@ -141,8 +148,7 @@ def check_name(name: str) -> None:
         UnknownNameError: no such architecture.
         CheckpointError: nothing lies at this path.
     """
-    path = Path(name)
-    if name.startswith(_SOURCES) or path.is_dir() or path.suffix in SUFFIXES:
+    if name.startswith(_SOURCES) or not is_architecture(name):
         return
     if "/" in name or "\\" in name:
         raise CheckpointError(f"nothing at {name}: no folder written by vitrim.save and no file of weights")

@@ -109,8 +109,8 @@ def read_description(path: Path) -> dict[str, Any]:
     record = _description(path)
     if record is None:
         raise CheckpointError(
-            f"{path} was not written by vitrim.save; name its architecture: "
-            f"vitrim.build_model('<timm name>', checkpoint={str(path)!r})"
+            f"{path} was not written by vitrim.save; give its architecture as the name and this file as checkpoint, or "
+            f"both as NAME@{path}"
         )
     return record
 
