@@ -120,7 +120,9 @@ class InputFormat:
 
     @property
     def mode(self) -> str:
-        """The Pillow mode with so many channels."""
+        """The Pillow mode with so many channels; `DataError` where there is none."""
+        if self.size[0] not in (1, 3):
+            raise DataError(f"the model takes {self.size[0]} channels; images have 1 (grey) or 3 (colour)")
         return "L" if self.size[0] == 1 else "RGB"
 
 
