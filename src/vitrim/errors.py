@@ -54,5 +54,9 @@ class BusyError(VitrimError):
     """A folder that another process is writing to."""
 
 
+class OutputError(VitrimError):
+    """A file that cannot be written."""
+
+
 class DistillError(VitrimError):
     """Distillation terms, a teacher or a cache that do not fit the student."""
