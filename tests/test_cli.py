@@ -100,7 +100,7 @@ def test_version(capsys: pytest.CaptureFixture[str]):
         ("train --out x --optim.lr 0", "vitrim train: optim.lr is 0.0; it must be positive"),
         ("train --out x --optim.min_lr 1", "vitrim train: optim.min_lr is 1.0; it must be 0 or more, at most 0.001"),
         ("train --out x --optim.warmup_epochs 11", "vitrim train: optim.warmup_epochs is 11.0, but epochs is 10"),
-        ("train --out x --augment.mixup 0.2 --batch_size 33", "vitrim train: images are mixed in pairs, but 33"),
+        ("train --out x --augment.mixup 0.2 --batch_size 1", "vitrim train: images are mixed in pairs, but one comes"),
         (
             'train --out x --model.args {"num_classes":3}',
             "vitrim train: the network has 3 classes, the images have 10;",

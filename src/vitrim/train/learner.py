@@ -1,6 +1,6 @@
 """What a recipe builds to learn with: networks, objective, mixing, optimiser and learning-rate schedule."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -182,13 +182,23 @@ def cross_entropy(logits_BK: Tensor, targets: Tensor, smoothing: float) -> Tenso
     return F.cross_entropy(logits_BK, targets, label_smoothing=0.0 if targets.ndim == 2 else smoothing)
 
 
-def make_mixup(spec: AugmentSpec, num_classes: int) -> Mixup | None:
-    """Mixup and CutMix of whole batches; None where both are off."""
+def make_mixup(spec: AugmentSpec, num_classes: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None:
+    """Mixup and CutMix of whole batches, in pairs; None where both are off.
+
+    It makes images (B, channels, H, W) and shares of classes (B, K) out of images and classes (B,). Of an odd number
+    of images, the first stays as it is.
+    """
     if spec.mixup == 0 and spec.cutmix == 0:
         return None
-    return Mixup(
-        spec.mixup, spec.cutmix, prob=spec.mix_prob, label_smoothing=spec.smoothing, num_classes=num_classes
-    )  # fmt: skip
+    mixup = Mixup(spec.mixup, spec.cutmix, prob=spec.mix_prob, label_smoothing=spec.smoothing, num_classes=num_classes)
+
+    def mixed(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        num = len(images)
+        twice = num % 2  # timm mixes the first image with the last, and so on: here the first with itself.
+        images, shares = mixup(torch.cat([images, images[:twice]]), torch.cat([labels, labels[:twice]]))
+        return images[:num], shares[:num]
+
+    return mixed
 
 
 def make_optimizer(student: nn.Module, spec: OptimSpec, projections: nn.Module | None = None) -> torch.optim.Optimizer:
