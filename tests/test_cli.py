@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from vitrim import cli
+from vitrim import cli, save
 from vitrim.errors import DataError, VitrimError
+from vitrim.models import build_model
 from vitrim.train.recipe import Recipe
 from vitrim.train.stopping import Stopped
 
@@ -99,7 +100,7 @@ def test_version(capsys: pytest.CaptureFixture[str]):
         ("train --out x --optim.lr 0", "vitrim train: optim.lr is 0.0; it must be positive"),
         ("train --out x --optim.min_lr 1", "vitrim train: optim.min_lr is 1.0; it must be 0 or more, at most 0.001"),
         ("train --out x --optim.warmup_epochs 11", "vitrim train: optim.warmup_epochs is 11.0, but epochs is 10"),
-        ("train --out x --augment.mixup 0.2 --batch_size 33", "vitrim train: images are mixed in pairs, but 33"),
+        ("train --out x --augment.mixup 0.2 --batch_size 1", "vitrim train: images are mixed in pairs, but one comes"),
         (
             'train --out x --model.args {"num_classes":3}',
             "vitrim train: the network has 3 classes, the images have 10;",
@@ -116,6 +117,29 @@ def test_version(capsys: pytest.CaptureFixture[str]):
         ),
         ("train --out x --distill Logits(", "vitrim train: cannot read 'Logits('"),
         ("train --out x --model.args {embed_dim:50}", "vitrim train: "),
+        ("train --out x --model.args {depth:0}", "vitrim train: depth is 0; it must be 1 or more"),
+        ("train --out x --model.args {drop_path_rate:2}", "vitrim train: drop_path_rate is 2; it must be 0 or more, "),
+        ("train --out x --model.args {in_chans:2}", "vitrim train: the model takes 2 channels; images have 1 (grey)"),
+        (
+            "train --out x --model.name saved --model.args {foo:1}",
+            "vitrim train: vitrim_digits_vit does not take these arguments: ",
+        ),
+        (
+            "train --out x --model.name saved --model.args {drop_path_rate:-1}",
+            "vitrim train: drop_path_rate is -1; it must be 0 or more, at most 1",
+        ),
+        (
+            "train --out x --model.name saved --data.image_size 16",
+            "vitrim train: saved/model.safetensors does not fit a model with {'img_size': 16}: 1 of another shape",
+        ),
+        (
+            "train --out x --distill Logits() --teacher.name saved --teacher.args {foo:1}",
+            "vitrim train: no teacher: vitrim_digits_vit does not take these arguments: ",
+        ),
+        (
+            "train --out x --distill Logits() --teacher.name saved --teacher.args {img_size:16}",
+            "vitrim train: no teacher: saved/model.safetensors does not fit a model with {'img_size': 16}: 1 of anoth",
+        ),
         ("eval vitrim_digits_vit --batch_size 0", "vitrim eval: batch_size is 0; it must be 1 or more"),
         ("study . --out x", "vitrim study: . cannot be read (Is a directory)"),
         ("study none.yaml --out x", "vitrim study: none.yaml does not exist"),
@@ -127,12 +151,15 @@ def test_mistakes_are_one_line(
     monkeypatch.chdir(tmp_path)
     for group in ("optim", "data"):
         Path(f"{group}.yaml").write_text(f"{group}: 3\n")
+    if "saved" in words:
+        save(build_model("vitrim_digits_vit", depth=1, embed_dim=8, num_heads=1), "saved")
+    before = set(tmp_path.iterdir())
     code, out, err = call(capsys, *words.split())
     assert code == 2
     assert err.strip().startswith(line)
     assert err.strip().count("\n") == 0
     assert "Traceback" not in out + err
-    assert {path.name for path in tmp_path.iterdir()} == {"optim.yaml", "data.yaml"}
+    assert set(tmp_path.iterdir()) == before
 
 
 def test_unknown_option_in_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

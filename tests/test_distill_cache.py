@@ -252,7 +252,7 @@ def test_other_mistakes_take_one_line(tmp_path, teacher, monkeypatch):
     with pytest.raises(VitrimError, match="1 view or more"):
         views(0)
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 100}))
-    with pytest.raises(VitrimError, match="GB are free"):
+    with pytest.raises(VitrimError, match="where 100 B are free"):
         build(tmp_path / "d", teacher)
     assert not (tmp_path / "d" / "manifest.json").exists()
     with torch.no_grad():

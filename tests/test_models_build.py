@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 import vitrim
 from vitrim.errors import CheckpointError, UnknownNameError, VitrimError
-from vitrim.models import has_weights
+from vitrim.models import has_weights, open_model
 from vitrim.models.weights import read_weights
 
 NAME = "vit_tiny_patch16_224"
@@ -247,6 +247,13 @@ def test_bare_names_stand_for_random_weights(tmp_path):
     vitrim.save(tiny(), tmp_path / "saved")
     known = (str(tmp_path / "saved"), f"{NAME}@file.pth", f"{NAME}@pretrained", "hf-hub:someone/model")
     assert [has_weights(spec) for spec in (NAME, *known)] == [False, True, True, True, True]
+
+
+def test_what_timm_saved_is_opened_with_its_weights(tmp_path):
+    model = tiny().eval()
+    timm.models.save_for_hf(model, tmp_path / "timm")
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(open_model(f"local-dir:{tmp_path}/timm").eval()(images), model(images))
 
 
 def test_sizes_that_do_not_go_together_are_one_line():

@@ -4,8 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from limits import no_file_above
 from vitrim import cli, load, save
-from vitrim.errors import CheckpointError, VitrimError
+from vitrim.errors import CheckpointError, OutputError, VitrimError
+from vitrim.measure.table import Column, Table
 from vitrim.models import build_model, check_place
 from vitrim.output import check_file, check_folder
 
@@ -80,3 +82,24 @@ def test_verbs_refuse_at_once(
     assert says in err.splitlines()[-1]
     assert "Traceback" not in err
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "full", "inner", "old.md"]
+
+
+def test_a_write_that_fails_is_told_by_whoever_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    table = tmp_path / "t.md"
+    with no_file_above(10), pytest.raises(OutputError, match=r"t.md \(File too large\); allow larger files"):
+        Table("t", [Column("a", "a")], [{"a": 1}]).write(table)
+    assert not list(tmp_path.iterdir())
+    table.write_text("old")
+    with no_file_above(10), pytest.raises(OutputError, match=r"\(File too large\); the one before is kept; allow"):
+        Table("t", [Column("a", "a")], [{"a": 1}]).write(table, overwrite=True)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
+    model = build_model("vitrim_digits_vit", depth=1, embed_dim=8, num_heads=1)
+    with no_file_above(1000), pytest.raises(OutputError, match=r"model.safetensors \(.*File too large"):
+        save(model, tmp_path / "model")
+    save(model, tmp_path / "model")
+    (tmp_path / "model" / "result.json").write_text("{}")
+    with no_file_above(1000), pytest.raises(SystemExit) as end:
+        cli.main(["report", str(tmp_path / "model")])
+    err = capsys.readouterr().err
+    assert (end.value.code, err.count("\n")) == (2, 1)
+    assert err.startswith(f"vitrim report: cannot write {tmp_path}/model/report.html (File too large)")

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from PIL import Image
 from rich.console import Console
 from sklearn.datasets import load_digits
 
+from limits import no_file_above
 from vitrim import load, save
 from vitrim.cli import main
 from vitrim.distill import Teacher
@@ -254,15 +256,19 @@ def test_what_is_wrong_with_the_place_is_told_in_one_line(
     assert "is not empty and holds no teacher cache; choose another folder" in refusal(text, tmp_path, capsys)
     (folder / "train" / "holiday.jpg").unlink()
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=100))
-    assert "where 0.0 GB are free" in refusal(text, tmp_path, capsys)
+    said = refusal(text, tmp_path, capsys)
+    assert re.search(r"cache needs \d+ kB in .*, where 100 B are free; free some", said), said
     monkeypatch.undo()
 
     def full(*_: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    assert "there is no room on the disk for" in refusal(text, tmp_path, capsys)
+    assert "done.npy (No space left on device); free some space, then repeat" in refusal(text, tmp_path, capsys)
     monkeypatch.undo()
+    with no_file_above(200):
+        said = refusal(text, tmp_path, capsys)
+    assert "done.npy (File too large); allow larger files (ulimit -f), or choose another folder" in said
     train(recipe(teacher, folder, epochs=1), tmp_path / "run")  # Nothing of all this is in the way.
     (folder / "train" / "manifest.json").write_text("{")
     (tmp_path / "next").mkdir()

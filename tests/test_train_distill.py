@@ -17,6 +17,7 @@ import yaml
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from rich.console import Console
+from timm.models import save_for_hf
 from torch.nn import functional as F
 
 from vitrim import load, save
@@ -34,7 +35,9 @@ from vitrim.train.recipe import Recipe
 from vitrim.train.specs import ModelSpec
 from vitrim.train.stopping import Stopped
 
+SMALL = {"depth": 1, "embed_dim": 24, "num_heads": 2}
 SIZES = {"depth": 3, "embed_dim": 24, "num_heads": 2}
+SWIN = {"img_size": 64, "depths": (1,), "num_heads": (3,)}
 FAKD = "Labels(Linear(0.3, 0.5)) + Logits(Linear(0.7, 0.5), temperature=4) + ClsStages(0.3)"
 FEATURES = "Cls(0.5) + Tokens(0.5, loss=cosine)"
 
@@ -181,8 +184,29 @@ def test_interrupted_distillation_ends_with_the_same_numbers(teacher: str, tmp_p
         ({"teacher": {"name": "{teacher}"}}, "a teacher needs terms to teach by"),
         ({"distill": "Logit()", "teacher": {"name": "{teacher}"}}, "unknown .*'Logit'; did you mean Logits"),
         (
-            {"distill": "Logits()", "teacher": {"name": "{teacher}", "reset_head": True, "args": {"num_classes": 7}}},
+            {"distill": "Logits()", "teacher": {"name": "{teacher}", "reset_head": True}},
+            "teacher.reset_head starts a classifier that has learnt nothing; leave it out, or teach by terms on feat",
+        ),
+        (
+            {"distill": "Logits()", "teacher": {"name": "{teacher}", "args": {"num_classes": 7}}},
+            "no teacher: .* has 10 classes, not the 7 asked for; leave num_classes out of teacher.args$",
+        ),
+        ({"distill": "Logits()", "teacher": {"name": "local-dir:{local}"}}, "local has learnt nothing; set teacher.ch"),
+        (
+            {
+                "distill": "Logits()",
+                "teacher": {"name": "local-dir:{local}", "pretrained": True, "args": {"num_classes": 10}},
+            },
+            "has learnt 7 classes, so a classifier of 10 has learnt nothing; leave num_classes out of teacher.args",
+        ),
+        (
+            {"distill": "Logits()", "teacher": {"name": "local-dir:{local}", "pretrained": True}},
             "has 7 classes, the student 10",
+        ),
+        ({"distill": "Logits()", "teacher": {"name": "{weights}"}}, "its architecture; give that as the name and this"),
+        (
+            {"teacher": None, "model": {"name": "{teacher}", "args": {"num_classes": 7}}},
+            "has 10 classes, not the 7 asked for; set model.reset_head to start a new classifier$",
         ),
         (
             {"distill": "Logits()", "teacher": {"name": "{teacher}"}, "model": {"args": {"num_classes": 0}}},
@@ -193,7 +217,14 @@ def test_interrupted_distillation_ends_with_the_same_numbers(teacher: str, tmp_p
 def test_mistakes_are_told_before_anything_is_written(
     teacher: str, tmp_path: Path, options: dict[str, Any], message: str
 ):
-    text = yaml.safe_dump(options).replace("{teacher}", teacher)
+    places = {"{teacher}": teacher, "{local}": str(tmp_path / "local"), "{weights}": str(tmp_path / "w.pth")}
+    text = yaml.safe_dump(options)
+    for name, place in places.items():
+        text = text.replace(name, place)
+    if "local" in text:
+        model = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=7, **SMALL)
+        save_for_hf(model, tmp_path / "local", model_config={"num_classes": 7})
+    torch.save({"head.weight": torch.zeros(10, 24)}, tmp_path / "w.pth")
     with pytest.raises(VitrimError, match=message) as caught:
         train(Recipe.from_dict(yaml.safe_load(text)), tmp_path / "run")
     assert "\n" not in str(caught.value)
@@ -281,6 +312,38 @@ def test_the_teacher_sees_its_own_format_and_is_dense(tmp_path: Path):
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6)))
     expected = F.interpolate((pixels - mean) / std, (32, 32), mode="bicubic", antialias=True)
     assert torch.allclose(seen, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "args"),
+    [
+        ("eva02_tiny_patch14_224", {**SMALL, "img_size": 28}),
+        ("beit_base_patch16_224", {**SMALL, "img_size": 32}),
+        ("vit_relpos_small_patch16_224", {**SMALL, "img_size": 32}),
+        ("cait_xxs24_224", {**SMALL, "img_size": 32}),
+        ("swin_tiny_patch4_window7_224", SWIN),
+        ("mixer_s16_224", {"img_size": 32}),  # Without patch_embed.
+        ("resnet10t", {}),
+    ],
+)
+def test_teachers_of_all_kinds_get_images_of_their_own_size(name: str, args: dict[str, Any], tmp_path: Path):
+    path = save(timm.create_model(name, num_classes=10, in_chans=1, **args), tmp_path / "teacher")
+    options = recipe(str(path), "Logits()")
+    learner = prepare_learner(options, prepare_student(options, DIGITS), DIGITS)
+    size = args.get("img_size", 176)
+    assert learner.teacher
+    assert learner.teacher.prepare(images := torch.rand(2, 1, 8, 8)).shape == (2, 1, size, size)
+    assert learner(images, torch.tensor([0, 1]), progress=0.0).loss.isfinite()
+
+
+def test_a_checkpoint_says_how_many_classes_its_teacher_has(tmp_path: Path):
+    for name, args in (("resnet10t", {}), ("swin_tiny_patch4_window7_224", SWIN)):  # Heads of other names.
+        torch.save(timm.create_model(name, num_classes=10, **args).state_dict(), tmp_path / "teacher.pth")
+        spec = {"name": name, "checkpoint": str(tmp_path / "teacher.pth"), "args": args}
+        options = recipe(None, "Logits()", teacher=spec)
+        teacher = prepare_learner(options, prepare_student(options, DIGITS), DIGITS).teacher
+        assert teacher
+        assert teacher.anatomy.num_classes == 10
 
 
 def test_a_student_starts_from_another_run(teacher: str, tmp_path: Path):

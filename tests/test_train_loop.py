@@ -13,10 +13,11 @@ from torch import nn
 from vitrim import attach, attached, load, save
 from vitrim.train import loop
 from vitrim.train.checkpoint import RunFolder
-from vitrim.train.learner import make_optimizer, make_scheduler, prepare_student
+from vitrim.train.learner import make_mixup, make_optimizer, make_scheduler, prepare_student
 from vitrim.train.loop import train
 from vitrim.train.recipe import Recipe
-from vitrim.train.specs import OptimSpec
+from vitrim.train.seeding import seed_everything
+from vitrim.train.specs import AugmentSpec, OptimSpec
 
 SIZES = {"depth": 2, "embed_dim": 24, "num_heads": 2}
 
@@ -51,6 +52,27 @@ def test_rates_rise_in_a_line_and_fall_along_half_a_cosine():
         else:
             expected = 0.001 + 0.5 * (0.1 - 0.001) * (1 + math.cos(math.pi * update / 20))
         assert optimizer.param_groups[0]["lr"] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("num", [6, 7])
+@pytest.mark.parametrize("spec", [AugmentSpec(mixup=0.8), AugmentSpec(cutmix=1.0), AugmentSpec(cutmix=1.0, mixup=0.2)])
+def test_every_image_but_an_odd_one_is_mixed_and_its_labels_with_it(num: int, spec: AugmentSpec):
+    seed_everything(3)
+    mixed = make_mixup(spec, num)
+    assert mixed
+    pure = torch.eye(num).view(num, num, 1, 1).expand(-1, -1, 16, 16).contiguous()  # Image i is white in channel i.
+    images, shares = mixed(pure, torch.arange(num))
+    torch.testing.assert_close(images.mean((2, 3)), shares)
+    assert torch.equal(pure[:, :, 0, 0], torch.eye(num))
+    assert ((shares > 0).sum(1) == torch.tensor([1] * (num % 2) + [2] * (num - num % 2))).all()
+
+
+def test_fewer_images_than_a_batch_are_mixed_too(tmp_path: Path):
+    lines = []
+    for name, mixup in (("plain", 0.0), ("mixed", 0.8)):
+        train(recipe(data={"limit": 9, "holdout": 0.0}, epochs=1, augment={"mixup": mixup}), tmp_path / name)
+        lines.append(RunFolder(tmp_path / name).metrics[0]["train_loss"])
+    assert lines[0] != lines[1]
 
 
 def test_layer_decay_and_weight_decay():

@@ -14,7 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from vitrim.errors import CheckpointError, RecipeError, VitrimError
+from limits import no_file_above
+from vitrim.errors import CheckpointError, OutputError, RecipeError, VitrimError
 from vitrim.train import checkpoint, task
 from vitrim.train.checkpoint import RunFolder
 from vitrim.train.loop import train
@@ -210,7 +211,7 @@ def test_full_disk_keeps_the_old_checkpoint(what: str, tmp_path: Path, monkeypat
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint.torch if what == "state" else task, "save", full)
-    with pytest.raises(CheckpointError, match=r"No space left on device\); the one before is kept; free some") as e:
+    with pytest.raises(OutputError, match=r"No space left on device\); the one before is kept; free some") as e:
         train(options, tmp_path / "run")
     assert "\n" not in str(e.value)
     state = RunFolder(tmp_path / "run").state_path
@@ -220,6 +221,13 @@ def test_full_disk_keeps_the_old_checkpoint(what: str, tmp_path: Path, monkeypat
     train(options, tmp_path / "run")
     train(options, tmp_path / "whole")
     assert_same(outcome(tmp_path / "whole"), outcome(tmp_path / "run"))
+
+
+def test_nothing_is_kept_where_nothing_was_written(tmp_path: Path):
+    with no_file_above(10_000), pytest.raises(OutputError) as caught:  # Less than the model.
+        train(recipe(epochs=1), tmp_path / "run")
+    says = "model.safetensors (File too large); allow larger files (ulimit -f), or choose another folder"
+    assert str(caught.value).replace("(os error 27)", "").endswith(says)
 
 
 def test_folders_of_others_are_refused(tmp_path: Path):

@@ -16,6 +16,7 @@ from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 from . import __version__
 from .errors import VitrimError
+from .output import FULL
 from .train.options import read_yaml
 from .train.recipe import Recipe
 from .train.stopping import Stopped
@@ -156,9 +157,9 @@ def main(argv: list[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # The interpreter flushes it once more.
         raise SystemExit(0) from None
     except OSError as error:
-        if error.filename is None:
+        if error.filename is None and error.errno not in FULL:
             raise  # Not about a file, so that nobody can tell what to do.
-        _leave(verb, f"{error.filename}: {error.strerror}", 2)
+        _leave(verb, f"{error.filename or 'cannot write'}: {error.strerror}", 2)
 
 
 def _expect_cuda() -> None:

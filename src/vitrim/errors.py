@@ -34,6 +34,14 @@ class CheckpointError(VitrimError):
     """A file of weights that is missing, unsafe or made for another model."""
 
 
+class ClassCountError(CheckpointError):
+    """Weights of another number of classes. `fact` says it without the advice, which depends on who asked for them."""
+
+    def __init__(self, fact: str, advice: str) -> None:
+        super().__init__(f"{fact}; {advice}")
+        self.fact = fact
+
+
 class DataError(VitrimError):
     """Images that are missing, unreadable or of the wrong kind."""
 
@@ -44,6 +52,10 @@ class RecipeError(VitrimError):
 
 class BusyError(VitrimError):
     """A folder that another process is writing to."""
+
+
+class OutputError(VitrimError):
+    """A file that cannot be written."""
 
 
 class DistillError(VitrimError):

@@ -1,13 +1,25 @@
 """Where results go is looked at before the work that makes them; a file is replaced whole, or not at all."""
 
+import errno
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryFile
 
-from .errors import VitrimError
+from safetensors import SafetensorError
 
+from .errors import OutputError, VitrimError
+
+_FREE = "free some space, then repeat"
+_ADVICE = {
+    None: _FREE,  # As torch and safetensors tell it.
+    errno.ENOSPC: _FREE,
+    errno.EDQUOT: _FREE,
+    errno.EFBIG: "allow larger files (ulimit -f), or choose another folder",
+}
+FULL = frozenset(_ADVICE)
+"""Numbers of the errors that say that there is no room."""
 PART = ".part"
 """How the names of unfinished files end, which only a crash leaves behind."""
 
@@ -39,13 +51,38 @@ def replacing(path: str | Path) -> Iterator[Path]:
     """A path to write to, which takes the place of `path` in one step once it is whole and on the disk.
 
     A reader, or a crash, meets the old content or the new, never a part. The folder must exist.
+
+    Raises:
+        OutputError: it could not be written (full disk); the one before is still there.
     """
     path = Path(path)
     part = path.with_name(f".{path.name}.{os.getpid()}{PART}")
+    with told(path):
+        try:
+            yield part
+            with part.open("rb") as written:
+                os.fsync(written.fileno())
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
+
+
+@contextmanager
+def told(path: str | Path, *also: type[Exception]) -> Iterator[None]:
+    """Tell a failed write of this file in one line.
+
+    Args:
+        path: the file; where it exists, it is whole, as it was before.
+        also: what else the writer raises on a full disk.
+
+    Raises:
+        OutputError: no room, no permission, a limit.
+    """
     try:
-        yield part
-        with part.open("rb") as written:
-            os.fsync(written.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+        yield
+    except (OSError, SafetensorError, *also) as error:
+        number = error.errno if isinstance(error, OSError) else None
+        reason = (isinstance(error, OSError) and error.strerror) or str(error).splitlines()[0]
+        kept = "; the one before is kept" if Path(path).exists() else ""
+        advice = _ADVICE.get(number, "choose another folder")
+        raise OutputError(f"cannot write {path} ({reason}){kept}; {advice}") from None

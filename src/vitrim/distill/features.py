@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from timm.data.config import resolve_model_data_config
+from timm.models import get_model_input_config
 from torch import Tensor, nn
 
 from ..errors import DistillError
@@ -132,10 +132,13 @@ def look(model: nn.Module, images: Tensor, wanted: Wanted) -> dict[str, Tensor]:
 
 
 def input_size_of(model: nn.Module) -> tuple[int, int, int]:
-    """(channels, height, width) that this very model takes; timm's configuration keeps those of its weights."""
-    channels, *size = resolve_model_data_config(model)["input_size"]
+    """(channels, height, width) that this very model takes, of whatever kind it is.
+
+    timm's configuration of an architecture keeps those of its weights, whatever the model was built with.
+    """
+    channels, *size = get_model_input_config(model)["input_size"]
     height, width = getattr(getattr(model, "patch_embed", None), "img_size", None) or size
-    return int(getattr(model, "in_chans", channels)), int(height), int(width)
+    return int(channels), int(height), int(width)
 
 
 def idle_parameters(model: nn.Module, wanted: Wanted, reads: Collection[str]) -> list[str]:

@@ -1,6 +1,5 @@
 """How a teacher cache is laid out and filled: rows in any order, by one process at a time, stopped and continued."""
 
-import errno
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -14,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..errors import DistillError
-from ..output import replacing
+from ..output import FULL, replacing, told
 from ..readers import batches_of
 from .features import Wanted
 from .manifest import MANIFEST, Manifest
@@ -170,7 +169,8 @@ def _create(folder: Path, manifest: Manifest) -> None:
     need, free = manifest.num_bytes, shutil.disk_usage(folder).free
     if need > free:
         raise DistillError(
-            f"the teacher cache needs {need / 1e9:.1f} GB in {folder}, where {free / 1e9:.1f} GB are free"
+            f"the teacher cache needs {_size(need)} in {folder}, where {_size(free)} are free; free some, or choose "
+            "another cache.folder"
         )
     for name, (kind, *shape) in {DONE: ("uint8",), **manifest.fields}.items():
         _lay_out(folder / f"{name}.npy", kind, (manifest.rows, *shape))
@@ -178,16 +178,29 @@ def _create(folder: Path, manifest: Manifest) -> None:
         part.write_text(manifest.to_json())
 
 
+def _size(num_bytes: int) -> str:
+    step = min(3, max(0, len(str(num_bytes)) - 1) // 3)
+    return f"{num_bytes / 1000**step:.{min(step, 1)}f} {('B', 'kB', 'MB', 'GB')[step]}"
+
+
 def _lay_out(path: Path, kind: str, shape: tuple[int, ...]) -> None:
     """An array of zeros whose room on the disk is taken: a mapped file that meets a full one kills the process."""
-    np.lib.format.open_memmap(path, mode="w+", dtype=kind, shape=shape)
+    with told(path):
+        try:
+            np.lib.format.open_memmap(path, mode="w+", dtype=kind, shape=shape)
+            _take_room(path)
+        except OSError:
+            path.unlink(missing_ok=True)
+            raise
+
+
+def _take_room(path: Path) -> None:
     if not hasattr(os, "posix_fallocate"):
         return
     with path.open("r+b") as file:
         try:
             os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
         except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                path.unlink()
-                raise DistillError(f"there is no room on the disk for {path}; free some, then repeat") from None
+            if error.errno in FULL:
+                raise
             # Any other: a file system that cannot do it.

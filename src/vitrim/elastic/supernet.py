@@ -92,7 +92,8 @@ class SuperNet:
             part.write_text(chain.to_json() + "\n")
         (folder / MEANS).unlink(missing_ok=True)
         if self.means is not None:
-            save_file({name: mean.cpu().contiguous() for name, mean in self.means.items()}, folder / MEANS)
+            with replacing(folder / MEANS) as part:
+                save_file({name: mean.cpu().contiguous() for name, mean in self.means.items()}, part)
         return folder
 
     @classmethod

@@ -7,12 +7,11 @@ from typing import Any
 import timm
 from torch import nn
 
-from ..errors import CheckpointError, UnknownNameError, VitrimError
+from ..errors import CheckpointError, ClassCountError, UnknownNameError
+from .create import SOURCES, create
 from .store import DESCRIPTION, WEIGHTS, check_heads, load, weights_path
 from .torchvision import Converted, convert_torchvision, is_torchvision
-from .weights import SUFFIXES, class_count, load_weights, read_weights
-
-_SOURCES = ("hf-hub:", "local-dir:")
+from .weights import SUFFIXES, class_count, classifiers_of, load_weights, read_weights
 
 
 def build_model(
@@ -51,14 +50,14 @@ def build_model(
             raise CheckpointError(f"{spec} is a file of weights already; leave checkpoint out, or name an architecture")
         return _from_file(path, num_classes, reset_head, args)
     if checkpoint is None:
-        return _create(name, num_classes, pretrained, args)
+        return create(name, {"num_classes": num_classes, **args}, pretrained=pretrained)
     file = weights_path(checkpoint) if Path(checkpoint).is_dir() else Path(checkpoint)
     state = read_weights(file)
     if is_torchvision(state):
         state = convert_torchvision(state).state
     if num_classes is None and not reset_head:
-        num_classes = class_count(state)
-    model = _create(name, num_classes, False, args)
+        num_classes = class_count(state, classifiers_of(name)[0])
+    model = create(name, {"num_classes": num_classes, **args})
     load_weights(model, state, checkpoint, reset_head=reset_head or num_classes == 0)
     check_heads(model, file)
     return model
@@ -68,16 +67,17 @@ def open_model(spec: str) -> nn.Module:
     """A model by what people have of it.
 
     A run folder, a folder written by `vitrim.save`, a file of torchvision weights, a timm name, `NAME@FILE` (that
-    architecture with weights from a file) or `NAME@pretrained` (with timm's published weights, which it downloads).
+    architecture with weights from a file), `NAME@pretrained` (with timm's published weights, which it downloads), or
+    timm's own `hf-hub:NAME` and `local-dir:FOLDER`, with the weights that lie there.
     """
     if (folder := saved_folder(spec)) is not None:
         return load(folder)
-    name, _, weights = spec.partition("@") if not spec.startswith(_SOURCES) else (spec, "", "")
+    name, _, weights = spec.partition("@") if not spec.startswith(SOURCES) else (spec, "", "")
     if spec == f"{name}@":
         raise CheckpointError(f"{spec} names no weights; write {name}@FILE or {name}@pretrained, or {name} alone")
     if weights == "pretrained":
         return build_model(name, pretrained=True)
-    return build_model(name, checkpoint=weights or None)
+    return build_model(name, checkpoint=weights or None, pretrained=spec.startswith(SOURCES))
 
 
 def saved_folder(spec: str) -> Path | None:
@@ -88,38 +88,26 @@ def saved_folder(spec: str) -> Path | None:
 
 def has_weights(spec: str) -> bool:
     """Whether `open_model` finds weights that were learnt; a bare timm name stands for random ones."""
-    return Path(spec).exists() or "@" in spec or spec.startswith(_SOURCES)
+    return Path(spec).exists() or "@" in spec or spec.startswith(SOURCES)
+
+
+def is_architecture(name: str) -> bool:
+    """Whether a name for `build_model` brings no weights along unless asked to: no saved folder, no file of them."""
+    return name.startswith(SOURCES) or not (Path(name).is_dir() or Path(name).suffix in SUFFIXES)
 
 
 def _from_file(path: Path, num_classes: int | None, reset_head: bool, args: dict[str, Any]) -> nn.Module:
     state = read_weights(path)
     if not is_torchvision(state):
         raise CheckpointError(
-            f"{path} does not say its architecture; name it: build_model('<timm name>', checkpoint={str(path)!r})"
+            f"{path} does not say its architecture; give that as the name and this file as checkpoint, or both as "
+            f"NAME@{path}"
         )
     found: Converted = convert_torchvision(state, num_heads=args.pop("num_heads", None))
     classes = found.num_classes if num_classes is None else num_classes
-    model = _create(found.name, classes, False, {"pretrained_cfg_overlay": found.data, **found.sizes, **args})
+    overlay = {"pretrained_cfg_overlay": found.data}
+    model = create(found.name, {"num_classes": classes, **overlay, **found.sizes, **args})
     load_weights(model, found.state, path, reset_head=reset_head or classes == 0)
-    return model
-
-
-def _create(name: str, num_classes: int | None, pretrained: bool, args: dict[str, Any]) -> nn.Module:
-    try:
-        model = timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **args)
-    except TypeError as error:
-        raise VitrimError(f"{name} does not take these arguments: {error}") from error
-    except Exception as error:
-        if not pretrained and not name.startswith(_SOURCES):
-            # timm builds with what it is given and stumbles later, over an assertion or in torch.
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise VitrimError(f"{name} cannot be built with {args}: {reason}") from error
-        # Hubs and mirrors fail in many ways; all of them leave the user without weights.
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"no pretrained weights for {name}: {reason}; give a file with checkpoint=") from error
-    embed = getattr(model, "patch_embed", None)
-    if getattr(embed, "num_patches", None) == 0:
-        raise VitrimError(f"images of {embed.img_size} px are smaller than one patch of {embed.patch_size} px")
     return model
 
 
@@ -127,9 +115,9 @@ def _with_classes(model: nn.Module, spec: str | Path, num_classes: int | None, r
     if reset_head or num_classes == 0:
         model.reset_classifier(model.num_classes if num_classes is None else num_classes)
     elif num_classes not in (None, model.num_classes):
-        raise CheckpointError(
-            f"{spec} has {model.num_classes} classes, not the {num_classes} asked for; "
-            f"ask for num_classes={model.num_classes}, or reset_head=True to start a new head"
+        raise ClassCountError(
+            f"{spec} has {model.num_classes} classes, not the {num_classes} asked for",
+            f"ask for num_classes={model.num_classes}, or reset_head=True to start a new head",
         )
     return model
 
@@ -141,8 +129,7 @@ def check_name(name: str) -> None:
         UnknownNameError: no such architecture.
         CheckpointError: nothing lies at this path.
     """
-    path = Path(name)
-    if name.startswith(_SOURCES) or path.is_dir() or path.suffix in SUFFIXES:
+    if name.startswith(SOURCES) or not is_architecture(name):
         return
     if "/" in name or "\\" in name:
         raise CheckpointError(f"nothing at {name}: no folder written by vitrim.save and no file of weights")

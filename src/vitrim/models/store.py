@@ -22,6 +22,7 @@ from ..errors import CheckpointError, UnknownNameError, VitrimError
 from ..output import check_folder, replacing
 from ..tokens import Reduction
 from .attach import attach, attached
+from .create import create
 from .weights import misfits, read_weights
 from .widths import BlockWidths, set_widths, widths_of
 
@@ -78,14 +79,20 @@ def load(folder: str | Path, **args: Any) -> nn.Module:
         args: arguments for the architecture that change no weight, such as `drop_path_rate`.
 
     Raises:
-        CheckpointError: nothing there, damaged, or written by a newer version.
+        CheckpointError: nothing there, damaged, written by a newer version, or not for these arguments.
+        VitrimError: arguments that the architecture does not take.
     """
     path = weights_path(folder)
     record = read_description(path)
     model = _rebuild(record, args)
     state = read_weights(path)
     if faults := misfits(model.state_dict(), state):
-        raise CheckpointError(f"{path} does not fit its own description: {faults}")
+        if not args:
+            raise CheckpointError(f"{path} does not fit its own description: {faults}")
+        raise CheckpointError(
+            f"{path} does not fit a model with {args}: {faults}; give no arguments that change weights, or "
+            f"{record['architecture']} as the name and this file as checkpoint, whose position embedding is resampled"
+        )
     model.load_state_dict(state, assign=True)
     if (cut := record["reduction"]) is not None:
         reduction = None if cut["text"] is None else Reduction.parse(cut["text"], cut["phase"])
@@ -109,8 +116,8 @@ def read_description(path: Path) -> dict[str, Any]:
     record = _description(path)
     if record is None:
         raise CheckpointError(
-            f"{path} was not written by vitrim.save; name its architecture: "
-            f"vitrim.build_model('<timm name>', checkpoint={str(path)!r})"
+            f"{path} was not written by vitrim.save; give its architecture as the name and this file as checkpoint, or "
+            f"both as NAME@{path}"
         )
     return record
 
@@ -192,7 +199,7 @@ def _rebuild(record: Mapping[str, Any], args: Mapping[str, Any]) -> nn.Module:
         raise UnknownNameError("architecture", name, timm.list_models())
     stored = {key: tuple(value) if isinstance(value, list) else value for key, value in record["args"].items()}
     data = {key: tuple(value) if isinstance(value, list) else value for key, value in record["data"].items()}
-    model = timm.create_model(name, pretrained_cfg_overlay=data, **stored | dict(args))
+    model = create(name, {"pretrained_cfg_overlay": data, **stored, **args})
     if record["widths"] is not None:
         set_widths(model, [BlockWidths(**widths) for widths in record["widths"]])
     return model

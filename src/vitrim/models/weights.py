@@ -1,16 +1,16 @@
 """Reading files of weights safely, and putting weights into a model with every misfit told in one line."""
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from timm.models import VisionTransformer
+from timm.models import VisionTransformer, get_pretrained_cfg, split_model_name_tag
 from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor, nn
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, ClassCountError
 
 State = dict[str, Tensor]
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".tar", ".ckpt")
@@ -78,8 +78,17 @@ def class_count(state: Mapping[str, Tensor], head: str = "head") -> int | None:
 
 def classifiers(model: nn.Module) -> tuple[str, ...]:
     """Names of the modules that hold the classes: `("head",)`, for distilled models `("head", "head_dist")`."""
-    names = getattr(model, "pretrained_cfg", {}).get("classifier") or "head"
-    return (names,) if isinstance(names, str) else tuple(names)
+    return _names(getattr(model, "pretrained_cfg", {}).get("classifier"))
+
+
+def classifiers_of(architecture: str) -> tuple[str, ...]:
+    """The same of a timm name, before there is a model."""
+    config = get_pretrained_cfg(split_model_name_tag(architecture)[0])
+    return _names(config and config.classifier)
+
+
+def _names(classifier: str | Sequence[str] | None) -> tuple[str, ...]:
+    return (classifier,) if isinstance(classifier, str) else tuple(classifier or ("head",))
 
 
 def load_weights(model: nn.Module, state: State, source: str | Path, *, reset_head: bool = False) -> None:
@@ -90,14 +99,15 @@ def load_weights(model: nn.Module, state: State, source: str | Path, *, reset_he
         reset_head: leave the model's own, fresh classifier in place.
 
     Raises:
-        CheckpointError: another number of classes; names missing, left over, or of another shape.
+        ClassCountError: another number of classes.
+        CheckpointError: names missing, left over, or of another shape.
     """
     heads = classifiers(model)
     classes, wanted = class_count(state, heads[0]), getattr(model, "num_classes", None)
     if not reset_head and classes is not None and classes != wanted:
-        raise CheckpointError(
-            f"{source} has {classes} classes, the model {wanted}; "
-            f"ask for num_classes={classes}, or reset_head=True to start a new head"
+        raise ClassCountError(
+            f"{source} has {classes} classes, the model {wanted}",
+            f"ask for num_classes={classes}, or reset_head=True to start a new head",
         )
     if isinstance(model, VisionTransformer):
         try:

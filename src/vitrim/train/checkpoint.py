@@ -4,7 +4,6 @@
 `model/` (the chosen weights, for `vitrim.load`) and `result.json` once the run is finished. `.lock` is an empty file.
 """
 
-import errno
 import json
 import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,10 +13,10 @@ from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError
 
 from ..errors import BusyError, CheckpointError, RecipeError
-from ..output import PART, replacing
+from ..models.store import WEIGHTS
+from ..output import PART, replacing, told
 from .recipe import Recipe
 
 _LOCK = ".lock"
@@ -28,7 +27,7 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     """Replace a file in one step, see `replacing`; its folder is made.
 
     Raises:
-        CheckpointError: it could not be written (full disk); the one before is still there.
+        OutputError: it could not be written (full disk); the one before is still there.
     """
     with _written(path) as part:
         part.write_bytes(content.encode() if isinstance(content, str) else content)
@@ -65,7 +64,7 @@ class RunFolder:
         Raises:
             BusyError: another process is writing.
         """
-        with _told(self.path):
+        with told(self._recipe_path):
             self.path.mkdir(parents=True, exist_ok=True)
             try:
                 held = FileLock(self.path / _LOCK).acquire(timeout=_PATIENCE)
@@ -119,8 +118,11 @@ class RunFolder:
         Args:
             write: `vitrim.save` of a model, or the `save` of a super-network.
             classes: names, in the order of the model's head.
+
+        Raises:
+            OutputError: they could not be written (full disk); the ones before are still there.
         """
-        with _told(self.model_path):
+        with told(self.model_path / WEIGHTS):
             write(self.model_path, overwrite=True, classes=list(classes))
 
     @property
@@ -132,7 +134,7 @@ class RunFolder:
         """Replace the checkpoint in one step.
 
         Raises:
-            CheckpointError: it could not be written (full disk); the one before is still there.
+            OutputError: it could not be written (full disk); the one before is still there.
         """
         with _written(self.state_path) as part:
             torch.save(dict(state), part)
@@ -162,20 +164,7 @@ def _parsed(path: Path, text: str) -> dict[str, Any]:
 
 @contextmanager
 def _written(path: Path) -> Iterator[Path]:
-    with _told(path):
+    with told(path, RuntimeError):  # By which torch tells a full disk.
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as part:
             yield part
-
-
-@contextmanager
-def _told(path: Path) -> Iterator[None]:
-    """Tell a failed write (full disk, no permission) in one line."""
-    try:
-        yield
-    except (OSError, RuntimeError, SafetensorError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
-        kept = "; the one before is kept" if path.exists() else ""
-        full = not isinstance(error, OSError) or error.errno in (None, errno.ENOSPC, errno.EDQUOT)
-        advice = "free some space, then repeat" if full else "choose another folder"
-        raise CheckpointError(f"cannot write {path} ({reason}){kept}; {advice}") from None

@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 from torchvision import transforms as T
 
 from ..distill import TeacherCache, describe_views
-from ..errors import DataError, UnsupportedModelError
-from ..models import find_adapter
+from ..distill.features import input_size_of
+from ..errors import DataError
 from ..readers import batches_of
 from .images import Images, open_images
 from .seeding import mix, seed_host
@@ -109,11 +109,7 @@ class InputFormat:
         Raises:
             DataError: the model takes images of another size than `image_size`.
         """
-        config = resolve_model_data_config(model)
-        try:
-            size = find_adapter(model).geometry(model).input_size
-        except UnsupportedModelError:  # A teacher, or what is only evaluated, may be of another kind.
-            size = config["input_size"]
+        config, size = resolve_model_data_config(model), input_size_of(model)
         if image_size not in (None, size[1]):
             raise DataError(f"the model takes images of {size[1]} px, but data.image_size is {image_size}")
         mean, std = (
@@ -124,7 +120,9 @@ class InputFormat:
 
     @property
     def mode(self) -> str:
-        """The Pillow mode with so many channels."""
+        """The Pillow mode with so many channels; `DataError` where there is none."""
+        if self.size[0] not in (1, 3):
+            raise DataError(f"the model takes {self.size[0]} channels; images have 1 (grey) or 3 (colour)")
         return "L" if self.size[0] == 1 else "RGB"
 
 

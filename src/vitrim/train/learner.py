@@ -1,10 +1,9 @@
 """What a recipe builds to learn with: networks, objective, mixing, optimiser and learning-rate schedule."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
-import timm
 import torch
 from timm.data import Mixup
 from timm.optim import create_optimizer_v2, param_groups_weight_decay
@@ -14,8 +13,9 @@ from torch.nn import functional as F
 
 from ..distill import Distiller, Teacher, Terms
 from ..distill.terms import Labels
-from ..errors import DistillError, RecipeError, VitrimError
+from ..errors import ClassCountError, DistillError, RecipeError, VitrimError
 from ..models import attach, attached, build_model, find_adapter
+from ..models.build import check_name, is_architecture
 from ..models.classes import other_classes
 from ..tokens import Adaptive, Constant, Reduction, render
 from .data import InputFormat
@@ -23,12 +23,22 @@ from .recipe import Recipe
 from .specs import AugmentSpec, ModelSpec, OptimSpec
 
 
-def prepare_model(spec: ModelSpec, num_classes: int | None, image_size: int | None = None) -> nn.Module:
-    """Build the network of a recipe; its classifier and input size fit the data unless the recipe says otherwise."""
+def prepare_model(
+    spec: ModelSpec, num_classes: int | None, image_size: int | None = None,
+    otherwise: str = "set model.reset_head to start a new classifier",
+) -> nn.Module:  # fmt: skip
+    """Build the network of a recipe; its classifier and input size fit the data unless the recipe says otherwise.
+
+    Raises:
+        VitrimError: it cannot be built; `otherwise` is what to do where its weights are of other classes.
+    """
     args = {"num_classes": num_classes} | ({"img_size": image_size} if image_size else {}) | spec.args
-    return build_model(
-        spec.name, checkpoint=spec.checkpoint, pretrained=spec.pretrained, reset_head=spec.reset_head, **args
-    )
+    try:
+        return build_model(
+            spec.name, checkpoint=spec.checkpoint, pretrained=spec.pretrained, reset_head=spec.reset_head, **args
+        )
+    except ClassCountError as error:
+        raise ClassCountError(error.fact, otherwise) from None
 
 
 def reduction_of(recipe: Recipe) -> Reduction | None:
@@ -112,15 +122,28 @@ def prepare_teacher(spec: ModelSpec, seen: InputFormat, classes: Sequence[str] |
         classes: what its logits must stand for; None where nobody reads them.
 
     Raises:
-        DistillError: it cannot be built, has no weights to teach from, takes other channels than arrive, or knows
-            other classes.
+        DistillError: it cannot be built, has no weights to teach from, or a classifier that has learnt nothing; it
+            takes other channels than arrive, or knows other classes.
     """
-    if timm.is_model(spec.name) and not spec.pretrained and spec.checkpoint is None:
-        raise DistillError(f"the teacher {spec.name} has learnt nothing; set teacher.checkpoint or teacher.pretrained")
+    if spec.reset_head and classes is not None:
+        raise DistillError(
+            "teacher.reset_head starts a classifier that has learnt nothing; leave it out, or teach by terms on "
+            "features"
+        )
     try:
-        model = prepare_model(spec, None)
+        check_name(spec.name)
+        bare = is_architecture(spec.name) and spec.checkpoint is None
+        if bare and not spec.pretrained:
+            raise DistillError(f"{spec.name} has learnt nothing; set teacher.checkpoint or teacher.pretrained")
+        model = prepare_model(spec, None, otherwise="leave num_classes out of teacher.args")
     except VitrimError as error:
         raise DistillError(f"no teacher: {error}") from None
+    learnt = getattr(model, "pretrained_cfg", {}).get("num_classes")
+    if classes is not None and bare and model.num_classes not in (0, learnt):
+        raise DistillError(
+            f"the teacher {spec.name} has learnt {learnt} classes, so a classifier of {model.num_classes} has learnt "
+            "nothing; leave num_classes out of teacher.args, or teach by terms on features"
+        )
     if fault := _other_classes(spec, classes):
         raise DistillError(f"{fault}; teach by terms on features, or train the teacher on these images")
     if (brought := attached(model)) is not None:
@@ -159,13 +182,23 @@ def cross_entropy(logits_BK: Tensor, targets: Tensor, smoothing: float) -> Tenso
     return F.cross_entropy(logits_BK, targets, label_smoothing=0.0 if targets.ndim == 2 else smoothing)
 
 
-def make_mixup(spec: AugmentSpec, num_classes: int) -> Mixup | None:
-    """Mixup and CutMix of whole batches; None where both are off."""
+def make_mixup(spec: AugmentSpec, num_classes: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None:
+    """Mixup and CutMix of whole batches, in pairs; None where both are off.
+
+    It makes images (B, channels, H, W) and shares of classes (B, K) out of images and classes (B,). Of an odd number
+    of images, the first stays as it is.
+    """
     if spec.mixup == 0 and spec.cutmix == 0:
         return None
-    return Mixup(
-        spec.mixup, spec.cutmix, prob=spec.mix_prob, label_smoothing=spec.smoothing, num_classes=num_classes
-    )  # fmt: skip
+    mixup = Mixup(spec.mixup, spec.cutmix, prob=spec.mix_prob, label_smoothing=spec.smoothing, num_classes=num_classes)
+
+    def mixed(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        num = len(images)
+        twice = num % 2  # timm mixes the first image with the last, and so on: here the first with itself.
+        images, shares = mixup(torch.cat([images, images[:twice]]), torch.cat([labels, labels[:twice]]))
+        return images[:num], shares[:num]
+
+    return mixed
 
 
 def make_optimizer(student: nn.Module, spec: OptimSpec, projections: nn.Module | None = None) -> torch.optim.Optimizer:

@@ -141,8 +141,8 @@ class _Run:
         recipe, accelerator, state, targets = self.recipe, self.accelerator, self.state, labels
         self.task.train_mode()
         seed_everything(recipe.seed, state.epoch, state.step, accelerator.process_index)
-        if self.mixup is not None and len(images) % 2 == 0:
-            images, targets = self.mixup(images.clone(), targets)
+        if self.mixup is not None:
+            images, targets = self.mixup(images, labels)
         with accelerator.accumulate(self.learner):
             progress = state.epoch / max(1, recipe.epochs - 1)
             for learnt in self.task.losses(images, targets, known, progress=progress, update=state.update):

@@ -138,14 +138,14 @@ class Recipe:
                 raise RecipeError(f"a teacher cache {advice}, or leave cache out")
 
     def check_processes(self, number: int) -> None:
-        """Raise `RecipeError` where a batch cannot be shared evenly among so many processes, or not in pairs."""
+        """Raise `RecipeError` where a batch cannot be shared evenly among so many processes, or leaves none to mix."""
         batch = self.batch_size // self.optim.accumulate
         if batch % number:
             raise RecipeError(f"a batch of {batch} images cannot be shared evenly among {number} processes")
-        if (batch // number) % 2 and (self.augment.mixup > 0 or self.augment.cutmix > 0):
+        if batch == number and (self.augment.mixup > 0 or self.augment.cutmix > 0):
             raise RecipeError(
-                f"images are mixed in pairs, but {batch // number} come at a time (batch_size / optim.accumulate / "
-                "processes); choose a batch_size that makes them even"
+                "images are mixed in pairs, but one comes at a time (batch_size / optim.accumulate / processes); "
+                "choose a larger batch_size, or set augment.mixup and augment.cutmix to 0"
             )
 
     def to_dict(self) -> dict[str, Any]:
