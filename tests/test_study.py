@@ -16,6 +16,7 @@ from vitrim.errors import RecipeError, ScheduleError, UnknownNameError, VitrimEr
 from vitrim.measure.cost import cost
 from vitrim.measure.table import Column, Table
 from vitrim.models import OWN, open_model
+from vitrim.search import study_check
 from vitrim.search.compare import compare, data_of
 from vitrim.search.run_study import run_study
 from vitrim.search.study import Study
@@ -284,6 +285,20 @@ def test_mistakes_in_a_study(study_file: Path):
         ({"pictures": {"rows": ["dense"]}}, "the model of row 'dense' reduces no tokens"),
         ({"pictures": {"rows": ["half"], "images": 0}}, "of one image or more"),
         ({"sweep": {"method": "TopK() @ KeepRate({r})", "vary": {"r": [2.0]}}}, "keep rate lies in"),
+        ({"test": {"t": "TopK() @ KeepRate(0.5, at=[9])"}}, "test 't', row 'dense': .*block 9, but"),
+        ({"test": {"t": "TopK() @ KeepRate(0.5, at=[0]) @ Delayed(1)"}}, "Delayed.* acts in training alone"),
+        ({"test": {"t": "TopK(gradient) @ KeepRate(0.5, at=[0])"}}, "test 't', row 'dense': .*gradient"),
+        ({"sweep": {"method": "TopK() @ KeepRate({r}, at=[7])", "vary": {"r": [0.5]}}}, "sweep, row 'dense': .* 7"),
+        ({"rows": {"a": {}, "b": {"reduction": "TopK() @ KeepRate(0.5, at=[9])"}}}, "row 'b': .*block 9, but"),
+        ({"rows": {"a": {}, "b": {"model": {"args": {"global_pool": "avg", "class_token": False}}, "data": DATA}},
+          "test": {"t": "TopK() @ KeepRate(0.5, at=[0])"}}, "test 't', row 'b': .*has no CLS token"),
+        ({"rows": {"a": {}, "b": {"data": {"image_size": 9}, "model": {"args": {"img_size": 8}}}}}, "row 'b': .*8 px"),
+        ({"rows": {"a": {}, "b": {"model": {"args": {"depht": 3}}}}}, "row 'b': .*depht"),
+        ({"rows": {"a": {}, "b": {"model": {"checkpoint": "no/such.safetensors"}}}}, "row 'b': no weights at no/such"),
+        ({"rows": {"a": {}, "b": {"data": {"name": "folder"}}}}, "row 'b': a folder of images needs data.root"),
+        ({"rows": {"a": {}, "b": {"data": {"name": "folder", "root": "no/such"}}}}, "row 'b': no/such is not a folder"),
+        ({"rows": {"a": {}, "b": {"model": {"name": "{row:a}", "args": {}},
+                                  "reduction": "TopK() @ KeepRate(0.5, at=[5])"}}}, "row 'b': .*block 5, but"),
     ],
 )  # fmt: skip
 def test_mistakes_are_told_before_the_first_training(
@@ -359,17 +374,19 @@ def check_recipe(recipe: Recipe) -> None:
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*/*.yaml")), ids=lambda p: f"{p.parent.name}-{p.stem}")
-def test_every_recipe_and_study_can_be_read_at_every_scale(path: Path):
+def test_every_recipe_and_study_can_be_read_at_every_scale(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     if path.stem != "study":
         return check_recipe(Recipe.read(path))
-    for scale in ("smoke", "small", "full"):
+    monkeypatch.setattr(study_check, "look_for", lambda data: None)  # The images are elsewhere.
+    for scale in {"smoke", "small", "full", *yaml.safe_load(path.read_text())["scales"]}:
         study = Study.read(path, scale)
+        study_check.check_study(study, tmp_path / "out")
         assert sorted(study.order()) == sorted(study.rows)
         for row in study.rows:
             check_recipe(study.recipe(row, 0, Path("out")))
         known = {f"{row}, {test}" for row in study.rows for test in study.test}
         assert set(study.published) <= known
-        assert len(study.seeds) in {"smoke": (1,), "small": (1, 2, 3), "full": (3,)}[scale]
+        assert len(study.seeds) in {"smoke": (1,), "small": (1, 2, 3)}.get(scale, (3,))
 
 
 def test_published_figures_are_in_the_table(study_file: Path, tmp_path: Path):

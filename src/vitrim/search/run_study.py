@@ -17,6 +17,7 @@ from .compare import CLS_ONLY, figures_of, other_images, over_seeds
 from .curve import trace
 from .folder import check_study_folder, mark
 from .study import Published, Study, run_folder
+from .study_check import check_study
 from .sweep import sweep
 from .workers import join, once, share
 
@@ -77,7 +78,7 @@ def run_study(
     """
     check_study_folder(out)
     study, out = Study.read(file, scale, root), Path(out)
-    study.check(out)
+    check_study(study, out)
     claims = join(database, out, grace) if database is not None else None
     if claims is None:
         mark(out)

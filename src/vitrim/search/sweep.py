@@ -100,8 +100,12 @@ def check_sweep(method: str, vary: Settings) -> None:
             raise ScheduleError(f"{method!r} does not use {{{name}}}")
         if not values:
             raise ScheduleError(f"there are no values for {name}; give at least one")
-    for setting in _settings(vary):
-        _fill(method, setting)
+    methods_of(method, vary)
+
+
+def methods_of(method: str, vary: Settings) -> list[str]:
+    """The reduction at every setting of a grid."""
+    return [_fill(method, setting) for setting in _settings(vary)]
 
 
 def _settings(vary: Settings) -> list[dict[str, float]]:
@@ -134,7 +138,7 @@ def _grid(
     spec: str, model: nn.Module, data: DataSpec, method: str, vary: Settings, options: dict[str, Any]
 ) -> list[dict[str, Any]]:
     settings = _settings(vary)
-    texts = [_fill(method, setting) for setting in settings]
+    texts = methods_of(method, vary)
     variants: dict[tuple[str, str], nn.Module] = {(spec, DENSE): variant(model, DENSE)}
     variants |= {(spec, text): variant(model, text) for text in texts}
     rows = figures_of(variants, data, **options)
