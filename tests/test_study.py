@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from vitrim.measure.table import Column, Table
 from vitrim.models import OWN, open_model
 from vitrim.search import study_check
 from vitrim.search.compare import compare, data_of
-from vitrim.search.run_study import run_study
+from vitrim.search.published import Published
+from vitrim.search.run_study import COLUMNS, run_study
 from vitrim.search.study import Study
 from vitrim.search.sweep import sweep
 from vitrim.tokens import Reduction
@@ -152,7 +154,7 @@ def test_a_study_over_seeds_and_what_is_not_run_twice(study_file: Path, tmp_path
     accuracies = [json.loads((out / f"dense-s{seed}" / "result.json").read_text())["test_accuracy"] for seed in (0, 1)]
     assert table.rows[0]["accuracy"] == pytest.approx(sum(accuracies) / 2)
     assert table.rows[0]["accuracy_std"] == pytest.approx(abs(accuracies[0] - accuracies[1]) / 2**0.5)
-    assert (table.rows[0]["published"], table.rows[1]["published"]) == (0.5, None)
+    assert [row.get("published_accuracy") for row in table.rows[:2]] == [0.5, None]
     assert (out / "table.md").exists()
     assert {row["params"] for row in table.rows} == {cost(open_model(str(out / "dense-s0"))).params}
     study_file.write_text(study_file.read_text().replace("batch_size: 16", "batch_size: 8"))
@@ -233,6 +235,9 @@ def test_every_row_is_tested_on_its_own_images(study_file: Path, tmp_path: Path)
     assert {row: points["alone", row] for row in accuracies} == pytest.approx(accuracies)
 
 
+SWEEP = {"method": "TopK() @ KeepRate({r}, at=[0])", "vary": {"r": [0.5]}}
+
+
 def test_mistakes_in_a_study(study_file: Path):
     with pytest.raises(UnknownNameError, match="unknown scale 'smok'; did you mean smoke"):
         Study.read(study_file, "smok")
@@ -280,6 +285,11 @@ def test_mistakes_in_a_study(study_file: Path):
         ({"published": {"dense, off": {"acc": 0.5}}}, "option in published 'dense, off' 'acc'; did you mean accu"),
         ({"published": {"dense, off": {"accuracy": "good"}}}, "'dense, off'.accuracy is 'good'; it must be a number"),
         ({"published": {"dense, off": {"accuracy": 71.68}}}, "accuracy is 71.68; it must be 0 or more, at most 1"),
+        ({"published": {"dense, off": {"params": 1.5}}}, "'dense, off'.params is 1.5; it must be a whole number"),
+        ({"published": {"dense, off": {"gmacs": -1}}}, "'dense, off': gmacs is -1.0; it must be 0 or more"),
+        ({"sweep": SWEEP | {"published": 3}}, "sweep.published is 3; it must be a mapping"),
+        ({"sweep": SWEEP | {"published": {"dense, r 0.6": {}}}}, "unknown row and setting in sweep.published"),
+        ({"sweep": SWEEP | {"published": {"half, r 0.5": {"params": 3}}}}, "unknown column of a sweep in published"),
         ({"pictures": ["half"]}, "pictures is \\['half'\\]; it must be a mapping"),
         ({"pictures": {"rows": ["halv"]}}, "unknown row 'halv'; did you mean half"),
         ({"pictures": {"rows": ["dense"]}}, "the model of row 'dense' reduces no tokens"),
@@ -389,18 +399,30 @@ def test_every_recipe_and_study_can_be_read_at_every_scale(path: Path, tmp_path:
         assert len(study.seeds) in {"smoke": (1,), "small": (1, 2, 3)}.get(scale, (3,))
 
 
-def test_published_figures_are_in_the_table(study_file: Path, tmp_path: Path):
+def test_published_figures_stand_beside_those_found(study_file: Path, tmp_path: Path):
     content = yaml.safe_load(study_file.read_text()) | {"seeds": [0]}
     table = run_study(study_file, tmp_path / "out", scale="smoke")
-    assert "published speed" not in table.markdown()  # Where nobody has published one.
-    content["published"]["half, on"] = {"speed": 1.37}
+    assert [c.heading for c in table.columns if c.heading.startswith("published")] == ["published accuracy"]
+    costs = {"train_seconds": 49200, "params": 21_600_000, "gmacs": 6.1272, "images_per_second": 940.9}
+    content["published"]["half, on"] = {"speed": 1.37, **costs}
+    method, vary = "TopK() @ KeepRate({rate}, at=[0])", {"rate": [0.5, 0.75]}
+    content["sweep"] = {"method": method, "vary": vary, "published": {"half, rate 0.75": {"accuracy": 0.25}}}
     study_file.write_text(yaml.safe_dump(content, sort_keys=False))
     table = run_study(study_file, tmp_path / "out")
-    assert [row["published"] for row in table.rows] == [0.5, None, None, None]
-    assert [row["published_speed"] for row in table.rows] == [None, None, None, 1.37]
+    assert [row.get("published_accuracy") for row in table.rows] == [0.5, None, None, None]
+    keys = [column.key for column in table.columns]
+    for key, figure in {"speed": 1.37, **costs}.items():
+        assert [row.get(f"published_{key}") for row in table.rows] == [None, None, None, figure]
+        assert keys.index(f"published_{key}") == keys.index(key) + 1
     lines = [line for line in table.markdown().splitlines() if line.startswith("| half | on |")]
-    assert "| 1.37 |" in lines[0]
-    assert "| published speed |" in table.markdown()
+    assert all(f"| {shown} |" in lines[0] for shown in ("1.37", "49200", "21,600,000", "6.1272", "941"))
+    swept = json.loads((tmp_path / "out" / "sweep.json").read_text())
+    assert [row.get("published_accuracy") for row in swept["rows"]] == [None] * 5 + [0.25]
+    assert [column["heading"] for column in swept["columns"]].count("published accuracy") == 1
+
+
+def test_a_study_has_a_column_for_every_published_figure():
+    assert {field.name for field in fields(Published)} <= {column.key for column in COLUMNS}
 
 
 def test_a_name_that_is_given_twice_is_refused(study_file: Path):

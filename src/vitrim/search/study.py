@@ -17,9 +17,10 @@ from typing import Any
 from ..errors import RecipeError, UnknownNameError
 from ..models import OWN
 from ..train.checkpoint import RunFolder
-from ..train.options import check_ranges, fill, flatten, merge, read_yaml
+from ..train.options import fill, flatten, merge, read_yaml
 from ..train.recipe import Recipe
 from .curve import Curve
+from .published import Published, read_published
 from .sweep import Sweep
 
 _ROW = re.compile(r"\{row:([^{}]+)\}")
@@ -54,23 +55,6 @@ class Pictures:
                 raise UnknownNameError("row", row, recipes)
             if recipes[row].reduction is None or recipes[row].phase == "train":
                 raise RecipeError(f"pictures: the model of row {row!r} reduces no tokens; leave it out")
-
-
-@dataclass(frozen=True)
-class Published:
-    """What stands in print about a row under a test.
-
-    accuracy: a fraction.
-    speed: how much faster than the first row.
-    """
-
-    accuracy: float | None = None
-    speed: float | None = None
-
-    def check(self, name: str) -> None:
-        """Raise `RecipeError` for figures that make no sense."""
-        check_ranges((f"published {name!r}: accuracy", self.accuracy, 0, 1))
-        check_ranges((f"published {name!r}: speed", self.speed, 0, None))
 
 
 @dataclass(frozen=True)
@@ -132,13 +116,10 @@ class Study:
             rows=rows,
             test=test,
             seeds=seeds,
-            sweep=fill(Sweep, data["sweep"], "sweep") if data.get("sweep") is not None else None,
+            sweep=Sweep.parse(data["sweep"]) if data.get("sweep") is not None else None,
             curve=Curve.parse(data["curve"]) if data.get("curve") is not None else None,
             pictures=fill(Pictures, data["pictures"], "pictures") if data.get("pictures") is not None else None,
-            published={
-                name: fill(Published, _mapping(path, f"published {name!r}", figures), f"published {name!r}")
-                for name, figures in _mapping(path, "published", data.get("published")).items()
-            },
+            published=read_published(data.get("published"), "published"),
         )
 
     def recipe(self, row: str, seed: int, out: Path) -> Recipe:
