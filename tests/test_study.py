@@ -21,7 +21,7 @@ from vitrim.search import study_check
 from vitrim.search.compare import compare, data_of
 from vitrim.search.published import Published
 from vitrim.search.run_study import COLUMNS, run_study
-from vitrim.search.study import Study
+from vitrim.search.study import Study, run_folder
 from vitrim.search.sweep import sweep
 from vitrim.tokens import Reduction
 from vitrim.train.loop import train
@@ -421,6 +421,24 @@ def test_published_figures_stand_beside_those_found(study_file: Path, tmp_path: 
     assert [column["heading"] for column in swept["columns"]].count("published accuracy") == 1
 
 
+@pytest.mark.parametrize(
+    ("system", "scale", "name", "figures"),
+    [
+        ("system1", "full", "baseline, pruning off", {"accuracy": 0.7168, "train_seconds": 3567}),
+        ("system2", "full", "progressive, FAKD, as trained", {"accuracy": 0.896}),
+        ("system2", "cifar10", "naive, logit KD, as trained", {"accuracy": 0.9345}),
+        ("system3", "full", "PTD+, plain", {"accuracy": 0.7412, "train_seconds": 37200}),
+        ("system4", "full", "EViT-S 0.7, scratch, as trained",
+         {"accuracy": 0.669, "gmacs": 3.9637, "images_per_second": 1443.1}),
+        ("system4", "intel", "ViT-S, all, frozen, as trained", {"accuracy": 0.873}),
+    ],
+)  # fmt: skip
+def test_published_figures_of_the_systems(system: str, scale: str, name: str, figures: dict[str, float]):
+    study = Study.read(ROOT / "recipes" / system / "study.yaml", scale)
+    assert study.published[name].known == figures
+    assert not Study.read(ROOT / "recipes" / system / "study.yaml", "smoke").published
+
+
 def test_a_study_has_a_column_for_every_published_figure():
     assert {field.name for field in fields(Published)} <= {column.key for column in COLUMNS}
 
@@ -434,27 +452,40 @@ def test_a_name_that_is_given_twice_is_refused(study_file: Path):
 
 
 SINGLE = {
-    "system1": {"train": "trained with pruning"},
+    "system1": {"baseline": "baseline", "train": "trained with pruning"},
     "system2": {
         "teacher": "teacher", "naive-ce": "naive, CE", "naive-logit-kd": "naive, logit KD",
         "naive-feature-kd": "naive, feature KD", "progressive-ce": "progressive, CE",
-        "progressive-fakd": "progressive, FAKD",
+        "progressive-fakd": "progressive, FAKD", "released-fakd": "progressive 0.75, FAKD",
+        "dense-ce": "dense, CE", "dense-fakd": "dense, FAKD", "cls-attention-fakd": "CLS attention, FAKD",
+        "evit-fakd": "EViT, FAKD", "tome-fakd": "ToMe, FAKD",
+        "cifar10-teacher": "teacher", "cifar10-naive-ce": "naive, CE", "cifar10-naive-logit-kd": "naive, logit KD",
     },
     "system3": {"baseline": "baseline", "ptd": "PTD", "ptd-plus": "PTD+"},
     "system4": {
-        "distil-cls": "distil ViT-S, cls", "distil-all": "distil ViT-S, all", "finetune": "ViT-S, all",
-        "probe": "ViT-S, all, frozen", "scratch": "ViT-S, scratch",
+        "distil-cls": "distil ViT-S, cls", "distil-all": "distil ViT-S, all",
+        "distil-evit-0.7-cls": "distil EViT-S 0.7, cls", "distil-evit-0.7-all": "distil EViT-S 0.7, all",
+        "distil-evit-0.5-cls": "distil EViT-S 0.5, cls", "distil-evit-0.5-all": "distil EViT-S 0.5, all",
+        "finetune": "ViT-S, all", "probe": "ViT-S, all, frozen", "scratch": "ViT-S, scratch",
     },
     "system5": {"piad": "PIAD sandwich + KD", "piad-original": "PIAD original"},
 }  # fmt: skip
+NO_ROWS = {"system5": {"finetune", "finetune-distil"}}
+"""Recipes that start from what only an extraction makes."""
 
 
 @pytest.mark.parametrize("system", SINGLE)
 def test_a_recipe_says_what_the_row_of_the_study_does(system: str):
-    """But for where weights lie, and for options that say nothing because those they belong to are off."""
+    """But for where weights lie, and for options that say nothing because those they belong to are off.
+
+    A file whose name begins with that of a scale is a row at that scale, all others at full scale.
+    """
     folder = ROOT / "recipes" / system
-    study = Study.read(folder / "study.yaml", "full")
+    files = {path.stem for path in folder.glob("*.yaml")} - {"study"}
+    assert files == {*SINGLE[system]} | NO_ROWS.get(system, set())
+    scales = yaml.safe_load((folder / "study.yaml").read_text())["scales"]
     for file, row in SINGLE[system].items():
+        study = Study.read(folder / "study.yaml", next((scale for scale in scales if file.startswith(scale)), "full"))
         one, other = Recipe.read(folder / f"{file}.yaml"), study.recipe(row, 0, Path("runs"))
         apart = {"model.checkpoint", "model.reset_head", "teacher.name", "data.workers"}
         apart |= {"augment.mix_prob"} if not one.augment.mixup and not one.augment.cutmix else set()
@@ -462,6 +493,17 @@ def test_a_recipe_says_what_the_row_of_the_study_does(system: str):
         if system == "system5":  # The study gives all rows the drop path of its base.
             apart |= {"model.args", "model.args.drop_path_rate"}
         assert [text for text in one.differences(other) if text.split(":")[0] not in apart] == []
+
+
+def test_committed_results_are_those_of_the_studies_as_they_are():
+    """Every recipe that stands beside results is what the study still does at that scale, wherever its images lie."""
+    for path in sorted((ROOT / "results").glob("system*-small/*-s*/recipe.yaml")):
+        study = Study.read(ROOT / "recipes" / path.parts[-3].split("-")[0] / "study.yaml", "small")
+        seed = path.parent.name.rpartition("-s")[2]
+        row = {run_folder(Path(), row, int(seed)).name: row for row in study.rows}[path.parent.name]
+        found = Recipe.read(path).differences(study.recipe(row, int(seed), Path("runs")))
+        apart = {"data.root", "model.checkpoint", "teacher.name", "data.test_split"}
+        assert [text for text in found if text.split(":")[0] not in apart] == [], path
 
 
 def test_system_1_in_miniature(tmp_path: Path):
