@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,11 @@ from vitrim.errors import RecipeError, ScheduleError, UnknownNameError, VitrimEr
 from vitrim.measure.cost import cost
 from vitrim.measure.table import Column, Table
 from vitrim.models import OWN, open_model
+from vitrim.search import study_check
 from vitrim.search.compare import compare, data_of
-from vitrim.search.run_study import run_study
-from vitrim.search.study import Study
+from vitrim.search.published import Published
+from vitrim.search.run_study import COLUMNS, run_study
+from vitrim.search.study import Study, run_folder
 from vitrim.search.sweep import sweep
 from vitrim.tokens import Reduction
 from vitrim.train.loop import train
@@ -151,7 +154,7 @@ def test_a_study_over_seeds_and_what_is_not_run_twice(study_file: Path, tmp_path
     accuracies = [json.loads((out / f"dense-s{seed}" / "result.json").read_text())["test_accuracy"] for seed in (0, 1)]
     assert table.rows[0]["accuracy"] == pytest.approx(sum(accuracies) / 2)
     assert table.rows[0]["accuracy_std"] == pytest.approx(abs(accuracies[0] - accuracies[1]) / 2**0.5)
-    assert (table.rows[0]["published"], table.rows[1]["published"]) == (0.5, None)
+    assert [row.get("published_accuracy") for row in table.rows[:2]] == [0.5, None]
     assert (out / "table.md").exists()
     assert {row["params"] for row in table.rows} == {cost(open_model(str(out / "dense-s0"))).params}
     study_file.write_text(study_file.read_text().replace("batch_size: 16", "batch_size: 8"))
@@ -232,6 +235,9 @@ def test_every_row_is_tested_on_its_own_images(study_file: Path, tmp_path: Path)
     assert {row: points["alone", row] for row in accuracies} == pytest.approx(accuracies)
 
 
+SWEEP = {"method": "TopK() @ KeepRate({r}, at=[0])", "vary": {"r": [0.5]}}
+
+
 def test_mistakes_in_a_study(study_file: Path):
     with pytest.raises(UnknownNameError, match="unknown scale 'smok'; did you mean smoke"):
         Study.read(study_file, "smok")
@@ -279,11 +285,30 @@ def test_mistakes_in_a_study(study_file: Path):
         ({"published": {"dense, off": {"acc": 0.5}}}, "option in published 'dense, off' 'acc'; did you mean accu"),
         ({"published": {"dense, off": {"accuracy": "good"}}}, "'dense, off'.accuracy is 'good'; it must be a number"),
         ({"published": {"dense, off": {"accuracy": 71.68}}}, "accuracy is 71.68; it must be 0 or more, at most 1"),
+        ({"published": {"dense, off": {"params": 1.5}}}, "'dense, off'.params is 1.5; it must be a whole number"),
+        ({"published": {"dense, off": {"gmacs": -1}}}, "'dense, off': gmacs is -1.0; it must be 0 or more"),
+        ({"sweep": SWEEP | {"published": 3}}, "sweep.published is 3; it must be a mapping"),
+        ({"sweep": SWEEP | {"published": {"dense, r 0.6": {}}}}, "unknown row and setting in sweep.published"),
+        ({"sweep": SWEEP | {"published": {"half, r 0.5": {"params": 3}}}}, "unknown column of a sweep in published"),
         ({"pictures": ["half"]}, "pictures is \\['half'\\]; it must be a mapping"),
         ({"pictures": {"rows": ["halv"]}}, "unknown row 'halv'; did you mean half"),
         ({"pictures": {"rows": ["dense"]}}, "the model of row 'dense' reduces no tokens"),
         ({"pictures": {"rows": ["half"], "images": 0}}, "of one image or more"),
         ({"sweep": {"method": "TopK() @ KeepRate({r})", "vary": {"r": [2.0]}}}, "keep rate lies in"),
+        ({"test": {"t": "TopK() @ KeepRate(0.5, at=[9])"}}, "test 't', row 'dense': .*block 9, but"),
+        ({"test": {"t": "TopK() @ KeepRate(0.5, at=[0]) @ Delayed(1)"}}, "Delayed.* acts in training alone"),
+        ({"test": {"t": "TopK(gradient) @ KeepRate(0.5, at=[0])"}}, "test 't', row 'dense': .*gradient"),
+        ({"sweep": {"method": "TopK() @ KeepRate({r}, at=[7])", "vary": {"r": [0.5]}}}, "sweep, row 'dense': .* 7"),
+        ({"rows": {"a": {}, "b": {"reduction": "TopK() @ KeepRate(0.5, at=[9])"}}}, "row 'b': .*block 9, but"),
+        ({"rows": {"a": {}, "b": {"model": {"args": {"global_pool": "avg", "class_token": False}}, "data": DATA}},
+          "test": {"t": "TopK() @ KeepRate(0.5, at=[0])"}}, "test 't', row 'b': .*has no CLS token"),
+        ({"rows": {"a": {}, "b": {"data": {"image_size": 9}, "model": {"args": {"img_size": 8}}}}}, "row 'b': .*8 px"),
+        ({"rows": {"a": {}, "b": {"model": {"args": {"depht": 3}}}}}, "row 'b': .*depht"),
+        ({"rows": {"a": {}, "b": {"model": {"checkpoint": "no/such.safetensors"}}}}, "row 'b': no weights at no/such"),
+        ({"rows": {"a": {}, "b": {"data": {"name": "folder"}}}}, "row 'b': a folder of images needs data.root"),
+        ({"rows": {"a": {}, "b": {"data": {"name": "folder", "root": "no/such"}}}}, "row 'b': no/such is not a folder"),
+        ({"rows": {"a": {}, "b": {"model": {"name": "{row:a}", "args": {}},
+                                  "reduction": "TopK() @ KeepRate(0.5, at=[5])"}}}, "row 'b': .*block 5, but"),
     ],
 )  # fmt: skip
 def test_mistakes_are_told_before_the_first_training(
@@ -359,31 +384,63 @@ def check_recipe(recipe: Recipe) -> None:
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*/*.yaml")), ids=lambda p: f"{p.parent.name}-{p.stem}")
-def test_every_recipe_and_study_can_be_read_at_every_scale(path: Path):
+def test_every_recipe_and_study_can_be_read_at_every_scale(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     if path.stem != "study":
         return check_recipe(Recipe.read(path))
-    for scale in ("smoke", "small", "full"):
+    monkeypatch.setattr(study_check, "look_for", lambda data: None)  # The images are elsewhere.
+    for scale in {"smoke", "small", "full", *yaml.safe_load(path.read_text())["scales"]}:
         study = Study.read(path, scale)
+        study_check.check_study(study, tmp_path / "out")
         assert sorted(study.order()) == sorted(study.rows)
         for row in study.rows:
             check_recipe(study.recipe(row, 0, Path("out")))
         known = {f"{row}, {test}" for row in study.rows for test in study.test}
         assert set(study.published) <= known
-        assert len(study.seeds) in {"smoke": (1,), "small": (1, 2, 3), "full": (3,)}[scale]
+        assert len(study.seeds) in {"smoke": (1,), "small": (1, 2, 3)}.get(scale, (3,))
 
 
-def test_published_figures_are_in_the_table(study_file: Path, tmp_path: Path):
+def test_published_figures_stand_beside_those_found(study_file: Path, tmp_path: Path):
     content = yaml.safe_load(study_file.read_text()) | {"seeds": [0]}
     table = run_study(study_file, tmp_path / "out", scale="smoke")
-    assert "published speed" not in table.markdown()  # Where nobody has published one.
-    content["published"]["half, on"] = {"speed": 1.37}
+    assert [c.heading for c in table.columns if c.heading.startswith("published")] == ["published accuracy"]
+    costs = {"train_seconds": 49200, "params": 21_600_000, "gmacs": 6.1272, "images_per_second": 940.9}
+    content["published"]["half, on"] = {"speed": 1.37, **costs}
+    method, vary = "TopK() @ KeepRate({rate}, at=[0])", {"rate": [0.5, 0.75]}
+    content["sweep"] = {"method": method, "vary": vary, "published": {"half, rate 0.75": {"accuracy": 0.25}}}
     study_file.write_text(yaml.safe_dump(content, sort_keys=False))
     table = run_study(study_file, tmp_path / "out")
-    assert [row["published"] for row in table.rows] == [0.5, None, None, None]
-    assert [row["published_speed"] for row in table.rows] == [None, None, None, 1.37]
+    assert [row.get("published_accuracy") for row in table.rows] == [0.5, None, None, None]
+    keys = [column.key for column in table.columns]
+    for key, figure in {"speed": 1.37, **costs}.items():
+        assert [row.get(f"published_{key}") for row in table.rows] == [None, None, None, figure]
+        assert keys.index(f"published_{key}") == keys.index(key) + 1
     lines = [line for line in table.markdown().splitlines() if line.startswith("| half | on |")]
-    assert "| 1.37 |" in lines[0]
-    assert "| published speed |" in table.markdown()
+    assert all(f"| {shown} |" in lines[0] for shown in ("1.37", "49200", "21,600,000", "6.1272", "941"))
+    swept = json.loads((tmp_path / "out" / "sweep.json").read_text())
+    assert [row.get("published_accuracy") for row in swept["rows"]] == [None] * 5 + [0.25]
+    assert [column["heading"] for column in swept["columns"]].count("published accuracy") == 1
+
+
+@pytest.mark.parametrize(
+    ("system", "scale", "name", "figures"),
+    [
+        ("system1", "full", "baseline, pruning off", {"accuracy": 0.7168, "train_seconds": 3567}),
+        ("system2", "full", "progressive, FAKD, as trained", {"accuracy": 0.896}),
+        ("system2", "cifar10", "naive, logit KD, as trained", {"accuracy": 0.9345}),
+        ("system3", "full", "PTD+, plain", {"accuracy": 0.7412, "train_seconds": 37200}),
+        ("system4", "full", "EViT-S 0.7, scratch, as trained",
+         {"accuracy": 0.669, "gmacs": 3.9637, "images_per_second": 1443.1}),
+        ("system4", "intel", "ViT-S, all, frozen, as trained", {"accuracy": 0.873}),
+    ],
+)  # fmt: skip
+def test_published_figures_of_the_systems(system: str, scale: str, name: str, figures: dict[str, float]):
+    study = Study.read(ROOT / "recipes" / system / "study.yaml", scale)
+    assert study.published[name].known == figures
+    assert not Study.read(ROOT / "recipes" / system / "study.yaml", "smoke").published
+
+
+def test_a_study_has_a_column_for_every_published_figure():
+    assert {field.name for field in fields(Published)} <= {column.key for column in COLUMNS}
 
 
 def test_a_name_that_is_given_twice_is_refused(study_file: Path):
@@ -395,27 +452,40 @@ def test_a_name_that_is_given_twice_is_refused(study_file: Path):
 
 
 SINGLE = {
-    "system1": {"train": "trained with pruning"},
+    "system1": {"baseline": "baseline", "train": "trained with pruning"},
     "system2": {
         "teacher": "teacher", "naive-ce": "naive, CE", "naive-logit-kd": "naive, logit KD",
         "naive-feature-kd": "naive, feature KD", "progressive-ce": "progressive, CE",
-        "progressive-fakd": "progressive, FAKD",
+        "progressive-fakd": "progressive, FAKD", "released-fakd": "progressive 0.75, FAKD",
+        "dense-ce": "dense, CE", "dense-fakd": "dense, FAKD", "cls-attention-fakd": "CLS attention, FAKD",
+        "evit-fakd": "EViT, FAKD", "tome-fakd": "ToMe, FAKD",
+        "cifar10-teacher": "teacher", "cifar10-naive-ce": "naive, CE", "cifar10-naive-logit-kd": "naive, logit KD",
     },
     "system3": {"baseline": "baseline", "ptd": "PTD", "ptd-plus": "PTD+"},
     "system4": {
-        "distil-cls": "distil ViT-S, cls", "distil-all": "distil ViT-S, all", "finetune": "ViT-S, all",
-        "probe": "ViT-S, all, frozen", "scratch": "ViT-S, scratch",
+        "distil-cls": "distil ViT-S, cls", "distil-all": "distil ViT-S, all",
+        "distil-evit-0.7-cls": "distil EViT-S 0.7, cls", "distil-evit-0.7-all": "distil EViT-S 0.7, all",
+        "distil-evit-0.5-cls": "distil EViT-S 0.5, cls", "distil-evit-0.5-all": "distil EViT-S 0.5, all",
+        "finetune": "ViT-S, all", "probe": "ViT-S, all, frozen", "scratch": "ViT-S, scratch",
     },
     "system5": {"piad": "PIAD sandwich + KD", "piad-original": "PIAD original"},
 }  # fmt: skip
+NO_ROWS = {"system5": {"finetune", "finetune-distil"}}
+"""Recipes that start from what only an extraction makes."""
 
 
 @pytest.mark.parametrize("system", SINGLE)
 def test_a_recipe_says_what_the_row_of_the_study_does(system: str):
-    """But for where weights lie, and for options that say nothing because those they belong to are off."""
+    """But for where weights lie, and for options that say nothing because those they belong to are off.
+
+    A file whose name begins with that of a scale is a row at that scale, all others at full scale.
+    """
     folder = ROOT / "recipes" / system
-    study = Study.read(folder / "study.yaml", "full")
+    files = {path.stem for path in folder.glob("*.yaml")} - {"study"}
+    assert files == {*SINGLE[system]} | NO_ROWS.get(system, set())
+    scales = yaml.safe_load((folder / "study.yaml").read_text())["scales"]
     for file, row in SINGLE[system].items():
+        study = Study.read(folder / "study.yaml", next((scale for scale in scales if file.startswith(scale)), "full"))
         one, other = Recipe.read(folder / f"{file}.yaml"), study.recipe(row, 0, Path("runs"))
         apart = {"model.checkpoint", "model.reset_head", "teacher.name", "data.workers"}
         apart |= {"augment.mix_prob"} if not one.augment.mixup and not one.augment.cutmix else set()
@@ -423,6 +493,17 @@ def test_a_recipe_says_what_the_row_of_the_study_does(system: str):
         if system == "system5":  # The study gives all rows the drop path of its base.
             apart |= {"model.args", "model.args.drop_path_rate"}
         assert [text for text in one.differences(other) if text.split(":")[0] not in apart] == []
+
+
+def test_committed_results_are_those_of_the_studies_as_they_are():
+    """Every recipe that stands beside results is what the study still does at that scale, wherever its images lie."""
+    for path in sorted((ROOT / "results").glob("system*-small/*-s*/recipe.yaml")):
+        study = Study.read(ROOT / "recipes" / path.parts[-3].split("-")[0] / "study.yaml", "small")
+        seed = path.parent.name.rpartition("-s")[2]
+        row = {run_folder(Path(), row, int(seed)).name: row for row in study.rows}[path.parent.name]
+        found = Recipe.read(path).differences(study.recipe(row, int(seed), Path("runs")))
+        apart = {"data.root", "model.checkpoint", "teacher.name", "data.test_split"}
+        assert [text for text in found if text.split(":")[0] not in apart] == [], path
 
 
 def test_system_1_in_miniature(tmp_path: Path):

@@ -13,6 +13,7 @@ import torch
 from ..errors import RecipeError
 from .folder import check_study_folder, mark
 from .study import Study
+from .study_check import check_study
 
 
 @contextmanager
@@ -35,7 +36,8 @@ def local_workers(
         yield database
         return
     check_study_folder(out)
-    Study.read(file, scale, root).check(Path(out))  # So that a mistake is told once, and before anything is written.
+    # So that a mistake is told once, and before anything is written.
+    check_study(Study.read(file, scale, root), Path(out))
     mark(Path(out))
     database = database or f"sqlite:///{Path(out).absolute()}/claims.db"
     command = [sys.executable, "-m", "vitrim.cli", "study", file, "--out", out, "--scale", scale]

@@ -16,7 +16,9 @@ from .claims import GRACE
 from .compare import CLS_ONLY, figures_of, other_images, over_seeds
 from .curve import trace
 from .folder import check_study_folder, mark
-from .study import Published, Study, run_folder
+from .published import beside
+from .study import Study, run_folder
+from .study_check import check_study
 from .sweep import sweep
 from .workers import join, once, share
 
@@ -28,8 +30,6 @@ COLUMNS = (
     Column("accuracy", "accuracy", ".2%"),
     Column("accuracy_std", "std", ".2%"),
     Column("n", "n", "d"),
-    Column("published", "published", ".2%"),
-    Column("published_speed", "published speed", ".2f"),
     Column("entropy", "entropy if correct", ".3f"),
     Column("seconds", "test time [s]", ".2f"),
     Column("speed", "speed ratio", ".2f"),
@@ -40,9 +40,6 @@ COLUMNS = (
     Column("train_seconds", "training [s]", ".0f"),
     Column("tokens", "tokens leaving each block"),
 )
-
-PUBLISHED = ("published", "published_speed")
-"""Columns that only a study with such figures has."""
 
 
 def run_study(
@@ -77,7 +74,7 @@ def run_study(
     """
     check_study_folder(out)
     study, out = Study.read(file, scale, root), Path(out)
-    study.check(out)
+    check_study(study, out)
     claims = join(database, out, grace) if database is not None else None
     if claims is None:
         mark(out)
@@ -107,10 +104,11 @@ def _write_tables(
     table.write_all(out / "table")
     write_atomic(out / "command.txt", command + "\n")
     if study.sweep is not None:
-        tested, seed = list(dict.fromkeys(row["row"] for row in table.rows)), study.seeds[0]
-        data = {str(run_folder(out, row, seed)): study.recipe(row, seed, out).data for row in tested}
+        seed = study.seeds[0]
+        tested = {run_folder(out, row, seed): row for row in dict.fromkeys(row["row"] for row in table.rows)}
+        data = {str(folder): study.recipe(row, seed, out).data for folder, row in tested.items()}
         swept = sweep([*data], data, study.sweep.method or "", study.sweep.vary)
-        swept.write_all(out / "sweep")
+        study.sweep.beside(swept, {folder.name: row for folder, row in tested.items()}).write_all(out / "sweep")
     if study.curve is not None:
         first = study.recipe(next(iter(study.rows)), study.seeds[0], out)
         data = {row: study.recipe(row, study.seeds[0], out).data for row in study.rows}
@@ -145,14 +143,11 @@ def _tabulate(
     rows: list[dict[str, Any]] = []
     for row, test in found[study.seeds[0]]:
         per_seed = [found[seed][row, test] for seed in study.seeds]
-        printed = study.published.get(f"{row}, {test}") or Published()
         entropies = [figures["entropy"] for figures in per_seed if figures["entropy"] is not None]
         rows.append({
             "row": row,
             "test": test,
             **over_seeds(per_seed, "seconds", "speed", "images_per_second", "gmacs", "macs_ratio"),
-            "published": printed.accuracy,
-            "published_speed": printed.speed,
             "entropy": statistics.fmean(entropies) if entropies else None,
             "params": round(statistics.fmean(figures["params"] for figures in per_seed)),
             "train_seconds": statistics.fmean(finished[row, seed]["train_seconds"] for seed in study.seeds),
@@ -170,8 +165,8 @@ def _tabulate(
         CLS_ONLY,
         *other_images({row: recipe.data for row, recipe in recipes.items()}),
     ]
-    columns = [c for c in COLUMNS if c.key not in PUBLISHED or any(row[c.key] is not None for row in rows)]
-    return Table(study.title, columns, rows, notes=notes, environment=environment())
+    table = Table(study.title, COLUMNS, rows, notes=notes, environment=environment())
+    return beside(table, [study.published.get(f"{row['row']}, {row['test']}") for row in rows])
 
 
 def _span(numbers: Iterable[int]) -> str:

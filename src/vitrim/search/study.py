@@ -11,21 +11,16 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from graphlib import CycleError, TopologicalSorter
-from itertools import product
 from pathlib import Path
 from typing import Any
 
-from ..distill import Terms
-from ..errors import RecipeError, UnknownNameError, VitrimError
-from ..models import DENSE, OWN
-from ..models.build import check_name
-from ..models.variants import DENSE_CLS_ONLY
-from ..tokens import Reduction
+from ..errors import RecipeError, UnknownNameError
+from ..models import OWN
 from ..train.checkpoint import RunFolder
-from ..train.learner import reduction_of
-from ..train.options import check_ranges, fill, flatten, merge, read_yaml
+from ..train.options import fill, flatten, merge, read_yaml
 from ..train.recipe import Recipe
 from .curve import Curve
+from .published import Published, read_published
 from .sweep import Sweep
 
 _ROW = re.compile(r"\{row:([^{}]+)\}")
@@ -60,23 +55,6 @@ class Pictures:
                 raise UnknownNameError("row", row, recipes)
             if recipes[row].reduction is None or recipes[row].phase == "train":
                 raise RecipeError(f"pictures: the model of row {row!r} reduces no tokens; leave it out")
-
-
-@dataclass(frozen=True)
-class Published:
-    """What stands in print about a row under a test.
-
-    accuracy: a fraction.
-    speed: how much faster than the first row.
-    """
-
-    accuracy: float | None = None
-    speed: float | None = None
-
-    def check(self, name: str) -> None:
-        """Raise `RecipeError` for figures that make no sense."""
-        check_ranges((f"published {name!r}: accuracy", self.accuracy, 0, 1))
-        check_ranges((f"published {name!r}: speed", self.speed, 0, None))
 
 
 @dataclass(frozen=True)
@@ -138,13 +116,10 @@ class Study:
             rows=rows,
             test=test,
             seeds=seeds,
-            sweep=fill(Sweep, data["sweep"], "sweep") if data.get("sweep") is not None else None,
+            sweep=Sweep.parse(data["sweep"]) if data.get("sweep") is not None else None,
             curve=Curve.parse(data["curve"]) if data.get("curve") is not None else None,
             pictures=fill(Pictures, data["pictures"], "pictures") if data.get("pictures") is not None else None,
-            published={
-                name: fill(Published, _mapping(path, f"published {name!r}", figures), f"published {name!r}")
-                for name, figures in _mapping(path, "published", data.get("published")).items()
-            },
+            published=read_published(data.get("published"), "published"),
         )
 
     def recipe(self, row: str, seed: int, out: Path) -> Recipe:
@@ -172,53 +147,6 @@ class Study:
             return list(TopologicalSorter(needed).static_order())
         except CycleError as error:
             raise RecipeError(f"rows of the study wait for each other: {' -> '.join(error.args[1])}") from None
-
-    def check(self, out: Path) -> None:
-        """Build every recipe and read every method, so that all mistakes are told before the first training.
-
-        Raises:
-            VitrimError: names the row or the method.
-        """
-        folders: dict[Path, str] = {}
-        for row in self.rows:
-            if row.startswith(".") or {"/", "\\"} & set(row):
-                raise RecipeError(f"row {row!r} cannot be a folder; names have no slash and no dot in front")
-            if (other := folders.setdefault(run_folder(out, row, 0), row)) != row:
-                raise RecipeError(f"rows {other!r} and {row!r} would share a folder; name them differently")
-        for row, seed in product(self.order(), self.seeds):
-            try:
-                recipe = self.recipe(row, seed, out)
-                self._check_recipe(row, recipe)
-            except VitrimError as error:
-                raise RecipeError(f"row {row!r}: {error}") from None
-            RunFolder(run_folder(out, row, seed)).check(recipe)
-        for method in self.test.values():
-            if method not in (OWN, DENSE, DENSE_CLS_ONLY):
-                Reduction.parse(method)
-        if self.sweep is not None:
-            self.sweep.check()
-        recipes = {row: self.recipe(row, self.seeds[0], out) for row in self.rows}
-        tested = [row for row, recipe in recipes.items() if recipe.model.args.get("num_classes") != 0]
-        if not tested:
-            raise RecipeError("no row of the study learns classes, so there is nothing to test")
-        for name, figures in self.published.items():
-            if name not in (known := [f"{row}, {test}" for row in tested for test in self.test]):
-                raise UnknownNameError("row and test in published", str(name), known)
-            figures.check(name)
-        for part in (self.curve, self.pictures):
-            if part is not None:
-                part.check(recipes)
-
-    def _check_recipe(self, row: str, recipe: Recipe) -> None:
-        """Look at all that can be looked at without images and weights."""
-        recipe.check()
-        reduction_of(recipe)
-        if recipe.distill is not None:
-            Terms.parse(recipe.distill)
-        options = self._options(row)
-        for part, spec in (("model", recipe.model), ("teacher", recipe.teacher)):
-            if spec is not None and not _ROW.search((options.get(part) or {}).get("name") or ""):
-                check_name(spec.name)
 
     def _options(self, row: str) -> dict[str, Any]:
         return merge(self.base, self.rows[row])

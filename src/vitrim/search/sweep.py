@@ -1,20 +1,22 @@
 """One method at many settings, at test time only: a grid, or a Bayesian search along the accuracy-cost frontier."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import nn
 
-from ..errors import RecipeError, ScheduleError, VitrimError
+from ..errors import RecipeError, ScheduleError, UnknownNameError, VitrimError
 from ..measure.environment import environment
 from ..measure.table import Column, Table
 from ..models import DENSE, open_model, variant
 from ..tokens import Reduction
+from ..train.options import fill
 from ..train.specs import DataSpec
 from .compare import CLS_ONLY, COLUMNS, DataOf, data_for, figures_of, other_images
+from .published import beside, read_published
 
 Settings = Mapping[str, Sequence[float]]
 
@@ -25,17 +27,34 @@ class Sweep:
 
     method: a reduction with names in braces, see `sweep`.
     vary: the values of each name.
+    published: figures by row and setting, such as "dense, alpha 1.5", to print beside.
     """
 
     method: str | None = None
     vary: dict[str, Any] = field(default_factory=dict)
+    published: dict[str, Any] | None = None
 
-    def check(self) -> None:
+    @classmethod
+    def parse(cls, data: dict[str, Any]) -> "Sweep":
+        """Read what stands in the file.
+
+        Raises:
+            RecipeError: an option of the wrong kind.
+            UnknownNameError: an option that there is not.
+        """
+        part = fill(cls, data, "sweep")
+        return replace(part, published=read_published(part.published, "sweep.published"))
+
+    def check(self, rows: Sequence[str]) -> None:
         """Look at all settings before anything is trained.
+
+        Args:
+            rows: of the study, those that are tested.
 
         Raises:
             RecipeError: no method, or values that are no numbers.
             ScheduleError: as `check_sweep`.
+            UnknownNameError: a published figure of a row, a setting or a kind that the table does not have.
         """
         if self.method is None:
             raise RecipeError("the sweep of the study has no method; give one, such as TopK() @ KeepRate({r})")
@@ -43,6 +62,23 @@ class Sweep:
             if not isinstance(values, list) or not all(type(value) in (int, float) for value in values):
                 raise RecipeError(f"sweep.vary.{name} is {values!r}; it must list numbers, such as [0.5, 0.7]")
         check_sweep(self.method, self.vary)
+        known = [self._point(row, setting) for row in rows for setting in ({}, *_settings(self.vary))]
+        keys = [column.key for column in COLUMNS]
+        for name, figures in (self.published or {}).items():
+            if name not in known:
+                raise UnknownNameError("row and setting in sweep.published", str(name), known)
+            for key in figures.known:
+                if key not in keys:
+                    raise UnknownNameError(f"column of a sweep in published {name!r}", key, keys)
+
+    def beside(self, table: Table, rows: Mapping[str, str]) -> Table:
+        """The table of this sweep with published figures; `rows` are those of the study by the names of models."""
+        points = [self._point(rows[row["model"]], row) for row in table.rows]
+        return beside(table, [(self.published or {}).get(point) for point in points])
+
+    def _point(self, row: str, setting: Mapping[str, Any]) -> str:
+        """What a row of the table goes by among published figures; the dense one by its row alone."""
+        return ", ".join([row, *(f"{name} {setting[name]:g}" for name in self.vary if name in setting)])
 
 
 def sweep(
@@ -100,8 +136,12 @@ def check_sweep(method: str, vary: Settings) -> None:
             raise ScheduleError(f"{method!r} does not use {{{name}}}")
         if not values:
             raise ScheduleError(f"there are no values for {name}; give at least one")
-    for setting in _settings(vary):
-        _fill(method, setting)
+    methods_of(method, vary)
+
+
+def methods_of(method: str, vary: Settings) -> list[str]:
+    """The reduction at every setting of a grid."""
+    return [_fill(method, setting) for setting in _settings(vary)]
 
 
 def _settings(vary: Settings) -> list[dict[str, float]]:
@@ -134,7 +174,7 @@ def _grid(
     spec: str, model: nn.Module, data: DataSpec, method: str, vary: Settings, options: dict[str, Any]
 ) -> list[dict[str, Any]]:
     settings = _settings(vary)
-    texts = [_fill(method, setting) for setting in settings]
+    texts = methods_of(method, vary)
     variants: dict[tuple[str, str], nn.Module] = {(spec, DENSE): variant(model, DENSE)}
     variants |= {(spec, text): variant(model, text) for text in texts}
     rows = figures_of(variants, data, **options)

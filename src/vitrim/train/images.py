@@ -118,7 +118,19 @@ def open_both(spec: DataSpec) -> tuple[Images, Images]:
     return train, test
 
 
-def _open_folder(spec: DataSpec, train: bool) -> Images:
+def look_for(spec: DataSpec) -> None:
+    """See whether the images are where a recipe says, without listing them; what a reader finds is not known ahead.
+
+    Raises:
+        DataError: folder missing, split missing, or no class in it.
+    """
+    if spec.name == "folder":
+        for train in (True, False):
+            _split_of(spec, train)
+
+
+def _split_of(spec: DataSpec, train: bool) -> tuple[Path, list[Path]]:
+    """The folder of a split, and those of its classes."""
     if spec.root is None:
         raise DataError("a folder of images needs data.root")
     root = Path(spec.root)
@@ -132,6 +144,11 @@ def _open_folder(spec: DataSpec, train: bool) -> Images:
     classes = sorted(p for p in found.iterdir() if p.is_dir())
     if not classes:
         raise DataError(f"{found} has no class folders; expected {found}/CLASS/image.jpg")
+    return found, classes
+
+
+def _open_folder(spec: DataSpec, train: bool) -> Images:
+    found, classes = _split_of(spec, train)
     try:
         source = create_dataset("", root=str(found), search_split=False)
     except RuntimeError:

@@ -1,0 +1,132 @@
+"""All that can be known of a study before anything is trained: names, options, folders, and every cut in every model.
+
+Networks are built without weights (on the meta device), so that this takes moments.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+
+import timm
+import torch
+from torch import nn
+
+from ..distill import Terms
+from ..errors import CheckpointError, RecipeError, UnknownNameError, VitrimError
+from ..models import attach, attached, find_adapter, variant
+from ..models.build import check_name
+from ..train.checkpoint import RunFolder
+from ..train.data import InputFormat
+from ..train.images import look_for
+from ..train.learner import prepare_model, reduction_of
+from ..train.recipe import Recipe
+from ..train.specs import ModelSpec
+from .study import Study, run_folder
+from .sweep import methods_of
+
+
+def check_study(study: Study, out: Path) -> None:
+    """Look at everything but images and weights, so that mistakes are told before the first training.
+
+    Raises:
+        VitrimError: names the row, or the test and the row.
+    """
+    _check_folders(study, out)
+    recipes: dict[str, Recipe] = {}
+    networks: dict[str, nn.Module] = {}
+    own = [str(RunFolder(run_folder(out, row, seed)).model_path) for row in study.rows for seed in study.seeds]
+    specs: dict[str, ModelSpec] = {}
+    for row, seed in product(study.order(), study.seeds):
+        with _told(f"row {row!r}"):
+            recipe = study.recipe(row, seed, out)
+            recipes.setdefault(row, recipe)
+            _check_recipe(recipe, own)
+            if row not in networks:
+                spec = _without_weights(recipe, specs)
+                networks[row] = _build(replace(recipe, model=spec))
+                specs[str(RunFolder(run_folder(out, row, seed)).model_path)] = spec
+        RunFolder(run_folder(out, row, seed)).check(recipe)
+    tested = {row: networks[row] for row in study.rows if networks[row].num_classes}
+    if not tested:
+        raise RecipeError("no row of the study learns classes, so there is nothing to test")
+    if study.sweep is not None:
+        study.sweep.check([*tested])
+    _check_tests(study, tested)
+    for row, recipe in recipes.items():
+        finished = all(RunFolder(run_folder(out, row, seed)).result for seed in study.seeds)
+        if row in tested or not finished:  # Images that are learnt from alone are needed no more.
+            with _told(f"row {row!r}"):
+                look_for(recipe.data)
+    known = [f"{row}, {test}" for row in tested for test in study.test]
+    for name in study.published:
+        if name not in known:
+            raise UnknownNameError("row and test in published", str(name), known)
+    for part in (study.curve, study.pictures):
+        if part is not None:
+            part.check(recipes)
+
+
+@contextmanager
+def _told(where: str) -> Iterator[None]:
+    """Say of a mistake where it was made."""
+    try:
+        yield
+    except VitrimError as error:
+        raise RecipeError(f"{where}: {error}") from None
+
+
+def _check_folders(study: Study, out: Path) -> None:
+    folders: dict[Path, str] = {}
+    for row in study.rows:
+        if row.startswith(".") or {"/", "\\"} & set(row):
+            raise RecipeError(f"row {row!r} cannot be a folder; names have no slash and no dot in front")
+        if (other := folders.setdefault(run_folder(out, row, 0), row)) != row:
+            raise RecipeError(f"rows {other!r} and {row!r} would share a folder; name them differently")
+
+
+def _check_recipe(recipe: Recipe, own: list[str]) -> None:
+    """Look at the options of a row; `own` are the models that the study itself makes."""
+    recipe.check()
+    reduction_of(recipe)
+    if recipe.distill is not None:
+        Terms.parse(recipe.distill)
+    for spec in filter(None, (recipe.model, recipe.teacher)):
+        if spec.name not in own:
+            check_name(spec.name)
+        if spec.checkpoint is not None and spec.checkpoint not in own and not Path(spec.checkpoint).exists():
+            raise CheckpointError(f"no weights at {spec.checkpoint}")
+
+
+def _without_weights(recipe: Recipe, specs: Mapping[str, ModelSpec]) -> ModelSpec:
+    """A row's network by its architecture: where it is the model of another row, by what that one says of it."""
+    spec, size = recipe.model, recipe.data.image_size
+    if (base := specs.get(spec.name)) is not None:
+        spec = replace(base, args=base.args | spec.args)
+    args = ({"img_size": size} if size else {}) | spec.args
+    return replace(spec, checkpoint=None, pretrained=False, args=args)
+
+
+def _build(recipe: Recipe) -> nn.Module:
+    """The network of a recipe with its reduction attached, which plans every cut of it."""
+    with torch.device("meta") if timm.is_model(recipe.model.name) else nullcontext():
+        model = prepare_model(recipe.model, None)
+    find_adapter(model)
+    InputFormat.of(model, recipe.data.image_size)
+    if (reduction := reduction_of(recipe)) is not None:
+        if (brought := attached(model)) is not None:
+            brought.remove()
+        attach(model, reduction)
+    return model
+
+
+def _check_tests(study: Study, networks: Mapping[str, nn.Module]) -> None:
+    """Plan all tests and the sweep in all networks, equal ones once."""
+    tests = [(f"test {name!r}", method) for name, method in study.test.items()]
+    if study.sweep is not None:
+        tests += [("sweep", method) for method in methods_of(study.sweep.method or "", study.sweep.vary)]
+    for row, model in networks.items():
+        for where, method in dict.fromkeys(tests):
+            with _told(f"{where}, row {row!r}"):
+                variant(model, method)
