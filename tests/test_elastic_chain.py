@@ -10,7 +10,8 @@ import torch
 
 from elastic_models import images, small
 from vitrim import cost
-from vitrim.elastic.chain import Chain, Entry, UnitCost, _falling_outwards, grow, grow_evenly, hash_of, start_chain
+from vitrim.elastic.chain import Chain, Entry, UnitCost, hash_of, start_chain
+from vitrim.elastic.growth import _falling_outwards, grow, grow_evenly
 from vitrim.elastic.importance import probe_loss, sensitivities
 from vitrim.elastic.sampler import RULES, draw, narrowed
 from vitrim.errors import CheckpointError, UnknownNameError, VitrimError

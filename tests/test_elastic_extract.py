@@ -13,8 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import vitrim
 from elastic_models import VARIANTS, images, small, variants
 from vitrim.elastic import SuperNet, stratify
-from vitrim.elastic.chain import grow, start_chain
+from vitrim.elastic.chain import start_chain
 from vitrim.elastic.extract import choose, cut
+from vitrim.elastic.growth import grow
 from vitrim.elastic.sampler import narrowed
 from vitrim.elastic.supernet import CHAIN, MEANS
 from vitrim.errors import CheckpointError, ScoreError, VitrimError

@@ -16,7 +16,8 @@ from torch.nn import functional as F
 
 from ..errors import CheckpointError, UnknownNameError, VitrimError
 from ..models.sublayers import Kind, elastic
-from .chain import GROUPS, Chain, grow, hash_of, start_chain
+from .chain import GROUPS, Chain, hash_of, start_chain
+from .growth import grow
 from .importance import sensitivities, unit_shares
 from .probing import Batch, is_headless, output_of
 from .sampler import RULES, draw, narrowed

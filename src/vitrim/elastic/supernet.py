@@ -22,8 +22,9 @@ from ..models.build import saved_folder
 from ..models.store import load, save
 from ..models.sublayers import Kind
 from ..output import replacing
-from .chain import GROUPS, Chain, grow, grow_evenly, hash_of, start_chain
+from .chain import GROUPS, Chain, hash_of, start_chain
 from .extract import choose, cut
+from .growth import grow, grow_evenly
 from .importance import sensitivities
 from .probing import Batch, batches_in, images_of
 from .sampler import narrowed
