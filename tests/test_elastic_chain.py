@@ -113,6 +113,8 @@ def test_json_round_trip_and_what_is_refused():
     raw = json.loads(chain.to_json())
     with pytest.raises(CheckpointError, match="schema 99"):
         Chain.from_json(json.dumps(raw | {"schema": 99}))
+    with pytest.raises(CheckpointError, match="stratify again"):
+        Chain.from_json(json.dumps(raw | {"schema": 1}))
     with pytest.raises(CheckpointError, match="no chain"):
         Chain.from_json("{}")
     with pytest.raises(CheckpointError, match="nothing narrower"):

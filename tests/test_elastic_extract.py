@@ -237,6 +237,19 @@ def test_no_command_puts_a_network_where_another_would_be_lost(net, tmp_path):
         net.save(tmp_path / "run", overwrite=True)
 
 
+def test_no_parameter_of_an_extracted_network_is_idle_so_that_data_parallel_training_takes_it():
+    for options in ({}, {"proj_bias": False, "qkv_bias": False, "init_values": 0.5}):
+        model = small(**options)
+        chain = start_chain(model)
+        narrow(model, {"blocks.0.attn": 0, "blocks.1.mlp": 0, "blocks.2.attn": 0, "blocks.2.mlp": 0})
+        assert not list(model.blocks[0].norm1.parameters())
+        model.train()(images(2)).square().sum().backward()
+        assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
+        removed = ("blocks.0.attn", "blocks.1.mlp", "blocks.2.attn", "blocks.2.mlp")
+        saved = sum(chain.units[name].saved(chain.units[name].width, 0)[1] for name in removed)
+        assert vitrim.cost(model).params == chain.params - saved
+
+
 def test_gradient_hooks_meet_removed_sublayers():
     model = small(torch.float32)
     narrow(model, {"blocks.0.attn": 0, "blocks.1.mlp": 0})

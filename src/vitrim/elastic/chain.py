@@ -11,9 +11,9 @@ from torch import nn
 
 from ..errors import CheckpointError, UnknownNameError, VitrimError
 from ..measure.cost import cost
-from ..models.sublayers import Kind, elastic
+from ..models.sublayers import Kind, elastic, sublayers
 
-SCHEMA = 1
+SCHEMA = 2
 GROUPS: dict[Kind, int] = {"attention": 8, "mlp": 32}
 
 
@@ -41,7 +41,7 @@ class UnitCost:
     macs_linear_only: int
     params: int
     left_params: int
-    """Parameters that a removed sub-layer gains: the constant that stays, where there was no bias before."""
+    """Parameters that removal adds, the constant where there was no bias before, less the norm that goes with it."""
 
     def saved(self, width: int, narrower: int) -> tuple[int, int]:
         """MACs and parameters that go with the units from `narrower` to `width`."""
@@ -124,12 +124,14 @@ class Chain:
         """Read what `to_json` wrote.
 
         Raises:
-            CheckpointError: no chain, a newer schema, or entries that make nothing narrower.
+            CheckpointError: no chain, another schema, or entries that make nothing narrower.
         """
         try:
             raw = json.loads(text)
             if raw["schema"] > SCHEMA:
                 raise CheckpointError(f"the chain has schema {raw['schema']}, this vitrim reads up to {SCHEMA}; update")
+            if raw["schema"] < SCHEMA:
+                raise CheckpointError("in this older chain removed sub-layers keep their norms; stratify again")
             units = {name: UnitCost(**unit) for name, unit in raw["units"].items()}
             return cls(**raw | {"units": units, "entries": tuple(Entry(**entry) for entry in raw["entries"])})
         except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
@@ -155,12 +157,14 @@ def start_chain(model: nn.Module, *, groups: Mapping[Kind, int] = GROUPS, width_
     if any(type(number) is not int or number < 1 for number in (width_multiple, *groups.values())):
         raise VitrimError("width_multiple and groups are positive integers")
     full = cost(model)
+    parts, units = sublayers(model), {}
     with elastic(model) as layers:
-        units = {}
-        for name, layer in layers.items():
+        for part in parts:
+            layer, norm = layers[part.name], model.get_submodule(part.norm)
             macs, width = layer.unit_macs(full.token_counts[0]), layer.full_width
             step = -(-width // (groups[layer.kind] * width_multiple)) * width_multiple
-            units[name] = UnitCost(width, step, macs.total, macs.linear, layer.unit_params(), layer.left_params())
+            left = layer.left_params() - sum(parameter.numel() for parameter in norm.parameters())
+            units[part.name] = UnitCost(width, step, macs.total, macs.linear, layer.unit_params(), left)
     return Chain(units, full.macs, full.macs_linear_only, full.params)
 
 

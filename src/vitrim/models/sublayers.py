@@ -100,7 +100,7 @@ class RemovedBranch(nn.Module):
     """What is left of an attention or MLP branch of width 0: a constant, zero unless something is learnt or put there.
 
     A branch without inputs still has the bias of its output projection, which is where the mean of what was removed
-    may be kept. Costs no MACs.
+    may be kept. Costs no MACs; the norm before it has gone too, since nothing would read it.
     """
 
     def __init__(self, dim: int, device: torch.device | None = None, dtype: torch.dtype | None = None) -> None:
@@ -115,11 +115,12 @@ class RemovedBranch(nn.Module):
 
 @dataclass(frozen=True)
 class Sublayer:
-    """One half of one block: its name in the model, its block index and its kind."""
+    """One half of one block: its name in the model, its block index, its kind, and the name of the norm before it."""
 
     name: str
     block: int
     kind: Kind
+    norm: str
 
 
 def sublayers(model: nn.Module) -> list[Sublayer]:
@@ -131,12 +132,14 @@ def sublayers(model: nn.Module) -> list[Sublayer]:
     names = {module: name for name, module in model.named_modules()}
     found: list[Sublayer] = []
     removed = False
-    for index, block in enumerate(find_adapter(model).blocks(model)):
-        for child in block.children():
+    adapter = find_adapter(model)
+    for index, block in enumerate(adapter.blocks(model)):
+        for branch, norm in adapter.branches.items():
+            child = getattr(block, branch)
             removed |= isinstance(child, RemovedBranch)
             layer = ELASTIC.get(type(child))
             if layer is not None:
-                found.append(Sublayer(names[child], index, layer.kind))
+                found.append(Sublayer(names[child], index, layer.kind, f"{names[block]}.{norm}"))
     if not found and not removed:
         known = ", ".join(sorted(cls.__name__ for cls in ELASTIC))
         raise UnsupportedModelError(f"no sub-layer of this {type(model).__name__} can change its width; known: {known}")
