@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file
+from timm.layers import Mlp
 from timm.models.vision_transformer import Block
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -18,7 +19,7 @@ from vitrim.elastic.extract import choose, cut
 from vitrim.elastic.growth import grow
 from vitrim.elastic.sampler import narrowed
 from vitrim.elastic.supernet import CHAIN, MEANS
-from vitrim.errors import CheckpointError, ScoreError, VitrimError
+from vitrim.errors import CheckpointError, ScoreError, UnsupportedModelError, VitrimError
 from vitrim.models import RemovedBranch, narrow
 from vitrim.verbs.cutting import extract
 
@@ -270,6 +271,15 @@ def test_one_shot_iterators_and_labelled_batches_serve(net):
     assert made.chain.macs_at(-1) < made.chain.macs
     x, bare = images(2), SuperNet(net.model, net.chain)
     torch.testing.assert_close(bare.cut(2)(x), net.cut(2, compensate=False)(x), rtol=0, atol=0)
+
+
+class OwnMlp(Mlp):
+    """An MLP that no table knows."""
+
+
+def test_a_sublayer_of_an_unknown_class_is_refused_by_its_name():
+    with pytest.raises(UnsupportedModelError, match=r"blocks\.0\.mlp is a OwnMlp, whose width cannot change"):
+        stratify(small(mlp_layer=OwnMlp), [images(2)], say=quiet)
 
 
 def test_stratify_refuses_an_attached_reduction():

@@ -131,18 +131,18 @@ def sublayers(model: nn.Module) -> list[Sublayer]:
     """
     names = {module: name for name, module in model.named_modules()}
     found: list[Sublayer] = []
-    removed = False
     adapter = find_adapter(model)
     for index, block in enumerate(adapter.blocks(model)):
         for branch, norm in adapter.branches.items():
             child = getattr(block, branch)
-            removed |= isinstance(child, RemovedBranch)
-            layer = ELASTIC.get(type(child))
-            if layer is not None:
-                found.append(Sublayer(names[child], index, layer.kind, f"{names[block]}.{norm}"))
-    if not found and not removed:
-        known = ", ".join(sorted(cls.__name__ for cls in ELASTIC))
-        raise UnsupportedModelError(f"no sub-layer of this {type(model).__name__} can change its width; known: {known}")
+            if isinstance(child, RemovedBranch):
+                continue
+            if type(child) not in ELASTIC:
+                known = ", ".join(sorted(cls.__name__ for cls in ELASTIC))
+                raise UnsupportedModelError(
+                    f"{names[child]} is a {type(child).__qualname__}, whose width cannot change; known: {known}"
+                )
+            found.append(Sublayer(names[child], index, ELASTIC[type(child)].kind, f"{names[block]}.{norm}"))
     return found
 
 
