@@ -282,6 +282,19 @@ def test_a_sublayer_of_an_unknown_class_is_refused_by_its_name():
         stratify(small(mlp_layer=OwnMlp), [images(2)], say=quiet)
 
 
+ROTARY = {
+    "eva02_tiny_patch14_224": {"img_size": 28, "depth": 1},
+    "vit_small_patch16_dinov3": {"img_size": 32, "depth": 1},
+}
+
+
+@pytest.mark.parametrize("name", ROTARY)
+def test_rotary_models_are_refused_by_their_name(name):
+    model = timm.create_model(name, embed_dim=48, num_heads=3, **ROTARY[name])
+    with pytest.raises(UnsupportedModelError, match=r"no adapter for timm\.models\.eva\.Eva; adapters: timm-vit"):
+        stratify(model, [torch.randn(2, *model.pretrained_cfg["input_size"])], say=quiet)
+
+
 def test_stratify_refuses_an_attached_reduction():
     model = small()
     with vitrim.attach(model, vitrim.TopK(), vitrim.KeepRate(0.5, at=(1,))), pytest.raises(VitrimError, match="remove"):
