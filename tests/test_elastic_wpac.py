@@ -184,6 +184,8 @@ def test_bad_input_is_told_in_one_line():
         wpac(model, [images(2)], ordering="wpca", say=quiet)
     with pytest.raises(DataError, match="no images"):
         collect(model, [], 8)
+    with pytest.raises(VitrimError, match="num_images is a positive integer, not 0"):
+        wpac(model, [images(2)], num_images=0, say=quiet)
     for batch in (
         images(2),
         (images(2), torch.rand(2)),

@@ -12,6 +12,7 @@ from torch import nn
 from ..errors import CheckpointError, UnknownNameError, VitrimError
 from ..measure.cost import cost
 from ..models.sublayers import Kind, elastic, sublayers
+from .probing import check_counts
 
 SCHEMA = 2
 GROUPS: dict[Kind, int] = {"attention": 8, "mlp": 32}
@@ -154,8 +155,7 @@ def start_chain(model: nn.Module, *, groups: Mapping[Kind, int] = GROUPS, width_
         if kind not in GROUPS:
             raise UnknownNameError("kind of sub-layer", kind, GROUPS)
     groups = {**GROUPS, **groups}
-    if any(type(number) is not int or number < 1 for number in (width_multiple, *groups.values())):
-        raise VitrimError("width_multiple and groups are positive integers")
+    check_counts(width_multiple=width_multiple, **{f"number of {kind} groups": each for kind, each in groups.items()})
     full = cost(model)
     parts, units = sublayers(model), {}
     with elastic(model) as layers:

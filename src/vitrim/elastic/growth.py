@@ -7,6 +7,7 @@ densities fall outwards, until the saving asked for is reached.
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from itertools import pairwise
+from math import isfinite
 
 import torch
 from torch import Tensor
@@ -27,6 +28,9 @@ def grow(
             it is not positive go first.
         saving: in [0, 1); if all widths at 0 save less, the chain ends there.
         floor: smallest sensitivity to reckon with.
+
+    Raises:
+        VitrimError: a sub-layer with another number of shares, or numbers that are not finite.
     """
     widths = chain.widths(-1)
     queue: list[tuple[bool, float, list[tuple[str, int, float]]]] = []
@@ -36,6 +40,8 @@ def grow(
         rise, share = sensitivity[name], shares[name].double().cpu()
         if len(share) != widths[name]:
             raise VitrimError(f"{len(share)} shares for the {widths[name]} units of {name}")
+        if not (isfinite(rise) and share.isfinite().all()):
+            raise VitrimError(f"what {name} is worth is not finite; look at the weights of the model and at the images")
         value = max(rise, floor) * share / share.sum().clamp_min(torch.finfo(torch.float64).tiny)
         edges = list(pairwise([*range(0, widths[name], unit.step), widths[name]]))
         cuts = [(name, low, value[low:high].sum().item()) for low, high in edges]

@@ -42,6 +42,13 @@ def objective_of(model: nn.Module, labels: bool) -> Callable[[Tensor, Tensor | N
     return lambda out, _: out.amax(1).sum()
 
 
+def check_counts(**counts: Any) -> None:
+    """Raise `VitrimError` that names the first of these numbers which is no positive integer."""
+    for name, value in counts.items():
+        if type(value) is not int or value < 1:
+            raise VitrimError(f"{name} is a positive integer, not {value!r}")
+
+
 def images_of(batch: Batch) -> Tensor:
     """The images of a batch, with or without labels beside them.
 
@@ -72,7 +79,9 @@ def batches(
 
     Raises:
         DataError: there are no images, or labels are asked for and not given.
+        VitrimError: a number of images that is none.
     """
+    check_counts(num_images=num_images)
     parameter = next(model.parameters())
     left = wanted = -(-num_images // world_size())
     for batch in data:
