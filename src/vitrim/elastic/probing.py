@@ -87,7 +87,7 @@ def batches(
     for batch in data:
         images = images_of(batch)
         given = None if isinstance(batch, Tensor) or len(batch) < 2 else batch[1]
-        target = _classes(given, model.num_classes) if labels else None
+        target = _classes(given, len(images), model.num_classes) if labels else None
         images = images[:left].to(parameter.device, parameter.dtype, non_blocking=True)
         yield images, None if target is None else target[:left].to(parameter.device)
         left -= len(images)
@@ -97,9 +97,12 @@ def batches(
         raise DataError("the data holds no images; give batches of images, from an iterator that is not used up")
 
 
-def _classes(target: object, num_classes: int) -> Tensor:
-    if not isinstance(target, Tensor) or target.is_floating_point() or target.ndim != 1:
+def _classes(target: object, num_images: int, num_classes: int) -> Tensor:
+    integers = isinstance(target, Tensor) and not (target.is_floating_point() or target.dtype == torch.bool)
+    if not isinstance(target, Tensor) or not integers or target.ndim != 1:
         raise DataError("labels=True needs batches of (images, integer labels)")
+    if len(target) != num_images:
+        raise DataError(f"a batch holds {len(target)} labels for {num_images} images")
     if len(target) and not 0 <= int(target.min()) <= int(target.max()) < num_classes:
         raise DataError(f"labels go from {target.min()} to {target.max()}, but the model has {num_classes} classes")
     return target.long()
