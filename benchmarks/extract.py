@@ -13,7 +13,8 @@ from collections.abc import Callable
 import torch
 from jsonargparse import auto_cli
 
-from vitrim.elastic.chain import grow, start_chain
+from vitrim.elastic.chain import start_chain
+from vitrim.elastic.growth import grow
 from vitrim.elastic.supernet import SuperNet
 from vitrim.measure.bench_table import Quartiles
 from vitrim.measure.environment import environment

@@ -4,13 +4,15 @@ import json
 import random
 from dataclasses import replace
 from itertools import pairwise
+from math import isfinite
 
 import pytest
 import torch
 
 from elastic_models import images, small
-from vitrim import cost
-from vitrim.elastic.chain import Chain, Entry, UnitCost, _falling_outwards, grow, grow_evenly, hash_of, start_chain
+from vitrim import cost, stratify
+from vitrim.elastic.chain import Chain, Entry, UnitCost, hash_of, start_chain
+from vitrim.elastic.growth import _falling_outwards, grow, grow_evenly
 from vitrim.elastic.importance import probe_loss, sensitivities
 from vitrim.elastic.sampler import RULES, draw, narrowed
 from vitrim.errors import CheckpointError, UnknownNameError, VitrimError
@@ -112,6 +114,8 @@ def test_json_round_trip_and_what_is_refused():
     raw = json.loads(chain.to_json())
     with pytest.raises(CheckpointError, match="schema 99"):
         Chain.from_json(json.dumps(raw | {"schema": 99}))
+    with pytest.raises(CheckpointError, match="stratify again"):
+        Chain.from_json(json.dumps(raw | {"schema": 1}))
     with pytest.raises(CheckpointError, match="no chain"):
         Chain.from_json("{}")
     with pytest.raises(CheckpointError, match="nothing narrower"):
@@ -166,6 +170,32 @@ def test_sensitivity_is_measured_by_adding_the_constant_and_nothing_else(labelle
                 hook.remove()
     assert set(found) == {name for name, width in widths.items() if width > 0}
     assert min(found.values()) < max(found.values())
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+@pytest.mark.parametrize(("classes", "sure"), [(5, 1000), (1, 1)])
+def test_a_network_that_is_sure_of_itself_or_has_one_class_is_judged_by_finite_numbers(classes, sure, labelled):
+    model, x = small(torch.float32, num_classes=classes), images(8, dtype=torch.float32)
+    with torch.no_grad():
+        model.head.weight *= sure
+        target = model(x).argmax(1)
+    full = {name: unit.width for name, unit in start_chain(model).units.items()}
+    found = sensitivities(model, [(x, target)], full, num_images=8, labels=labelled)
+    assert all(map(isfinite, found.values()))
+    assert max(found.values()) > 0
+    net = stratify(model, [(x, target)], num_images=8, labels=labelled, max_saving=0.5, say=lambda _: None)
+    assert net.chain.macs_at(-1) <= net.chain.macs / 2
+
+
+@pytest.mark.parametrize("broken", ["rise", "share"])
+def test_worth_that_is_not_finite_is_refused(broken):
+    chain, shares, rises = random_case(9)
+    if broken == "rise":
+        rises["blocks.1.mlp"] = float("nan")
+    else:
+        shares["blocks.1.mlp"][3] = float("inf")
+    with pytest.raises(VitrimError, match=r"what blocks\.1\.mlp is worth is not finite"):
+        grow(chain, shares, rises, 0.5)
 
 
 def test_draws_are_the_same_everywhere_and_reach_every_network():

@@ -6,17 +6,20 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file
+from timm.layers import Mlp
 from timm.models.vision_transformer import Block
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import vitrim
 from elastic_models import VARIANTS, images, small, variants
 from vitrim.elastic import SuperNet, stratify
-from vitrim.elastic.chain import grow, start_chain
+from vitrim.elastic.chain import start_chain
 from vitrim.elastic.extract import choose, cut
+from vitrim.elastic.growth import grow
 from vitrim.elastic.sampler import narrowed
 from vitrim.elastic.supernet import CHAIN, MEANS
-from vitrim.errors import CheckpointError, ScoreError, VitrimError
+from vitrim.errors import CheckpointError, ScoreError, UnsupportedModelError, VitrimError
 from vitrim.models import RemovedBranch, narrow
 from vitrim.verbs.cutting import extract
 
@@ -235,10 +238,24 @@ def test_no_command_puts_a_network_where_another_would_be_lost(net, tmp_path):
         net.save(tmp_path / "run", overwrite=True)
 
 
+def test_no_parameter_of_an_extracted_network_is_idle_so_that_data_parallel_training_takes_it():
+    for options in ({}, {"proj_bias": False, "qkv_bias": False, "init_values": 0.5}):
+        model = small(**options)
+        chain = start_chain(model)
+        narrow(model, {"blocks.0.attn": 0, "blocks.1.mlp": 0, "blocks.2.attn": 0, "blocks.2.mlp": 0})
+        assert not list(model.blocks[0].norm1.parameters())
+        model.train()(images(2)).square().sum().backward()
+        assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
+        removed = ("blocks.0.attn", "blocks.1.mlp", "blocks.2.attn", "blocks.2.mlp")
+        saved = sum(chain.units[name].saved(chain.units[name].width, 0)[1] for name in removed)
+        assert vitrim.cost(model).params == chain.params - saved
+
+
 def test_gradient_hooks_meet_removed_sublayers():
     model = small(torch.float32)
     narrow(model, {"blocks.0.attn": 0, "blocks.1.mlp": 0})
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    # The counter knows no formula for the fused attention of a CPU.
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         model(images(1, dtype=torch.float32))
     assert vitrim.cost(model).macs == pytest.approx(counter.get_total_flops() / 2, rel=1e-3)
 
@@ -254,6 +271,28 @@ def test_one_shot_iterators_and_labelled_batches_serve(net):
     assert made.chain.macs_at(-1) < made.chain.macs
     x, bare = images(2), SuperNet(net.model, net.chain)
     torch.testing.assert_close(bare.cut(2)(x), net.cut(2, compensate=False)(x), rtol=0, atol=0)
+
+
+class OwnMlp(Mlp):
+    """An MLP that no table knows."""
+
+
+def test_a_sublayer_of_an_unknown_class_is_refused_by_its_name():
+    with pytest.raises(UnsupportedModelError, match=r"blocks\.0\.mlp is a OwnMlp, whose width cannot change"):
+        stratify(small(mlp_layer=OwnMlp), [images(2)], say=quiet)
+
+
+ROTARY = {
+    "eva02_tiny_patch14_224": {"img_size": 28, "depth": 1},
+    "vit_small_patch16_dinov3": {"img_size": 32, "depth": 1},
+}
+
+
+@pytest.mark.parametrize("name", ROTARY)
+def test_rotary_models_are_refused_by_their_name(name):
+    model = timm.create_model(name, embed_dim=48, num_heads=3, **ROTARY[name])
+    with pytest.raises(UnsupportedModelError, match=r"no adapter for timm\.models\.eva\.Eva; adapters: timm-vit"):
+        stratify(model, [torch.randn(2, *model.pretrained_cfg["input_size"])], say=quiet)
 
 
 def test_stratify_refuses_an_attached_reduction():

@@ -162,6 +162,9 @@ def test_bad_configuration_is_told_in_one_line():
         Piad(rule="sandwhich")
     with pytest.raises(VitrimError, match="max_saving"):
         Piad(max_saving=1.0)
+    for name in ("grow_epochs", "num_images", "probe_images"):
+        with pytest.raises(VitrimError, match=f"{name} is a positive integer, not 0"):
+            Piad(**{name: 0})
     with pytest.raises(VitrimError, match="distill=False"):
         Stratifier(small(), Piad(rule="uniform"))
     with Stratifier(small(), CONFIG) as stratifier, pytest.raises(VitrimError, match="teacher"):

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from elastic_models import VARIANTS, images, small, variants
-from vitrim.elastic import ORDERINGS, wpac
+from vitrim.elastic import ORDERINGS, stratify, wpac
 from vitrim.elastic.probing import batches
 from vitrim.elastic.statistics import HeadSums, collect
 from vitrim.errors import DataError, UnknownNameError, UnsupportedModelError, VitrimError
@@ -184,14 +184,21 @@ def test_bad_input_is_told_in_one_line():
         wpac(model, [images(2)], ordering="wpca", say=quiet)
     with pytest.raises(DataError, match="no images"):
         collect(model, [], 8)
+    with pytest.raises(VitrimError, match="num_images is a positive integer, not 0"):
+        wpac(model, [images(2)], num_images=0, say=quiet)
     for batch in (
         images(2),
         (images(2), torch.rand(2)),
+        (images(2), torch.tensor([True, False])),
         (images(2), torch.ones(2, 5, dtype=torch.long)),
         [images(2), [1]],
     ):
         with pytest.raises(DataError, match="integer labels"):
             list(batches([batch], model, 2, labels=True))
+    for number in (1, 3):
+        for reads in (wpac, stratify):
+            with pytest.raises(DataError, match=f"{number} labels for 2 images"):
+                reads(model, [(images(2), torch.zeros(number, dtype=torch.long))], labels=True, say=quiet)
     for wrong in (77, -1):
         with pytest.raises(DataError, match=r"but the model has 5 classes"):
             collect(model, [(images(2), torch.tensor([0, wrong]))], 2, labels=True)

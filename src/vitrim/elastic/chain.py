@@ -1,24 +1,20 @@
-"""The chain of a super-network as data: nested sub-networks, each one sub-layer narrower than the one before.
-
-Growing follows PIAD: of every sub-layer the outer units whose importance per MAC is lowest go first, merged so that
-densities fall outwards, until the saving asked for is reached.
-"""
+"""The chain of a super-network as data: nested sub-networks, each one sub-layer narrower than the one before."""
 
 import hashlib
 import json
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
-from itertools import pairwise
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import CheckpointError, UnknownNameError, VitrimError
 from ..measure.cost import cost
-from ..models.sublayers import Kind, elastic
+from ..models.sublayers import Kind, elastic, sublayers
+from .probing import check_counts
 
-SCHEMA = 1
+SCHEMA = 2
 GROUPS: dict[Kind, int] = {"attention": 8, "mlp": 32}
 
 
@@ -46,7 +42,7 @@ class UnitCost:
     macs_linear_only: int
     params: int
     left_params: int
-    """Parameters that a removed sub-layer gains: the constant that stays, where there was no bias before."""
+    """Parameters that removal adds, the constant where there was no bias before, less the norm that goes with it."""
 
     def saved(self, width: int, narrower: int) -> tuple[int, int]:
         """MACs and parameters that go with the units from `narrower` to `width`."""
@@ -129,12 +125,14 @@ class Chain:
         """Read what `to_json` wrote.
 
         Raises:
-            CheckpointError: no chain, a newer schema, or entries that make nothing narrower.
+            CheckpointError: no chain, another schema, or entries that make nothing narrower.
         """
         try:
             raw = json.loads(text)
             if raw["schema"] > SCHEMA:
                 raise CheckpointError(f"the chain has schema {raw['schema']}, this vitrim reads up to {SCHEMA}; update")
+            if raw["schema"] < SCHEMA:
+                raise CheckpointError("in this older chain removed sub-layers keep their norms; stratify again")
             units = {name: UnitCost(**unit) for name, unit in raw["units"].items()}
             return cls(**raw | {"units": units, "entries": tuple(Entry(**entry) for entry in raw["entries"])})
         except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
@@ -157,85 +155,17 @@ def start_chain(model: nn.Module, *, groups: Mapping[Kind, int] = GROUPS, width_
         if kind not in GROUPS:
             raise UnknownNameError("kind of sub-layer", kind, GROUPS)
     groups = {**GROUPS, **groups}
-    if any(type(number) is not int or number < 1 for number in (width_multiple, *groups.values())):
-        raise VitrimError("width_multiple and groups are positive integers")
+    check_counts(width_multiple=width_multiple, **{f"number of {kind} groups": each for kind, each in groups.items()})
     full = cost(model)
+    parts, units = sublayers(model), {}
     with elastic(model) as layers:
-        units = {}
-        for name, layer in layers.items():
+        for part in parts:
+            layer, norm = layers[part.name], model.get_submodule(part.norm)
             macs, width = layer.unit_macs(full.token_counts[0]), layer.full_width
             step = -(-width // (groups[layer.kind] * width_multiple)) * width_multiple
-            units[name] = UnitCost(width, step, macs.total, macs.linear, layer.unit_params(), layer.left_params())
+            left = layer.left_params() - sum(parameter.numel() for parameter in norm.parameters())
+            units[part.name] = UnitCost(width, step, macs.total, macs.linear, layer.unit_params(), left)
     return Chain(units, full.macs, full.macs_linear_only, full.params)
-
-
-def grow(
-    chain: Chain, shares: Mapping[str, Tensor], sensitivity: Mapping[str, float], saving: float, floor: float = 1e-6
-) -> Chain:
-    """The chain, longer until its smallest network saves the fraction `saving` of the full network's MACs.
-
-    Args:
-        chain: what there is already; all of it stays.
-        shares: per sub-layer what each of its remaining units contributes, in the order of the units; scaled to sum 1.
-        sensitivity: relative rise of the loss when a sub-layer is removed from the smallest network. Sub-layers where
-            it is not positive go first.
-        saving: in [0, 1); if all widths at 0 save less, the chain ends there.
-        floor: smallest sensitivity to reckon with.
-    """
-    widths = chain.widths(-1)
-    queue: list[tuple[bool, float, list[tuple[str, int, float]]]] = []
-    for name, unit in chain.units.items():
-        if widths[name] == 0:
-            continue
-        rise, share = sensitivity[name], shares[name].double().cpu()
-        if len(share) != widths[name]:
-            raise VitrimError(f"{len(share)} shares for the {widths[name]} units of {name}")
-        value = max(rise, floor) * share / share.sum().clamp_min(torch.finfo(torch.float64).tiny)
-        edges = list(pairwise([*range(0, widths[name], unit.step), widths[name]]))
-        cuts = [(name, low, value[low:high].sum().item()) for low, high in edges]
-        macs = [(high - low) * unit.macs for low, high in edges]
-        for density, members in _falling_outwards([cut[2] for cut in cuts], macs):
-            queue.append((rise > floor, density, [cuts[index] for index in reversed(members)]))
-    # Sorting is stable, and the groups of one sub-layer have different densities: outer ones always come first.
-    queue.sort(key=lambda item: item[:2])
-    return _cut(chain, (cut for *_, members in queue for cut in members), saving)
-
-
-def grow_evenly(chain: Chain, saving: float) -> Chain:
-    """The chain, longer until its smallest network saves the fraction `saving`; no sub-layer is judged.
-
-    All of them lose their outer units at the same pace, so that every width is about the same fraction of the full one.
-    """
-    widths = chain.widths(-1)
-    cuts = [(name, low, 0.0) for name, unit in chain.units.items() for low in range(0, widths[name], unit.step)]
-    cuts.sort(key=lambda cut: cut[1] / chain.units[cut[0]].width, reverse=True)
-    return _cut(chain, cuts, saving)
-
-
-def _cut(chain: Chain, cuts: Iterable[tuple[str, int, float]], saving: float) -> Chain:
-    """The chain with so many of these cuts (sub-layer, new width, importance) as the saving asks for."""
-    widths, entries = chain.widths(-1), list(chain.entries)
-    macs, params, goal = chain.macs_at(-1), chain.params_at(-1), chain.macs * (1 - saving)
-    for name, width, importance in cuts:
-        if macs <= goal:
-            break
-        saved = chain.units[name].saved(widths[name], width)
-        macs, params = macs - saved[0], params - saved[1]
-        entries.append(Entry(name, width, macs, params, importance))
-        widths[name] = width
-    return replace(chain, entries=tuple(entries))
-
-
-def _falling_outwards(importance: list[float], macs: list[int]) -> list[tuple[float, list[int]]]:
-    """Merge neighbours (inner first) until importance per MAC falls from each merged group to the next outer one."""
-    merged: list[tuple[float, int, list[int]]] = []
-    for index, new in enumerate(zip(importance, macs, strict=True)):
-        value, size, members = *new, [index]
-        while merged and value / size >= merged[-1][0] / merged[-1][1]:
-            inner = merged.pop()
-            value, size, members = value + inner[0], size + inner[1], inner[2] + members
-        merged.append((value, size, members))
-    return [(value / size, members) for value, size, members in merged]
 
 
 def hash_of(model: nn.Module) -> str:

@@ -29,10 +29,13 @@ def probe_loss(model: nn.Module, labels: bool) -> Loss:
     """Loss by which sub-layers are judged.
 
     With labels, cross-entropy. Without, cross-entropy with the full network's own probabilities; for a model without
-    a head, one plus the relative squared distance from the full network's features.
+    a head, one plus the relative squared distance from the full network's features; for one of a single class, whose
+    cross-entropy is 0 whatever it says, one plus the squared distance from the full network's logit.
     """
     if is_headless(model):
         return lambda out, _, full: (1 + (out - full).square().sum(1) / full.square().sum(1)).sum()
+    if model.num_classes == 1:
+        return lambda out, _, full: (1 + (out - full).square().sum(1)).sum()
     if labels:
         return lambda out, target, _: F.cross_entropy(out, target, reduction="sum")
     return lambda out, _, full: F.cross_entropy(out, full.softmax(1), reduction="sum")
@@ -46,6 +49,9 @@ def sensitivities(
 
     Removed means that it adds its constant bias and nothing else, exactly what extraction leaves at width 0. Negative
     where the network does better without. Costs half a forward pass of the images per sub-layer.
+
+    The loss is taken in float64, in which that of a network sure of itself is less often 0; relative to 0 any rise is
+    very large, and no rise is 0.
     """
     loss = probe_loss(model, labels)
     with elastic(model) as layers, frozen(model):
@@ -56,16 +62,17 @@ def sensitivities(
         whole = {name: layer.full_width for name, layer in layers.items()}
         for images, target in batches(data, model, num_images, labels):
             with narrowed(model, whole):
-                full = output_of(model, images)
+                full = output_of(model, images).double()
             with narrowed(model, widths):
                 out, inputs = _run_and_keep(model, blocks, images)
-                totals[0] += loss(out, target, full).double().cpu()
+                totals[0] += loss(out.double(), target, full).cpu()
                 for index, name in enumerate(present, 1):
                     with narrowed(model, {name: 0}), _skipping(blocks, home[name], inputs):
-                        totals[index] += loss(output_of(model, images), target, full).double().cpu()
+                        totals[index] += loss(output_of(model, images).double(), target, full).cpu()
         device = next(model.parameters()).device
     totals = all_reduce(totals.to(device)).cpu()
-    return {name: (value / totals[0] - 1).item() for name, value in zip(present, totals[1:], strict=True)}
+    rises = (totals[1:] - totals[0]) / totals[0].clamp_min(torch.finfo(torch.float32).tiny)
+    return dict(zip(present, rises.tolist(), strict=True))
 
 
 def _run_and_keep(model: nn.Module, blocks: list[nn.Module], images: Tensor) -> tuple[Tensor, dict[nn.Module, Tensor]]:

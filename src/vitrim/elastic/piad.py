@@ -16,9 +16,10 @@ from torch.nn import functional as F
 
 from ..errors import CheckpointError, UnknownNameError, VitrimError
 from ..models.sublayers import Kind, elastic
-from .chain import GROUPS, Chain, grow, hash_of, start_chain
+from .chain import GROUPS, Chain, hash_of, start_chain
+from .growth import grow
 from .importance import sensitivities, unit_shares
-from .probing import Batch, is_headless, output_of
+from .probing import Batch, check_counts, is_headless, output_of
 from .sampler import RULES, draw, narrowed
 from .supernet import SuperNet
 
@@ -51,8 +52,9 @@ class Piad:
     def __post_init__(self) -> None:
         if self.rule not in RULES:
             raise UnknownNameError("sampling rule", self.rule, RULES)
-        if not 0 < self.max_saving < 1 or self.grow_epochs < 1 or not self.temperature > 0:
-            raise VitrimError("max_saving lies in (0, 1), grow_epochs is at least 1 and temperature positive")
+        check_counts(grow_epochs=self.grow_epochs, num_images=self.num_images, probe_images=self.probe_images)
+        if not 0 < self.max_saving < 1 or not self.temperature > 0:
+            raise VitrimError("max_saving lies in (0, 1) and temperature is positive")
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,13 @@ def objective_of(model: nn.Module, labels: bool) -> Callable[[Tensor, Tensor | N
     return lambda out, _: out.amax(1).sum()
 
 
+def check_counts(**counts: Any) -> None:
+    """Raise `VitrimError` that names the first of these numbers which is no positive integer."""
+    for name, value in counts.items():
+        if type(value) is not int or value < 1:
+            raise VitrimError(f"{name} is a positive integer, not {value!r}")
+
+
 def images_of(batch: Batch) -> Tensor:
     """The images of a batch, with or without labels beside them.
 
@@ -72,13 +79,15 @@ def batches(
 
     Raises:
         DataError: there are no images, or labels are asked for and not given.
+        VitrimError: a number of images that is none.
     """
+    check_counts(num_images=num_images)
     parameter = next(model.parameters())
     left = wanted = -(-num_images // world_size())
     for batch in data:
         images = images_of(batch)
         given = None if isinstance(batch, Tensor) or len(batch) < 2 else batch[1]
-        target = _classes(given, model.num_classes) if labels else None
+        target = _classes(given, len(images), model.num_classes) if labels else None
         images = images[:left].to(parameter.device, parameter.dtype, non_blocking=True)
         yield images, None if target is None else target[:left].to(parameter.device)
         left -= len(images)
@@ -88,9 +97,12 @@ def batches(
         raise DataError("the data holds no images; give batches of images, from an iterator that is not used up")
 
 
-def _classes(target: object, num_classes: int) -> Tensor:
-    if not isinstance(target, Tensor) or target.is_floating_point() or target.ndim != 1:
+def _classes(target: object, num_images: int, num_classes: int) -> Tensor:
+    integers = isinstance(target, Tensor) and not (target.is_floating_point() or target.dtype == torch.bool)
+    if not isinstance(target, Tensor) or not integers or target.ndim != 1:
         raise DataError("labels=True needs batches of (images, integer labels)")
+    if len(target) != num_images:
+        raise DataError(f"a batch holds {len(target)} labels for {num_images} images")
     if len(target) and not 0 <= int(target.min()) <= int(target.max()) < num_classes:
         raise DataError(f"labels go from {target.min()} to {target.max()}, but the model has {num_classes} classes")
     return target.long()

@@ -22,10 +22,11 @@ from ..models.build import saved_folder
 from ..models.store import load, save
 from ..models.sublayers import Kind
 from ..output import replacing
-from .chain import GROUPS, Chain, grow, grow_evenly, hash_of, start_chain
+from .chain import GROUPS, Chain, hash_of, start_chain
 from .extract import choose, cut
+from .growth import grow, grow_evenly
 from .importance import sensitivities
-from .probing import Batch, batches_in, images_of
+from .probing import Batch, batches_in, check_counts, images_of
 from .sampler import narrowed
 from .wpac import wpac
 
@@ -156,8 +157,9 @@ def stratify(
     """
     if attached(model) is not None:
         raise VitrimError("token reduction is attached to this model; stratify after handle.remove()")
-    if not 0 < max_saving < 1 or rounds < 1 or num_images < 1:
-        raise VitrimError("max_saving lies in (0, 1), rounds and num_images are at least 1")
+    check_counts(num_images=num_images, rounds=rounds)
+    if not 0 < max_saving < 1:
+        raise VitrimError(f"max_saving lies in (0, 1), not at {max_saving}")
     model = copy.deepcopy(model)
     # Kept, so that an iterator that can be read only once serves too; there are few of them.
     probe_images = min(num_images, max(32, num_images // 16))

@@ -4,7 +4,7 @@ To add a family, write one file with a subclass of `Adapter` and a `ReducedBlock
 `models/__init__.py`. The command, the contract tests and `vitrim list` find it there.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -51,6 +51,8 @@ class Adapter:
     name: ClassVar[str]
     covers: ClassVar[str]
     """One line for `vitrim list`: which models the family covers."""
+    branches: ClassVar[Mapping[str, str]]
+    """Names within a block of its two branches, and of the norm that feeds each of them and nothing else."""
 
     def __init_subclass__(cls) -> None:
         ADAPTERS.append(cls())

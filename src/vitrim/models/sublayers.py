@@ -13,9 +13,8 @@ from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from ..errors import UnsupportedModelError, VitrimError
+from ..errors import UnsupportedModelError
 from .adapter import Macs, find_adapter
 
 Kind = Literal["attention", "mlp"]
@@ -101,7 +100,7 @@ class RemovedBranch(nn.Module):
     """What is left of an attention or MLP branch of width 0: a constant, zero unless something is learnt or put there.
 
     A branch without inputs still has the bias of its output projection, which is where the mean of what was removed
-    may be kept. Costs no MACs.
+    may be kept. Costs no MACs; the norm before it has gone too, since nothing would read it.
     """
 
     def __init__(self, dim: int, device: torch.device | None = None, dtype: torch.dtype | None = None) -> None:
@@ -116,11 +115,12 @@ class RemovedBranch(nn.Module):
 
 @dataclass(frozen=True)
 class Sublayer:
-    """One half of one block: its name in the model, its block index and its kind."""
+    """One half of one block: its name in the model, its block index, its kind, and the name of the norm before it."""
 
     name: str
     block: int
     kind: Kind
+    norm: str
 
 
 def sublayers(model: nn.Module) -> list[Sublayer]:
@@ -131,16 +131,18 @@ def sublayers(model: nn.Module) -> list[Sublayer]:
     """
     names = {module: name for name, module in model.named_modules()}
     found: list[Sublayer] = []
-    removed = False
-    for index, block in enumerate(find_adapter(model).blocks(model)):
-        for child in block.children():
-            removed |= isinstance(child, RemovedBranch)
-            layer = ELASTIC.get(type(child))
-            if layer is not None:
-                found.append(Sublayer(names[child], index, layer.kind))
-    if not found and not removed:
-        known = ", ".join(sorted(cls.__name__ for cls in ELASTIC))
-        raise UnsupportedModelError(f"no sub-layer of this {type(model).__name__} can change its width; known: {known}")
+    adapter = find_adapter(model)
+    for index, block in enumerate(adapter.blocks(model)):
+        for branch, norm in adapter.branches.items():
+            child = getattr(block, branch)
+            if isinstance(child, RemovedBranch):
+                continue
+            if type(child) not in ELASTIC:
+                known = ", ".join(sorted(cls.__name__ for cls in ELASTIC))
+                raise UnsupportedModelError(
+                    f"{names[child]} is a {type(child).__qualname__}, whose width cannot change; known: {known}"
+                )
+            found.append(Sublayer(names[child], index, ELASTIC[type(child)].kind, f"{names[block]}.{norm}"))
     return found
 
 
@@ -169,67 +171,3 @@ def elastic(model: nn.Module) -> Iterator[dict[str, Elastic]]:
         for module in layers.values():
             module.__class__ = module.replaces
             del module.vitrim_width, module.vitrim_tap
-
-
-def leading(weight: Tensor, width: int, parts: int = 1, dim: int = 0) -> Tensor:
-    """The leading `width` entries of each of `parts` equal parts of one dimension; a view where nothing is cut."""
-    if width * parts == weight.shape[dim]:
-        return weight
-    return weight.unflatten(dim, (parts, -1)).narrow(dim + 1, 0, width).flatten(dim, dim + 1)
-
-
-def cut_linear(linear: nn.Linear, width: int, parts: int = 1, dim: int = 0) -> None:
-    """Replace the parameters of a linear layer by their leading part: its outputs (dim 0) or its inputs (dim 1)."""
-    _cut(linear, "weight", width, parts, dim)
-    if dim == 0:
-        linear.out_features = width * parts
-        if linear.bias is not None:
-            _cut(linear, "bias", width, parts, 0)
-    else:
-        linear.in_features = width * parts
-
-
-def cut_norm(norm: nn.Module, width: int) -> None:
-    """Make a norm over the inner width a norm over its leading part."""
-    if isinstance(norm, nn.Identity):
-        return
-    for name, _ in list(norm.named_parameters(recurse=False)):
-        _cut(norm, name, width, 1, 0)
-    norm.normalized_shape = (width,)
-
-
-def narrow_norm(norm: nn.Module, x: Tensor) -> Tensor:
-    """A norm over the last dimension applied to a tensor that is narrower than the norm's own width."""
-    if isinstance(norm, nn.Identity) or x.shape[-1] == norm.normalized_shape[0]:
-        return norm(x)
-    width = x.shape[-1]
-    weight = None if norm.weight is None else norm.weight[:width]
-    bias = getattr(norm, "bias", None)
-    if isinstance(norm, nn.LayerNorm):
-        return F.layer_norm(x, (width,), weight, None if bias is None else bias[:width], norm.eps)
-    return F.rms_norm(x, (width,), weight, norm.eps)
-
-
-def check_norm(norm: nn.Module, name: str) -> None:
-    """Refuse a norm of another kind than LayerNorm and RMSNorm, whose narrowed form is not known."""
-    if not isinstance(norm, nn.Identity | nn.LayerNorm | nn.RMSNorm) and type(norm).__name__ != "RmsNorm":
-        raise UnsupportedModelError(f"{name} is a {type(norm).__name__}; only LayerNorm and RMSNorm can be narrowed")
-
-
-def compensate(linear: nn.Linear, mean: Tensor | None, lost: Tensor) -> None:
-    """Add to the bias what the lost inputs (boolean mask over the columns) contribute on average."""
-    if mean is None or linear.bias is None:
-        return
-    if mean.numel() != lost.numel():
-        raise VitrimError(f"{mean.numel()} means for a layer of width {lost.numel()}")
-    with torch.no_grad():
-        gone = lost.to(linear.weight.device)
-        mean = mean.flatten().to(linear.weight.device, torch.float64)
-        extra = linear.weight[:, gone].double() @ mean[gone]
-        linear.bias.copy_(linear.bias.double() + extra)
-
-
-def _cut(module: nn.Module, name: str, width: int, parts: int, dim: int) -> None:
-    old = getattr(module, name)
-    new = leading(old.detach(), width, parts, dim).clone()
-    setattr(module, name, nn.Parameter(new, requires_grad=old.requires_grad))

@@ -10,7 +10,8 @@ from torch.nn import functional as F
 
 from ..errors import UnsupportedModelError
 from .adapter import Macs
-from .sublayers import Elastic, check_norm, compensate, cut_linear, cut_norm, leading, narrow_norm
+from .slicing import check_norm, compensate, cut_linear, cut_norm, leading, narrow_norm
+from .sublayers import Elastic
 
 
 class ElasticAttention(Elastic, Attention, replaces=Attention):

@@ -1,6 +1,6 @@
 """Adapter for timm's `VisionTransformer` and `VisionTransformerDistilled` built on the standard `Block`."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -145,6 +145,7 @@ class TimmViT(Adapter):
 
     name = "timm-vit"
     covers = "timm VisionTransformer on the standard Block: ViT, DeiT, DeiT-III, DINOv2, CLIP, SigLIP, hybrids"
+    branches: ClassVar[Mapping[str, str]] = {"attn": "norm1", "mlp": "norm2"}
 
     _reduced: ClassVar[dict[type[nn.Module], type[nn.Module]]] = {
         Block: ReducedTimmBlock,

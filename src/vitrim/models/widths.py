@@ -59,7 +59,8 @@ def narrow(model: nn.Module, widths: Mapping[str, int], means: Mapping[str, Tens
 
     The narrow model computes what the wide one does with its trailing dims masked: queries (or the weights of their
     norm) take the factor sqrt(new / old), which keeps the scale of the attention logits. A norm inside a sub-layer
-    becomes a norm over what is left. Parameters are replaced, so make the optimizer afterwards.
+    becomes a norm over what is left, and the norm before a removed one goes with it, since parameters that nothing
+    reads get no gradient. Parameters are replaced, so make the optimizer afterwards.
 
     Args:
         model: with stock sub-layers.
@@ -67,11 +68,12 @@ def narrow(model: nn.Module, widths: Mapping[str, int], means: Mapping[str, Tens
         means: per sub-layer the mean of every input to its last projection. What the lost units add on average moves
             into that projection's bias; without it biases stay as they are.
     """
+    norms = {part.name: part.norm for part in sublayers(model)}
     with elastic(model) as layers, torch.no_grad():
         narrower = {name: width for name, width in widths.items() if width < layers[name].full_width}
         for name, width in narrower.items():
             layers[name].shrink(width, None if means is None else means[name])
         gone = {name: layers[name].remains() for name, width in narrower.items() if width == 0}
     for name, branch in gone.items():
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, branch)
+        model.set_submodule(name, branch)
+        model.set_submodule(norms[name], nn.Identity().train(branch.training))

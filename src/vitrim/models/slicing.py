@@ -1,0 +1,71 @@
+"""The leading part of a layer: at run time as views of its weights, and for good as weights of their own."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..errors import UnsupportedModelError, VitrimError
+
+
+def leading(weight: Tensor, width: int, parts: int = 1, dim: int = 0) -> Tensor:
+    """The leading `width` entries of each of `parts` equal parts of one dimension; a view where nothing is cut."""
+    if width * parts == weight.shape[dim]:
+        return weight
+    return weight.unflatten(dim, (parts, -1)).narrow(dim + 1, 0, width).flatten(dim, dim + 1)
+
+
+def cut_linear(linear: nn.Linear, width: int, parts: int = 1, dim: int = 0) -> None:
+    """Replace the parameters of a linear layer by their leading part: its outputs (dim 0) or its inputs (dim 1)."""
+    _cut(linear, "weight", width, parts, dim)
+    if dim == 0:
+        linear.out_features = width * parts
+        if linear.bias is not None:
+            _cut(linear, "bias", width, parts, 0)
+    else:
+        linear.in_features = width * parts
+
+
+def cut_norm(norm: nn.Module, width: int) -> None:
+    """Make a norm over the inner width a norm over its leading part."""
+    if isinstance(norm, nn.Identity):
+        return
+    for name, _ in list(norm.named_parameters(recurse=False)):
+        _cut(norm, name, width, 1, 0)
+    norm.normalized_shape = (width,)
+
+
+def narrow_norm(norm: nn.Module, x: Tensor) -> Tensor:
+    """A norm over the last dimension applied to a tensor that is narrower than the norm's own width."""
+    if isinstance(norm, nn.Identity) or x.shape[-1] == norm.normalized_shape[0]:
+        return norm(x)
+    width = x.shape[-1]
+    weight = None if norm.weight is None else norm.weight[:width]
+    bias = getattr(norm, "bias", None)
+    if isinstance(norm, nn.LayerNorm):
+        return F.layer_norm(x, (width,), weight, None if bias is None else bias[:width], norm.eps)
+    return F.rms_norm(x, (width,), weight, norm.eps)
+
+
+def check_norm(norm: nn.Module, name: str) -> None:
+    """Refuse a norm of another kind than LayerNorm and RMSNorm, whose narrowed form is not known."""
+    if not isinstance(norm, nn.Identity | nn.LayerNorm | nn.RMSNorm) and type(norm).__name__ != "RmsNorm":
+        raise UnsupportedModelError(f"{name} is a {type(norm).__name__}; only LayerNorm and RMSNorm can be narrowed")
+
+
+def compensate(linear: nn.Linear, mean: Tensor | None, lost: Tensor) -> None:
+    """Add to the bias what the lost inputs (boolean mask over the columns) contribute on average."""
+    if mean is None or linear.bias is None:
+        return
+    if mean.numel() != lost.numel():
+        raise VitrimError(f"{mean.numel()} means for a layer of width {lost.numel()}")
+    with torch.no_grad():
+        gone = lost.to(linear.weight.device)
+        mean = mean.flatten().to(linear.weight.device, torch.float64)
+        extra = linear.weight[:, gone].double() @ mean[gone]
+        linear.bias.copy_(linear.bias.double() + extra)
+
+
+def _cut(module: nn.Module, name: str, width: int, parts: int, dim: int) -> None:
+    old = getattr(module, name)
+    new = leading(old.detach(), width, parts, dim).clone()
+    setattr(module, name, nn.Parameter(new, requires_grad=old.requires_grad))
