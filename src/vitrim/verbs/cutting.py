@@ -3,7 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
-from ..errors import RecipeError, VitrimError
+from ..errors import DataError, RecipeError, VitrimError
 from ..train.recipe import Recipe
 from ..train.specs import ElasticSpec, OptimSpec
 from .delivery import DataOptions, Device, command_line
@@ -45,6 +45,7 @@ def stratify(
         return
     from ..elastic.supernet import stratify as run
     from ..models import check_place, open_model
+    from ..models.classes import kept_classes, other_classes
     from ..search.compare import data_of
     from ..train.data import make_loader, plain_stream
     from ..train.evaluate import make_accelerator
@@ -52,11 +53,14 @@ def stratify(
     check_place(out, overwrite=overwrite)
     network = open_model(model).to(make_accelerator(cpu=device == "cpu").device)
     spec = data_of([model], data)
-    loader, _ = make_loader(plain_stream(network, spec, train=True), 64, spec.workers, shuffle=True)
+    stream = plain_stream(network, spec, train=True)
+    if labels and (fault := other_classes(model, stream.images.classes)):
+        raise DataError(fault)
+    loader, _ = make_loader(stream, 64, spec.workers, shuffle=True)
     batches = ((images, classes) for images, classes, _ in loader)
     widths = {} if width_multiple is None else {"width_multiple": width_multiple}
     supernet = run(network, batches, num_images=num_images, labels=labels, **widths)
-    supernet.save(out, overwrite=overwrite)
+    supernet.save(out, overwrite=overwrite, **kept_classes(model))
     least = supernet.chain.macs_at(-1) / supernet.chain.macs
     print(f"{len(supernet.chain)} networks, down to {least:.1%} of the MACs, in {out}; cut one with vitrim extract")
 
@@ -126,6 +130,7 @@ def extract(
     from ..elastic.supernet import CHAIN, SuperNet
     from ..measure.cost import cost
     from ..models import check_place, save
+    from ..models.classes import kept_classes
     from ..train.evaluate import make_accelerator
 
     check_place(out, overwrite=overwrite)
@@ -134,5 +139,5 @@ def extract(
     family = SuperNet.load(supernet)
     family.model.to(make_accelerator(cpu=device == "cpu").device)
     network = family.extract(macs=macs, params=params, latency=latency, compensate=compensate)
-    save(network, out, overwrite=overwrite)
+    save(network, out, overwrite=overwrite, **kept_classes(supernet))
     print(f"{cost(network)}; written to {out}")
