@@ -14,6 +14,7 @@ from elastic_models import VARIANTS, images, small, variants
 from vitrim.elastic import SuperNet, stratify
 from vitrim.elastic.chain import grow, start_chain
 from vitrim.elastic.extract import choose, cut
+from vitrim.elastic.latency import ROUNDS, milliseconds
 from vitrim.elastic.sampler import narrowed
 from vitrim.elastic.supernet import CHAIN, MEANS
 from vitrim.errors import CheckpointError, ScoreError, VitrimError
@@ -129,19 +130,73 @@ def test_budgets_are_met_within_one_group(net):
 def test_latency_is_found_by_bisection(net):
     calls = []
 
-    def clock(model):
+    def clock(*models):
         calls.append(1)
-        return vitrim.cost(model).macs / 1e6
+        return torch.tensor([[vitrim.cost(model).macs / 1e6 for model in models]])
 
-    index = choose(net.model, net.chain, latency=0.75, clock=clock)
-    assert index == net.chain.largest("macs", 0.75 * net.chain.macs)
-    assert len(calls) <= 2 + len(net.chain).bit_length()
-    with pytest.raises(VitrimError, match="the smallest takes"):
-        choose(net.model, net.chain, latency=0.01, clock=clock)
+    full = net.chain.macs / 1e6
+    for latency in (0.75, 0.75 * full, f"{0.75 * full}ms"):
+        calls.clear()
+        index = choose(net.model, net.chain, latency=latency, clock=clock)
+        assert index == net.chain.largest("macs", 0.75 * net.chain.macs)
+        assert len(calls) <= 6 + 2 * len(net.chain).bit_length()
+    for latency in (0.01, "0.01ms", "0.01 ms"):
+        with pytest.raises(VitrimError, match="no sub-network takes 0.01 .* the smallest takes"):
+            choose(net.model, net.chain, latency=latency, clock=clock)
+
+
+def test_all_of_the_time_is_the_full_network(net):
+    def never(*models):
+        raise AssertionError
+
+    assert choose(net.model, net.chain, latency=1, clock=never) == 0
     assert vitrim.cost(net.extract(latency=1e6)).macs == net.chain.macs
+    assert vitrim.cost(net.extract(latency="1000000 ms")).macs == net.chain.macs
 
 
-BUDGETS = [{}, {"macs": 0.5, "params": 0.5}, {"macs": 0}, {"macs": -1}, {"macs": float("nan")}]
+@pytest.mark.parametrize("wrong", range(1, 16))
+@pytest.mark.parametrize("factor", [0.1, 10])
+def test_one_wrong_sample_costs_one_group_at_most(net, wrong, factor):
+    calls = []
+
+    def clock(*models):
+        calls.append(1)
+        times = torch.tensor([[vitrim.cost(model).macs / 1e6 for model in models]])
+        times[0, -1] *= factor if len(calls) == wrong else 1
+        return times
+
+    for latency in (0.8, 0.8 * net.chain.macs / 1e6):
+        calls.clear()
+        index = choose(net.model, net.chain, latency=latency, clock=clock)
+        assert 0 <= index - net.chain.largest("macs", 0.8 * net.chain.macs) <= 1
+
+
+def test_drift_of_the_machine_meets_both(net):
+    """The machine is twice as slow after a while; a fraction is still one of the time at the same moment."""
+    calls = []
+
+    def clock(*models):
+        calls.append(1)
+        return torch.tensor([[vitrim.cost(model).macs * (1 + len(calls) / 10) for model in models]])
+
+    assert choose(net.model, net.chain, latency=0.8, clock=clock) == net.chain.largest("macs", 0.8 * net.chain.macs)
+
+
+def test_times_are_taken_in_turns(net):
+    net.model.train()
+    times = milliseconds(net.model, net.cut(-1))
+    assert net.model.training
+    net.model.eval()
+    assert times.shape == (ROUNDS, 2)
+    assert (times > 0).all()
+    assert (times[:, 1] < times[:, 0]).double().mean() > 0.5
+
+
+BUDGETS = [
+    {}, {"macs": 0.5, "params": 0.5}, {"macs": 0}, {"macs": -1}, {"macs": float("nan")}, {"macs": 0.5, "latency": 1},
+    {"latency": 0}, {"latency": "0ms"}, {"latency": "0.5"}, {"latency": "0.5s"}, {"latency": "1.2.3ms"},
+    {"latency": float("nan")},
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("budget", BUDGETS)

@@ -48,7 +48,7 @@ class SuperNet:
         *,
         macs: float | None = None,
         params: float | None = None,
-        latency: float | None = None,
+        latency: float | str | None = None,
         compensate: bool = True,
     ) -> nn.Module:
         """The largest sub-network within one budget, as a model of its own; needs no data and no training.
@@ -56,11 +56,12 @@ class SuperNet:
         Args:
             macs: most multiply-accumulates per image, attention products included.
             params: most parameters.
-            latency: longest forward pass at batch size 1, in milliseconds, measured where the model is.
+            latency: longest forward pass at batch size 1, in milliseconds, measured where the model is; "0.5ms" where
+                that is not more than 1.
             compensate: add what lost units contribute on average to the biases, where the means are known: not after
                 training as a super-network, by which the sub-networks have learnt to do without.
 
-        Any budget in (0, 1] is a fraction of the full network's cost.
+        Any number in (0, 1] is a fraction of the full network's cost.
 
         Raises:
             VitrimError: not exactly one budget, or one that not even the smallest network meets.

@@ -110,7 +110,7 @@ def extract(
     out: str,
     macs: float | None = None,
     params: float | None = None,
-    latency: float | None = None,
+    latency: float | str | None = None,
     compensate: bool = True,
     overwrite: bool = False,
     device: Device = "auto",
@@ -122,7 +122,7 @@ def extract(
         out: folder for the network.
         macs: budget of MACs per image; up to 1 it is a fraction, as in the other budgets.
         params: budget of parameters.
-        latency: budget of milliseconds at batch size 1, measured on the device.
+        latency: budget of milliseconds at batch size 1, measured on the device; 0.5ms where that is not more than 1.
         compensate: add what lost units contribute on average to the biases, where no training followed the order.
         overwrite: replace a model that is there already, but never a super-network.
         device: where latency is measured.
