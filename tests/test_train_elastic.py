@@ -229,9 +229,12 @@ def test_the_original_rule_spares_the_smallest():
 
 def test_the_command_lays_model_images_and_epochs_over_a_recipe():
     folder = Path(__file__).parents[1] / "recipes" / "system5"
-    found = _recipe_for("vit_tiny_patch16_224@w.pth", {"root": "here"}, str(folder / "piad.yaml"), 30, 64, None)
+    found = _recipe_for("vit_tiny_patch16_224@w.pth", {"root": "here"}, str(folder / "piad.yaml"), 30, None, None)
     assert found.elastic is not None
     assert (found.epochs, found.elastic.grow_epochs, found.elastic.images) == (30, 5, 1024)
+    given = _recipe_for("vit_tiny_patch16_224@w.pth", {}, str(folder / "piad.yaml"), 30, 16, None)
+    assert given.elastic is not None
+    assert given.elastic.images == 16
     assert (found.model.name, found.model.checkpoint) == ("vit_tiny_patch16_224", "w.pth")
     assert (found.data.name, found.data.root) == ("folder", "here")
     plain = _recipe_for("vit_tiny_patch16_224@pretrained", {}, None, 3, 64, 4)

@@ -9,6 +9,7 @@ from vitrim.cli import main
 from vitrim.elastic import SuperNet
 from vitrim.models.classes import classes_of
 from vitrim.search.compare import compare
+from vitrim.train.recipe import Recipe
 from vitrim.train.specs import DataSpec
 
 DATA = ["--data.name", "digits", "--data.workers", "0"]
@@ -50,3 +51,30 @@ def test_names_of_classes_go_along(folder: Path, tmp_path: Path, capsys: pytest.
     vitrim.save(vitrim.load(folder), tmp_path / "nameless")
     main(["stratify", str(tmp_path / "nameless"), *DATA, "--num_images", "16", "--out", str(tmp_path / "family")])
     assert classes_of(tmp_path / "family") is None
+
+
+def test_options_that_would_be_ignored_are_refused(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    out = ["--out", tmp_path / "out"]
+    for labels in ("--labels", "--labels=false"):
+        said = refused(capsys, "stratify", folder, *DATA, "--epochs", "1", labels, *out)
+        assert said.endswith("wherever the model has classes; leave --labels out\n")
+    said = refused(capsys, "stratify", "vitrim_digits_vit", *DATA, *out)
+    assert "weights are random; write vitrim_digits_vit@pretrained or vitrim_digits_vit@FILE" in said
+    assert "unknown model" in refused(capsys, "stratify", "vitrim_digits_vti", *DATA, *out)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_number_of_images_is_that_of_those_there_are(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    vitrim.save(vitrim.load(folder), tmp_path / "nameless")
+    for number, (given, said) in enumerate((("16", "16"), ("5000", "1,433"))):
+        words = ["--num_images", given, "--labels", "--out", str(tmp_path / f"family{number}")]
+        main(["stratify", str(tmp_path / "nameless"), *DATA, *words])
+        assert f"ordered by {said} images, in" in capsys.readouterr().out
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("{elastic: {grow_epochs: 1}, epochs: 1, batch_size: 16, data: {workers: 0, holdout: 0}}")
+    words = ["--recipe", str(recipe), "--num_images", "8", "--data.limit", "40", "--out", str(tmp_path / "run")]
+    main(["stratify", str(tmp_path / "nameless"), *DATA, *words])
+    assert "ordered by 8 images, in" in capsys.readouterr().out
+    assert Recipe.read(tmp_path / "run" / "recipe.yaml").elastic.images == 8
