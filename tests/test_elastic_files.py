@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from safetensors.torch import save_file
+from timm.layers import SwiGLU
 
 import vitrim
 import vitrim.elastic.supernet as super_network
@@ -144,3 +145,9 @@ def test_no_command_puts_a_network_where_another_would_be_lost(net, tmp_path):
     )
     with pytest.raises(CheckpointError, match="is a run, whose model is"):
         net.save(tmp_path / "run", overwrite=True)
+
+
+def test_a_class_among_the_arguments_cannot_be_saved(tmp_path):
+    with pytest.raises(CheckpointError, match="JSON cannot hold mlp_layer="):
+        supernet(mlp_layer=SwiGLU).save(tmp_path / "net")
+    assert not (tmp_path / "net").exists()
