@@ -1,4 +1,5 @@
-"""What ordering the units of a network costs (WPAC), beside forward passes over the same images, and its memory.
+"""What ordering the units of a network costs (WPAC), by itself and with judging its sub-layers (stratify), beside
+forward passes over the same images, and its memory.
 
     python benchmarks/stratify.py --threads 2 --out results/stratify-deit-s-cpu
 
@@ -14,6 +15,7 @@ import torch
 from jsonargparse import auto_cli
 from torch import Tensor
 
+from vitrim.elastic import stratify
 from vitrim.elastic.wpac import wpac
 from vitrim.measure.environment import environment
 from vitrim.measure.table import Column, Table
@@ -64,14 +66,21 @@ def main(
         wpac(network, noise(count, batch_size, size), num_images=count, say=print)
         return time.perf_counter() - start
 
+    def whole_chain(count: int) -> float:
+        start = time.perf_counter()
+        stratify(network, noise(count, batch_size, size), num_images=count)
+        return time.perf_counter() - start
+
     few = images // 8
     forward(few)
     rows = [{"what": "WPAC", "images": few, "seconds": order(few), "over_forward": None, "peak_mib": peak()}]
     before = forward(images // 2)
     seconds, most = order(images), peak()
+    chain, top = whole_chain(images), peak()
     whole = before + forward(images - images // 2)
     rows += [
         {"what": "WPAC", "images": images, "seconds": seconds, "over_forward": seconds / whole, "peak_mib": most},
+        {"what": "stratify", "images": images, "seconds": chain, "over_forward": chain / whole, "peak_mib": top},
         {"what": "forward", "images": images, "seconds": whole, "over_forward": 1.0, "peak_mib": None},
     ]
     notes = [f"{model}, random weights and pixels, without labels, batches of {batch_size}."]

@@ -1,9 +1,11 @@
 """Super-networks behind the recipe: growth, figures, what is kept, resuming, processes, and what is refused."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import yaml
 import vitrim
 from test_train_resume import At, assert_same, outcome
 from vitrim.cli import main
+from vitrim.elastic.piad import Stratifier
 from vitrim.elastic.sampler import draw
 from vitrim.errors import RecipeError, VitrimError
 from vitrim.train.checkpoint import RunFolder
@@ -82,8 +85,40 @@ def test_stopped_while_the_chain_grows_and_continued(name: str, tmp_path: Path):
             train(options, tmp_path / "parts", report=At(epoch, step, signal.SIGTERM))
     train(options, tmp_path / "parts")
     assert_same(outcome(tmp_path / "whole"), outcome(tmp_path / "parts"))
+    assert draws(tmp_path / "whole") == draws(tmp_path / "parts")
     nets = [vitrim.SuperNet.load(tmp_path / place / "model") for place in ("whole", "parts")]
     assert nets[0].chain == nets[1].chain
+
+
+def draws(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "draws.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_the_run_tells_which_networks_each_update_trained(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    trained: list[tuple[int, dict[str, int]]] = []
+
+    def losses(self: Stratifier, images: Any, targets: Any, step: int, **options: Any) -> Iterator[Any]:
+        trained.append((step, {}))
+        for term in original(self, images, targets, step, **options):
+            trained[-1][1][term.part] = term.network
+            yield term
+
+    original = Stratifier.losses
+    monkeypatch.setattr(Stratifier, "losses", losses)
+    train(recipe(**VARIANTS[name], seed=3), tmp_path / "run")
+    lines, metrics = draws(tmp_path / "run"), RunFolder(tmp_path / "run").metrics
+    assert [line["epoch"] for line in lines] == [0, 1, 2]
+    assert [line["networks"] for line in lines] == [line["networks"] for line in metrics]
+    assert lines[0]["networks"] < lines[1]["networks"]
+    told = {}
+    for line in lines:
+        first, networks = line["first_update"], line["networks"]
+        parts = {part: line[part] for part in line if part not in ("epoch", "networks", "first_update")}
+        for number, drawn in enumerate(zip(*parts.values(), strict=True)):
+            told[first + number] = dict(zip(parts, drawn, strict=True))
+            assert 0 <= min(drawn) <= max(drawn) < networks
+    assert told == dict(trained)
 
 
 KILLED = """
@@ -111,6 +146,7 @@ def test_killed_while_the_chain_grows(tmp_path: Path):
     assert subprocess.run(command, env=_environment(), timeout=600).returncode == -signal.SIGKILL
     train(options, tmp_path / "parts")
     assert_same(outcome(tmp_path / "whole"), outcome(tmp_path / "parts"))
+    assert draws(tmp_path / "whole") == draws(tmp_path / "parts")
 
 
 def test_two_processes_equal_one(tmp_path: Path):
@@ -122,6 +158,7 @@ def test_two_processes_equal_one(tmp_path: Path):
     command = [*torchrun, str(tmp_path / "both.py"), str(tmp_path / "recipe.yaml"), str(tmp_path / "both")]
     done = subprocess.run(command, env=_environment(), capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
+    assert draws(tmp_path / "alone") == draws(tmp_path / "both")
     alone, both = (RunFolder(tmp_path / name).metrics for name in ("alone", "both"))
     for one, two in zip(alone, both, strict=True):
         assert two["networks"] == one["networks"]
@@ -192,9 +229,12 @@ def test_the_original_rule_spares_the_smallest():
 
 def test_the_command_lays_model_images_and_epochs_over_a_recipe():
     folder = Path(__file__).parents[1] / "recipes" / "system5"
-    found = _recipe_for("vit_tiny_patch16_224@w.pth", {"root": "here"}, str(folder / "piad.yaml"), 30, 64, None)
+    found = _recipe_for("vit_tiny_patch16_224@w.pth", {"root": "here"}, str(folder / "piad.yaml"), 30, None, None)
     assert found.elastic is not None
     assert (found.epochs, found.elastic.grow_epochs, found.elastic.images) == (30, 5, 1024)
+    given = _recipe_for("vit_tiny_patch16_224@w.pth", {}, str(folder / "piad.yaml"), 30, 16, None)
+    assert given.elastic is not None
+    assert given.elastic.images == 16
     assert (found.model.name, found.model.checkpoint) == ("vit_tiny_patch16_224", "w.pth")
     assert (found.data.name, found.data.root) == ("folder", "here")
     plain = _recipe_for("vit_tiny_patch16_224@pretrained", {}, None, 3, 64, 4)

@@ -99,7 +99,7 @@ def _add_options(verb: ArgumentParser, function: Callable[..., None]) -> None:
         else:
             verb.add_argument(f"--{name}", required=required, **options)
     for action in verb._actions:
-        if getattr(action, "_typehint", None) is bool:
+        if getattr(action, "_typehint", None) in (bool, bool | None):
             action.nargs, action.const = "?", True
 
 

@@ -135,7 +135,9 @@ class Chain:
                 raise CheckpointError("in this older chain removed sub-layers keep their norms; stratify again")
             units = {name: UnitCost(**unit) for name, unit in raw["units"].items()}
             return cls(**raw | {"units": units, "entries": tuple(Entry(**entry) for entry in raw["entries"])})
-        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        except CheckpointError:
+            raise
+        except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
             raise CheckpointError(f"this is no chain of sub-networks: {error!r}") from None
 
     def _both(self, index: int) -> list[tuple[UnitCost, int]]:

@@ -121,6 +121,10 @@ class Stratifier:
             self.chain = grow(self.chain, shares, rises, c.max_saving * (self.epoch + 1) / c.grow_epochs)
         return self.chain
 
+    def drawn(self, step: int) -> dict[str, int]:
+        """Which networks of the chain as it is now a step trains, by the part that each plays, see `sampler.draw`."""
+        return draw(self.config.rule, len(self.chain), self.config.seed, step)
+
     def losses(
         self,
         images: Tensor,
@@ -139,7 +143,7 @@ class Stratifier:
             hold: entered around every network but the last, so that processes exchange gradients once a step.
         """
         c = self.config
-        drawn = draw(c.rule, len(self.chain), c.seed, step)
+        drawn = self.drawn(step)
         target_of_students = None
         if c.distill and self.teacher is not None:
             with torch.no_grad():

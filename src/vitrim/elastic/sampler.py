@@ -1,6 +1,5 @@
 """Running one sub-network of a super-network, and the rules by which training draws them."""
 
-import logging
 import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -23,7 +22,6 @@ RULES: dict[str, dict[str, Callable[[random.Random, int], int]]] = {
 
 sandwich: full, smallest and a random one. uniform: any one. original: any one but the smallest, as SKD published it.
 """
-log = logging.getLogger(__name__)
 
 
 def draw(rule: str, size: int, seed: int, step: int) -> dict[str, int]:
@@ -34,9 +32,7 @@ def draw(rule: str, size: int, seed: int, step: int) -> dict[str, int]:
     if rule not in RULES:
         raise UnknownNameError("sampling rule", rule, RULES)
     rng = random.Random(f"{seed} {step}")
-    drawn = {part: pick(rng, size) for part, pick in RULES[rule].items()}
-    log.debug("step %d trains networks %s of %d", step, drawn, size)
-    return drawn
+    return {part: pick(rng, size) for part, pick in RULES[rule].items()}
 
 
 @contextmanager

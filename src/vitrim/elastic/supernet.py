@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -20,7 +20,7 @@ from ..errors import CheckpointError, VitrimError
 from ..models import attached
 from ..models.build import saved_folder
 from ..models.store import load, save
-from ..models.sublayers import Kind
+from ..models.sublayers import Kind, elastic
 from ..output import replacing
 from .chain import GROUPS, Chain, hash_of, start_chain
 from .extract import choose, cut
@@ -49,7 +49,7 @@ class SuperNet:
         *,
         macs: float | None = None,
         params: float | None = None,
-        latency: float | None = None,
+        latency: float | str | None = None,
         compensate: bool = True,
     ) -> nn.Module:
         """The largest sub-network within one budget, as a model of its own; needs no data and no training.
@@ -57,11 +57,12 @@ class SuperNet:
         Args:
             macs: most multiply-accumulates per image, attention products included.
             params: most parameters.
-            latency: longest forward pass at batch size 1, in milliseconds, measured where the model is.
+            latency: longest forward pass at batch size 1, in milliseconds, measured where the model is; "0.5ms" where
+                that is not more than 1.
             compensate: add what lost units contribute on average to the biases, where the means are known: not after
                 training as a super-network, by which the sub-networks have learnt to do without.
 
-        Any budget in (0, 1] is a fraction of the full network's cost.
+        Any number in (0, 1] is a fraction of the full network's cost.
 
         Raises:
             VitrimError: not exactly one budget, or one that not even the smallest network meets.
@@ -89,12 +90,15 @@ class SuperNet:
         """
         chain = replace(self.chain, weights=hash_of(self.model))
         folder = save(self.model, folder, overwrite=overwrite, **extra)
+        # The chain comes last: whatever a crash leaves, the hash in it belongs to all that was written before.
+        if self.means is None:
+            (folder / MEANS).unlink(missing_ok=True)
+        else:
+            means = {name: mean.cpu().contiguous() for name, mean in self.means.items()}
+            with replacing(folder / MEANS) as part:
+                save_file(means, part, metadata={"weights": chain.weights})
         with replacing(folder / CHAIN) as part:
             part.write_text(chain.to_json() + "\n")
-        (folder / MEANS).unlink(missing_ok=True)
-        if self.means is not None:
-            with replacing(folder / MEANS) as part:
-                save_file({name: mean.cpu().contiguous() for name, mean in self.means.items()}, part)
         return folder
 
     @classmethod
@@ -105,7 +109,7 @@ class SuperNet:
             folder: what `save` wrote, or a run that trained a super-network.
 
         Raises:
-            CheckpointError: no super-network there, or the chain was made for other weights.
+            CheckpointError: no super-network there, a damaged one, or a chain or means of other weights.
         """
         folder = saved_folder(str(folder)) or Path(folder)
         if not (folder / CHAIN).is_file():
@@ -114,11 +118,33 @@ class SuperNet:
         model = load(folder)
         if hash_of(model) != chain.weights:
             raise CheckpointError(f"{folder / CHAIN} belongs to other weights than those beside it; stratify again")
-        try:
-            means = load_file(folder / MEANS) if (folder / MEANS).is_file() else None
-        except SafetensorError:
-            raise CheckpointError(f"{folder / MEANS} is damaged or cut short; stratify again") from None
-        return cls(model, chain, means)
+        if changed := _differences(chain, start_chain(model)):
+            raise CheckpointError(
+                f"{folder / CHAIN} differs from the model in {', '.join(changed[:3])}; stratify again"
+            )
+        return cls(model, chain, _read_means(folder / MEANS, model, chain) if (folder / MEANS).is_file() else None)
+
+
+def _differences(one: Chain, other: Chain) -> list[str]:
+    """In what the full networks of two chains differ: sub-layers, what their units cost, or costs of the whole."""
+    ours, theirs = ({n: replace(unit, step=1) for n, unit in chain.units.items()} for chain in (one, other))
+    names = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
+    return names + [n for n in ("macs", "macs_linear_only", "params") if getattr(one, n) != getattr(other, n)]
+
+
+def _read_means(path: Path, model: nn.Module, chain: Chain) -> dict[str, Tensor]:
+    """The means that `save` wrote for this model and chain."""
+    try:
+        with safe_open(path, "pt") as file:
+            weights = (file.metadata() or {}).get("weights")
+        means = load_file(path)
+    except SafetensorError:
+        raise CheckpointError(f"{path} is damaged or cut short; stratify again") from None
+    with elastic(model) as layers:
+        wanted = {name: layer.last.in_features for name, layer in layers.items()}
+    if weights != chain.weights or {name: mean.numel() for name, mean in means.items()} != wanted:
+        raise CheckpointError(f"{path} belongs to other weights than those beside it; stratify again")
+    return means
 
 
 def stratify(

@@ -72,12 +72,18 @@ def open_model(spec: str) -> nn.Module:
     """
     if (folder := saved_folder(spec)) is not None:
         return load(folder)
-    name, _, weights = spec.partition("@") if not spec.startswith(SOURCES) else (spec, "", "")
-    if spec == f"{name}@":
+    weights = weights_in(spec)
+    name = spec if weights is None else spec.partition("@")[0]
+    if weights == "":
         raise CheckpointError(f"{spec} names no weights; write {name}@FILE or {name}@pretrained, or {name} alone")
     if weights == "pretrained":
         return build_model(name, pretrained=True)
-    return build_model(name, checkpoint=weights or None, pretrained=spec.startswith(SOURCES))
+    return build_model(name, checkpoint=weights, pretrained=spec.startswith(SOURCES))
+
+
+def weights_in(spec: str) -> str | None:
+    """What stands behind the @ in the spec of a model, None where there is no @."""
+    return spec.partition("@")[2] if "@" in spec and not spec.startswith(SOURCES) else None
 
 
 def saved_folder(spec: str) -> Path | None:

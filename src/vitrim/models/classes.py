@@ -3,18 +3,24 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from .build import saved_folder
+from .build import saved_folder, weights_in
 from .store import WEIGHTS, read_description, weights_path
 
 
 def classes_of(spec: str | Path) -> list[str] | None:
-    """The names that were saved with a model: a run folder, a folder written by `save`, or the weights in it.
+    """The names that were saved with a model: a run folder, a folder written by `save`, the weights in it, or NAME@ it.
 
     None for everything else, and where none were saved.
     """
-    path = Path(spec)
+    path = Path(spec if Path(spec).exists() else weights_in(str(spec)) or spec)
     folder = saved_folder(str(path.parent if path.name == WEIGHTS else path))
     return None if folder is None else read_description(weights_path(folder))["extra"].get("classes")
+
+
+def kept_classes(spec: str | Path) -> dict[str, list[str]]:
+    """What `save` is given with a model that is made from this one and has its head: its classes, if they are known."""
+    known = classes_of(spec)
+    return {} if known is None else {"classes": known}
 
 
 def other_classes(spec: str | Path, classes: Sequence[str]) -> str:

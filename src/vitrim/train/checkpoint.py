@@ -1,7 +1,8 @@
 """The folder a run leaves behind: complete, resumable, never overwritten silently.
 
 `recipe.yaml`, `command.txt`, `environment.json`, `metrics.jsonl` (one line per epoch), `checkpoint/state.pt`,
-`model/` (the chosen weights, for `vitrim.load`) and `result.json` once the run is finished. `.lock` is an empty file.
+`model/` (the chosen weights, for `vitrim.load`) and `result.json` once the run is finished; of a super-network also
+`draws.jsonl`. `.lock` is an empty file.
 """
 
 import json
@@ -106,6 +107,12 @@ class RunFolder:
         """The figures of all epochs so far."""
         path = self.path / "metrics.jsonl"
         return [_parsed(path, line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def write_draws(self, epoch: int, line: Mapping[str, Any]) -> None:
+        """Write which networks of a super-network the steps of this epoch have trained, below the epochs before it."""
+        path = self.path / "draws.jsonl"
+        before = path.read_text().splitlines()[:epoch] if path.exists() else []
+        write_atomic(path, "".join(f"{one}\n" for one in [*before, json.dumps({"epoch": epoch, **line})]))
 
     @property
     def model_path(self) -> Path:

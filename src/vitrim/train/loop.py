@@ -82,7 +82,8 @@ class _Run:
         make_task, fresh = Task if recipe.elastic is None else Stratification, not folder.state_path.exists()
         self.task = make_task(recipe, self.student, self.splits, self.accelerator, fresh=fresh)
         optimizer = make_optimizer(self.student, optim, self.task.extra)
-        self.scheduler = make_scheduler(optimizer, optim, recipe.epochs, math.ceil(self.steps / optim.accumulate))
+        self.updates = math.ceil(self.steps / optim.accumulate)  # Of one epoch.
+        self.scheduler = make_scheduler(optimizer, optim, recipe.epochs, self.updates)
         if recipe.cache is not None:
             self.task.cache_teacher(self.splits, self.device, report)
         if recipe.compile:
@@ -194,6 +195,7 @@ class _Run:
             if better:
                 self.task.keep(self.folder, self.splits.classes)
             self.folder.write_metrics(state.history)
+            self.task.record(self.folder, state.epoch, range(state.epoch * self.updates, state.update))
         state.epoch, state.step = state.epoch + 1, 0
         self.meter.clear()
         self.state.save(self.folder, self.meter, self.parts)

@@ -99,6 +99,12 @@ class Stratification(Task):
             yield Distilled(term.loss, {term.part: term.loss.detach()}, logits)
             first = False
 
+    def record(self, folder: RunFolder, epoch: int, updates: range) -> None:
+        """Write which networks of the chain each update has trained, by the part they played."""
+        drawn = [self.stratifier.drawn(update) for update in updates]
+        parts = {part: [one[part] for one in drawn] for part in self.terms}
+        folder.write_draws(epoch, {"networks": len(self.stratifier.chain), "first_update": updates.start} | parts)
+
     def hold_out(self, stream: Stream, evaluate: Evaluate) -> dict[str, Any]:
         """Figures of the full network without a name of their own, of the two others with theirs, and the mean."""
         networks = self._networks(self.network)

@@ -120,6 +120,9 @@ class Task:
         learnt: Distilled = self.wrapped(images, targets, known, progress=progress)
         yield learnt._replace(terms={name: learnt.terms[name] for name in self.terms})
 
+    def record(self, folder: RunFolder, epoch: int, updates: range) -> None:
+        """Write what else is to be told of an epoch that has ended, and of its updates of weights; one process does."""
+
     def hold_out(self, stream: Stream, evaluate: Evaluate) -> dict[str, Any]:
         """Figures by which the epoch is chosen: of the classes, or of the objective where no classes are learnt."""
         if self.classifies:

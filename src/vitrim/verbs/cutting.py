@@ -3,7 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
-from ..errors import RecipeError, VitrimError
+from ..errors import DataError, RecipeError, VitrimError
 from ..train.recipe import Recipe
 from ..train.specs import ElasticSpec, OptimSpec
 from .delivery import DataOptions, Device, command_line
@@ -18,9 +18,9 @@ def stratify(
     out: str,
     epochs: int = 0,
     recipe: str | None = None,
-    num_images: int = 1024,
+    num_images: int | None = None,
     width_multiple: int | None = None,
-    labels: bool = False,
+    labels: bool | None = None,
     overwrite: bool = False,
     device: Device = "auto",
 ) -> None:
@@ -32,37 +32,49 @@ def stratify(
         out: folder for the super-network; a run folder, which the same command continues, where it is trained.
         epochs: train all sizes together so long; 0 trains nothing, or as long as the recipe says where there is one.
         recipe: file of a recipe with `elastic`, for the training; its model gives way to this one.
-        num_images: images to look at; in training, those that order units and judge importance.
+        num_images: images to look at, in training to order units and judge importance; by default 1024, or as the
+            recipe says.
         width_multiple: every width but the full one is a multiple of it; by default 8, or as the recipe says.
-        labels: the labels are classes of this model's head; in training they always are.
+        labels: the labels are classes of this model's head; in training that goes without saying.
         overwrite: replace a model that is there already; a run is continued instead.
         device: where to run.
     """
     if epochs or recipe:
         if overwrite:
             raise VitrimError("a training run is continued, never overwritten; leave --overwrite out or change --out")
+        if labels is not None:
+            raise VitrimError(
+                "training takes the labels of its images wherever the model has classes; leave --labels out"
+            )
         _train(_recipe_for(model, data, recipe, epochs, num_images, width_multiple), out, device)
         return
     from ..elastic.supernet import stratify as run
-    from ..models import check_place, open_model
+    from ..models import check_place, has_weights, open_model
+    from ..models.classes import kept_classes, other_classes
     from ..search.compare import data_of
     from ..train.data import make_loader, plain_stream
     from ..train.evaluate import make_accelerator
 
     check_place(out, overwrite=overwrite)
     network = open_model(model).to(make_accelerator(cpu=device == "cpu").device)
+    if not has_weights(model):
+        raise VitrimError(f"weights are random; write {model}@pretrained or {model}@FILE, or train it with --epochs")
     spec = data_of([model], data)
-    loader, _ = make_loader(plain_stream(network, spec, train=True), 64, spec.workers, shuffle=True)
+    stream = plain_stream(network, spec, train=True)
+    if labels and (fault := other_classes(model, stream.images.classes)):
+        raise DataError(fault)
+    loader, _ = make_loader(stream, 64, spec.workers, shuffle=True)
     batches = ((images, classes) for images, classes, _ in loader)
+    number = ElasticSpec().images if num_images is None else num_images
     widths = {} if width_multiple is None else {"width_multiple": width_multiple}
-    supernet = run(network, batches, num_images=num_images, labels=labels, **widths)
-    supernet.save(out, overwrite=overwrite)
-    least = supernet.chain.macs_at(-1) / supernet.chain.macs
-    print(f"{len(supernet.chain)} networks, down to {least:.1%} of the MACs, in {out}; cut one with vitrim extract")
+    supernet = run(network, batches, num_images=number, labels=bool(labels), **widths)
+    supernet.save(out, overwrite=overwrite, **kept_classes(model))
+    chain = supernet.chain
+    print(_told(len(chain), chain.macs_at(-1) / chain.macs, min(number, len(stream)), out))
 
 
 def _recipe_for(
-    model: str, data: DataOptions, file: str | None, epochs: int, num_images: int, width_multiple: int | None
+    model: str, data: DataOptions, file: str | None, epochs: int, num_images: int | None, width_multiple: int | None
 ) -> Recipe:  # fmt: skip
     """The recipe of the training; where it is shortened, growth keeps its part of it."""
     from ..models.build import saved_folder
@@ -78,9 +90,10 @@ def _recipe_for(
         args=base.model.args if base.model.name == name else {},
     )  # fmt: skip
     growth = max(1, round(base.elastic.grow_epochs * (epochs or base.epochs) / base.epochs))
-    elastic = replace(base.elastic, grow_epochs=growth, images=base.elastic.images if file else num_images)
-    if width_multiple is not None:
-        elastic = replace(elastic, width_multiple=width_multiple)
+    given = {"images": num_images, "width_multiple": width_multiple}
+    elastic = replace(
+        base.elastic, grow_epochs=growth, **{name: value for name, value in given.items() if value is not None}
+    )
     images = laid_over(base.data, data) if file else data_of([model], data)
     return replace(base, model=spec, data=images, elastic=elastic, epochs=epochs or base.epochs)
 
@@ -95,9 +108,15 @@ def _train(recipe: Recipe, out: str, device: Device) -> None:
         raise VitrimError("training takes the CUDA device that it finds; hide it by CUDA_VISIBLE_DEVICES= in front")
     with live() as report:
         result = train(recipe, out, command=command_line(), report=report)
-    print(
-        f"{result['networks']} networks, down to {1 - result['saving']:.1%} of the MACs, in {out}; "
-        "cut one with vitrim extract"
+    assert recipe.elastic is not None
+    seen = min(recipe.elastic.images, result["train_images"])
+    print(_told(result["networks"], 1 - result["saving"], seen, out))
+
+
+def _told(networks: int, least: float, seen: int, out: str) -> str:
+    return (
+        f"{networks} networks, down to {least:.1%} of the MACs, ordered by {seen:,} images, in {out}; cut one with "
+        "vitrim extract"
     )
 
 
@@ -106,7 +125,7 @@ def extract(
     out: str,
     macs: float | None = None,
     params: float | None = None,
-    latency: float | None = None,
+    latency: float | str | None = None,
     compensate: bool = True,
     overwrite: bool = False,
     device: Device = "auto",
@@ -118,7 +137,7 @@ def extract(
         out: folder for the network.
         macs: budget of MACs per image; up to 1 it is a fraction, as in the other budgets.
         params: budget of parameters.
-        latency: budget of milliseconds at batch size 1, measured on the device.
+        latency: budget of milliseconds at batch size 1, measured on the device; 0.5ms where that is not more than 1.
         compensate: add what lost units contribute on average to the biases, where no training followed the order.
         overwrite: replace a model that is there already, but never a super-network.
         device: where latency is measured.
@@ -126,6 +145,7 @@ def extract(
     from ..elastic.supernet import CHAIN, SuperNet
     from ..measure.cost import cost
     from ..models import check_place, save
+    from ..models.classes import kept_classes
     from ..train.evaluate import make_accelerator
 
     check_place(out, overwrite=overwrite)
@@ -134,5 +154,5 @@ def extract(
     family = SuperNet.load(supernet)
     family.model.to(make_accelerator(cpu=device == "cpu").device)
     network = family.extract(macs=macs, params=params, latency=latency, compensate=compensate)
-    save(network, out, overwrite=overwrite)
+    save(network, out, overwrite=overwrite, **kept_classes(supernet))
     print(f"{cost(network)}; written to {out}")

@@ -1,0 +1,124 @@
+"""The largest network of a chain that is fast enough, found by measuring: times waver, and need not fall with the size.
+
+Networks are timed beside the full one in short turns, so that what slows the machine down slows both; and whatever was
+found is looked at again, with places further and further away from it, so that one wrong sample costs nothing.
+"""
+
+import re
+from collections.abc import Callable
+from functools import partial
+from statistics import median
+from timeit import Timer
+
+import torch
+from torch import Tensor, nn
+from torch.utils import benchmark
+
+from ..errors import VitrimError
+from ..models import find_adapter
+
+Clock = Callable[..., Tensor]
+"""(models) -> times of one forward pass in milliseconds (rounds, models), measured in turns."""
+ROUNDS, CALLS, SECONDS = 9, 20, 0.02
+"""Turns of every network, its calls in each at most, and how long they should take together."""
+
+
+def parse(latency: float | str) -> tuple[float, bool]:
+    """A budget of latency, and whether it is a fraction of the full network's: a number up to 1 is, "0.5ms" is not.
+
+    Raises:
+        VitrimError: it is not positive, or text in another form.
+    """
+    text = re.fullmatch(r"([\d.]+) ?ms", latency.strip()) if isinstance(latency, str) else None
+    try:
+        most = float(text[1] if text else latency)
+    except ValueError:
+        most = 0.0
+    if not most > 0:
+        raise VitrimError(
+            f"latency is a fraction in (0, 1], milliseconds above 1, or text with a unit such as 0.5ms, not {latency}"
+        )
+    return most, most <= 1 and text is None
+
+
+def fastest_enough(
+    latency: float | str, model: nn.Module, cut: Callable[[int], nn.Module], size: int, clock: Clock | None = None
+) -> int:
+    """The largest of `size` networks that meets this budget.
+
+    Args:
+        latency: see `parse`.
+        model: the full network, which is number 0.
+        cut: gives network `index` as a model of its own.
+        size: how many there are.
+        clock: default: `milliseconds`.
+
+    Raises:
+        VitrimError: not even the smallest network is fast enough.
+    """
+    (most, fraction), clock = parse(latency), clock or milliseconds
+    if fraction and most == 1:
+        return 0
+
+    def measure(index: int) -> float:
+        """Milliseconds, or the fraction of the full network's time; new at every call."""
+        if fraction:
+            times = clock(model, cut(index))
+            return (times[:, 1] / times[:, 0]).median().item()
+        return clock(cut(index) if index else model)[:, 0].median().item()
+
+    if not fraction and max(measure(0), measure(0)) <= most:
+        return 0
+    if (least := min(measure(size - 1), measure(size - 1))) > most:
+        unit = "of the time of the full network" if fraction else "ms"
+        raise VitrimError(f"no sub-network takes {most:.3g} {unit} or less; the smallest takes {least:.3g} {unit}")
+    return search(lambda index: measure(index) <= most, size)
+
+
+def search(meets: Callable[[int], bool], size: int) -> int:
+    """The smallest number below `size` that meets, where 0 is known not to, the last is, and answers may be wrong."""
+    found = _between(meets, 0, size - 1)
+    while True:  # A wrong no on the way has hidden all that is larger.
+        places = _outwards(found, 0)[::-1]
+        better = next((number for number, place in enumerate(places) if meets(place)), None)
+        if better is None:
+            break
+        found = _between(meets, places[better - 1] if better else 0, places[better])
+    while found < size - 1 and not meets(found):  # A wrong yes.
+        enough = next((place for place in _outwards(found, size - 1) if meets(place)), size - 1)
+        found = _between(meets, found, enough)
+    return found
+
+
+def _between(meets: Callable[[int], bool], slow: int, enough: int) -> int:
+    while enough - slow > 1:
+        middle = (slow + enough) // 2
+        slow, enough = (slow, middle) if meets(middle) else (middle, enough)
+    return enough
+
+
+def _outwards(start: int, end: int) -> list[int]:
+    """Places at distances of 1, 2, 4, ... from `start` towards `end`, which is left out."""
+    sign, length = (1, end - start) if end > start else (-1, start - end)
+    return [start + sign * 2**power for power in range(length.bit_length()) if 2**power < length]
+
+
+@torch.inference_mode()
+def milliseconds(*models: nn.Module, batch_size: int = 1) -> Tensor:
+    """Times of one forward pass of each model in eval mode where it is, taken in turns: (rounds, models)."""
+    training = [model.training for model in models]
+    timers: list[Timer] = []
+    for model in models:
+        parameter = next(model.parameters())
+        size = find_adapter(model).geometry(model).input_size
+        images = torch.randn(batch_size, *size, device=parameter.device, dtype=parameter.dtype)
+        # torch's clock waits for the accelerator; timeit switches garbage collection off.
+        timers.append(Timer(partial(model.eval(), images), timer=benchmark.timer))
+    try:
+        first = [min(timer.repeat(2, 1)) for timer in timers]
+        calls = max(1, min(CALLS, round(SECONDS / max(first))))
+        turns = [[median(timer.repeat(calls, 1)) for timer in timers] for _ in range(ROUNDS)]
+    finally:
+        for model, mode in zip(models, training, strict=True):
+            model.train(mode)
+    return 1e3 * torch.tensor(turns, dtype=torch.float64)

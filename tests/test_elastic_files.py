@@ -1,0 +1,153 @@
+"""The folder of a super-network: what it holds, and that nothing damaged, mixed up or half replaced passes for one."""
+
+import copy
+import json
+from contextlib import contextmanager
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from timm.layers import SwiGLU
+
+import vitrim
+import vitrim.elastic.supernet as super_network
+from elastic_models import images
+from test_elastic_extract import supernet
+from vitrim import output
+from vitrim.elastic import SuperNet
+from vitrim.elastic.supernet import CHAIN, MEANS
+from vitrim.errors import CheckpointError, VitrimError
+from vitrim.models import store
+from vitrim.models.store import WEIGHTS
+from vitrim.verbs.cutting import extract
+
+
+@pytest.fixture(scope="module")
+def net() -> SuperNet:
+    return supernet()
+
+
+def test_supernet_folder_holds_chain_and_weights_and_notices_other_weights(net, tmp_path):
+    folder = net.save(tmp_path / "net")
+    again = SuperNet.load(folder)
+    assert again.chain == net.chain
+    x = images(2)
+    assert torch.equal(again.extract(macs=0.6)(x), net.extract(macs=0.6)(x))
+    assert not torch.equal(net.extract(macs=0.6)(x), net.extract(macs=0.6, compensate=False)(x))
+    assert torch.equal(vitrim.load(folder)(x), net.model(x))
+    with pytest.raises(CheckpointError):
+        net.save(folder)
+    other = copy.deepcopy(net.model)
+    other.head.bias.data += 1
+    vitrim.save(other, folder, overwrite=True)
+    with pytest.raises(CheckpointError, match="other weights"):
+        SuperNet.load(folder)
+    with pytest.raises(CheckpointError, match=r"no chain\.json"):
+        SuperNet.load(tmp_path)
+
+
+def test_damaged_files_are_told(net, tmp_path):
+    folder = net.save(tmp_path / "net")
+    (folder / MEANS).write_bytes((folder / MEANS).read_bytes()[:40])
+    with pytest.raises(CheckpointError, match=r"means\.safetensors is damaged"):
+        SuperNet.load(folder)
+    (folder / CHAIN).write_bytes(b"\xff\xfe" + (folder / CHAIN).read_bytes())
+    with pytest.raises(CheckpointError, match="no chain"):
+        SuperNet.load(folder)
+
+
+def rename(chain: dict) -> None:
+    chain["units"]["blocks.0.other"] = chain["units"].pop("blocks.0.attn")
+    chain["entries"] = []
+
+
+DAMAGE = {
+    "a unit of another name": rename,
+    "a unit that is missing": lambda chain: (chain["units"].pop("blocks.0.attn"), chain.update(entries=[])),
+    "another cost of a unit": lambda chain: (chain["units"]["blocks.0.attn"].update(macs=1), chain.update(entries=[])),
+    "another linear cost of a unit": lambda chain: chain["units"]["blocks.0.attn"].update(macs_linear_only=1),
+    "no MACs": lambda chain: chain.update(macs=None, entries=[]),
+    "other linear MACs": lambda chain: chain.update(macs_linear_only=5),
+    "a unit that is none": lambda chain: chain["units"].update({"blocks.0.attn": None}),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_chain_that_does_not_fit_its_model_is_refused(net, name, tmp_path, capsys):
+    folder = net.save(tmp_path / "net")
+    chain = json.loads((folder / CHAIN).read_text())
+    DAMAGE[name](chain)
+    (folder / CHAIN).write_text(json.dumps(chain))
+    with pytest.raises(CheckpointError, match=r"differs from the model in|no chain of sub-networks") as told:
+        SuperNet.load(folder)
+    assert "\n" not in str(told.value)
+
+
+def test_a_chain_of_endless_depth_is_refused(net, tmp_path):
+    folder = net.save(tmp_path / "net")
+    (folder / CHAIN).write_text("[" * 100_000)
+    with pytest.raises(CheckpointError, match="no chain"):
+        SuperNet.load(folder)
+    (folder / CHAIN).write_text('{"schema": ' + "1" * 5000 + "}")
+    with pytest.raises(CheckpointError, match="no chain"):
+        SuperNet.load(folder)
+
+
+def test_means_of_other_weights_are_refused(net, tmp_path):
+    folder, other = net.save(tmp_path / "net"), supernet(seed=3).save(tmp_path / "other")
+    own = (folder / MEANS).read_bytes()
+    (folder / MEANS).write_bytes((other / MEANS).read_bytes())
+    with pytest.raises(CheckpointError, match=r"means\.safetensors belongs to other weights"):
+        SuperNet.load(folder)
+    metadata = {"weights": SuperNet.load(other).chain.weights}
+    for wrong in ({}, {name: mean[:-1] for name, mean in net.means.items()}):
+        save_file({name: mean.contiguous() for name, mean in wrong.items()}, other / MEANS, metadata=metadata)
+        with pytest.raises(CheckpointError, match=r"means\.safetensors belongs to other weights"):
+            SuperNet.load(other)
+    (folder / MEANS).write_bytes(own)
+    assert SuperNet.load(folder).means.keys() == net.means.keys()
+    bare = SuperNet(net.model, net.chain).save(folder, overwrite=True)
+    assert SuperNet.load(bare).means is None
+
+
+@pytest.mark.parametrize("file", [WEIGHTS, MEANS, CHAIN])
+def test_killed_while_a_super_network_takes_the_place_of_another(net, file, tmp_path, monkeypatch):
+    """What is found afterwards is the old one, the new one or a refusal, never a mixture."""
+    folder, new = supernet(seed=3).save(tmp_path / "net"), net
+
+    @contextmanager
+    def replacing(path):
+        if path.name == file:
+            raise KeyboardInterrupt
+        with output.replacing(path) as part:
+            yield part
+
+    for module in (store, super_network):
+        monkeypatch.setattr(module, "replacing", replacing)
+    with pytest.raises(KeyboardInterrupt):
+        new.save(folder, overwrite=True)
+    if file == WEIGHTS:
+        assert not torch.equal(SuperNet.load(folder).model(images(2)), new.model(images(2)))
+    else:
+        with pytest.raises(CheckpointError, match="belongs to other weights"):
+            SuperNet.load(folder)
+
+
+def test_no_command_puts_a_network_where_another_would_be_lost(net, tmp_path):
+    folder = net.save(tmp_path / "net")
+    kept = {path: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(VitrimError, match="holds a super-network"):
+        extract(str(folder), str(folder), macs=0.6, overwrite=True)
+    assert {path: path.read_bytes() for path in folder.iterdir()} == kept
+    extract(str(folder), str(tmp_path / "run" / "model"), macs=0.6, compensate=False)
+    torch.testing.assert_close(
+        vitrim.load(tmp_path / "run" / "model")(images(2)), net.extract(macs=0.6, compensate=False)(images(2))
+    )
+    with pytest.raises(CheckpointError, match="is a run, whose model is"):
+        net.save(tmp_path / "run", overwrite=True)
+
+
+def test_a_class_among_the_arguments_cannot_be_saved(tmp_path):
+    with pytest.raises(CheckpointError, match="JSON cannot hold mlp_layer="):
+        supernet(mlp_layer=SwiGLU).save(tmp_path / "net")
+    assert not (tmp_path / "net").exists()

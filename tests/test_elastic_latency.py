@@ -1,0 +1,81 @@
+"""Budgets of time: what is chosen is the largest that meets them, whatever one sample says."""
+
+import pytest
+import torch
+
+import vitrim
+from test_elastic_extract import supernet
+from vitrim.elastic import SuperNet
+from vitrim.elastic.extract import choose
+from vitrim.elastic.latency import ROUNDS, milliseconds
+from vitrim.errors import VitrimError
+
+
+@pytest.fixture(scope="module")
+def net() -> SuperNet:
+    return supernet()
+
+
+def test_latency_is_found_by_bisection(net):
+    calls = []
+
+    def clock(*models):
+        calls.append(1)
+        return torch.tensor([[vitrim.cost(model).macs / 1e6 for model in models]])
+
+    full = net.chain.macs / 1e6
+    for latency in (0.75, 0.75 * full, f"{0.75 * full}ms"):
+        calls.clear()
+        index = choose(net.model, net.chain, latency=latency, clock=clock)
+        assert index == net.chain.largest("macs", 0.75 * net.chain.macs)
+        assert len(calls) <= 6 + 2 * len(net.chain).bit_length()
+    for latency in (0.01, "0.01ms", "0.01 ms"):
+        with pytest.raises(VitrimError, match=r"no sub-network takes 0\.01 .* the smallest takes"):
+            choose(net.model, net.chain, latency=latency, clock=clock)
+
+
+def test_all_of_the_time_is_the_full_network(net):
+    def never(*models):
+        raise AssertionError
+
+    assert choose(net.model, net.chain, latency=1, clock=never) == 0
+    assert vitrim.cost(net.extract(latency=1e6)).macs == net.chain.macs
+    assert vitrim.cost(net.extract(latency="1000000 ms")).macs == net.chain.macs
+
+
+@pytest.mark.parametrize("wrong", range(1, 16))
+@pytest.mark.parametrize("factor", [0.1, 10])
+def test_one_wrong_sample_costs_one_group_at_most(net, wrong, factor):
+    calls = []
+
+    def clock(*models):
+        calls.append(1)
+        times = torch.tensor([[vitrim.cost(model).macs / 1e6 for model in models]])
+        times[0, -1] *= factor if len(calls) == wrong else 1
+        return times
+
+    for latency in (0.8, 0.8 * net.chain.macs / 1e6):
+        calls.clear()
+        index = choose(net.model, net.chain, latency=latency, clock=clock)
+        assert 0 <= index - net.chain.largest("macs", 0.8 * net.chain.macs) <= 1
+
+
+def test_drift_of_the_machine_meets_both(net):
+    """The machine is twice as slow after a while; a fraction is still one of the time at the same moment."""
+    calls = []
+
+    def clock(*models):
+        calls.append(1)
+        return torch.tensor([[vitrim.cost(model).macs * (1 + len(calls) / 10) for model in models]])
+
+    assert choose(net.model, net.chain, latency=0.8, clock=clock) == net.chain.largest("macs", 0.8 * net.chain.macs)
+
+
+def test_times_are_taken_in_turns(net):
+    net.model.train()
+    times = milliseconds(net.model, net.cut(-1))
+    assert net.model.training
+    net.model.eval()
+    assert times.shape == (ROUNDS, 2)
+    assert (times > 0).all()
+    assert (times[:, 1] < times[:, 0]).double().mean() > 0.5
