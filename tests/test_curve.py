@@ -13,8 +13,10 @@ from vitrim.errors import CheckpointError, RecipeError, UnknownNameError, Vitrim
 from vitrim.measure.cost import cost
 from vitrim.models import load
 from vitrim.models.widths import widths_of
+from vitrim.search.beside import beside_alone, beside_published
 from vitrim.search.curve import Curve, networks, trace
 from vitrim.search.run_study import run_study
+from vitrim.search.study import Study
 from vitrim.show.report import write_report
 from vitrim.show.runs import points
 from vitrim.train.data import make_loader, plain_stream
@@ -137,6 +139,45 @@ def test_what_networks_trained_alone_have_at_the_same_cost(seeds: Seeds):
     assert any(row["over_alone"] not in (None, 0) for row in rows)
 
 
+def cut(curve: str, row: str, *points: tuple[float, float, float]) -> list[dict[str, Any]]:
+    """Rows of a table from (budget, GMACs, accuracy)."""
+    return [{"curve": curve, "row": row, "budget": b, "gmacs": g, "accuracy": a, "published": None}
+            for b, g, a in points]  # fmt: skip
+
+
+ALONE = [{"curve": "alone", "row": row, "budget": None, "gmacs": gmacs, "accuracy": accuracy, "published": 0.9}
+         for row, gmacs, accuracy in (("full", 4.0, 0.8), ("small", 1.0, 0.5))]  # fmt: skip
+
+
+def test_notes_say_where_curves_fall_below_networks_trained_alone_and_which_had_more_training():
+    rows = [
+        *cut("a, even", "full", (1, 4.0, 0.8), (0.75, 3.0, 0.69), (0.5, 2.0, 0.61), (0.3, 1.2, 0.3), (0.2, 0.8, 0.1)),
+        *cut("b", "full", (1, 4.0, 0.79999), (0.5, 2.0, 0.6), (0.2, 0.8, 0.1)),
+        *cut("c", "on", (0.5, 2.0, 0.59), (0.3, 1.2, 0.6)),
+        *cut("d", "full", (0.2, 0.8, 0.1)),
+        *ALONE,
+    ]
+    notes = beside_alone(rows, trained_on=["on"])
+    assert notes[0].startswith("Over trained alone: accuracy less that of networks trained alone")
+    assert notes[1].startswith("No equal comparison with networks trained alone")
+    assert notes[1].endswith("trained on: c.")
+    assert notes[2].endswith("the largest budget at which they are: a, even (0.75) | c (0.50); never below them: b.")
+    assert len(notes) == 3
+    assert len(beside_alone(rows)) == len(beside_alone(rows, ["on", "full", "small"])) == 2
+    assert beside_alone(rows[:-2]) == []
+
+
+def test_published_budgets_that_count_otherwise_are_told():
+    rows = [*cut("a", "full", (1, 4.0, 0.8), (0.5, 2.0, 0.6)), *ALONE]
+    assert beside_published(rows, linear_only=True) == []  # A point of its own stands at no budget.
+    rows[1]["published"] = 0.7
+    assert "without attention products" in beside_published(rows, linear_only=True)[0]
+    assert beside_published(rows, linear_only=False) == []
+    study = Study.read(ROOT / "recipes" / "system5" / "study.yaml", "full")
+    assert study.curve is not None
+    assert study.curve.published_linear_only
+
+
 def test_orderings_change_the_cut_and_nothing_else(seeds: Seeds):
     nets = networks(CURVE, seeds[0], DataSpec(**DATA))
     images = torch.randn(4, 1, 8, 8)
@@ -215,7 +256,11 @@ def test_mistakes_are_told_before_anything_is_trained(curve: Any, says: str):
 
 def test_system_5_in_miniature(tmp_path: Path):
     table = run_study(ROOT / "recipes" / "system5" / "study.yaml", tmp_path, scale="smoke")
-    rows = json.loads((tmp_path / "curve.json").read_text())["rows"]
+    written = json.loads((tmp_path / "curve.json").read_text())
+    rows, said = written["rows"], " ".join(written["notes"])
+    assert "trained on: WPAC, trained on | PIAD original | PIAD sandwich + KD." in said
+    assert "Beside networks trained alone, where both are known, curves are " in said
+    assert "Published figures" not in said
     assert (tmp_path / "curve.md").exists()
     assert (tmp_path / "curve.csv").exists()
     orderings = ["random", "magnitude", "Taylor", "WPAC", "WPAC + compensation"]
@@ -233,4 +278,6 @@ def test_system_5_in_miniature(tmp_path: Path):
     alone = {row["row"]: row["accuracy"] for row in rows if row["curve"] == "trained alone"}
     assert alone == pytest.approx({row: value for row, value in tested.items() if row not in (*trained, "trained on")})
     assert {point["method"] for point in points(rows)} == {*cut, "trained alone"}
-    assert "accuracy against cost: One super-network" in write_report(tmp_path).read_text()
+    report = write_report(tmp_path).read_text()
+    assert "accuracy against cost: One super-network" in report
+    assert "Beside networks trained alone, where both are known, curves are " in report

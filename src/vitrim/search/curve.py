@@ -13,12 +13,11 @@ The part `curve` of a study file names the lines to draw through rows of the stu
 """
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch import nn
 
 from ..elastic import ORDERINGS, SuperNet, stratify
@@ -32,6 +31,7 @@ from ..train.evaluate import make_accelerator
 from ..train.options import check_ranges, fill
 from ..train.recipe import Recipe
 from ..train.specs import DataSpec
+from .beside import beside_alone, beside_published
 from .compare import DataOf, data_for, figures_of, other_images, over_seeds
 
 Folders = Mapping[str, Path]
@@ -82,6 +82,7 @@ class Curve:
     images: training images, without labels, that orderings look at.
     width_multiple: every width but the full one is a multiple of it.
     published: line -> budget -> accuracy to print beside.
+    published_linear_only: the budgets of published figures are fractions of the MACs without attention products.
     """
 
     lines: dict[str, Any] = field(default_factory=dict)
@@ -89,6 +90,7 @@ class Curve:
     images: int = 1024
     width_multiple: int = 8
     published: dict[str, Any] | None = None
+    published_linear_only: bool = False
 
     @classmethod
     def parse(cls, data: Any) -> "Curve":
@@ -160,8 +162,8 @@ class Curve:
 
 
 def trace(
-    curve: Curve, title: str, seeds: Mapping[int, Folders], data: DataOf, *, batch_size: int = 128,
-    device: str = "auto",
+    curve: Curve, title: str, seeds: Mapping[int, Folders], data: DataOf, *, trained_on: Collection[str] = (),
+    batch_size: int = 128, device: str = "auto",
 ) -> Table:  # fmt: skip
     """Cut every network of every line, and evaluate all of one seed side by side on the test images.
 
@@ -170,6 +172,7 @@ def trace(
         title: of the table.
         seeds: the finished runs by seed; accuracies are means over seeds.
         data: the images, for all rows or by name. Training images are ordered by, test images evaluated.
+        trained_on: rows whose networks start from those of other rows.
         batch_size: images at a time.
         device: "auto", "cpu" or "cuda".
 
@@ -188,19 +191,15 @@ def trace(
         for point, row in zip(points, figures, strict=False):  # Behind them: the full networks.
             found.setdefault(point, []).append(row)
     rows = [_row(curve, point, per_seed) for point, per_seed in found.items()]
-    _beside_alone(rows)
     notes = [
         "Budgets are fractions of the MACs of the full network, attention products included; the largest network that "
         "fits is taken. Nothing is trained after the cut. All networks took turns batch by batch.",
         "Divergence is how far predictions are from those of the network before the cut: mean KL(full || cut).",
         f"Orderings look at {curve.images} training images without labels. Those that are not even are cut by the same "
         f"rule. Widths are multiples of {curve.width_multiple}.",
+        *beside_alone(rows, trained_on),
+        *beside_published(rows, curve.published_linear_only),
     ]
-    if any(row["over_alone"] is not None for row in rows):
-        notes.append(
-            "Over trained alone: accuracy less that of networks trained alone, on a straight line between those that "
-            "cost a little more and a little less."
-        )
     notes += other_images({row["row"]: data_for(row["row"], data) for row in rows})
     return Table(f"{title}: accuracy of every size", COLUMNS, rows, notes=notes, environment=environment())
 
@@ -254,12 +253,3 @@ def _row(curve: Curve, point: Point, per_seed: Sequence[Mapping[str, Any]]) -> d
         "divergence": None if budget is None else statistics.fmean(figures["divergence"] for figures in per_seed),
         "params": round(statistics.fmean(figures["params"] for figures in per_seed)),
     }  # fmt: skip
-
-
-def _beside_alone(rows: list[dict[str, Any]]) -> None:
-    """Fill in `over_alone` where networks trained alone cost both more and less."""
-    alone = sorted((row["gmacs"], row["accuracy"]) for row in rows if row["budget"] is None)
-    for row in rows:
-        within = len(alone) > 1 and alone[0][0] <= row["gmacs"] <= alone[-1][0]
-        other = float(np.interp(row["gmacs"], *zip(*alone, strict=True))) if within else None
-        row["over_alone"] = None if other is None or row["budget"] is None else row["accuracy"] - other

@@ -113,10 +113,19 @@ def _write_tables(
         first = study.recipe(next(iter(study.rows)), study.seeds[0], out)
         data = {row: study.recipe(row, study.seeds[0], out).data for row in study.rows}
         runs = {seed: {row: run_folder(out, row, seed) for row in study.rows} for seed in study.seeds}
-        traced = trace(study.curve, study.title, runs, data, batch_size=first.batch_size)
+        longer = _trained_on(study, out)
+        traced = trace(study.curve, study.title, runs, data, trained_on=longer, batch_size=first.batch_size)
         traced.write_all(out / "curve")
     write_atomic(out / _TABULATED, state)
     return table
+
+
+def _trained_on(study: Study, out: Path) -> list[str]:
+    """Rows whose networks start from those of other rows."""
+    seed = study.seeds[0]
+    models = {str(RunFolder(run_folder(out, row, seed)).model_path) for row in study.rows}
+    starts = {row: study.recipe(row, seed, out).model for row in study.rows}
+    return [row for row, spec in starts.items() if models & {spec.name, spec.checkpoint}]
 
 
 def _state(study: Study, scale: str, finished: dict[tuple[str, int], dict[str, Any]]) -> str:
