@@ -117,15 +117,15 @@ def test_version(capsys: pytest.CaptureFixture[str]):
         ),
         ("train --out x --distill Logits(", "vitrim train: cannot read 'Logits('"),
         ("train --out x --model.args {embed_dim:50}", "vitrim train: "),
-        ("train --out x --model.args {depth:0}", "vitrim train: depth is 0; it must be 1 or more"),
-        ("train --out x --model.args {drop_path_rate:2}", "vitrim train: drop_path_rate is 2; it must be 0 or more, "),
-        ("train --out x --model.args {in_chans:2}", "vitrim train: the model takes 2 channels; images have 1 (grey)"),
+        ('train --out x --model.args {"depth":0}', "vitrim train: depth is 0; it must be 1 or more"),
+        ('train --out x --model.args {"drop_path_rate":2}', "vitrim train: drop_path_rate is 2; it must be 0 or more"),
+        ('train --out x --model.args {"in_chans":2}', "vitrim train: the model takes 2 channels; images have 1 (grey)"),
         (
-            "train --out x --model.name saved --model.args {foo:1}",
+            'train --out x --model.name saved --model.args {"foo":1}',
             "vitrim train: vitrim_digits_vit does not take these arguments: ",
         ),
         (
-            "train --out x --model.name saved --model.args {drop_path_rate:-1}",
+            'train --out x --model.name saved --model.args {"drop_path_rate":-1}',
             "vitrim train: drop_path_rate is -1; it must be 0 or more, at most 1",
         ),
         (
@@ -133,11 +133,11 @@ def test_version(capsys: pytest.CaptureFixture[str]):
             "vitrim train: saved/model.safetensors does not fit a model with {'img_size': 16}: 1 of another shape",
         ),
         (
-            "train --out x --distill Logits() --teacher.name saved --teacher.args {foo:1}",
+            'train --out x --distill Logits() --teacher.name saved --teacher.args {"foo":1}',
             "vitrim train: no teacher: vitrim_digits_vit does not take these arguments: ",
         ),
         (
-            "train --out x --distill Logits() --teacher.name saved --teacher.args {img_size:16}",
+            'train --out x --distill Logits() --teacher.name saved --teacher.args {"img_size":16}',
             "vitrim train: no teacher: saved/model.safetensors does not fit a model with {'img_size': 16}: 1 of anoth",
         ),
         ("eval vitrim_digits_vit --batch_size 0", "vitrim eval: batch_size is 0; it must be 1 or more"),

@@ -340,7 +340,8 @@ def test_a_checkpoint_says_how_many_classes_its_teacher_has(tmp_path: Path):
     for name, args in (("resnet10t", {}), ("swin_tiny_patch4_window7_224", SWIN)):  # Heads of other names.
         torch.save(timm.create_model(name, num_classes=10, **args).state_dict(), tmp_path / "teacher.pth")
         spec = {"name": name, "checkpoint": str(tmp_path / "teacher.pth"), "args": args}
-        options = recipe(None, "Logits()", teacher=spec)
+        options = recipe(name, "Logits()")
+        options.teacher = ModelSpec(**spec)
         teacher = prepare_learner(options, prepare_student(options, DIGITS), DIGITS).teacher
         assert teacher
         assert teacher.anatomy.num_classes == 10

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,7 @@ from .errors import OutputError, VitrimError
 
 _FREE = "free some space, then repeat"
 _ADVICE = {
-    None: _FREE,  # As torch and safetensors tell it.
+    None: _FREE,  # As torch tells it.
     errno.ENOSPC: _FREE,
     errno.EDQUOT: _FREE,
     errno.EFBIG: "allow larger files (ulimit -f), or choose another folder",
@@ -81,8 +82,16 @@ def told(path: str | Path, *also: type[Exception]) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError, *also) as error:
-        number = error.errno if isinstance(error, OSError) else None
-        reason = (isinstance(error, OSError) and error.strerror) or str(error).splitlines()[0]
+        number = _number(error)
+        reason = os.strerror(number) if number else str(error).splitlines()[0]
         kept = "; the one before is kept" if Path(path).exists() else ""
         advice = _ADVICE.get(number, "choose another folder")
         raise OutputError(f"cannot write {path} ({reason}){kept}; {advice}") from None
+
+
+def _number(error: Exception) -> int | None:
+    """The system's number of an error; libraries that are not written in Python tell it in words, or not at all."""
+    if isinstance(error, OSError):
+        return error.errno
+    found = re.search(r"os error (\d+)", str(error))
+    return int(found[1]) if found else None
