@@ -83,6 +83,7 @@ def test_two_processes_equal_one_and_continue(options: str, tmp_path: Path):
     continued = run(LAUNCHERS["accelerate"], "counted", tmp_path / "parts", options)
     assert continued.returncode == 0, continued.stderr
     assert "processes 2" in continued.stdout
+    assert (continued.stdout.count("test accuracy"), continued.stderr.count("epoch 3/3")) == (1, 1)
     for one, two in zip(whole, curve(tmp_path / "parts"), strict=True):
         assert two == pytest.approx(one, rel=2e-4)
     one, two = (json.loads((tmp_path / name / "result.json").read_text()) for name in ("alone", "parts"))

@@ -1,5 +1,8 @@
 """Verbs that train: one run, or the runs of a study."""
 
+import os
+from contextlib import nullcontext
+
 from ..train.recipe import Recipe
 from .delivery import command_line, hide_password
 
@@ -14,8 +17,11 @@ def train(recipe: Recipe, out: str) -> None:
     from ..show.progress import live
     from ..train.loop import train as run
 
-    with live() as report:
+    first = int(os.environ.get("RANK", 0)) == 0  # Of processes that a launcher started, one speaks.
+    with live() if first else nullcontext() as report:
         result = run(recipe, out, command=command_line(), report=report)
+    if not first:
+        return
     figure = f"test accuracy {result['test_accuracy']:.2%}" if "test_accuracy" in result else "finished"
     print(f"{figure} (epoch {result['best_epoch'] + 1}); see {out}/result.json")
 
