@@ -270,8 +270,11 @@ def test_what_is_wrong_with_the_place_is_told_in_one_line(
         said = refusal(text, tmp_path, capsys)
     assert ".npy (File too large); allow larger files (ulimit -f), or choose another folder" in said
     train(recipe(teacher, folder, epochs=1), tmp_path / "run")  # Nothing of all this is in the way.
-    (folder / "train" / "manifest.json").write_text("{")
+    inside = yaml.safe_dump(options(teacher, tmp_path / "run"))
     (tmp_path / "next").mkdir()
+    said = refusal(inside, tmp_path / "next", capsys)
+    assert f"cache.folder is {tmp_path}/run, the folder of a run; choose another for the cache" in said
+    (folder / "train" / "manifest.json").write_text("{")
     assert "manifest.json cannot be read; remove" in refusal(text, tmp_path / "next", capsys)
 
 

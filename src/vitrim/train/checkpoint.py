@@ -44,8 +44,12 @@ class RunFolder:
         """Refuse a folder that holds another recipe, or something else; changes nothing.
 
         Raises:
-            RecipeError: names the options that differ.
+            RecipeError: names the options that differ, or the cache of the recipe, which belongs beside runs.
         """
+        if recipe.cache is not None:
+            place = Path(recipe.cache.folder)
+            if place.resolve() == self.path.resolve() or RunFolder(place)._recipe_path.exists():
+                raise RecipeError(f"cache.folder is {place}, the folder of a run; choose another for the cache")
         if self._recipe_path.exists():
             if changed := Recipe.read(self._recipe_path).differences(recipe):
                 more = f" and {len(changed) - 4} more" if len(changed) > 4 else ""
