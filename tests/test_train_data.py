@@ -82,17 +82,24 @@ def test_missing_things_are_named(root: Path, tmp_path: Path):
         open_images(spec(root), False)
 
 
-def test_unknown_and_unavailable_data_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_unknown_and_unavailable_data_sets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
     with pytest.raises(UnknownNameError, match="did you mean torch/cifar100 or torch/cifar10"):
         open_images(DataSpec(name="cifar100"), True)
     with pytest.raises(DataError, match=r"needs data\.root"):
         open_images(DataSpec(name="torch/cifar10"), True)
     with pytest.raises(DataError, match=r"cannot open data set 'torch/cifar10' .*--data\.download"):
         open_images(DataSpec(name="torch/cifar10", root=str(tmp_path)), True)
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    monkeypatch.delitem(sys.modules, "timm.data.readers.reader_hfds", raising=False)
-    with pytest.raises(DataError, match=r"needs the package datasets; pip install 'vitrim\[hf\]'"):
-        open_images(DataSpec(name="hfds/cifar10"), True)
+    for kind, package, brings in (
+        ("hfds", "datasets", r"'vitrim\[hf\]'"),
+        ("tfds", "tensorflow", "tensorflow-datasets tensorflow"),
+    ):
+        monkeypatch.setitem(sys.modules, package, None)
+        monkeypatch.delitem(sys.modules, f"timm.data.readers.reader_{kind}", raising=False)
+        with pytest.raises(DataError, match=f"needs the package {package}; pip install {brings}"):
+            open_images(DataSpec(name=f"{kind}/cifar10"), True)
+    assert capsys.readouterr().out == ""  # timm prints advice of its own.
 
 
 def test_a_torchvision_data_set(root: Path):

@@ -75,6 +75,11 @@ def test_fewer_images_than_a_batch_are_mixed_too(tmp_path: Path):
     assert lines[0] != lines[1]
 
 
+def test_a_single_update_is_no_reason_to_warn(caplog: pytest.LogCaptureFixture):
+    make_scheduler(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0), OptimSpec(warmup_epochs=0), 1, 1)
+    assert not caplog.records
+
+
 def test_layer_decay_and_weight_decay():
     model = timm.create_model("vitrim_digits_vit", **SIZES)
     optimizer = make_optimizer(model, OptimSpec(lr=1.0, weight_decay=0.3, layer_decay=0.5))

@@ -11,9 +11,18 @@ from timm.data import create_dataset
 from torch.utils.data import IterableDataset
 
 from ..errors import DataError, UnknownNameError
+from .hushed import hushed
 from .specs import DataSpec
 
-_READERS = ("torch/cifar10", "torch/cifar100", "torch/image_folder", "hfds/OWNER/NAME", "wds/NAME")
+_READERS = ("torch/cifar10", "torch/cifar100", "torch/image_folder", "hfds/OWNER/NAME", "wds/NAME", "tfds/NAME")
+_PACKAGES = {
+    "torch": "torchvision",
+    "hfds": "'vitrim[hf]'",
+    "hfids": "'vitrim[hf]'",
+    "wds": "'vitrim[wds]'",
+    "tfds": "tensorflow-datasets tensorflow",
+}
+"""What each of timm's readers needs."""
 
 
 class Images:
@@ -164,18 +173,20 @@ def _open_folder(spec: DataSpec, train: bool) -> Images:
 
 def _open_by_reader(spec: DataSpec, train: bool) -> Images:
     kind, slash, _ = spec.name.partition("/")
-    if not slash:
+    kind = kind.lower()  # As timm reads it.
+    if not slash or kind not in _PACKAGES:
         raise UnknownNameError("data set", spec.name, ("digits", "folder", *_READERS))
-    if kind == "torch" and spec.root is None:
+    if kind in ("torch", "wds") and spec.root is None:
         raise DataError(f"{spec.name} needs data.root, the folder to find it in or to download it to")
     split = spec.train_split if train else spec.test_split or "validation"
     try:
-        source = create_dataset(spec.name, root=spec.root, split=split, download=spec.download)
+        with hushed("timm.data"):
+            source = create_dataset(spec.name, root=spec.root, split=split, download=spec.download)
     except ImportError as error:
-        raise DataError(f"{spec.name} needs the package {error.name}; pip install 'vitrim[hf]'") from None
+        raise DataError(f"{spec.name} needs the package {error.name}; pip install {_PACKAGES[kind]}") from None
     except Exception as error:  # Readers fail in many ways; all of them mean that there is nothing to read.
         reason = " ".join(str(error).split()) or type(error).__name__
-        hint = "" if spec.download else "; --data.download fetches it where the reader can"
+        hint = "" if spec.download or kind == "wds" else "; --data.download fetches it where the reader can"
         raise DataError(f"cannot open data set {spec.name!r} in {spec.root}: {reason}{hint}") from None
     if isinstance(source, IterableDataset):
         gathered = _Gathered(source)

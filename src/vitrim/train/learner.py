@@ -19,6 +19,7 @@ from ..models.build import check_name, is_architecture
 from ..models.classes import other_classes
 from ..tokens import Adaptive, Constant, Reduction, render
 from .data import InputFormat
+from .hushed import hushed
 from .recipe import Recipe
 from .specs import AugmentSpec, ModelSpec, OptimSpec
 
@@ -224,7 +225,8 @@ def make_scheduler(
     optimizer: torch.optim.Optimizer, spec: OptimSpec, epochs: int, updates_per_epoch: int
 ) -> CosineLRScheduler:
     """Per update: a straight line from lr / 100 over the warm-up epochs, then half a cosine to min_lr at the end."""
-    return CosineLRScheduler(
-        optimizer, t_initial=epochs * updates_per_epoch, lr_min=spec.min_lr, t_in_epochs=False,
-        warmup_t=round(spec.warmup_epochs * updates_per_epoch), warmup_lr_init=spec.lr / 100,
-    )  # fmt: skip
+    with hushed("timm.scheduler"):  # A single update is at the start of its cosine, of which timm warns.
+        return CosineLRScheduler(
+            optimizer, t_initial=epochs * updates_per_epoch, lr_min=spec.min_lr, t_in_epochs=False,
+            warmup_t=round(spec.warmup_epochs * updates_per_epoch), warmup_lr_init=spec.lr / 100,
+        )  # fmt: skip

@@ -7,7 +7,9 @@ from typing import Any, Literal
 from ..errors import RecipeError, UnknownNameError
 from .options import check_ranges
 
-_RANDAUGMENT = re.compile(r"rand(-(m\d+|n\d+|p[\d.]+|mstd[\d.]+|mmax\d+|inc[01]|t\w+))*")
+_RANDAUGMENT = re.compile(
+    r"rand(-(m\d+|n[1-9]\d*|p(0|0\.\d+|1|1\.0+)|mstd\d+(\.\d+)?|mmax[1-9]\d*|inc[01]|t(weights|3aw|3a)))*"
+)
 
 
 @dataclass
@@ -112,8 +114,8 @@ class AugmentSpec:
         )
         if self.randaugment is not None and not _RANDAUGMENT.fullmatch(self.randaugment):
             raise RecipeError(
-                f"augment.randaugment is {self.randaugment!r}; it must be rand-, then parts such as m9, n2, mstd0.5 or "
-                "inc1: rand-m9-n2-mstd0.5"
+                f"augment.randaugment is {self.randaugment!r}; it must be rand-, then parts such as m9, n2, p0.5, "
+                "mstd0.5 or inc1: rand-m9-n2-mstd0.5"
             )
 
 
