@@ -94,6 +94,23 @@ def test_version(capsys: pytest.CaptureFixture[str]):
         ("train --out x --seed -1", "vitrim train: seed is -1; it must be 0 or more"),
         ("train --out x --track foo", "vitrim train: unknown tracker 'foo'; known: aim, "),
         ("train --out x --augment.randaugment rand-foo", "vitrim train: augment.randaugment is 'rand-foo'; it must be"),
+        ("train --out x --augment.randaugment rand-p1.2.3", "vitrim train: augment.randaugment is 'rand-p1.2.3'; it m"),
+        ("train --out x --augment.randaugment rand-p2", "vitrim train: augment.randaugment is 'rand-p2'; it must be"),
+        ("train --out x --augment.randaugment rand-n0", "vitrim train: augment.randaugment is 'rand-n0'; it must be"),
+        ("train --out x --augment.randaugment rand-mstd.", "vitrim train: augment.randaugment is 'rand-mstd.'; it mus"),
+        ("train --out x --augment.randaugment rand-tfoo", "vitrim train: augment.randaugment is 'rand-tfoo'; it must"),
+        ("train --out x --teacher.chekpoint 1", "vitrim train: unknown option --teacher.chekpoint; did you mean --tea"),
+        ("train --out x --config teacher.yaml", "vitrim train: teacher is '3'; it must be a mapping of options or nu"),
+        ("train --out x --elastic.rule foo", "vitrim train: elastic.rule is 'foo'; it must be one of 'sandwich', 'un"),
+        ("train --out x --cache.top_k foo", "vitrim train: cache.top_k is 'foo'; it must be a whole number"),
+        ("train --out x --teacher.checkpoint [3]", "vitrim train: teacher.checkpoint is '[3]'; it must be text or nu"),
+        ("train --out x --data.name foo/bar", "vitrim train: unknown data set 'foo/bar'; known: digits, folder, hfds"),
+        ("train --out x --data.name wds/a", "vitrim train: wds/a needs data.root, the folder to find it in"),
+        ("train --out x --data.name wds/a --data.root .", "vitrim train: cannot open data set 'wds/a' in .: "),
+        (
+            "train --out x --distill Logits() --teacher.name saved --augment.views 2 --cache.folder ./x",
+            "vitrim train: cache.folder is x, the folder of a run; choose another for the cache",
+        ),
         ("train --out x --config optim.yaml", "vitrim: optim is 3; it must be a mapping of options"),
         ("eval vitrim_digits_vit --config data.yaml", "vitrim: data is 3; it must be a mapping of options"),
         ("train --out x --optim.name adamx", "vitrim train: unknown optimiser 'adamx'; did you mean"),
@@ -149,7 +166,7 @@ def test_mistakes_are_one_line(
     words: str, line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.chdir(tmp_path)
-    for group in ("optim", "data"):
+    for group in ("optim", "data", "teacher"):
         Path(f"{group}.yaml").write_text(f"{group}: 3\n")
     if "saved" in words:
         save(build_model("vitrim_digits_vit", depth=1, embed_dim=8, num_heads=1), "saved")

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from inspect import signature
+from pydoc import locate
 from typing import Annotated, Any, NoReturn, get_args, get_origin
 
 import docstring_parser
@@ -30,10 +31,16 @@ class _Parser(ArgumentParser):
     """One line per mistake, with the nearest valid names, and where to read on."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:  # pyright: ignore
+        if not self.exit_on_error:  # Of a group that may be left out; who asked for it tells its name.
+            super().error(message, ex)
         parser = getattr(ex, "subcommand_parser", None) or self
         line, prog = " ".join(str(message).split()), parser.prog
         known = [name for action in parser._actions for name in action.option_strings if name.startswith("--")]
-        if found := re.search(r"unrecognized arguments: --([^ =]+)|does not accept option '([^']+)'", line):
+        if found := re.search(r'"(\w+)": .* class_path \'([\w.]+)\': (.*) - Expected a <class .NoneType', line):
+            group, kind, line = found.groups()  # What the parser of a group that may be left out says of its options.
+            known = [f"--{group}.{option.name}" for option in fields(locate(kind))]  # pyright: ignore
+            line = re.sub(r'^(Parser key "|Option \')', rf"\1{group}.", line)
+        if found := re.search(r"unrecognized arguments: --([^ =]+)|(?:accept option|^Option) '([^']+)'", line):
             line = _unknown("option", "--" + (found[1] or found[2]), known)
         elif found := re.search(r"argument verb: invalid choice: '([^']*)'", line):
             line = _unknown("verb", found[1], VERBS)
@@ -53,7 +60,8 @@ def _kinds(types: str) -> str:
     if choices := re.search(r"Literal\[(.*?)\]", types):
         return f"one of {choices[1]}"
     said = {"float": "a number", "int": "a whole number", "bool": "true or false", "str": "text", "NoneType": "null"}
-    return " or ".join(said.get(name, name) for name in re.findall(r"<class '(?:[\w.]*\.)?(\w+)'>", types)) or types
+    names = re.findall(r"<class '(?:[\w.]*\.)?(\w+)'>", types)
+    return " or ".join(said.get(name, "a mapping of options") for name in names) or types
 
 
 def _unknown(kind: str, name: str, known: Iterable[str]) -> str:
