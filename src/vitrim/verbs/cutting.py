@@ -93,7 +93,7 @@ def _train(recipe: Recipe, out: str, device: Device) -> None:
 
     if device == "cpu" and torch.cuda.is_available():
         raise VitrimError("training takes the CUDA device that it finds; hide it by CUDA_VISIBLE_DEVICES= in front")
-    with live() as report:
+    with live(epochs=recipe.epochs) as report:
         result = train(recipe, out, command=command_line(), report=report)
     print(
         f"{result['networks']} networks, down to {1 - result['saving']:.1%} of the MACs, in {out}; "

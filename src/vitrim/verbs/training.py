@@ -14,7 +14,7 @@ def train(recipe: Recipe, out: str) -> None:
     from ..show.progress import live
     from ..train.loop import train as run
 
-    with live() as report:
+    with live(epochs=recipe.epochs) as report:
         result = run(recipe, out, command=command_line(), report=report)
     figure = f"test accuracy {result['test_accuracy']:.2%}" if "test_accuracy" in result else "finished"
     print(f"{figure} (epoch {result['best_epoch'] + 1}); see {out}/result.json")
