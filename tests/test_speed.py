@@ -201,6 +201,13 @@ def test_table_in_every_format(tmp_path):
         table.row("TopK", 8)
 
 
+def test_environment_counts_processes(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert environment()["processes"] == 1
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert environment()["processes"] == 4
+
+
 def test_environment_names_versions_but_nobody():
     import getpass
     import platform

@@ -12,7 +12,10 @@ _PACKAGES = ("vitrim", "torch", "torchvision", "timm", "accelerate")
 
 
 def environment() -> dict[str, str | int | None]:
-    """Versions and hardware, to be kept beside every number. `gpu` is None without CUDA."""
+    """Versions and hardware, to be kept beside every number. `gpu` is None without CUDA.
+
+    `processes` work together, started by accelerate or torchrun; `threads` are those of each.
+    """
     return {
         "date": datetime.now(UTC).date().isoformat(),
         "python": platform.python_version(),
@@ -22,6 +25,7 @@ def environment() -> dict[str, str | int | None]:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cores": _cores(),
         "threads": torch.get_num_threads(),
+        "processes": int(os.environ.get("WORLD_SIZE", "1")),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "cuda": torch.version.cuda if torch.cuda.is_available() else None,
         "float32_matmul": torch.get_float32_matmul_precision() if torch.cuda.is_available() else None,

@@ -85,8 +85,9 @@ def _train(
         try:
             with RunFolder(folder).locked():  # By a worker that others take for dead, or by none of the workers.
                 pass
-            tell("run", {"name": folder.name})
-            train(study.recipe(row, seed, out), folder, command=command, report=watched)
+            recipe = study.recipe(row, seed, out)
+            tell("run", {"name": folder.name, "epochs": recipe.epochs})
+            train(recipe, folder, command=command, report=watched)
         except BusyError:
             return False
     return True

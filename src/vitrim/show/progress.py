@@ -1,7 +1,8 @@
-"""Live progress of a run: one bar per epoch, one line per finished epoch, and the same for a teacher cache."""
+"""Live progress of a run: one bar for all of it, one line per finished epoch, and the same for a teacher cache."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
@@ -9,14 +10,25 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..train.state import Report
 
+_PERIOD = 1800.0
+"""Seconds over which speed is averaged, so that the time left does not jump where an epoch ends and is evaluated."""
+
 
 @contextmanager
-def live(console: Console | None = None, label: str = "") -> Iterator[Report]:
-    """A function for the training loop to call; where there is no terminal only finished epochs are printed."""
+def live(console: Console | None = None, label: str = "", epochs: int | None = None) -> Iterator[Report]:
+    """A function for the training loop to call; where there is no terminal only finished epochs are printed.
+
+    Args:
+        console: where to.
+        label: stands in front.
+        epochs: of the run, for the time left; a study tells those of each run. None: up to the present one.
+    """
     console = console or Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), TextColumn("{task.fields[figures]}"))
-    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as progress:
-        task = progress.add_task(label, total=None, figures="")
+    with Progress(
+        *columns, TimeRemainingColumn(), console=console, transient=True, speed_estimate_period=_PERIOD
+    ) as progress:
+        task, run = progress.add_task(label, total=None, figures=""), _Run(epochs)
 
         def report(event: str, figures: Mapping[str, Any]) -> None:
             if event == "cache":
@@ -26,19 +38,32 @@ def live(console: Console | None = None, label: str = "") -> Iterator[Report]:
                     progress.console.print(f"{_cache(label, figures)}  {total} images", highlight=False)
                     progress.reset(task)
             elif event == "step":
-                name = f"{label} epoch {figures['epoch'] + 1}".strip()
-                progress.update(
-                    task, description=name, completed=figures["step"], total=figures["steps"], figures=_now(figures)
-                )
+                epoch, steps = figures["epoch"], figures["steps"]
+                total, done = (run.epochs or epoch + 1) * steps, epoch * steps + figures["step"]
+                if not run.started:  # What an earlier call has done took none of this one's time.
+                    progress.reset(task, completed=done, total=total)
+                    run.started = True
+                name = f"{label} epoch {epoch + 1}".strip()
+                progress.update(task, description=name, completed=done, total=total, figures=_now(figures))
             elif event == "epoch":
                 progress.console.print(_line(label, figures), highlight=False)
-                progress.reset(task)
             elif event == "run":
+                run.epochs, run.started = figures["epochs"], False
                 progress.console.print(figures["name"], highlight=False)
+            elif event == "done":
+                progress.reset(task, total=None)
             elif event == "wait":
                 progress.update(task, description=f"waiting for other workers: {figures['runs']} runs", figures="")
 
         yield report
+
+
+@dataclass
+class _Run:
+    """The run that the bar is about; `started` once a step of it has been seen."""
+
+    epochs: int | None
+    started: bool = False
 
 
 def _cache(label: str, figures: Mapping[str, Any]) -> str:
