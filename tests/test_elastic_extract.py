@@ -119,6 +119,16 @@ def test_means_of_one_layer_give_its_mean_output_back():
                 assert (compensated - full).mean((0, 1)).abs().max() < 1e-10 * full.abs().max()
 
 
+@pytest.mark.parametrize("name", ["blocks.1.attn", "blocks.1.mlp"])
+def test_means_stay_where_there_was_no_bias_once_the_sublayer_is_gone(name):
+    model, x = small(proj_bias=False), images(16)
+    net = stratify(model, [x], num_images=16, say=quiet)
+    full = output_of_layer(net.model, name, x)
+    removed = copy.deepcopy(net.model)
+    narrow(removed, {name: 0}, net.means)
+    torch.testing.assert_close(removed.get_submodule(name).bias, full.mean((0, 1)), rtol=1e-10, atol=1e-10)
+
+
 def test_budgets_are_met_within_one_group(net):
     full = vitrim.cost(net.model)
     for budget in (0.9, 0.7, 0.5):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import UnsupportedModelError
 from .adapter import Macs, find_adapter
+from .slicing import compensate
 
 Kind = Literal["attention", "mlp"]
 Tap = Callable[[str, Tensor], None]
@@ -69,18 +70,19 @@ class Elastic(nn.Module):
         """Cut the weights to the leading `width` units, for good.
 
         Args:
-            width: units kept.
+            width: units kept, at least one; `remains` takes the place of a layer that keeps none.
             mean: mean value of every unit's input to the last projection; what the lost units add on average
-                then moves into that projection's bias. None, or a projection without bias: no compensation.
+                then moves into that projection's bias. None, or a projection without bias: no compensation (see `remains`).
         """
         raise NotImplementedError
 
-    def remains(self) -> "RemovedBranch":
-        """What takes the place of this layer when its width is 0."""
+    def remains(self, mean: Tensor | None = None) -> "RemovedBranch":
+        """What takes the place of this layer when its width is 0; the mean of every unit moves there, see `shrink`."""
         last = self.last
         branch = RemovedBranch(last.out_features, last.weight.device, last.weight.dtype)
         if last.bias is not None:
             branch.bias = last.bias
+        compensate(branch.bias, last, mean, torch.ones(last.in_features, dtype=torch.bool))
         return branch.train(self.training)
 
     def tap(self, name: str, x: Tensor) -> None:
