@@ -19,7 +19,7 @@ from vitrim.elastic.extract import choose, cut
 from vitrim.elastic.growth import grow
 from vitrim.elastic.sampler import narrowed
 from vitrim.elastic.supernet import CHAIN, MEANS
-from vitrim.errors import CheckpointError, ScoreError, UnsupportedModelError, VitrimError
+from vitrim.errors import CheckpointError, DataError, ScoreError, UnsupportedModelError, VitrimError
 from vitrim.models import RemovedBranch, narrow
 from vitrim.verbs.cutting import extract
 
@@ -78,6 +78,59 @@ def test_every_width_of_stock_attention_keeps_the_softmax_scale():
         with narrowed(model, {"blocks.0.attn": width}):
             assert torch.allclose(sliced(x), model(x), atol=1e-12)
         assert width == 0 or sliced.blocks[0].attn.head_dim == width
+
+
+def test_what_is_cut_is_in_eval_mode():
+    net = supernet()
+    net.model.train()
+    assert not any(module.training for module in net.extract(macs=0.5).modules())
+    assert not any(module.training for module in net.cut(-1).modules())
+
+
+def test_a_running_subnetwork_says_to_leave_its_context_first(net):
+    with net.at(-1) as model:
+        for use in (lambda: net.cut(1), lambda: net.extract(macs=0.7), lambda: vitrim.attach(model, cls_only=True)):
+            with pytest.raises(VitrimError, match="leave that context first"):
+                use()
+    with pytest.raises(VitrimError, match="there is no network 10000"):
+        net.cut(10000)
+
+
+def tied(what: str):
+    model = small()
+    if what == "blocks":
+        model.blocks[2] = model.blocks[0]
+    else:
+        model.get_submodule(what).weight = model.blocks[0].get_submodule(what.split(".", 2)[2]).weight
+    return model
+
+
+@pytest.mark.parametrize("what", ["blocks", "blocks.2.mlp.fc1", "blocks.2.norm1"])
+def test_shared_parameters_are_refused_by_their_names(what):
+    with pytest.raises(UnsupportedModelError, match=r"blocks\.0\..* and blocks\.2\..* are one parameter"):
+        stratify(tied(what), [images(2)], say=quiet)
+
+
+def test_numbers_out_of_range_are_told_before_any_image_is_looked_at():
+    def looked_at():
+        raise AssertionError("an image was asked for")
+        yield
+
+    wrong = {
+        "num_images": 4.5, "rounds": 1.5, "width_multiple": 0, "groups": {"mlp": 0}, "max_saving": "0.5",
+    }  # fmt: skip
+    for name, value in wrong.items():
+        with pytest.raises(VitrimError, match=name.removesuffix("s")):
+            stratify(small(), looked_at(), say=quiet, **{name: value})
+
+
+def test_nothing_to_cut_and_nothing_to_look_at_are_told():
+    model = small()
+    with pytest.raises(DataError, match="a batch holds no images"):
+        stratify(model, [images(0), images(4)], say=quiet)
+    narrow(model, dict.fromkeys(start_chain(model).units, 0))
+    with pytest.raises(VitrimError, match="every sub-layer of this network was removed"):
+        stratify(model, [images(2)], say=quiet)
 
 
 def test_full_network_is_bit_equal(net):
@@ -154,7 +207,7 @@ def test_latency_is_found_by_bisection(net):
     assert vitrim.cost(net.extract(latency=1e6)).macs == net.chain.macs
 
 
-BUDGETS = [{}, {"macs": 0.5, "params": 0.5}, {"macs": 0}, {"macs": -1}, {"macs": float("nan")}]
+BUDGETS = [{}, {"macs": 0.5, "params": 0.5}, {"macs": 0}, {"macs": -1}, {"macs": float("nan")}, {"macs": "0.5"}]
 
 
 @pytest.mark.parametrize("budget", BUDGETS)

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable, Mapping
 from functools import cache
+from numbers import Real
 
 import torch
 from torch import Tensor, nn
@@ -43,8 +44,8 @@ def choose(
     if len(given) != 1:
         raise VitrimError("give exactly one budget: macs=, params= or latency=, absolute or a fraction of the full")
     ((what, most),) = given.items()
-    if not most > 0:
-        raise VitrimError(f"{what} is a fraction in (0, 1] or a positive number, not {most}")
+    if not isinstance(most, Real) or not most > 0:
+        raise VitrimError(f"{what} is a fraction in (0, 1] or a positive number, not {most!r}")
     if what != "latency":
         return chain.largest(what, most * getattr(chain, what) if most <= 1 else most)
     measure = cache(lambda index: (clock or milliseconds)(cut(model, chain, index)))
@@ -62,7 +63,7 @@ def choose(
 
 
 def cut(model: nn.Module, chain: Chain, index: int, means: Mapping[str, Tensor] | None = None) -> nn.Module:
-    """Network `index` of the chain as a model of its own, of stock blocks; the super-network stays as it is.
+    """Network `index` of the chain as a model of its own, of stock blocks and in eval mode; the super-network stays.
 
     Args:
         model: the super-network.
@@ -72,7 +73,7 @@ def cut(model: nn.Module, chain: Chain, index: int, means: Mapping[str, Tensor] 
             its bias. None: no compensation.
 
     Raises:
-        VitrimError: the result does not cost what the chain says.
+        VitrimError: no such network, or the result does not cost what the chain says.
     """
     small = copy.deepcopy(model)
     narrow(small, chain.widths(index), means)
@@ -82,7 +83,7 @@ def cut(model: nn.Module, chain: Chain, index: int, means: Mapping[str, Tensor] 
             f"network {index} costs {found.macs:,} MACs and {found.params:,} parameters, the chain says "
             f"{chain.macs_at(index):,} and {chain.params_at(index):,}; it was made for another model or input size"
         )
-    return small
+    return small.eval()
 
 
 @torch.inference_mode()

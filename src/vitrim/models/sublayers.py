@@ -72,7 +72,7 @@ class Elastic(nn.Module):
         Args:
             width: units kept, at least one; `remains` takes the place of a layer that keeps none.
             mean: mean value of every unit's input to the last projection; what the lost units add on average
-                then moves into that projection's bias. None, or a projection without bias: no compensation (see `remains`).
+                then moves into that projection's bias. None, or a projection without bias: no compensation.
         """
         raise NotImplementedError
 
@@ -129,7 +129,7 @@ def sublayers(model: nn.Module) -> list[Sublayer]:
     """All sub-layers whose width can change, in order; those removed earlier are left out.
 
     Raises:
-        UnsupportedModelError: no adapter knows the model, or a layer can take no other width.
+        UnsupportedModelError: no adapter knows the model, a layer can take no other width, or two share parameters.
     """
     names = {module: name for name, module in model.named_modules()}
     found: list[Sublayer] = []
@@ -145,7 +145,18 @@ def sublayers(model: nn.Module) -> list[Sublayer]:
                     f"{names[child]} is a {type(child).__qualname__}, whose width cannot change; known: {known}"
                 )
             found.append(Sublayer(names[child], index, ELASTIC[type(child)].kind, f"{names[block]}.{norm}"))
+    _refuse_tied(model, found)
     return found
+
+
+def _refuse_tied(model: nn.Module, parts: list[Sublayer]) -> None:
+    """Raise where a parameter of a sub-layer, or of the norm before it, has a second place in the model."""
+    homes = [f"{name}." for part in parts for name in (part.name, part.norm)]
+    first: dict[nn.Parameter, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        other = first.setdefault(parameter, name)
+        if other != name and any(place.startswith(home) for place in (name, other) for home in homes):
+            raise UnsupportedModelError(f"{other} and {name} are one parameter, whose width cannot change in one place")
 
 
 @contextmanager
