@@ -141,6 +141,15 @@ def test_budget_is_the_largest_that_fits_and_an_impossible_one_names_the_smalles
             chain.largest(what, at(-1) - 1)
 
 
+def test_a_network_that_is_not_in_the_chain_is_told():
+    chain = grow(*random_case(7), saving=0.5)
+    for at in (chain.widths, chain.macs_at, chain.params_at, chain.macs_linear_only_at):
+        assert at(-len(chain)) == at(0)
+        for index in (len(chain), -len(chain) - 1, 1.5):
+            with pytest.raises(VitrimError, match=f"there is no network {index}; the chain has {len(chain)}"):
+                at(index)
+
+
 def test_hash_depends_on_every_weight():
     model = small()
     before = hash_of(model)

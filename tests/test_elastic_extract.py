@@ -18,7 +18,7 @@ from vitrim.elastic.chain import start_chain
 from vitrim.elastic.extract import cut
 from vitrim.elastic.growth import grow
 from vitrim.elastic.sampler import narrowed
-from vitrim.errors import ScoreError, UnsupportedModelError, VitrimError
+from vitrim.errors import DataError, ScoreError, UnsupportedModelError, VitrimError
 from vitrim.models import RemovedBranch, narrow
 
 
@@ -78,6 +78,59 @@ def test_every_width_of_stock_attention_keeps_the_softmax_scale():
         assert width == 0 or sliced.blocks[0].attn.head_dim == width
 
 
+def test_what_is_cut_is_in_eval_mode():
+    net = supernet()
+    net.model.train()
+    assert not any(module.training for module in net.extract(macs=0.5).modules())
+    assert not any(module.training for module in net.cut(-1).modules())
+
+
+def test_a_running_subnetwork_says_to_leave_its_context_first(net):
+    with net.at(-1) as model:
+        for use in (lambda: net.cut(1), lambda: net.extract(macs=0.7), lambda: vitrim.attach(model, cls_only=True)):
+            with pytest.raises(VitrimError, match="leave that context first"):
+                use()
+    with pytest.raises(VitrimError, match="there is no network 10000"):
+        net.cut(10000)
+
+
+def tied(what: str):
+    model = small()
+    if what == "blocks":
+        model.blocks[2] = model.blocks[0]
+    else:
+        model.get_submodule(what).weight = model.blocks[0].get_submodule(what.split(".", 2)[2]).weight
+    return model
+
+
+@pytest.mark.parametrize("what", ["blocks", "blocks.2.mlp.fc1", "blocks.2.norm1"])
+def test_shared_parameters_are_refused_by_their_names(what):
+    with pytest.raises(UnsupportedModelError, match=r"blocks\.0\..* and blocks\.2\..* are one parameter"):
+        stratify(tied(what), [images(2)], say=quiet)
+
+
+def test_numbers_out_of_range_are_told_before_any_image_is_looked_at():
+    def looked_at():
+        raise AssertionError("an image was asked for")
+        yield
+
+    wrong = {
+        "num_images": 4.5, "rounds": 1.5, "width_multiple": 0, "groups": {"mlp": 0}, "max_saving": "0.5",
+    }  # fmt: skip
+    for name, value in wrong.items():
+        with pytest.raises(VitrimError, match=name.removesuffix("s")):
+            stratify(small(), looked_at(), say=quiet, **{name: value})
+
+
+def test_nothing_to_cut_and_nothing_to_look_at_are_told():
+    model = small()
+    with pytest.raises(DataError, match="a batch holds no images"):
+        stratify(model, [images(0), images(4)], say=quiet)
+    narrow(model, dict.fromkeys(start_chain(model).units, 0))
+    with pytest.raises(VitrimError, match="every sub-layer of this network was removed"):
+        stratify(model, [images(2)], say=quiet)
+
+
 def test_full_network_is_bit_equal(net):
     x = images(3)
     assert torch.equal(net.cut(0)(x), net.model(x))
@@ -117,6 +170,16 @@ def test_means_of_one_layer_give_its_mean_output_back():
                 assert (compensated - full).mean((0, 1)).abs().max() < 1e-10 * full.abs().max()
 
 
+@pytest.mark.parametrize("name", ["blocks.1.attn", "blocks.1.mlp"])
+def test_means_stay_where_there_was_no_bias_once_the_sublayer_is_gone(name):
+    model, x = small(proj_bias=False), images(16)
+    net = stratify(model, [x], num_images=16, say=quiet)
+    full = output_of_layer(net.model, name, x)
+    removed = copy.deepcopy(net.model)
+    narrow(removed, {name: 0}, net.means)
+    torch.testing.assert_close(removed.get_submodule(name).bias, full.mean((0, 1)), rtol=1e-10, atol=1e-10)
+
+
 def test_budgets_are_met_within_one_group(net):
     full = vitrim.cost(net.model)
     for budget in (0.9, 0.7, 0.5):
@@ -128,7 +191,8 @@ def test_budgets_are_met_within_one_group(net):
 
 
 BUDGETS = [
-    {}, {"macs": 0.5, "params": 0.5}, {"macs": 0}, {"macs": -1}, {"macs": float("nan")}, {"macs": 0.5, "latency": 1},
+    {}, {"macs": 0.5, "params": 0.5}, {"macs": 0}, {"macs": -1}, {"macs": float("nan")}, {"macs": "0.5"},
+    {"macs": 0.5, "latency": 1},
     {"latency": 0}, {"latency": "0ms"}, {"latency": "0.5"}, {"latency": "0.5s"}, {"latency": "1.2.3ms"},
     {"latency": float("nan")},
 ]  # fmt: skip

@@ -1,6 +1,7 @@
 """Training of a super-network: growth, draws, losses, gradients, resuming, and that it pays on real images."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -130,6 +131,24 @@ def test_resuming_in_the_middle_of_growth_gives_the_same_numbers():
     assert begun + rest == expected
     with pytest.raises(CheckpointError, match="max_saving"):
         Stratifier(second, Piad(grow_epochs=3, num_images=8, probe_images=8, width_multiple=4)).load_state_dict(state)
+
+
+def test_states_and_chains_of_something_else_are_refused():
+    model, other = small(), Stratifier(small(img_size=96), CONFIG)
+    with pytest.raises(CheckpointError, match="another model or input size"):
+        Stratifier(model, CONFIG, chain=other.chain)
+    with pytest.raises(CheckpointError, match="no state of a Stratifier"):
+        Stratifier(model, CONFIG).load_state_dict({})
+    with pytest.raises(CheckpointError, match="another model or input size"):
+        Stratifier(model, CONFIG).load_state_dict(other.state_dict())
+    assert Stratifier(model, replace(CONFIG, width_multiple=8), chain=Stratifier(model, CONFIG).chain).chain
+
+
+def test_growth_ends_where_nothing_is_left():
+    model = small()
+    with Stratifier(model, replace(CONFIG, max_saving=0.99, grow_epochs=6)) as stratifier:
+        chain = stratifier.start_epoch(5, loader())
+    assert not any(chain.widths(-1).values())
 
 
 def test_trained_supernet_extracts_what_was_trained():

@@ -4,7 +4,8 @@ import hashlib
 import json
 from bisect import bisect_left
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from numbers import Integral
 
 import torch
 from torch import nn
@@ -81,20 +82,32 @@ class Chain:
     def __len__(self) -> int:
         return len(self.entries) + 1
 
+    def position(self, index: int) -> int:
+        """The index counted from the full network; negative ones count from the smallest.
+
+        Raises:
+            VitrimError: there is no such network.
+        """
+        if not isinstance(index, Integral) or not -len(self) <= index < len(self):
+            raise VitrimError(f"there is no network {index!r}; the chain has {len(self)}, from 0 to {len(self) - 1}")
+        return int(index) % len(self)
+
     def widths(self, index: int) -> dict[str, int]:
         """The width of every sub-layer in network `index` (negative: from the smallest)."""
         widths = {name: unit.width for name, unit in self.units.items()}
-        for entry in self.entries[: range(len(self))[index]]:
+        for entry in self.entries[: self.position(index)]:
             widths[entry.module] = entry.width
         return widths
 
     def macs_at(self, index: int) -> int:
         """MACs of network `index`, attention products included."""
-        return self.macs if range(len(self))[index] == 0 else self.entries[range(len(self))[index] - 1].macs
+        place = self.position(index)
+        return self.entries[place - 1].macs if place else self.macs
 
     def params_at(self, index: int) -> int:
         """Parameters of network `index`."""
-        return self.params if range(len(self))[index] == 0 else self.entries[range(len(self))[index] - 1].params
+        place = self.position(index)
+        return self.entries[place - 1].params if place else self.params
 
     def macs_linear_only_at(self, index: int) -> int:
         """MACs of network `index` without products of activations, as some papers count."""
@@ -115,6 +128,10 @@ class Chain:
                 f"({values[-1] / values[0]:.3f} of the full network)"
             )
         return index
+
+    def serves(self, model_chain: "Chain") -> bool:
+        """Whether this chain is of the model, at its input size, that the other one is of; groups may differ."""
+        return self._full() == model_chain._full()
 
     def to_json(self) -> str:
         """Text that `from_json` reads."""
@@ -139,6 +156,10 @@ class Chain:
             raise
         except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
             raise CheckpointError(f"this is no chain of sub-networks: {error!r}") from None
+
+    def _full(self) -> "Chain":
+        units = {name: replace(unit, step=1) for name, unit in self.units.items()}
+        return replace(self, units=units, entries=(), weights="")
 
     def _both(self, index: int) -> list[tuple[UnitCost, int]]:
         widths = self.widths(index)

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Mapping
+from numbers import Real
 
 from torch import Tensor, nn
 
@@ -42,13 +43,13 @@ def choose(
     if latency is not None:
         return fastest_enough(latency, model, lambda index: cut(model, chain, index), len(chain), clock)
     ((what, most),) = given.items()
-    if not most > 0:
-        raise VitrimError(f"{what} is a fraction in (0, 1] or a positive number, not {most}")
+    if not isinstance(most, Real) or not most > 0:
+        raise VitrimError(f"{what} is a fraction in (0, 1] or a positive number, not {most!r}")
     return chain.largest(what, most * getattr(chain, what) if most <= 1 else most)
 
 
 def cut(model: nn.Module, chain: Chain, index: int, means: Mapping[str, Tensor] | None = None) -> nn.Module:
-    """Network `index` of the chain as a model of its own, of stock blocks; the super-network stays as it is.
+    """Network `index` of the chain as a model of its own, of stock blocks and in eval mode; the super-network stays.
 
     Args:
         model: the super-network.
@@ -58,7 +59,7 @@ def cut(model: nn.Module, chain: Chain, index: int, means: Mapping[str, Tensor] 
             its bias. None: no compensation.
 
     Raises:
-        VitrimError: the result does not cost what the chain says.
+        VitrimError: no such network, or the result does not cost what the chain says.
     """
     small = copy.deepcopy(model)
     narrow(small, chain.widths(index), means)
@@ -68,4 +69,4 @@ def cut(model: nn.Module, chain: Chain, index: int, means: Mapping[str, Tensor] 
             f"network {index} costs {found.macs:,} MACs and {found.params:,} parameters, the chain says "
             f"{chain.macs_at(index):,} and {chain.params_at(index):,}; it was made for another model or input size"
         )
-    return small
+    return small.eval()

@@ -81,6 +81,10 @@ class Stratifier:
         chain: to go on from; default: the full network alone.
         teacher: an external teacher, frozen and in eval mode; default: the full network itself.
         criterion: the loss on labels.
+
+    Raises:
+        CheckpointError: the chain was made for another model or input size.
+        VitrimError: without a teacher the rule leaves nothing to learn from.
     """
 
     def __init__(
@@ -92,7 +96,8 @@ class Stratifier:
         criterion: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
     ) -> None:
         self.model, self.config, self.teacher, self.criterion = model, config, teacher, criterion
-        self.chain = chain or start_chain(model, groups=config.groups, width_multiple=config.width_multiple)
+        self._full = start_chain(model, groups=config.groups, width_multiple=config.width_multiple)
+        self.chain = self._own(chain or self._full)
         self.epoch = -1
         if config.rule != "sandwich" and config.distill and teacher is None:
             raise VitrimError(f"rule {config.rule!r} never runs the full network; give a teacher or distill=False")
@@ -116,6 +121,8 @@ class Stratifier:
         while self.epoch < min(epoch, c.grow_epochs - 1):
             self.epoch += 1
             widths = self.chain.widths(-1)
+            if not any(widths.values()):
+                break
             rises = sensitivities(self.model, loader, widths, num_images=c.probe_images, labels=c.labels)
             shares = unit_shares(self.model, loader, widths, num_images=c.num_images, labels=c.labels)
             self.chain = grow(self.chain, shares, rises, c.max_saving * (self.epoch + 1) / c.grow_epochs)
@@ -182,13 +189,20 @@ class Stratifier:
         """Take up where `state_dict` was taken.
 
         Raises:
-            CheckpointError: it was taken under another configuration.
+            CheckpointError: it was taken under another configuration or of another model, or it is no such state.
         """
+        if not {"epoch", "chain", "config"} <= state.keys():
+            raise CheckpointError("this is no state of a Stratifier; give what its state_dict returned")
         mine = asdict(self.config)
         changed = [name for name, value in state["config"].items() if mine.get(name) != value]
         if changed:
             raise CheckpointError(f"the checkpoint has another {', '.join(changed)}; resume with the same")
-        self.epoch, self.chain = state["epoch"], Chain.from_json(state["chain"])
+        self.epoch, self.chain = state["epoch"], self._own(Chain.from_json(state["chain"]))
+
+    def _own(self, chain: Chain) -> Chain:
+        if not chain.serves(self._full):
+            raise CheckpointError("the chain was made for another model or input size")
+        return chain
 
 
 def imitation_loss(out: Tensor, taught: Tensor, temperature: float, features: bool) -> Tensor:

@@ -53,11 +53,13 @@ def images_of(batch: Batch) -> Tensor:
     """The images of a batch, with or without labels beside them.
 
     Raises:
-        DataError: this is no batch.
+        DataError: this is no batch, or nothing is in it.
     """
     images = batch[0] if isinstance(batch, tuple | list) and batch else batch
     if not isinstance(images, Tensor) or images.ndim != 4:
         raise DataError("a batch is a tensor of images (B, channels, height, width), or a pair of it and labels")
+    if not len(images):
+        raise DataError("a batch holds no images")
     return images
 
 

@@ -135,7 +135,7 @@ def collect(
 
     Raises:
         DataError: no images, or labels that are none.
-        VitrimError: what was found is not finite, or gradients are forbidden here.
+        VitrimError: no sub-layer is left, what was found is not finite, or gradients are forbidden here.
     """
     if torch.is_inference_mode_enabled():
         raise VitrimError("importance takes gradients, which torch.inference_mode() forbids; call this outside of it")
@@ -152,6 +152,8 @@ def collect(
             else:
                 sums[name] = UnitSums.zeros(width, device)
             layer.vitrim_tap = _tap(sums[name], covariance)
+        if not sums:
+            raise VitrimError("every sub-layer of this network was removed, so there is nothing to order or to cut")
         try:
             for images, target in batches(data, model, num_images, labels):
                 with torch.enable_grad():

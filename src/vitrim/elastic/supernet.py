@@ -9,6 +9,7 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ class SuperNet:
         latency: float | str | None = None,
         compensate: bool = True,
     ) -> nn.Module:
-        """The largest sub-network within one budget, as a model of its own; needs no data and no training.
+        """The largest sub-network within one budget, as a model of its own in eval mode; needs no data and no training.
 
         Args:
             macs: most multiply-accumulates per image, attention products included.
@@ -184,8 +185,10 @@ def stratify(
     if attached(model) is not None:
         raise VitrimError("token reduction is attached to this model; stratify after handle.remove()")
     check_counts(num_images=num_images, rounds=rounds)
-    if not 0 < max_saving < 1:
-        raise VitrimError(f"max_saving lies in (0, 1), not at {max_saving}")
+    if not isinstance(max_saving, Real) or not 0 < max_saving < 1:
+        raise VitrimError(f"max_saving lies in (0, 1), not at {max_saving!r}")
+    # Before the long pass over the images, since it needs no order and refuses what cannot be cut.
+    chain = start_chain(model, groups=groups, width_multiple=width_multiple)
     model = copy.deepcopy(model)
     # Kept, so that an iterator that can be read only once serves too; there are few of them.
     probe_images = min(num_images, max(32, num_images // 16))
@@ -196,7 +199,6 @@ def stratify(
     ordered = wpac(
         model, itertools.chain(probe, source), num_images=num_images, labels=labels, ordering=ordering, say=say
     )
-    chain = start_chain(model, groups=groups, width_multiple=width_multiple)
     if even:
         chain, rounds = grow_evenly(chain, max_saving), 0
     for number in range(1, rounds + 1):

@@ -52,9 +52,9 @@ def check_norm(norm: nn.Module, name: str) -> None:
         raise UnsupportedModelError(f"{name} is a {type(norm).__name__}; only LayerNorm and RMSNorm can be narrowed")
 
 
-def compensate(linear: nn.Linear, mean: Tensor | None, lost: Tensor) -> None:
+def compensate(bias: Tensor | None, linear: nn.Linear, mean: Tensor | None, lost: Tensor) -> None:
     """Add to the bias what the lost inputs (boolean mask over the columns) contribute on average."""
-    if mean is None or linear.bias is None:
+    if mean is None or bias is None:
         return
     if mean.numel() != lost.numel():
         raise VitrimError(f"{mean.numel()} means for a layer of width {lost.numel()}")
@@ -62,7 +62,7 @@ def compensate(linear: nn.Linear, mean: Tensor | None, lost: Tensor) -> None:
         gone = lost.to(linear.weight.device)
         mean = mean.flatten().to(linear.weight.device, torch.float64)
         extra = linear.weight[:, gone].double() @ mean[gone]
-        linear.bias.copy_(linear.bias.double() + extra)
+        bias.copy_(bias.double() + extra)
 
 
 def _cut(module: nn.Module, name: str, width: int, parts: int, dim: int) -> None:

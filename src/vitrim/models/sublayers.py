@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import UnsupportedModelError
 from .adapter import Macs, find_adapter
+from .slicing import compensate
 
 Kind = Literal["attention", "mlp"]
 Tap = Callable[[str, Tensor], None]
@@ -69,18 +70,19 @@ class Elastic(nn.Module):
         """Cut the weights to the leading `width` units, for good.
 
         Args:
-            width: units kept.
+            width: units kept, at least one; `remains` takes the place of a layer that keeps none.
             mean: mean value of every unit's input to the last projection; what the lost units add on average
                 then moves into that projection's bias. None, or a projection without bias: no compensation.
         """
         raise NotImplementedError
 
-    def remains(self) -> "RemovedBranch":
-        """What takes the place of this layer when its width is 0."""
+    def remains(self, mean: Tensor | None = None) -> "RemovedBranch":
+        """What takes the place of this layer when its width is 0; the mean of every unit moves there, see `shrink`."""
         last = self.last
         branch = RemovedBranch(last.out_features, last.weight.device, last.weight.dtype)
         if last.bias is not None:
             branch.bias = last.bias
+        compensate(branch.bias, last, mean, torch.ones(last.in_features, dtype=torch.bool))
         return branch.train(self.training)
 
     def tap(self, name: str, x: Tensor) -> None:
@@ -127,7 +129,7 @@ def sublayers(model: nn.Module) -> list[Sublayer]:
     """All sub-layers whose width can change, in order; those removed earlier are left out.
 
     Raises:
-        UnsupportedModelError: no adapter knows the model, or a layer can take no other width.
+        UnsupportedModelError: no adapter knows the model, a layer can take no other width, or two share parameters.
     """
     names = {module: name for name, module in model.named_modules()}
     found: list[Sublayer] = []
@@ -143,7 +145,18 @@ def sublayers(model: nn.Module) -> list[Sublayer]:
                     f"{names[child]} is a {type(child).__qualname__}, whose width cannot change; known: {known}"
                 )
             found.append(Sublayer(names[child], index, ELASTIC[type(child)].kind, f"{names[block]}.{norm}"))
+    _refuse_tied(model, found)
     return found
+
+
+def _refuse_tied(model: nn.Module, parts: list[Sublayer]) -> None:
+    """Raise where a parameter of a sub-layer, or of the norm before it, has a second place in the model."""
+    homes = [f"{name}." for part in parts for name in (part.name, part.norm)]
+    first: dict[nn.Parameter, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        other = first.setdefault(parameter, name)
+        if other != name and any(place.startswith(home) for place in (name, other) for home in homes):
+            raise UnsupportedModelError(f"{other} and {name} are one parameter, whose width cannot change in one place")
 
 
 @contextmanager

@@ -105,7 +105,7 @@ class ElasticAttention(Elastic, Attention, replaces=Attention):
     def shrink(self, width: int, mean: Tensor | None = None) -> None:
         heads, dim = self.num_heads, self.head_dim
         lost = (torch.arange(dim) >= width).repeat(heads)
-        compensate(self.proj, mean, lost)
+        compensate(self.proj.bias, self.proj, mean, lost)
         cut_linear(self.qkv, width, 3 * heads)
         cut_linear(self.proj, width, heads, dim=1)
         cut_norm(self.q_norm, width)
@@ -120,7 +120,7 @@ class ElasticAttention(Elastic, Attention, replaces=Attention):
                 for parameter in self.q_norm.parameters():
                     parameter *= fold
         self.head_dim, self.attn_dim = width, heads * width
-        self.scale = width**-0.5 if width else 1.0
+        self.scale = width**-0.5
         self.vitrim_width = width
 
 
@@ -185,7 +185,7 @@ class ElasticHidden(Elastic):
         self.fc2.weight.copy_(self.fc2.weight[:, order])
 
     def shrink(self, width: int, mean: Tensor | None = None) -> None:
-        compensate(self.fc2, mean, torch.arange(self.full_width) >= width)
+        compensate(self.fc2.bias, self.fc2, mean, torch.arange(self.full_width) >= width)
         for linear, parts in self.first:
             cut_linear(linear, width, parts)
         cut_norm(self.norm, width)

@@ -18,7 +18,7 @@ from ..tokens import Plan, Reducer
 from .adapter import Adapter, BlockShape, Geometry, Macs, block_macs, needed
 from .attach import Handle
 from .reduced import ReducedBlock, hooked
-from .sublayers import RemovedBranch
+from .sublayers import Elastic, RemovedBranch
 
 
 class ReducedTimmBlock(ReducedBlock, Block):
@@ -164,6 +164,8 @@ class TimmViT(Adapter):
             )
         for index, block in enumerate(model.blocks):
             attn = getattr(block, "attn", None)
+            if isinstance(attn, Elastic) or isinstance(getattr(block, "mlp", None), Elastic):
+                raise VitrimError("the model runs as a sub-network of a super-network; leave that context first")
             for part, known in ((block, (Block, ReducedTimmBlock)), (attn, (Attention, RemovedBranch))):
                 if type(part) not in known:
                     raise UnsupportedModelError(

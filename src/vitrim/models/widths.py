@@ -66,14 +66,19 @@ def narrow(model: nn.Module, widths: Mapping[str, int], means: Mapping[str, Tens
         model: with stock sub-layers.
         widths: dims per head or hidden units that stay; sub-layers that are not named stay as they are.
         means: per sub-layer the mean of every input to its last projection. What the lost units add on average moves
-            into that projection's bias; without it biases stay as they are.
+            into that projection's bias, or where it has none and all are lost into the constant that stays; without
+            it biases stay as they are.
     """
     norms = {part.name: part.norm for part in sublayers(model)}
     with elastic(model) as layers, torch.no_grad():
         narrower = {name: width for name, width in widths.items() if width < layers[name].full_width}
+        gone: dict[str, nn.Module] = {}
         for name, width in narrower.items():
-            layers[name].shrink(width, None if means is None else means[name])
-        gone = {name: layers[name].remains() for name, width in narrower.items() if width == 0}
+            mean = None if means is None else means[name]
+            if width == 0:
+                gone[name] = layers[name].remains(mean)
+            else:
+                layers[name].shrink(width, mean)
     for name, branch in gone.items():
         model.set_submodule(name, branch)
         model.set_submodule(norms[name], nn.Identity().train(branch.training))
