@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from vitrim.models import RemovedBranch
 from vitrim.tokens import Evidence, Plan, Reducer, ToMe, TopK
 from vitrim.tokens.scores import SCORES
 
@@ -178,7 +179,12 @@ REDUCER_REFERENCES: dict[str, Callable[..., None]] = {"TopK": _top_k, "ToMe": _t
 
 
 def _attention(attn: nn.Module, normed_TC: Tensor, size: list[int] | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Output of the attention layer before its residual, the attention (H, T, T), the keys (H, T, D)."""
+    """Output of the attention layer before its residual, the attention (H, T, T), the keys (H, T, D).
+
+    Of one that was removed a constant is left, and no head.
+    """
+    if isinstance(attn, RemovedBranch):
+        return attn.bias.expand_as(normed_TC), normed_TC.new_empty(0, *2 * normed_TC.shape[:1]), normed_TC.new_empty(0)
     count, heads, dim = normed_TC.shape[0], attn.num_heads, attn.head_dim
     query, key, value = attn.qkv(normed_TC).reshape(count, 3, heads, dim).permute(1, 2, 0, 3)
     query, key = attn.q_norm(query), attn.k_norm(key)

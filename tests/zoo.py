@@ -10,6 +10,8 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from vitrim.models import BlockWidths, set_widths
+
 SMALL = {"img_size": 40, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 3, "num_classes": 5}
 """25 patch tokens, an odd number, in 3 blocks."""
 
@@ -41,6 +43,13 @@ class _ConvStem(nn.Module):
         return self.conv(image).relu()
 
 
+def _narrowed(*widths: tuple[int, int]) -> nn.Module:
+    """A network as it is cut out of a super-network: dims per head and hidden units of every block."""
+    model = _plain()
+    set_widths(model, [BlockWidths(*pair) for pair in widths])
+    return model
+
+
 def _hybrid_embed(img_size: int, patch_size: int, embed_dim: int, **options: object) -> nn.Module:
     return HybridEmbed(_ConvStem(), img_size=img_size, patch_size=2, feature_size=(10, 10), embed_dim=embed_dim)
 
@@ -64,6 +73,8 @@ TIMM: dict[str, Callable[[], nn.Module]] = {
     "glu": lambda: _plain(mlp_layer=GluMlp),
     "hybrid": lambda: _plain(embed_layer=_hybrid_embed),
     "dynamic_size": lambda: _plain(dynamic_img_size=True),
+    "uneven": lambda: _narrowed((3, 17), (8, 40), (5, 96)),
+    "removed": lambda: _narrowed((5, 0), (0, 40), (8, 96)),
 }
 ZOO: dict[str, dict[str, Callable[[], nn.Module]]] = {"timm-vit": TIMM}
 """Adapter name -> models. An adapter without an entry fails the contract suite."""
