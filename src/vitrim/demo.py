@@ -61,7 +61,7 @@ def run_demo(out: str | Path, epochs: int | None = None, command: str = "") -> T
     for number, (name, recipe) in enumerate(recipes.items(), 1):
         how = "with pruning switched on half-way" if recipe.reduction else "as it is"
         console.rule(f"{number} of 4: train a small ViT {how}", align="left")
-        with live(console, name, recipe.epochs) as report:
+        with live(console, name) as report:
             train(recipe, out / name, command=command, report=report)
     console.rule("3 of 4: drop methods into the trained networks, at test time only", align="left")
     models = {name: open_model(str(out / name)) for name in recipes}

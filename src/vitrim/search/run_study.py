@@ -85,7 +85,7 @@ def run_study(
         for row in study.order():
             recipe, folder = study.recipe(row, seed, out), run_folder(out, row, seed)
             if report is not None and RunFolder(folder).result is None:
-                report("run", {"name": folder.name, "epochs": recipe.epochs})
+                report("run", {"name": folder.name})
             finished[row, seed] = train(recipe, folder, command=command, report=report)
     state, written = _state(study, scale, finished), out / _TABULATED
     if claims is None:

@@ -86,7 +86,7 @@ def _train(
             with RunFolder(folder).locked():  # By a worker that others take for dead, or by none of the workers.
                 pass
             recipe = study.recipe(row, seed, out)
-            tell("run", {"name": folder.name, "epochs": recipe.epochs})
+            tell("run", {"name": folder.name})
             train(recipe, folder, command=command, report=watched)
         except BusyError:
             return False

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
@@ -15,22 +14,22 @@ _PERIOD = 1800.0
 
 
 @contextmanager
-def live(console: Console | None = None, label: str = "", epochs: int | None = None) -> Iterator[Report]:
+def live(console: Console | None = None, label: str = "") -> Iterator[Report]:
     """A function for the training loop to call; where there is no terminal only finished epochs are printed.
 
     Args:
         console: where to.
         label: stands in front.
-        epochs: of the run, for the time left; a study tells those of each run. None: up to the present one.
     """
     console = console or Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), TextColumn("{task.fields[figures]}"))
     with Progress(
         *columns, TimeRemainingColumn(), console=console, transient=True, speed_estimate_period=_PERIOD
     ) as progress:
-        task, run = progress.add_task(label, total=None, figures=""), _Run(epochs)
+        task, started = progress.add_task(label, total=None, figures=""), False
 
         def report(event: str, figures: Mapping[str, Any]) -> None:
+            nonlocal started
             if event == "cache":
                 done, total = figures["done"], figures["rows"]
                 progress.update(task, description=_cache(label, figures), completed=done, total=total, figures="")
@@ -39,16 +38,16 @@ def live(console: Console | None = None, label: str = "", epochs: int | None = N
                     progress.reset(task)
             elif event == "step":
                 epoch, steps = figures["epoch"], figures["steps"]
-                total, done = (run.epochs or epoch + 1) * steps, epoch * steps + figures["step"]
-                if not run.started:  # What an earlier call has done took none of this one's time.
+                total, done = figures["epochs"] * steps, epoch * steps + figures["step"]
+                if not started:  # What an earlier call has done took none of this one's time.
                     progress.reset(task, completed=done, total=total)
-                    run.started = True
+                    started = True
                 name = f"{label} epoch {epoch + 1}".strip()
                 progress.update(task, description=name, completed=done, total=total, figures=_now(figures))
             elif event == "epoch":
                 progress.console.print(_line(label, figures), highlight=False)
             elif event == "run":
-                run.epochs, run.started = figures["epochs"], False
+                started = False
                 progress.console.print(figures["name"], highlight=False)
             elif event == "done":
                 progress.reset(task, total=None)
@@ -56,14 +55,6 @@ def live(console: Console | None = None, label: str = "", epochs: int | None = N
                 progress.update(task, description=f"waiting for other workers: {figures['runs']} runs", figures="")
 
         yield report
-
-
-@dataclass
-class _Run:
-    """The run that the bar is about; `started` once a step of it has been seen."""
-
-    epochs: int | None
-    started: bool = False
 
 
 def _cache(label: str, figures: Mapping[str, Any]) -> str:

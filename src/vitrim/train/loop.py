@@ -167,7 +167,8 @@ class _Run:
             self._refuse(f"the loss is {means['loss']}")
         handle = attached(self.student)
         self.report("step", {
-            "epoch": self.state.epoch, "step": self.state.step, "steps": self.steps, "loss": means["loss"],
+            "epoch": self.state.epoch, "epochs": self.recipe.epochs, "step": self.state.step, "steps": self.steps,
+            "loss": means["loss"],
             "accuracy": means.get("accuracy"), "terms": {name: means[name] for name in self.task.terms},
             "images_per_second": self.meter.images_per_second,
             "tokens": min(handle.token_counts) if handle else None,

@@ -8,7 +8,7 @@ from .checkpoint import RunFolder
 from .meter import Meter
 
 Report = Callable[[str, Mapping[str, Any]], None]
-"""Called with ("cache" | "step" | "epoch" | "done", figures) as a run goes on; a study adds "run": name, epochs."""
+"""Called with ("cache" | "step" | "epoch" | "done", figures) as a run goes on; a study adds "run": name."""
 
 
 class Stateful(Protocol):

@@ -106,7 +106,7 @@ def _train(recipe: Recipe, out: str, device: Device) -> None:
 
     if device == "cpu" and torch.cuda.is_available():
         raise VitrimError("training takes the CUDA device that it finds; hide it by CUDA_VISIBLE_DEVICES= in front")
-    with live(epochs=recipe.epochs) as report:
+    with live() as report:
         result = train(recipe, out, command=command_line(), report=report)
     assert recipe.elastic is not None
     seen = min(recipe.elastic.images, result["train_images"])
