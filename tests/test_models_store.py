@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import vitrim
-from vitrim.errors import CheckpointError, UnknownNameError
+from vitrim.errors import CheckpointError, OutputError, UnknownNameError
 from vitrim.models import BlockWidths, set_widths, widths_of
 from vitrim.models import store as store_module
 
@@ -182,7 +182,7 @@ def test_a_full_disk_leaves_the_old_model(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(store_module, "save_file", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OutputError, match="No space left"):
         vitrim.save(tiny(), tmp_path, overwrite=True)
     assert torch.equal(vitrim.load(tmp_path).head.weight, first.head.weight)
     assert len(list(tmp_path.iterdir())) == 2
