@@ -14,9 +14,10 @@ from vitrim.measure.cost import cost
 from vitrim.models import load
 from vitrim.models.widths import widths_of
 from vitrim.search.beside import beside_alone, beside_published
-from vitrim.search.curve import Curve, networks, trace
+from vitrim.search.curve import Curve
 from vitrim.search.run_study import run_study
 from vitrim.search.study import Study
+from vitrim.search.trace import networks, trace
 from vitrim.show.report import write_report
 from vitrim.show.runs import points
 from vitrim.train.data import make_loader, plain_stream

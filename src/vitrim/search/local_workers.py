@@ -40,7 +40,7 @@ def local_workers(
     check_study(Study.read(file, scale, root), Path(out))
     mark(Path(out))
     database = database or f"sqlite:///{Path(out).absolute()}/claims.db"
-    command = [sys.executable, "-m", "vitrim.cli", "study", file, "--out", out, "--scale", scale]
+    command = [sys.executable, "-m", "vitrim", "study", file, "--out", out, "--scale", scale]
     command += ["--database", database, *(["--root", root] if root is not None else [])]
     processes: list[subprocess.Popen[bytes]] = []
     with ExitStack() as logs:

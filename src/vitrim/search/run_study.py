@@ -14,12 +14,12 @@ from ..train.loop import train
 from ..train.state import Report
 from .claims import GRACE
 from .compare import CLS_ONLY, figures_of, other_images, over_seeds
-from .curve import trace
 from .folder import check_study_folder, mark
 from .published import beside
 from .study import Study, run_folder
 from .study_check import check_study
 from .sweep import sweep
+from .trace import trace
 from .workers import join, once, share
 
 _TABULATED = ".tabulated"

@@ -23,7 +23,7 @@ from .data import Stream, make_loader, make_splits
 from .evaluate import Figures, evaluate_all, make_accelerator
 from .images import open_both
 from .learner import make_mixup, make_optimizer, make_scheduler, prepare_student
-from .meter import COUNTS, Meter
+from .meter import Meter
 from .recipe import Recipe
 from .seeding import seed_everything
 from .state import Report, RunState, Stateful
@@ -206,15 +206,8 @@ class _Run:
 
     def _figures(self) -> dict[str, Any]:
         """All that is known of the epoch that has just ended."""
-        total = self.meter.totals()
-        seconds = total["seconds"] / self.accelerator.num_processes
-        figures: dict[str, Any] = {
-            "epoch": self.state.epoch,
-            **{f"train_{name}": total[name] / total["images"] for name in total if name not in COUNTS},
-            "lr": self.optimizer.param_groups[-1]["lr"],
-            "seconds": seconds,
-            "images_per_second": total["images"] / seconds,
-        }
+        lr = self.optimizer.param_groups[-1]["lr"]
+        figures: dict[str, Any] = {"epoch": self.state.epoch, "lr": lr, **self.meter.epoch()}
         self.task.follow(self.state.epoch, (self.steps - 1) / self.steps, self.state.history)
         figures |= self.task.strength()
         if self.splits.select is not None:

@@ -48,6 +48,13 @@ class Meter:
         images = float(self.sums["images"])
         return {name: float(value) / images for name, value in self.sums.items() if name not in COUNTS}
 
+    def epoch(self) -> dict[str, float]:
+        """The means over the epoch that has just ended, as `train_NAME`, the time it took and its speed."""
+        total = self.totals()
+        means = {f"train_{name}": total[name] / total["images"] for name in total if name not in COUNTS}
+        seconds = total["seconds"] / self.accelerator.num_processes
+        return means | {"seconds": seconds, "images_per_second": total["images"] / seconds}
+
     @property
     def images_per_second(self) -> float:
         """Of all processes together, as if all were as fast as this one."""

@@ -1,6 +1,5 @@
 """What verbs have in common: the command as typed, and where tables go."""
 
-import os
 import sys
 from typing import Annotated, Any, Literal
 
@@ -12,10 +11,10 @@ DataOptions = Annotated[dict[str, Any], DataSpec]
 
 
 def command_line() -> str:
-    """The command as the user typed it."""
+    """The command as it can be typed again, however this process was started."""
     import shlex
 
-    return shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]])
+    return shlex.join(["vitrim", *sys.argv[1:]])
 
 
 def hide_password(command: str, url: str | None) -> str:
