@@ -49,6 +49,7 @@ def slow_moments(model: nn.Module, x: torch.Tensor, target: torch.Tensor | None)
     hooks = [
         block.attn.qkv.register_forward_hook(lambda m, i, out: (out.retain_grad(), kept.update(f=out))[1]),
         block.mlp.act.register_forward_hook(lambda m, i, out: (out.retain_grad(), kept.update(a=out))[1]),
+        block.attn.proj.register_forward_pre_hook(lambda m, i: (i[0].retain_grad(), kept.update(mixed=i[0]))[1]),
     ]
     out = model(x)
     total = out.max(1).values.sum() if target is None else out[torch.arange(len(x)), target].sum()
@@ -56,14 +57,14 @@ def slow_moments(model: nn.Module, x: torch.Tensor, target: torch.Tensor | None)
     for hook in hooks:
         hook.remove()
     model.zero_grad()
-    return kept["f"], kept["f"].grad, kept["a"], kept["a"].grad
+    return kept["f"], kept["f"].grad, kept["a"], kept["a"].grad, kept["mixed"], kept["mixed"].grad
 
 
 @pytest.mark.parametrize("labelled", [False, True])
 def test_covariance_equals_its_definition(labelled):
     model, x = small(), images(6)
     target = torch.tensor([0, 4, 2, 1, 3, 3])
-    f, g, a, ga = slow_moments(model, x, target if labelled else None)
+    f, g, a, ga, mixed, gm = slow_moments(model, x, target if labelled else None)
     sums = collect(model, [(x[:4], target[:4]), (x[4:], target[4:])], num_images=6, labels=labelled)
     attn, mlp = sums["blocks.1.attn"], sums["blocks.1.mlp"]
     f, g = (t.detach().flatten(0, 1).view(-1, 3, 3, 16) for t in (f, g))
@@ -77,7 +78,11 @@ def test_covariance_equals_its_definition(labelled):
         assert torch.allclose(attn.covariance(0, 1)[head], expected[0] + expected[1], rtol=1e-9, atol=1e-14)
     assert torch.allclose(mlp.fisher, (0.5 * ga**2 * a**2).flatten(0, 1).mean(0).detach(), rtol=1e-9, atol=1e-20)
     assert torch.allclose(mlp.taylor, (ga * a).abs().flatten(0, 1).mean(0).detach(), rtol=1e-9, atol=1e-20)
-    assert torch.allclose(mlp.mean, a.flatten(0, 1).mean(0).detach(), rtol=1e-9)
+    for layer, value, gradient in ((mlp, a, ga), (attn, mixed, gm)):
+        tokens = list(zip(value.detach().flatten(0, 1), gradient.flatten(0, 1), strict=True))
+        weights = [(row * row).sum() for _, row in tokens]
+        expected = sum(w * row for w, (row, _) in zip(weights, tokens, strict=True)) / sum(weights)
+        assert torch.allclose(layer.mean, expected, rtol=1e-9)
     assert torch.allclose(attn.taylor, (g * f).abs().mean(0).sum((0, 1)), rtol=1e-9)
 
 

@@ -15,6 +15,8 @@ from ..models.sublayers import elastic
 from ..tokens.precision import wide
 from .probing import Batch, all_reduce, batches, frozen, objective_of, output_of
 
+TINY = torch.finfo(torch.float64).tiny
+
 
 @dataclass
 class HeadSums:
@@ -26,12 +28,14 @@ class HeadSums:
     first_3Hh: Tensor
     second_3Hhh: Tensor
     taylor_3Hh: Tensor
+    heed: Tensor
     mixed_Hh: Tensor
 
     @classmethod
     def zeros(cls, heads: int, dim: int, device: torch.device) -> "HeadSums":
         """Sums of nothing yet."""
-        shapes = ((), (3, heads, dim), (3, heads), (3, heads, dim), (3, heads, dim, dim), (3, heads, dim), (heads, dim))
+        streams = (3, heads, dim)
+        shapes = ((), streams, (3, heads), streams, (*streams, dim), streams, (), (heads, dim))
         return cls(*(torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes))
 
     def add(self, f_TA: Tensor, g_TA: Tensor, covariance: bool) -> None:
@@ -50,9 +54,11 @@ class HeadSums:
         self.first_3Hh += weighted.sum(2)
         self.second_3Hhh += weighted.mT @ f
 
-    def add_mixed(self, total_Hh: Tensor) -> None:
-        """Take in what enters the output projection, summed over the tokens of a batch."""
-        self.mixed_Hh += total_Hh
+    def add_mixed(self, f_TA: Tensor, g_TA: Tensor) -> None:
+        """Take in what enters the output projection, and its gradients, of T tokens."""
+        heed, heeded_A = heeded(f_TA, g_TA)
+        self.heed += heed
+        self.mixed_Hh += heeded_A.view_as(self.mixed_Hh)
 
     def covariance(self, *streams: int) -> Tensor:
         """sum w c c^T (H, h, h) over these streams, each centred on its own plain mean."""
@@ -76,8 +82,8 @@ class HeadSums:
 
     @property
     def mean(self) -> Tensor:
-        """Mean of every dimension that enters the output projection (H*h)."""
-        return (self.mixed_Hh / self.tokens).flatten()
+        """Mean of every dimension that enters the output projection (H*h), see `heeded`."""
+        return self.mixed_Hh.flatten() / self.heed.clamp_min(TINY)
 
     @property
     def taylor(self) -> Tensor:
@@ -90,27 +96,31 @@ class UnitSums:
     """Sums over tokens for the hidden units of one MLP."""
 
     tokens: Tensor
-    plain: Tensor
+    heed: Tensor
+    heeded: Tensor
     taylor_sum: Tensor
     fisher_sum: Tensor
 
     @classmethod
     def zeros(cls, units: int, device: torch.device) -> "UnitSums":
         """Sums of nothing yet."""
-        return cls(*(torch.zeros(s, dtype=torch.float64, device=device) for s in ((), (units,), (units,), (units,))))
+        shapes = ((), (), (units,), (units,), (units,))
+        return cls(*(torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes))
 
     def add(self, a_TU: Tensor, g_TU: Tensor) -> None:
         """Take in the activations and gradients of T tokens."""
         self.tokens += a_TU.shape[0]
-        self.plain += a_TU.sum(0, dtype=torch.float64)
+        heed, heeded_U = heeded(a_TU, g_TU)
+        self.heed += heed
+        self.heeded += heeded_U
         product = wide(a_TU) * wide(g_TU)
         self.taylor_sum += product.abs().sum(0, dtype=torch.float64)
         self.fisher_sum += product.square_().sum(0, dtype=torch.float64) / 2
 
     @property
     def mean(self) -> Tensor:
-        """Mean of every unit's input to the last projection."""
-        return self.plain / self.tokens
+        """Mean of every unit's input to the last projection, see `heeded`."""
+        return self.heeded / self.heed.clamp_min(TINY)
 
     @property
     def taylor(self) -> Tensor:
@@ -124,6 +134,16 @@ class UnitSums:
 
 
 Sums = HeadSums | UnitSums
+
+
+def heeded(f_TA: Tensor, g_TA: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum over tokens of how much S heeds each, its squared gradient; and of activations (T, A) weighted by that (A).
+
+    The quotient over all batches is the constant c that can best stand for F, the minimum of E[|G|^2 |F - c|^2]. A
+    plain mean would be that of the patches, to which a head that reads CLS hardly listens.
+    """
+    weight_T = wide(g_TA).square().sum(1)
+    return weight_T.sum(dtype=torch.float64), (weight_T @ wide(f_TA)).double()
 
 
 def collect(
@@ -168,12 +188,11 @@ def collect(
 
 
 def _tap(sums: Sums, covariance: bool) -> Callable[[str, Tensor], None]:
+    # All on the way back, since activation checkpointing comes forward twice.
     def tap(name: str, x: Tensor) -> None:
         flat = x.detach().flatten(0, 1)
         if name == "mixed":
-            # On the way back, like all the others, since activation checkpointing comes this way twice.
-            total = flat.sum(0, dtype=torch.float64).view_as(sums.mixed_Hh)
-            x.register_hook(lambda g: sums.add_mixed(total))
+            x.register_hook(lambda g: sums.add_mixed(flat, g.flatten(0, 1)))
             return
         if not x.requires_grad:
             x.requires_grad_()
