@@ -19,7 +19,8 @@ from timm.data import create_transform
 from torch.utils.data import DataLoader
 
 import vitrim
-from vitrim.distill import CachedViews, Distiller, SeededViews, Teacher, TeacherCache, student_grid
+from vitrim.data.views import SeededViews
+from vitrim.distill import CachedViews, Distiller, Teacher, TeacherCache, student_grid
 from vitrim.measure.bench_table import Quartiles, ratios
 from vitrim.measure.environment import environment
 from vitrim.measure.table import Column, Table

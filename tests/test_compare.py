@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import nn
 
+from vitrim.data.specs import DataSpec
+from vitrim.data.streams import plain_stream
 from vitrim.errors import DataError, VitrimError
+from vitrim.measure.accuracy import evaluate
 from vitrim.models import build_model, save, variant
-from vitrim.search.compare import compare
-from vitrim.train.data import plain_stream
-from vitrim.train.evaluate import evaluate
-from vitrim.train.specs import DataSpec
+from vitrim.study.compare import compare
 
 DIGITS = DataSpec(name="digits", workers=0)
 SIZES = {"embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 10}

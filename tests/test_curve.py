@@ -8,22 +8,22 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from vitrim.data.specs import DataSpec
+from vitrim.data.streams import make_loader, plain_stream
 from vitrim.elastic import SuperNet, stratify
 from vitrim.errors import CheckpointError, RecipeError, UnknownNameError, VitrimError
 from vitrim.measure.cost import cost
 from vitrim.models import load
 from vitrim.models.widths import widths_of
-from vitrim.search.beside import beside_alone, beside_published
-from vitrim.search.curve import Curve
-from vitrim.search.run_study import run_study
-from vitrim.search.study import Study
-from vitrim.search.trace import networks, trace
 from vitrim.show.report import write_report
 from vitrim.show.runs import points
-from vitrim.train.data import make_loader, plain_stream
+from vitrim.study.comparisons import beside_alone, beside_published
+from vitrim.study.curve import Curve
+from vitrim.study.curve_points import networks, trace
+from vitrim.study.run_study import run_study
+from vitrim.study.study import Study
 from vitrim.train.loop import train
 from vitrim.train.recipe import Recipe
-from vitrim.train.specs import DataSpec
 
 ROOT = Path(__file__).parents[1]
 DATA = {"workers": 0, "limit": 200}

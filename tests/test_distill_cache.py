@@ -13,8 +13,8 @@ from timm.data import create_transform
 from torch.utils.data import DataLoader, Subset
 
 import vitrim
-from vitrim.distill import CachedViews, Distiller, MixedViews, SeededViews, Teacher, TeacherCache, filling, student_grid
-from vitrim.distill.views import fingerprint
+from vitrim.data.views import MixedViews, SeededViews, fingerprint
+from vitrim.distill import CachedViews, Distiller, Teacher, TeacherCache, cache_writer, student_grid
 from vitrim.errors import VitrimError
 
 TERMS = "Labels() + Logits(temperature=2) + ClsStages() + Cls() + Tokens()"
@@ -177,7 +177,7 @@ def kept_wanted():
 
 def test_an_interrupted_build_goes_on_where_it_stopped(tmp_path, teacher, monkeypatch):
     whole = build(tmp_path / "whole", teacher)
-    monkeypatch.setattr(filling, "FLUSH_EVERY", 1)
+    monkeypatch.setattr(cache_writer, "FLUSH_EVERY", 1)
 
     def stop(done, _):
         if done >= 8:

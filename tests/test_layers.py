@@ -1,4 +1,4 @@
-"""Imports go downward only: cli > show > search > train > distill, elastic > measure > models > tokens > errors."""
+"""Imports go downward only, in the order of `RANK`."""
 
 import ast
 from collections.abc import Iterator
@@ -14,19 +14,22 @@ RANK = {
     "kinds": 1,
     "notation": 1,
     "output": 1,
-    "readers": 1,
+    "options": 1,
     "tokens": 2,
     "models": 3,
-    "measure": 4,
-    "elastic": 5,
-    "distill": 5,
-    "train": 6,
-    "search": 7,
-    "show": 8,
-    "demo": 9,
-    "verbs": 10,
-    "cli": 11,
-    "__main__": 12,
+    "data": 4,
+    "measure": 5,
+    "elastic": 6,
+    "distill": 6,
+    "train": 7,
+    "export": 8,
+    "compress": 8,
+    "study": 9,
+    "show": 10,
+    "demo": 11,
+    "verbs": 12,
+    "cli": 13,
+    "__main__": 14,
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 

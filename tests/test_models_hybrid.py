@@ -7,7 +7,7 @@ from timm.models import VisionTransformer
 from torch.nn import functional as F
 
 import vitrim
-from vitrim.models.hybrid import ConvStem
+from vitrim.models.small_vits import ConvStem
 
 SIZES = {  # name: image, patches, width, depth, heads
     "vitrim_cifar_vit": ((3, 48, 48), 144, 192, 8, 3),

@@ -6,7 +6,7 @@ from torchvision.models.vision_transformer import VisionTransformer as Torchvisi
 
 import vitrim
 from vitrim.errors import CheckpointError
-from vitrim.models.torchvision import convert_torchvision, is_torchvision
+from vitrim.models.torchvision_weights import convert_torchvision, is_torchvision
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ READING = """
 import multiprocessing, sys
 import torch
 from torch.utils.data import TensorDataset
-from vitrim.readers import batches_of
+from vitrim.data.readers import batches_of
 
 def read():
     global kept  # Alive to the very end, as a loader that an error's traceback holds.

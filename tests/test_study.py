@@ -12,21 +12,21 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from vitrim import cli
+from vitrim.data.specs import DataSpec
 from vitrim.distill import Terms
 from vitrim.errors import RecipeError, ScheduleError, UnknownNameError, VitrimError
 from vitrim.measure.cost import cost
 from vitrim.measure.table import Column, Table
 from vitrim.models import OWN, open_model
-from vitrim.search import study_check
-from vitrim.search.compare import compare, data_of
-from vitrim.search.published import Published
-from vitrim.search.run_study import COLUMNS, run_study
-from vitrim.search.study import Study, run_folder
-from vitrim.search.sweep import sweep
+from vitrim.study import study_check
+from vitrim.study.compare import compare, data_of
+from vitrim.study.published import Published
+from vitrim.study.run_study import COLUMNS, run_study
+from vitrim.study.study import Study, run_folder
+from vitrim.study.sweep import sweep
 from vitrim.tokens import Reduction
 from vitrim.train.loop import train
 from vitrim.train.recipe import Recipe
-from vitrim.train.specs import DataSpec
 
 ROOT = Path(__file__).parents[1]
 DATA = {"workers": 0, "limit": 60}

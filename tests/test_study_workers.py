@@ -15,8 +15,8 @@ import yaml
 
 from vitrim import cli
 from vitrim.errors import BusyError, RecipeError, VitrimError
-from vitrim.search.claims import Claims
-from vitrim.search.run_study import run_study
+from vitrim.study.leases import Claims
+from vitrim.study.run_study import run_study
 from vitrim.train.checkpoint import RunFolder
 from vitrim.train.loop import train
 from vitrim.train.recipe import Recipe
@@ -34,7 +34,7 @@ ROWS = {
 }
 WORKER = """
 import json, os, signal, sys
-from vitrim.search.run_study import run_study
+from vitrim.study.run_study import run_study
 
 folder, log, kill = sys.argv[1:]
 name = ""

@@ -25,15 +25,15 @@ from sklearn.datasets import load_digits
 from limits import no_file_above
 from vitrim import load, save
 from vitrim.cli import main
+from vitrim.data.images import open_both
+from vitrim.data.streams import make_splits
 from vitrim.distill import Teacher
-from vitrim.distill.filling import LOCK
-from vitrim.search.run_study import run_study
-from vitrim.search.study import Study
+from vitrim.distill.cache_writer import LOCK
 from vitrim.show.progress import live
+from vitrim.study.run_study import run_study
+from vitrim.study.study import Study
 from vitrim.train import task
 from vitrim.train.checkpoint import RunFolder
-from vitrim.train.data import make_splits
-from vitrim.train.images import open_both
 from vitrim.train.learner import prepare_learner, prepare_student
 from vitrim.train.loop import train
 from vitrim.train.recipe import Recipe

@@ -13,13 +13,13 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from vitrim.data import streams
+from vitrim.data.images import open_both, open_images
+from vitrim.data.specs import AugmentSpec, DataSpec
 from vitrim.errors import CheckpointError, DataError, UnknownNameError, VitrimError
-from vitrim.train import data
-from vitrim.train.evaluate import evaluate
-from vitrim.train.images import open_both, open_images
+from vitrim.measure.accuracy import evaluate
 from vitrim.train.loop import train
 from vitrim.train.recipe import Recipe
-from vitrim.train.specs import AugmentSpec, DataSpec
 
 MODEL = {"name": "vitrim_digits_vit", "args": {"depth": 2, "embed_dim": 24, "num_heads": 2}}
 
@@ -138,7 +138,7 @@ def test_damaged_images_are_skipped_and_counted_once(root: Path):
     assert result["unreadable"] == [str(path) for path in broken]
     assert result["test_images"] == 11
     images = open_images(spec(root), False)
-    stream = data.Stream(images, range(12), data.transforms_for(tiny(), spec(root)), 0, skip=True)
+    stream = streams.Stream(images, range(12), streams.transforms_for(tiny(), spec(root)), 0, skip=True)
     pixels, label, index = stream[9]
     assert index == -1 - 9
     assert torch.equal(pixels, stream[10][0])
@@ -153,7 +153,7 @@ def test_damaged_images_are_skipped_and_counted_once(root: Path):
 
 def test_figures_against_single_images(root: Path):
     torch.manual_seed(1)
-    model, stream = tiny().eval(), data.plain_stream(tiny(), spec(root))
+    model, stream = tiny().eval(), streams.plain_stream(tiny(), spec(root))
     with torch.no_grad():
         torch.nn.init.normal_(model.head.weight)  # Opinions that differ from image to image.
         answers = [model(stream[i][0][None]).double().softmax(1)[0] for i in range(len(stream))]
@@ -179,7 +179,7 @@ def test_a_worker_names_the_damaged_image(root: Path):
 @pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB")])
 def test_images_come_with_the_channels_of_the_model(channels: int, mode: str, root: Path):
     model = tiny(in_chans=channels)
-    stream = data.plain_stream(model, spec(root))
+    stream = streams.plain_stream(model, spec(root))
     assert stream.images.mode == mode
     image, _, index = stream[3]
     assert image.shape == (channels, 32, 32)
@@ -189,7 +189,7 @@ def test_images_come_with_the_channels_of_the_model(channels: int, mode: str, ro
 
 def test_input_size(root: Path):
     with pytest.raises(DataError, match=r"takes images of 32 px, but data\.image_size is 64"):
-        data.plain_stream(tiny(), spec(root, image_size=64))
+        streams.plain_stream(tiny(), spec(root, image_size=64))
     sized = recipe(root, image_size=16)
     result = train(sized, root.parent / "sized")
     assert result["tokens"] == [257, 257]
@@ -214,18 +214,18 @@ def test_wrong_number_of_classes_against_a_checkpoint(root: Path):
 def test_streams_depend_on_seed_epoch_and_index_alone(root: Path):
     varied = AugmentSpec(crop="resized", flip=True, randaugment="rand-m9-n2", erasing=0.5)
     train_images, test_images = open_both(spec(root))
-    streams = [
-        data.make_splits(train_images, test_images, tiny(), spec(root, holdout=0.2), varied, seed).train
+    varied_streams = [
+        streams.make_splits(train_images, test_images, tiny(), spec(root, holdout=0.2), varied, seed).train
         for seed in (0, 0, 1)
     ]
-    length = len(streams[0])
+    length = len(varied_streams[0])
     torch.manual_seed(1)
-    first = streams[0][5][0]
+    first = varied_streams[0][5][0]
     torch.rand(7)
-    assert torch.equal(first, streams[1][5][0])
-    assert not torch.equal(first, streams[0][5 + length][0])
-    assert not torch.equal(first, streams[2][5][0])
-    splits = data.make_splits(train_images, test_images, tiny(), spec(root, holdout=0.2), varied, 0)
+    assert torch.equal(first, varied_streams[1][5][0])
+    assert not torch.equal(first, varied_streams[0][5 + length][0])
+    assert not torch.equal(first, varied_streams[2][5][0])
+    splits = streams.make_splits(train_images, test_images, tiny(), spec(root, holdout=0.2), varied, 0)
     assert not set(splits.train.indices) & set(splits.select.indices if splits.select else ())
     assert len(splits.train) == 24
 

@@ -21,14 +21,15 @@ from timm.models import save_for_hf
 from torch.nn import functional as F
 
 from vitrim import load, save
+from vitrim.data.images import Images, open_both
+from vitrim.data.streams import make_splits
 from vitrim.errors import VitrimError
+from vitrim.measure.accuracy import make_accelerator, mean_loss
 from vitrim.models import attach, attached
+from vitrim.models.input_format import InputFormat
 from vitrim.show.listing import listing
 from vitrim.show.progress import live
 from vitrim.train.checkpoint import RunFolder
-from vitrim.train.data import InputFormat, make_splits
-from vitrim.train.evaluate import make_accelerator, mean_loss
-from vitrim.train.images import Images, open_both
 from vitrim.train.learner import cross_entropy, make_optimizer, prepare_learner, prepare_student, prepare_teacher
 from vitrim.train.loop import train
 from vitrim.train.recipe import Recipe

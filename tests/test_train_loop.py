@@ -11,13 +11,14 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from vitrim import attach, attached, load, save
+from vitrim.data.seeding import seed_everything
+from vitrim.data.specs import AugmentSpec
 from vitrim.train import loop
 from vitrim.train.checkpoint import RunFolder
 from vitrim.train.learner import make_mixup, make_optimizer, make_scheduler, prepare_student
 from vitrim.train.loop import train
 from vitrim.train.recipe import Recipe
-from vitrim.train.seeding import seed_everything
-from vitrim.train.specs import AugmentSpec, OptimSpec
+from vitrim.train.specs import OptimSpec
 
 SIZES = {"depth": 2, "embed_dim": 24, "num_heads": 2}
 

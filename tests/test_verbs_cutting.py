@@ -6,11 +6,11 @@ import pytest
 
 import vitrim
 from vitrim.cli import main
+from vitrim.data.specs import DataSpec
 from vitrim.elastic import SuperNet
 from vitrim.models.classes import classes_of
-from vitrim.search.compare import compare
+from vitrim.study.compare import compare
 from vitrim.train.recipe import Recipe
-from vitrim.train.specs import DataSpec
 
 DATA = ["--data.name", "digits", "--data.workers", "0"]
 BACKWARDS = [str(digit) for digit in reversed(range(10))]

@@ -17,8 +17,8 @@ from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 from . import __version__
 from .errors import VitrimError
+from .options import read_yaml
 from .output import FULL
-from .train.options import read_yaml
 from .train.recipe import Recipe
 from .train.stopping import Stopped
 from .verbs import VERBS

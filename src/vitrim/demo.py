@@ -10,22 +10,23 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from .data.specs import AugmentSpec, DataSpec
+from .data.streams import plain_stream
 from .errors import RecipeError
 from .measure.environment import environment
 from .measure.speed import bench
 from .measure.table import Column, Table
 from .models import DENSE, attach, find_adapter, open_model, variant
 from .output import check_folder
-from .search.compare import CLS_ONLY, figures_of
 from .show.pictures import show
 from .show.plots import cost_accuracy_plot
 from .show.progress import live
 from .show.report import write_report
+from .study.compare import CLS_ONLY, figures_of
 from .train.checkpoint import write_atomic
-from .train.data import plain_stream
 from .train.loop import train
 from .train.recipe import Recipe
-from .train.specs import AugmentSpec, DataSpec, OptimSpec
+from .train.specs import OptimSpec
 
 TRAINED_WITH = "TopK() @ PowerLaw(r_max=0.6, alpha=2.0)"
 METHODS = {

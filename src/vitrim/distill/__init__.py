@@ -7,7 +7,6 @@ from .losses import LOSSES
 from .objective import TERMS, WEIGHTS, Term, Terms
 from .teacher import Teacher
 from .terms import Cls, ClsStages, DistToken, Labels, Logits, Merged, Tokens
-from .views import MixedViews, SeededViews, Views, describe_views
 
 __all__ = [
     "LOSSES",
@@ -23,16 +22,12 @@ __all__ = [
     "Labels",
     "Logits",
     "Merged",
-    "MixedViews",
     "Outputs",
-    "SeededViews",
     "Teacher",
     "TeacherCache",
     "Term",
     "Terms",
     "Tokens",
-    "Views",
     "Wanted",
-    "describe_views",
     "student_grid",
 ]

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ..data.views import Views
 from ..errors import DistillError
+from .cache_writer import Arrays, Tick, fill, missing_rows, open_arrays
 from .features import Wanted
-from .filling import Arrays, Tick, fill, missing_rows, open_arrays
 from .manifest import MANIFEST, Manifest
 from .objective import Terms
 from .teacher import Grid, Teacher
-from .views import Views
 
 
 class TeacherCache:

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from timm.models import get_model_input_config
 from torch import Tensor, nn
 
 from ..errors import DistillError
 from ..models import attached
+from ..models.input_format import input_size_of
 from ..tokens import Assignment, TokenState
 
 Outputs = Mapping[str, Tensor]
@@ -129,16 +129,6 @@ def look(model: nn.Module, images: Tensor, wanted: Wanted) -> dict[str, Tensor]:
     if wanted.tokens:
         found["tokens"] = final[:, anatomy.num_prefix :]
     return found
-
-
-def input_size_of(model: nn.Module) -> tuple[int, int, int]:
-    """(channels, height, width) that this very model takes, of whatever kind it is.
-
-    timm's configuration of an architecture keeps those of its weights, whatever the model was built with.
-    """
-    channels, *size = get_model_input_config(model)["input_size"]
-    height, width = getattr(getattr(model, "patch_embed", None), "img_size", None) or size
-    return int(channels), int(height), int(width)
 
 
 def idle_parameters(model: nn.Module, wanted: Wanted, reads: Collection[str]) -> list[str]:

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from ..data.views import Views
 from ..errors import DistillError
 from .features import Anatomy, Wanted
 from .teacher import Grid, Teacher
-from .views import Views
 
 MANIFEST, FORMAT = "manifest.json", 2
 

@@ -15,8 +15,9 @@ from torch.nn import functional as F
 
 from ..errors import DistillError
 from ..models import attached
+from ..models.input_format import input_size_of
 from ..tokens.precision import wide
-from .features import Anatomy, Wanted, input_size_of, look
+from .features import Anatomy, Wanted, look
 
 Grid = tuple[int, int]
 _HOW = {"training", "fused_attn", "grad_checkpointing"}

@@ -1,8 +1,7 @@
 """Adapters: the only room that knows a foreign class. Importing it fills the table of adapters and timm's registry."""
 
-from . import hybrid as _hybrid  # noqa: F401  (enters its models in timm's registry)
-from . import timm_sublayers as _timm_sublayers  # noqa: F401  (enters its layers in the table of elastic ones)
-from . import timm_vit as _timm_vit  # noqa: F401  (enters itself in the table)
+from . import families as _families  # noqa: F401  (fills the table of adapters)
+from . import small_vits as _small_vits  # noqa: F401  (enters its models in timm's registry)
 from .adapter import ADAPTERS, Adapter, Geometry, find_adapter
 from .attach import Handle, attach, attached
 from .build import build_model, has_weights, open_model

@@ -10,7 +10,7 @@ from torch import nn
 from ..errors import CheckpointError, ClassCountError, UnknownNameError
 from .create import SOURCES, create
 from .store import DESCRIPTION, WEIGHTS, check_heads, load, weights_path
-from .torchvision import Converted, convert_torchvision, is_torchvision
+from .torchvision_weights import Converted, convert_torchvision, is_torchvision
 from .weights import SUFFIXES, class_count, classifiers_of, load_weights, read_weights
 
 

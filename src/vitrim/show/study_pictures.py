@@ -4,11 +4,11 @@ from pathlib import Path
 
 import torch
 
+from ..data.specs import DataSpec
+from ..data.streams import plain_stream
 from ..models import open_model
-from ..search.study import Study, run_folder
-from ..train.data import plain_stream
-from ..train.options import fill
-from ..train.specs import DataSpec
+from ..options import fill
+from ..study.study import Study, run_folder
 from .files import spread_evenly
 from .pictures import show
 

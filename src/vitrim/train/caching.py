@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
+from ..data.streams import Splits, Stream
 from ..distill import Distiller, TeacherCache, student_grid
-from .data import Splits, Stream
 from .recipe import Recipe
 from .state import Report
 from .stopping import Stopped, StopSignals

@@ -11,17 +11,18 @@ from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..data.quiet import quiet
+from ..data.specs import AugmentSpec
 from ..distill import Distiller, Teacher, Terms
 from ..distill.terms import Labels
 from ..errors import ClassCountError, DistillError, RecipeError, VitrimError
 from ..models import attach, attached, build_model, find_adapter
 from ..models.build import check_name, is_architecture
 from ..models.classes import other_classes
+from ..models.input_format import InputFormat
 from ..tokens import Adaptive, Constant, Reduction, render
-from .data import InputFormat
-from .hushed import hushed
 from .recipe import Recipe
-from .specs import AugmentSpec, ModelSpec, OptimSpec
+from .specs import ModelSpec, OptimSpec
 
 
 def prepare_model(
@@ -225,7 +226,7 @@ def make_scheduler(
     optimizer: torch.optim.Optimizer, spec: OptimSpec, epochs: int, updates_per_epoch: int
 ) -> CosineLRScheduler:
     """Per update: a straight line from lr / 100 over the warm-up epochs, then half a cosine to min_lr at the end."""
-    with hushed("timm.scheduler"):  # A single update is at the start of its cosine, of which timm warns.
+    with quiet("timm.scheduler"):  # A single update is at the start of its cosine, of which timm warns.
         return CosineLRScheduler(
             optimizer, t_initial=epochs * updates_per_epoch, lr_min=spec.min_lr, t_in_epochs=False,
             warmup_t=round(spec.warmup_epochs * updates_per_epoch), warmup_lr_init=spec.lr / 100,

@@ -13,19 +13,19 @@ from accelerate.utils import DataLoaderConfiguration
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
+from ..data.images import open_both
+from ..data.seeding import seed_everything
+from ..data.streams import Stream, make_loader, make_splits
 from ..distill import Outputs
 from ..errors import VitrimError
+from ..measure.accuracy import Figures, evaluate_all, make_accelerator
 from ..measure.cost import cost
 from ..measure.environment import environment
 from ..models import attached, load
 from .checkpoint import RunFolder
-from .data import Stream, make_loader, make_splits
-from .evaluate import Figures, evaluate_all, make_accelerator
-from .images import open_both
 from .learner import make_mixup, make_optimizer, make_scheduler, prepare_student
 from .meter import Meter
 from .recipe import Recipe
-from .seeding import seed_everything
 from .state import Report, RunState, Stateful
 from .stopping import Stopped, StopSignals
 from .stratification import Stratification

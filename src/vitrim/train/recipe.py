@@ -6,9 +6,10 @@ from typing import Any, Literal
 
 import yaml
 
+from ..data.specs import AugmentSpec, DataSpec
 from ..errors import RecipeError, UnknownNameError
-from .options import check_ranges, fill, flatten, plain, read_yaml
-from .specs import AugmentSpec, CacheSpec, DataSpec, ElasticSpec, ModelSpec, OptimSpec
+from ..options import check_ranges, fill, flatten, plain, read_yaml
+from .specs import CacheSpec, ElasticSpec, ModelSpec, OptimSpec
 
 
 @dataclass

@@ -14,6 +14,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from ..data.seeding import mix
+from ..data.streams import Splits, Stream, make_loader, transforms_for
 from ..distill import Distilled, Outputs, Teacher
 from ..elastic import SuperNet
 from ..elastic.piad import Piad, Stratifier, imitation_loss
@@ -21,13 +23,12 @@ from ..elastic.probing import is_headless, output_of
 from ..elastic.sampler import RULES, narrowed
 from ..elastic.wpac import wpac
 from ..errors import DistillError, VitrimError
+from ..measure.accuracy import Figures
 from ..models import attached
+from ..models.input_format import InputFormat
 from .checkpoint import RunFolder
-from .data import InputFormat, Splits, Stream, make_loader, transforms_for
-from .evaluate import Figures
 from .learner import cross_entropy, prepare_teacher
 from .recipe import Recipe
-from .seeding import mix
 from .task import Evaluate, Task
 
 log = logging.getLogger(__name__)

@@ -13,13 +13,13 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from ..data.streams import Splits, Stream
 from ..distill import Distilled, Distiller, Outputs
+from ..measure.accuracy import Figures, attention_entropy, mean_loss
 from ..models import attached, detached, save
 from ..tokens import Adaptive
 from .caching import with_cache
 from .checkpoint import RunFolder
-from .data import Splits, Stream
-from .evaluate import Figures, attention_entropy, mean_loss
 from .learner import prepare_learner, with_student
 from .recipe import Recipe
 from .state import Report, Stateful

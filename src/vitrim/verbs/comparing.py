@@ -24,7 +24,7 @@ def evaluate(
         out: file to write the table to (.md, .csv, .json or .html).
     """
     check_table(out)
-    from ..search.compare import compare, data_of
+    from ..study.compare import compare, data_of
 
     deliver(compare(model, data_of(model, data), method or ["dense"], batch_size=batch_size, device=device), out)
 
@@ -88,8 +88,8 @@ def sweep(
         out: file to write the table to (.md, .csv, .json or .html).
     """
     check_table(out)
-    from ..search.compare import data_of
-    from ..search.sweep import sweep as run
+    from ..study.compare import data_of
+    from ..study.sweep import sweep as run
 
     options = {"search": search, "trials": trials, "batch_size": batch_size, "device": device}
     deliver(run(model, data_of(model, data), method, vary, **options), out)

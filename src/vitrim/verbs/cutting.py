@@ -48,12 +48,12 @@ def stratify(
             )
         _train(_recipe_for(model, data, recipe, epochs, num_images, width_multiple), out, device)
         return
+    from ..data.streams import make_loader, plain_stream
     from ..elastic.supernet import stratify as run
+    from ..measure.accuracy import make_accelerator
     from ..models import check_place, has_weights, open_model
     from ..models.classes import kept_classes, other_classes
-    from ..search.compare import data_of
-    from ..train.data import make_loader, plain_stream
-    from ..train.evaluate import make_accelerator
+    from ..study.compare import data_of
 
     check_place(out, overwrite=overwrite)
     network = open_model(model).to(make_accelerator(cpu=device == "cpu").device)
@@ -78,7 +78,7 @@ def _recipe_for(
 ) -> Recipe:  # fmt: skip
     """The recipe of the training; where it is shortened, growth keeps its part of it."""
     from ..models.build import saved_folder
-    from ..search.compare import data_of, laid_over
+    from ..study.compare import data_of, laid_over
 
     base = Recipe.read(file) if file else PUBLISHED
     if base.elastic is None:
@@ -143,10 +143,10 @@ def extract(
         device: where latency is measured.
     """
     from ..elastic.supernet import CHAIN, SuperNet
+    from ..measure.accuracy import make_accelerator
     from ..measure.cost import cost
     from ..models import check_place, save
     from ..models.classes import kept_classes
-    from ..train.evaluate import make_accelerator
 
     check_place(out, overwrite=overwrite)
     if (Path(out) / CHAIN).exists():

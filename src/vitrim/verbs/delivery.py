@@ -3,7 +3,7 @@
 import sys
 from typing import Annotated, Any, Literal
 
-from ..train.specs import DataSpec
+from ..data.specs import DataSpec
 
 Device = Literal["auto", "cpu", "cuda"]
 DataOptions = Annotated[dict[str, Any], DataSpec]

@@ -33,9 +33,9 @@ def show(
         overwrite: replace pictures that exist.
         device: where to run.
     """
+    from ..measure.accuracy import make_accelerator
     from ..models import attached, has_weights, open_model, variant
     from ..show.pictures import show as draw
-    from ..train.evaluate import make_accelerator
 
     network = variant(open_model(model), method)
     if attached(network) is None:

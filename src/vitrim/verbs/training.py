@@ -46,12 +46,12 @@ def study(
             given the same command then share the runs. They must share the folder of the study too.
         workers: processes to start here; without --database they share the runs by a file in the folder of the study.
     """
-    from ..search.local_workers import local_workers
-    from ..search.run_study import run_study
-    from ..search.study import Study
     from ..show.progress import live
     from ..show.report import write_report
     from ..show.study_pictures import draw_study
+    from ..study.local_workers import local_workers
+    from ..study.run_study import run_study
+    from ..study.study import Study
 
     with local_workers(workers, file, out, scale, root, database) as place, live() as report:
         table = run_study(

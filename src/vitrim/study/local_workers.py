@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 
 from ..errors import RecipeError
-from .folder import check_study_folder, mark
 from .study import Study
 from .study_check import check_study
+from .study_folder import check_study_folder, mark
 
 
 @contextmanager

@@ -9,17 +9,18 @@ from typing import Any
 
 from torch import nn
 
+from ..data.images import open_images
+from ..data.specs import DataSpec
+from ..data.streams import Stream, plain_stream
 from ..errors import DataError, VitrimError
+from ..measure.accuracy import Figures, evaluate_all, make_accelerator
 from ..measure.cost import cost
 from ..measure.environment import environment
 from ..measure.table import Column, Table
 from ..models import open_model, variant
 from ..models.classes import other_classes
-from ..train.data import InputFormat, Stream, plain_stream
-from ..train.evaluate import Figures, evaluate_all, make_accelerator
-from ..train.images import open_images
+from ..models.input_format import InputFormat
 from ..train.recipe import Recipe
-from ..train.specs import DataSpec
 
 DataOf = DataSpec | Mapping[str, DataSpec]
 """The images: one set for all models, or by the name of each."""

@@ -13,13 +13,13 @@ import timm
 import torch
 from torch import nn
 
+from ..data.images import look_for
 from ..distill import Terms
 from ..errors import CheckpointError, RecipeError, UnknownNameError, VitrimError
 from ..models import attach, attached, find_adapter, variant
 from ..models.build import check_name
+from ..models.input_format import InputFormat
 from ..train.checkpoint import RunFolder
-from ..train.data import InputFormat
-from ..train.images import look_for
 from ..train.learner import prepare_model, reduction_of
 from ..train.recipe import Recipe
 from ..train.specs import ModelSpec

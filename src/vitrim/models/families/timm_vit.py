@@ -13,12 +13,12 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..errors import ScoreError, UnsupportedModelError, VitrimError
-from ..tokens import Plan, Reducer
-from .adapter import Adapter, BlockShape, Geometry, Macs, block_macs, needed
-from .attach import Handle
-from .reduced import ReducedBlock, hooked
-from .sublayers import Elastic, RemovedBranch
+from ...errors import ScoreError, UnsupportedModelError, VitrimError
+from ...tokens import Plan, Reducer
+from ..adapter import Adapter, BlockShape, Geometry, Macs, block_macs, needed
+from ..attach import Handle
+from ..reduced import ReducedBlock, hooked
+from ..sublayers import Elastic, RemovedBranch
 
 
 class ReducedTimmBlock(ReducedBlock, Block):

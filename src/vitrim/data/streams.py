@@ -2,24 +2,32 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from PIL import Image
-from timm.data import create_transform, rand_augment_transform, resolve_model_data_config
+from timm.data import create_transform, rand_augment_transform
 from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import RandomResizedCropAndInterpolation, str_to_interp_mode
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 from torchvision import transforms as T
 
-from ..distill import TeacherCache, describe_views
-from ..distill.features import input_size_of
 from ..errors import DataError
-from ..readers import batches_of
+from ..models.input_format import InputFormat
 from .images import Images, open_images
+from .readers import batches_of
 from .seeding import mix, seed_host
 from .specs import AugmentSpec, DataSpec
+from .views import describe_views
+
+
+class Known(Protocol):
+    """What a teacher said of each image, by row, such as a `TeacherCache`."""
+
+    rows: int
+
+    def __getitem__(self, row: int) -> Any: ...
 
 
 class Stream(Dataset[tuple[Any, ...]]):
@@ -36,7 +44,7 @@ class Stream(Dataset[tuple[Any, ...]]):
     ) -> None:  # fmt: skip
         self.images, self.indices, self.transform, self.seed, self.skip = images, list(indices), transform, seed, skip
         self.views = views
-        self.known: TeacherCache | None = None
+        self.known: Known | None = None
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -90,40 +98,6 @@ class Splits:
     select: Stream | None
     test: Stream
     classes: list[str]
-
-
-@dataclass(frozen=True)
-class InputFormat:
-    """What a model expects of its images: (channels, height, width), and the statistics to normalise with."""
-
-    size: tuple[int, int, int]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    interpolation: str
-    crop_pct: float
-
-    @classmethod
-    def of(cls, model: nn.Module, image_size: int | None = None) -> "InputFormat":
-        """The format of this very model; timm's configuration tells only that of its architecture.
-
-        Raises:
-            DataError: the model takes images of another size than `image_size`.
-        """
-        config, size = resolve_model_data_config(model), input_size_of(model)
-        if image_size not in (None, size[1]):
-            raise DataError(f"the model takes images of {size[1]} px, but data.image_size is {image_size}")
-        mean, std = (
-            (sum(values) / len(values),) * size[0] if len(values) != size[0] else tuple(values)
-            for values in (config["mean"], config["std"])
-        )
-        return cls(size, mean, std, config["interpolation"], config["crop_pct"])
-
-    @property
-    def mode(self) -> str:
-        """The Pillow mode with so many channels; `DataError` where there is none."""
-        if self.size[0] not in (1, 3):
-            raise DataError(f"the model takes {self.size[0]} channels; images have 1 (grey) or 3 (colour)")
-        return "L" if self.size[0] == 1 else "RGB"
 
 
 def transforms_for(

@@ -18,7 +18,7 @@ from typing import Any
 
 from ..elastic import ORDERINGS
 from ..errors import RecipeError, UnknownNameError
-from ..train.options import check_ranges, fill
+from ..options import check_ranges, fill
 from ..train.recipe import Recipe
 
 

@@ -7,16 +7,16 @@ from typing import Any
 
 from torch import nn
 
+from ..data.specs import DataSpec
+from ..data.streams import make_loader, plain_stream
 from ..elastic import SuperNet, stratify
+from ..measure.accuracy import make_accelerator
 from ..measure.environment import environment
 from ..measure.table import Column, Table
 from ..models import open_model
 from ..train.checkpoint import RunFolder
-from ..train.data import make_loader, plain_stream
-from ..train.evaluate import make_accelerator
-from ..train.specs import DataSpec
-from .beside import beside_alone, beside_published
 from .compare import DataOf, data_for, figures_of, other_images, over_seeds
+from .comparisons import beside_alone, beside_published
 from .curve import Curve, Line
 
 Folders = Mapping[str, Path]

@@ -8,10 +8,10 @@ from timm.layers import Attention, GluMlp, Mlp, SwiGLU
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..errors import UnsupportedModelError
-from .adapter import Macs
-from .slicing import check_norm, compensate, cut_linear, cut_norm, leading, narrow_norm
-from .sublayers import Elastic
+from ...errors import UnsupportedModelError
+from ..adapter import Macs
+from ..slicing import check_norm, compensate, cut_linear, cut_norm, leading, narrow_norm
+from ..sublayers import Elastic
 
 
 class ElasticAttention(Elastic, Attention, replaces=Attention):

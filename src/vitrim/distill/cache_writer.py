@@ -12,13 +12,13 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ..data.readers import batches_of
+from ..data.views import Views
 from ..errors import DistillError
 from ..output import FULL, replacing, told
-from ..readers import batches_of
 from .features import Wanted
 from .manifest import MANIFEST, Manifest
 from .teacher import Teacher
-from .views import Views
 
 DONE, LOCK = "done", "lock"
 FLUSH_EVERY = 32  # Batches that a power cut can cost.

@@ -12,14 +12,14 @@ from ..models import open_model, variant
 from ..train.checkpoint import RunFolder, write_atomic
 from ..train.loop import train
 from ..train.state import Report
-from .claims import GRACE
 from .compare import CLS_ONLY, figures_of, other_images, over_seeds
-from .folder import check_study_folder, mark
+from .curve_points import trace
+from .leases import GRACE
 from .published import beside
 from .study import Study, run_folder
 from .study_check import check_study
+from .study_folder import check_study_folder, mark
 from .sweep import sweep
-from .trace import trace
 from .workers import join, once, share
 
 _TABULATED = ".tabulated"

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Subset
 
+from ..data.streams import Stream, make_loader
 from ..errors import DataError, VitrimError
 from ..models import attached_instead, find_adapter
 from ..tokens import KeepRate, Reduction, TopK
-from .data import Stream, make_loader
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from timm.data import create_dataset
 from torch.utils.data import IterableDataset
 
 from ..errors import DataError, UnknownNameError
-from .hushed import hushed
+from .quiet import quiet
 from .specs import DataSpec
 
 _READERS = ("torch/cifar10", "torch/cifar100", "torch/image_folder", "hfds/OWNER/NAME", "wds/NAME", "tfds/NAME")
@@ -180,7 +180,7 @@ def _open_by_reader(spec: DataSpec, train: bool) -> Images:
         raise DataError(f"{spec.name} needs data.root, the folder to find it in or to download it to")
     split = spec.train_split if train else spec.test_split or "validation"
     try:
-        with hushed("timm.data"):
+        with quiet("timm.data"):
             source = create_dataset(spec.name, root=spec.root, split=split, download=spec.download)
     except ImportError as error:
         raise DataError(f"{spec.name} needs the package {error.name}; pip install {_PACKAGES[kind]}") from None

@@ -16,8 +16,8 @@ from typing import Any
 
 from ..errors import RecipeError, UnknownNameError
 from ..models import OWN
+from ..options import fill, flatten, merge, read_yaml
 from ..train.checkpoint import RunFolder
-from ..train.options import fill, flatten, merge, read_yaml
 from ..train.recipe import Recipe
 from .curve import Curve
 from .published import Published, read_published

@@ -15,9 +15,9 @@ from ..errors import BusyError, RecipeError
 from ..train.checkpoint import RunFolder
 from ..train.loop import train
 from ..train.state import Report
-from .claims import GRACE, Claims
-from .folder import name_of
+from .leases import GRACE, Claims
 from .study import Study, run_folder
+from .study_folder import name_of
 
 POLL = 2.0
 """Seconds between two looks at what the others do."""

@@ -6,7 +6,7 @@ from typing import Any
 
 from ..errors import RecipeError
 from ..measure.table import Column, Table
-from ..train.options import check_ranges, fill
+from ..options import check_ranges, fill
 
 
 @dataclass(frozen=True)

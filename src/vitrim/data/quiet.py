@@ -7,7 +7,7 @@ from io import StringIO
 
 
 @contextmanager
-def hushed(library: str) -> Iterator[None]:
+def quiet(library: str) -> Iterator[None]:
     """Keep back what a library prints and what it warns of, where vitrim tells in words of its own what matters."""
     logger = logging.getLogger(library)
     level = logger.level

@@ -8,13 +8,13 @@ from typing import Any, Literal
 
 from torch import nn
 
+from ..data.specs import DataSpec
 from ..errors import RecipeError, ScheduleError, UnknownNameError, VitrimError
 from ..measure.environment import environment
 from ..measure.table import Column, Table
 from ..models import DENSE, open_model, variant
+from ..options import fill
 from ..tokens import Reduction
-from ..train.options import fill
-from ..train.specs import DataSpec
 from .compare import CLS_ONLY, COLUMNS, DataOf, data_for, figures_of, other_images
 from .published import beside, read_published
 

@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 
-from ..errors import RecipeError, UnknownNameError
+from .errors import RecipeError, UnknownNameError
 
 Options = TypeVar("Options")
 

@@ -1,0 +1,1 @@
+"""Images: the one door through which they come. Decoding, input format, transforms, streams and seeds."""
