@@ -18,6 +18,8 @@ class InputFormat:
     std: tuple[float, ...]
     interpolation: str
     crop_pct: float
+    crop_mode: str = "center"
+    """How evaluation fits an image into the input: timm's "center", "squash" (no crop, aspect lost) or "border"."""
 
     @classmethod
     def of(cls, model: nn.Module, image_size: int | None = None) -> "InputFormat":
@@ -33,7 +35,7 @@ class InputFormat:
             (sum(values) / len(values),) * size[0] if len(values) != size[0] else tuple(values)
             for values in (config["mean"], config["std"])
         )
-        return cls(size, mean, std, config["interpolation"], config["crop_pct"])
+        return cls(size, mean, std, config["interpolation"], config["crop_pct"], config["crop_mode"])
 
     @property
     def mode(self) -> str:
