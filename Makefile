@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint clean
+.PHONY: demo test fuzz lint clean
 .DEFAULT_GOAL := demo
 
 $(STAMP): pyproject.toml
@@ -18,6 +18,9 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+fuzz: $(STAMP)
+	VITRIM_FUZZ=10000 $(BIN)/python -m pytest -n 2 tests/test_fuzz_*.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from limits import no_file_above
 from vitrim.errors import CheckpointError, OutputError, RecipeError, VitrimError
+from vitrim.output import MARK, is_leftover
 from vitrim.train import checkpoint, task
 from vitrim.train.checkpoint import RunFolder
 from vitrim.train.loop import train
@@ -148,7 +149,7 @@ def test_killed_at_random_moments(workers: int, tmp_path: Path):
     assert -signal.SIGKILL in ends
     train(options, tmp_path / "parts")
     assert_same(outcome(tmp_path / "whole"), outcome(tmp_path / "parts"))
-    assert not list((tmp_path / "parts").rglob("*.part"))
+    assert not list((tmp_path / "parts").rglob(f"{MARK}*"))
     assert {p.name for p in (tmp_path / "parts" / "model").iterdir()} == {"model.safetensors", "vitrim.json"}
 
 
@@ -206,7 +207,7 @@ def test_full_disk_keeps_the_old_checkpoint(what: str, tmp_path: Path, monkeypat
 
     def full(*args: Any, **options: Any) -> None:
         for path in args:
-            if isinstance(path, Path) and path.suffix == ".part":
+            if isinstance(path, Path) and is_leftover(path.parent):
                 path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
@@ -216,7 +217,7 @@ def test_full_disk_keeps_the_old_checkpoint(what: str, tmp_path: Path, monkeypat
     assert "\n" not in str(e.value)
     state = RunFolder(tmp_path / "run").state_path
     assert state.read_bytes() == kept[state]
-    assert not list((tmp_path / "run").rglob("*.part"))
+    assert not list((tmp_path / "run").rglob(f"{MARK}*"))
     monkeypatch.undo()
     train(options, tmp_path / "run")
     train(options, tmp_path / "whole")

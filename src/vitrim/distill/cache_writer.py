@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from ..data.readers import batches_of
 from ..data.views import Views
 from ..errors import DistillError
-from ..output import FULL, replacing, told
+from ..output import FULL, replacing, write_errors
 from .features import Wanted
 from .manifest import MANIFEST, Manifest
 from .teacher import Teacher
@@ -185,7 +185,7 @@ def _size(num_bytes: int) -> str:
 
 def _lay_out(path: Path, kind: str, shape: tuple[int, ...]) -> None:
     """An array of zeros whose room on the disk is taken: a mapped file that meets a full one kills the process."""
-    with told(path):
+    with write_errors(path):
         try:
             np.lib.format.open_memmap(path, mode="w+", dtype=kind, shape=shape)
             _take_room(path)

@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 
 from ..errors import BusyError, CheckpointError, RecipeError
 from ..models.store import WEIGHTS
-from ..output import PART, replacing, told
+from ..output import is_leftover, remove_leftovers, replacing, write_errors
 from .recipe import Recipe
 
 _LOCK = ".lock"
@@ -59,7 +59,7 @@ class RunFolder:
                 )
         elif self.path.exists() and not self.path.is_dir():
             raise RecipeError(f"{self.path} is a file; choose a folder with --out")
-        elif self.path.exists() and any(not name.name.endswith((PART, _LOCK)) for name in self.path.iterdir()):
+        elif self.path.exists() and any(path.name != _LOCK and not is_leftover(path) for path in self.path.iterdir()):
             raise RecipeError(f"{self.path} is not empty and holds no run; choose another folder with --out")
 
     @contextmanager
@@ -69,7 +69,7 @@ class RunFolder:
         Raises:
             BusyError: another process is writing.
         """
-        with told(self._recipe_path):
+        with write_errors(self._recipe_path):
             self.path.mkdir(parents=True, exist_ok=True)
             try:
                 held = FileLock(self.path / _LOCK).acquire(timeout=_PATIENCE)
@@ -82,8 +82,7 @@ class RunFolder:
 
     def start(self, recipe: Recipe, command: str, environment: Mapping[str, Any]) -> None:
         """Write what the run is, the recipe first, so that a folder with anything in it can be told."""
-        for left in self.path.rglob(f"*{PART}"):  # What a crash interrupted.
-            left.unlink()
+        remove_leftovers(self.path)
         for path, content in (
             (self._recipe_path, recipe.to_yaml()),
             (self.path / "command.txt", command + "\n"),
@@ -133,7 +132,7 @@ class RunFolder:
         Raises:
             OutputError: they could not be written (full disk); the ones before are still there.
         """
-        with told(self.model_path / WEIGHTS):
+        with write_errors(self.model_path / WEIGHTS):
             write(self.model_path, overwrite=True, classes=list(classes))
 
     @property
@@ -175,7 +174,7 @@ def _parsed(path: Path, text: str) -> dict[str, Any]:
 
 @contextmanager
 def _written(path: Path) -> Iterator[Path]:
-    with told(path, RuntimeError):  # By which torch tells a full disk.
+    with write_errors(path, RuntimeError):  # By which torch tells a full disk.
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as part:
             yield part
