@@ -17,9 +17,9 @@ from vitrim.models import load
 from vitrim.models.widths import widths_of
 from vitrim.show.report import write_report
 from vitrim.show.runs import points
-from vitrim.study.comparisons import beside_alone, beside_published
+from vitrim.study.comparisons import compare_with_trained_alone, published_budgets_note
 from vitrim.study.curve import Curve
-from vitrim.study.curve_points import networks, trace
+from vitrim.study.curve_points import curve_networks, measure_curve
 from vitrim.study.run_study import run_study
 from vitrim.study.study import Study
 from vitrim.train.loop import train
@@ -86,7 +86,7 @@ def divergence(full: nn.Module, model: nn.Module) -> float:
 
 
 def test_every_figure_is_that_of_the_network_cut_by_hand(seeds: Seeds):
-    table = trace(CURVE, "digits", seeds, DataSpec(**DATA))
+    table = measure_curve(CURVE, "digits", seeds, DataSpec(**DATA))
     hand: dict[tuple[str, str, float | None], list[nn.Module]] = {}
     for seed, folders in seeds.items():
         full = load(folders["full"] / "model")
@@ -123,7 +123,7 @@ def test_every_figure_is_that_of_the_network_cut_by_hand(seeds: Seeds):
 
 
 def test_what_networks_trained_alone_have_at_the_same_cost(seeds: Seeds):
-    rows = trace(CURVE, "digits", {0: seeds[0]}, DataSpec(**DATA)).rows
+    rows = measure_curve(CURVE, "digits", {0: seeds[0]}, DataSpec(**DATA)).rows
     full, small = (
         next(row for row in rows if (row["curve"], row["row"]) == ("alone", name)) for name in ("full", "small")
     )
@@ -158,29 +158,29 @@ def test_notes_say_where_curves_fall_below_networks_trained_alone_and_which_had_
         *cut("d", "full", (0.2, 0.8, 0.1)),
         *ALONE,
     ]
-    notes = beside_alone(rows, trained_on=["on"])
+    notes = compare_with_trained_alone(rows, trained_on=["on"])
     assert notes[0].startswith("Over trained alone: accuracy less that of networks trained alone")
     assert notes[1].startswith("No equal comparison with networks trained alone")
     assert notes[1].endswith("trained on: c.")
     assert notes[2].endswith("the largest budget at which they are: a, even (0.75) | c (0.50); never below them: b.")
     assert len(notes) == 3
-    assert len(beside_alone(rows)) == len(beside_alone(rows, ["on", "full", "small"])) == 2
-    assert beside_alone(rows[:-2]) == []
+    assert len(compare_with_trained_alone(rows)) == len(compare_with_trained_alone(rows, ["on", "full", "small"])) == 2
+    assert compare_with_trained_alone(rows[:-2]) == []
 
 
 def test_published_budgets_that_count_otherwise_are_told():
     rows = [*cut("a", "full", (1, 4.0, 0.8), (0.5, 2.0, 0.6)), *ALONE]
-    assert beside_published(rows, linear_only=True) == []  # A point of its own stands at no budget.
+    assert published_budgets_note(rows, linear_only=True) == []  # A point of its own stands at no budget.
     rows[1]["published"] = 0.7
-    assert "without attention products" in beside_published(rows, linear_only=True)[0]
-    assert beside_published(rows, linear_only=False) == []
+    assert "without attention products" in published_budgets_note(rows, linear_only=True)[0]
+    assert published_budgets_note(rows, linear_only=False) == []
     study = Study.read(ROOT / "recipes" / "system5" / "study.yaml", "full")
     assert study.curve is not None
     assert study.curve.published_linear_only
 
 
 def test_orderings_change_the_cut_and_nothing_else(seeds: Seeds):
-    nets = networks(CURVE, seeds[0], DataSpec(**DATA))
+    nets = curve_networks(CURVE, seeds[0], DataSpec(**DATA))
     images = torch.randn(4, 1, 8, 8)
     with torch.no_grad():
         out = {point: net.eval()(images) for point, net in nets.items()}
@@ -193,7 +193,7 @@ def test_orderings_change_the_cut_and_nothing_else(seeds: Seeds):
 def test_an_even_line_cuts_every_width_by_the_same_fraction(seeds: Seeds):
     lines = {"even": {"row": "full", "ordering": "wpac", "even": True}, "judged": {"row": "full", "ordering": "wpac"}}
     curve = Curve.parse({"lines": lines, "budgets": [0.5], "images": 64, "width_multiple": 2})
-    even, judged = networks(curve, seeds[0], DataSpec(**DATA)).values()
+    even, judged = curve_networks(curve, seeds[0], DataSpec(**DATA)).values()
     assert cost(even).macs <= 0.5 * cost(load(seeds[0]["full"] / "model")).macs
 
     def spread(net: nn.Module) -> float:
@@ -208,7 +208,7 @@ def test_an_even_line_cuts_every_width_by_the_same_fraction(seeds: Seeds):
 def test_a_row_without_super_network_of_its_own(seeds: Seeds):
     curve = Curve.parse({"lines": {"own": {"row": "full"}}})
     with pytest.raises(CheckpointError, match=r"no chain\.json"):
-        networks(curve, seeds[0], DataSpec(**DATA))
+        curve_networks(curve, seeds[0], DataSpec(**DATA))
 
 
 @pytest.mark.parametrize(

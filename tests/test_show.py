@@ -24,7 +24,7 @@ from vitrim.show.files import picture_paths, spread_evenly
 from vitrim.show.pictures import show
 from vitrim.show.plots import cost_accuracy_plot, curves_plot, frontier
 from vitrim.show.report import write_report
-from vitrim.show.runs import over_seeds, say
+from vitrim.show.runs import average_seeds, say
 from vitrim.show.view import View, _grid
 
 TINY = {"img_size": 64, "patch_size": 16, "depth": 3, "embed_dim": 24, "num_heads": 3, "num_classes": 5}
@@ -447,7 +447,7 @@ def test_curves_of_many_runs_are_compared_by_row(tmp_path, monkeypatch):
     write_report(tmp_path)
     compared = next(metrics for metrics in seen if isinstance(metrics, dict))
     assert list(compared) == ["alone-s0", *(f"row{row}, mean of 3 seeds" for row in range(7))]
-    mean = over_seeds({"a-s0": [{"loss": 1.0, "tokens": [3]}, {"loss": 3}], "a-s1": [{"loss": 2.0, "tokens": [3]}]})
+    mean = average_seeds({"a-s0": [{"loss": 1.0, "tokens": [3]}, {"loss": 3}], "a-s1": [{"loss": 2.0, "tokens": [3]}]})
     assert mean == {"a, mean of 2 seeds": [{"loss": 1.5, "tokens": [3]}]}  # Over the epochs that both have.
 
 

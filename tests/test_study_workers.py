@@ -15,7 +15,7 @@ import yaml
 
 from vitrim import cli
 from vitrim.errors import BusyError, RecipeError, VitrimError
-from vitrim.study.leases import Claims
+from vitrim.study.leases import Leases
 from vitrim.study.run_study import run_study
 from vitrim.train.checkpoint import RunFolder
 from vitrim.train.loop import train
@@ -47,7 +47,7 @@ def note(event, figures):
     if kill == name and event == "epoch":
         os.kill(os.getpid(), signal.SIGKILL)
 
-table = run_study("study.yaml", folder, database="sqlite:///claims.db", report=note)
+table = run_study("study.yaml", folder, database="sqlite:///leases.db", report=note)
 print(json.dumps([row["accuracy"] for row in table.rows]))
 """
 
@@ -97,7 +97,7 @@ def test_the_run_of_a_dead_worker_goes_on_from_its_checkpoint(file: Path):
             [*epochs.values()][-1].append(figures["epoch"])
 
     start = time.monotonic()
-    run_study(file, "out", database="sqlite:///claims.db", grace=1, report=note)
+    run_study(file, "out", database="sqlite:///leases.db", grace=1, report=note)
     assert time.monotonic() - start > 1  # Not before the grace period is over.
     assert epochs.pop("plain-s0") == [1]
     assert set(epochs) == {f"{row}-s0" for row in ROWS} - finished - {"plain-s0"}
@@ -106,21 +106,21 @@ def test_the_run_of_a_dead_worker_goes_on_from_its_checkpoint(file: Path):
 
 def test_claims_exclude_each_other_and_pass_on(tmp_path: Path):
     url = f"sqlite:///{tmp_path}/c.db"
-    one, two, other = Claims(url, "s", 1), Claims(url, "s", 2), Claims(url, "another study", 2)
-    assert one.claim("run")
-    assert other.claim("run")
+    one, two, other = Leases(url, "s", 1), Leases(url, "s", 2), Leases(url, "another study", 2)
+    assert one.acquire("run")
+    assert other.acquire("run")
     with one.held("run") as lost:
         for _ in range(9):  # As long as it shows life, however long that is.
-            assert not two.claim("run")
+            assert not two.acquire("run")
             time.sleep(0.3)
         assert not lost.is_set()
-    assert two.claim("run")  # Given up.
-    assert not one.claim("run")
+    assert two.acquire("run")  # Given up.
+    assert not one.acquire("run")
     time.sleep(1.1)
-    assert one.claim("run")  # Never a sign of life.
+    assert one.acquire("run")  # Never a sign of life.
     with two.held("run") as lost:
         assert lost.wait(30)
-    assert not two.claim("run")  # What is another's is not given up.
+    assert not two.acquire("run")  # What is another's is not given up.
 
 
 def test_a_run_that_is_taken_over_is_left_to_the_other(file: Path):
@@ -130,16 +130,16 @@ def test_a_run_that_is_taken_over_is_left_to_the_other(file: Path):
     def note(event: str, figures: Mapping[str, Any]) -> None:
         told.append(event)
         if told.count("step") == 1 and event == "step":
-            thief = Claims("sqlite:///claims.db", Path("out/.study").read_text(), 0.3)
+            thief = Leases("sqlite:///leases.db", Path("out/.study").read_text(), 0.3)
             with thief._engine.begin() as database:
-                database.exec_driver_sql("UPDATE vitrim_claims SET worker = 'thief'")
+                database.exec_driver_sql("UPDATE vitrim_leases SET worker = 'thief'")
             time.sleep(1)
         if event == "wait":
             raise InterruptedError
 
     file.write_text(yaml.safe_dump({"base": BASE, "rows": {"plain": {}}}))
     with pytest.raises(InterruptedError):
-        run_study(file, "out", database="sqlite:///claims.db", grace=0.3, report=note)
+        run_study(file, "out", database="sqlite:///leases.db", grace=0.3, report=note)
     assert told.count("step") == 1
     assert not Path("out/plain-s0/result.json").exists()
 
@@ -199,7 +199,7 @@ def test_mistakes_are_one_line(words: str, line: str, capsys: pytest.CaptureFixt
 def test_launched_processes_are_no_workers(file: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(RecipeError, match="single processes"):
-        run_study(file, "out", database="sqlite:///claims.db")
+        run_study(file, "out", database="sqlite:///leases.db")
 
 
 def test_a_study_edited_under_other_workers(file: Path):
@@ -210,7 +210,7 @@ def test_a_study_edited_under_other_workers(file: Path):
             train(Recipe.from_dict({**BASE, "epochs": 1}), "out/plain-s0")
 
     with pytest.raises(VitrimError, match=r"plain-s0 holds a run of another recipe \(epochs: 1 -> 2\)"):
-        run_study(file, "out", database="sqlite:///claims.db", report=note)
+        run_study(file, "out", database="sqlite:///leases.db", report=note)
 
 
 def test_passwords_are_not_written_down(file: Path, monkeypatch: pytest.MonkeyPatch):

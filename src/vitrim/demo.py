@@ -22,7 +22,7 @@ from .show.pictures import show
 from .show.plots import cost_accuracy_plot
 from .show.progress import live
 from .show.report import write_report
-from .study.compare import CLS_ONLY, figures_of
+from .study.compare import CLS_ONLY_NOTE, evaluate_variants
 from .train.checkpoint import write_atomic
 from .train.loop import train
 from .train.recipe import Recipe
@@ -96,7 +96,7 @@ def _measure(models: dict[str, nn.Module], data: DataSpec) -> Table:
     variants = {("trained dense", DENSE): variant(dense, DENSE)}
     variants |= {("trained dense", text): variant(dense, text) for text in families}
     variants |= {("trained with pruning", text): variant(pruned, text) for text in (DENSE, TRAINED_WITH)}
-    rows = figures_of(variants, data, device="cpu")
+    rows = evaluate_variants(variants, data, device="cpu")
     timed = bench({str(at): model for at, model in enumerate(variants.values())}, batch_sizes=(128,), rounds=5)
     for row, time in zip(rows, timed.measured, strict=True):
         row |= {
@@ -108,7 +108,7 @@ def _measure(models: dict[str, nn.Module], data: DataSpec) -> Table:
     notes = [
         f"{rows[0]['num_images']} test digits. Speed: batch of 128, median of 5 rounds in which all took turns; "
         "ratios are to the first row.",
-        CLS_ONLY,
+        CLS_ONLY_NOTE,
     ]
     return Table("Digits: accuracy against cost", COLUMNS, rows, notes=notes, environment=environment())
 

@@ -1,11 +1,20 @@
-"""Mistakes a user can make, each told in one line that says what to do."""
+"""Mistakes that a user can make. Each message is one line that says what to do."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+from .text import message
+
 
 class VitrimError(ValueError):
-    """Base of every mistake the user can mend; the command line prints its text and exits with 2."""
+    """Base of every mistake that the user can correct; the command line prints its text and exits with 2.
+
+    Names in a message come from files and options, so that control characters in it are escaped and its length is
+    bounded.
+    """
+
+    def __init__(self, text: object = "") -> None:
+        super().__init__(message(text))
 
 
 class UnknownNameError(VitrimError):

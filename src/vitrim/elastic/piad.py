@@ -58,7 +58,7 @@ class Piad:
 
 
 @dataclass(frozen=True)
-class Term:
+class SubnetLoss:
     """One loss to send backwards.
 
     part: which part the network plays in this step, see `sampler.RULES`.
@@ -139,7 +139,7 @@ class Stratifier:
         step: int,
         model: nn.Module | None = None,
         hold: Callable[[], AbstractContextManager[Any]] = nullcontext,
-    ) -> Iterator[Term]:
+    ) -> Iterator[SubnetLoss]:
         """The losses of one step, one network at a time; send each backwards before asking for the next.
 
         Args:
@@ -169,7 +169,7 @@ class Stratifier:
                 if c.distill and target_of_students is None:
                     target_of_students = out.detach()
                 # Inside the context: activation checkpointing recomputes the forward pass while going backwards.
-                yield Term(part, index, loss, out.detach())
+                yield SubnetLoss(part, index, loss, out.detach())
 
     @contextmanager
     def network(self, index: int) -> Iterator[nn.Module]:

@@ -40,14 +40,14 @@ def narrowed(model: nn.Module, widths: Mapping[str, int]) -> Iterator[None]:
     """Within this context the model runs on the leading `widths` of its sub-layers, in smaller matrix products."""
     with elastic(model) as layers:
         before = {name: layer.vitrim_width for name, layer in layers.items()}
-        set_widths(layers, widths)
+        _apply_widths(layers, widths)
         try:
             yield
         finally:
-            set_widths(layers, before)
+            _apply_widths(layers, before)
 
 
-def set_widths(layers: Mapping[str, Elastic], widths: Mapping[str, int]) -> None:
+def _apply_widths(layers: Mapping[str, Elastic], widths: Mapping[str, int]) -> None:
     """Choose the widths of the next forward pass."""
     for name, width in widths.items():
         layers[name].vitrim_width = width

@@ -28,7 +28,7 @@ class HeadSums:
     first_3Hh: Tensor
     second_3Hhh: Tensor
     taylor_3Hh: Tensor
-    heed: Tensor
+    gradient_weight: Tensor
     mixed_Hh: Tensor
 
     @classmethod
@@ -56,9 +56,9 @@ class HeadSums:
 
     def add_mixed(self, f_TA: Tensor, g_TA: Tensor) -> None:
         """Take in what enters the output projection, and its gradients, of T tokens."""
-        heed, heeded_A = heeded(f_TA, g_TA)
-        self.heed += heed
-        self.mixed_Hh += heeded_A.view_as(self.mixed_Hh)
+        weight, sum_A = gradient_weighted_sum(f_TA, g_TA)
+        self.gradient_weight += weight
+        self.mixed_Hh += sum_A.view_as(self.mixed_Hh)
 
     def covariance(self, *streams: int) -> Tensor:
         """sum w c c^T (H, h, h) over these streams, each centred on its own plain mean."""
@@ -82,8 +82,8 @@ class HeadSums:
 
     @property
     def mean(self) -> Tensor:
-        """Mean of every dimension that enters the output projection (H*h), see `heeded`."""
-        return self.mixed_Hh.flatten() / self.heed.clamp_min(TINY)
+        """Mean of every dimension that enters the output projection (H*h), see `gradient_weighted_sum`."""
+        return self.mixed_Hh.flatten() / self.gradient_weight.clamp_min(TINY)
 
     @property
     def taylor(self) -> Tensor:
@@ -96,8 +96,8 @@ class UnitSums:
     """Sums over tokens for the hidden units of one MLP."""
 
     tokens: Tensor
-    heed: Tensor
-    heeded: Tensor
+    gradient_weight: Tensor
+    weighted_sum: Tensor
     taylor_sum: Tensor
     fisher_sum: Tensor
 
@@ -110,17 +110,17 @@ class UnitSums:
     def add(self, a_TU: Tensor, g_TU: Tensor) -> None:
         """Take in the activations and gradients of T tokens."""
         self.tokens += a_TU.shape[0]
-        heed, heeded_U = heeded(a_TU, g_TU)
-        self.heed += heed
-        self.heeded += heeded_U
+        weight, sum_U = gradient_weighted_sum(a_TU, g_TU)
+        self.gradient_weight += weight
+        self.weighted_sum += sum_U
         product = wide(a_TU) * wide(g_TU)
         self.taylor_sum += product.abs().sum(0, dtype=torch.float64)
         self.fisher_sum += product.square_().sum(0, dtype=torch.float64) / 2
 
     @property
     def mean(self) -> Tensor:
-        """Mean of every unit's input to the last projection, see `heeded`."""
-        return self.heeded / self.heed.clamp_min(TINY)
+        """Mean of every unit's input to the last projection, see `gradient_weighted_sum`."""
+        return self.weighted_sum / self.gradient_weight.clamp_min(TINY)
 
     @property
     def taylor(self) -> Tensor:
@@ -136,7 +136,7 @@ class UnitSums:
 Sums = HeadSums | UnitSums
 
 
-def heeded(f_TA: Tensor, g_TA: Tensor) -> tuple[Tensor, Tensor]:
+def gradient_weighted_sum(f_TA: Tensor, g_TA: Tensor) -> tuple[Tensor, Tensor]:
     """Sum over tokens of how much S heeds each, its squared gradient; and of activations (T, A) weighted by that (A).
 
     The quotient over all batches is the constant c that can best stand for F, the minimum of E[|G|^2 |F - c|^2]. A

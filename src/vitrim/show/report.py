@@ -14,7 +14,7 @@ from ..errors import DataError, VitrimError
 from ..measure.table import Table
 from ..output import check_folder, replacing
 from .plots import MOST_CURVES, cost_accuracy_plot, curves_plot
-from .runs import Run, cell, make_table, over_seeds, points, read_folder, say, words
+from .runs import Run, average_seeds, cell, make_table, points, read_folder, say, words
 
 _MARK = '<meta name="generator" content="vitrim'
 _COST_PLOT = "accuracy-against-cost"
@@ -79,7 +79,7 @@ def _study(top: Run, runs: Sequence[Run]) -> dict[str, Any]:
         overview = make_table({"title": "runs", "columns": ["run", *known], "rows": results})
         top = replace(top, tables=[overview] if overview else [])
     section = _run(top, str(top.result.get("title") or top.path.resolve().name))
-    several = over_seeds({_name(top, run): run.metrics for run in runs if run.metrics})
+    several = average_seeds({_name(top, run): run.metrics for run in runs if run.metrics})
     if 1 < len(several) <= MOST_CURVES:
         section["plots"] += _plot("training curves", lambda file: curves_plot(several, file))
     elif several and len(several) > MOST_CURVES:

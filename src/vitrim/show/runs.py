@@ -136,7 +136,7 @@ def points(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def over_seeds(metrics: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Sequence[Mapping[str, Any]]]:
+def average_seeds(metrics: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Sequence[Mapping[str, Any]]]:
     """Curves by run, those of one row's seeds (`ROW-sSEED`) as their mean over the epochs that all of them have."""
     rows: dict[str, list[str]] = {}
     for name in metrics:

@@ -22,7 +22,7 @@ from ..models.classes import other_classes
 from ..models.input_format import InputFormat
 from ..train.recipe import Recipe
 
-DataOf = DataSpec | Mapping[str, DataSpec]
+ModelData = DataSpec | Mapping[str, DataSpec]
 """The images: one set for all models, or by the name of each."""
 ImageSet = tuple[str, str | None, str | None]
 Variant = tuple[str, str]
@@ -42,7 +42,7 @@ COLUMNS = (
 )
 
 
-CLS_ONLY = (
+CLS_ONLY_NOTE = (
     "Under a reduction, the last block computes CLS alone where the head reads nothing else (same logits, so 1 token "
     "leaves it); the method dense+cls_only shows that saving by itself."
 )
@@ -54,10 +54,10 @@ def data_of(models: Sequence[str], given: Mapping[str, Any]) -> DataSpec:
     `given` holds options of `DataSpec`. Where it names another data set, place and splits are not the run's.
     """
     path = Path(models[0]) / "recipe.yaml"
-    return laid_over(Recipe.read(path).data if path.exists() else DataSpec(), given)
+    return override_data(Recipe.read(path).data if path.exists() else DataSpec(), given)
 
 
-def laid_over(own: DataSpec, given: Mapping[str, Any]) -> DataSpec:
+def override_data(own: DataSpec, given: Mapping[str, Any]) -> DataSpec:
     """These images with the `given` options in place; see `data_of`."""
     new = DataSpec()
     if given.get("name", own.name) != own.name:
@@ -65,7 +65,7 @@ def laid_over(own: DataSpec, given: Mapping[str, Any]) -> DataSpec:
     return replace(own, **given)
 
 
-def data_for(name: str, data: DataOf) -> DataSpec:
+def data_for(name: str, data: ModelData) -> DataSpec:
     """The images of the model of that name."""
     return data if isinstance(data, DataSpec) else data[name]
 
@@ -105,13 +105,13 @@ def compare(
     if len({*methods}) < len(methods) or len({*models}) < len(models):
         raise VitrimError("a model or a method is named twice; every row needs its own")
     variants = {(name, method): variant(model, method) for name, model in opened.items() for method in methods}
-    rows = figures_of(variants, data, batch_size=batch_size, device=device, tick=tick)
+    rows = evaluate_variants(variants, data, batch_size=batch_size, device=device, tick=tick)
     title = f"{data.name} test images, {rows[0]['num_images']} of them"
     return Table(title, COLUMNS, rows, notes=_notes(rows), environment=environment())
 
 
-def figures_of(
-    variants: Mapping[Variant, nn.Module], data: DataOf, *, originals: Mapping[Variant, Variant] | None = None,
+def evaluate_variants(
+    variants: Mapping[Variant, nn.Module], data: ModelData, *, originals: Mapping[Variant, Variant] | None = None,
     batch_size: int = 128, device: str = "auto", tick: Callable[[int, int], None] | None = None,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """One row of figures per (model, method), each on its images as it wants them.
@@ -159,7 +159,7 @@ def figures_of(
     return rows
 
 
-def over_seeds(per_seed: Sequence[Mapping[str, Any]], *means: str) -> dict[str, Any]:
+def mean_over_seeds(per_seed: Sequence[Mapping[str, Any]], *means: str) -> dict[str, Any]:
     """Mean accuracy of one model trained with several seeds, its standard deviation, their number, and `means`."""
     accuracies = [figures["accuracy"] for figures in per_seed]
     return {
@@ -170,7 +170,7 @@ def over_seeds(per_seed: Sequence[Mapping[str, Any]], *means: str) -> dict[str, 
     }
 
 
-def other_images(data: Mapping[str, DataSpec]) -> list[str]:
+def different_images_note(data: Mapping[str, DataSpec]) -> list[str]:
     """A note on models that were tested on images of their own, none where all had the same."""
     told: dict[ImageSet, list[str]] = {}
     for name, spec in data.items():
@@ -186,7 +186,7 @@ def other_images(data: Mapping[str, DataSpec]) -> list[str]:
 
 def _notes(rows: list[dict[str, Any]]) -> list[str]:
     notes = ["Time is spent inside the model; models took turns batch by batch. Ratios are to the first row."]
-    notes.append(CLS_ONLY)
+    notes.append(CLS_ONLY_NOTE)
     if rows[0]["unreadable"]:
         names = rows[0]["unreadable"]
         notes.append(f"{len(names)} images could not be read and were left out: {', '.join(names[:3])}.")

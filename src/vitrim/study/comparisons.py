@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 
-def beside_alone(rows: Sequence[dict[str, Any]], trained_on: Collection[str] = ()) -> list[str]:
+def compare_with_trained_alone(rows: Sequence[dict[str, Any]], trained_on: Collection[str] = ()) -> list[str]:
     """Fill in `over_alone` where networks trained alone cost both more and less; returns notes on it.
 
     Args:
@@ -34,7 +34,7 @@ def beside_alone(rows: Sequence[dict[str, Any]], trained_on: Collection[str] = (
     return [*notes, _where_below(known)]
 
 
-def beside_published(rows: Iterable[Mapping[str, Any]], linear_only: bool) -> list[str]:
+def published_budgets_note(rows: Iterable[Mapping[str, Any]], linear_only: bool) -> list[str]:
     """A note on published figures whose budgets leave attention products out, none where no such figure is shown."""
     if not linear_only or all(row["published"] is None or row["budget"] is None for row in rows):
         return []

@@ -15,8 +15,8 @@ from ..measure.environment import environment
 from ..measure.table import Column, Table
 from ..models import open_model
 from ..train.checkpoint import RunFolder
-from .compare import DataOf, data_for, figures_of, other_images, over_seeds
-from .comparisons import beside_alone, beside_published
+from .compare import ModelData, data_for, different_images_note, evaluate_variants, mean_over_seeds
+from .comparisons import compare_with_trained_alone, published_budgets_note
 from .curve import Curve, Line
 
 Folders = Mapping[str, Path]
@@ -41,8 +41,8 @@ COLUMNS = (
 )
 
 
-def trace(
-    curve: Curve, title: str, seeds: Mapping[int, Folders], data: DataOf, *, trained_on: Collection[str] = (),
+def measure_curve(
+    curve: Curve, title: str, seeds: Mapping[int, Folders], data: ModelData, *, trained_on: Collection[str] = (),
     batch_size: int = 128, device: str = "auto",
 ) -> Table:  # fmt: skip
     """Cut every network of every line, and evaluate all of one seed side by side on the test images.
@@ -61,14 +61,14 @@ def trace(
     """
     found: dict[Point, list[dict[str, Any]]] = {}
     for seed, folders in seeds.items():
-        points = networks(curve, folders, data, seed=seed, device=device)
+        points = curve_networks(curve, folders, data, seed=seed, device=device)
         named = {(f"{number}", ""): network for number, network in enumerate(points.values())}
         images = {name: data_for(row, data) for (name, _), (_, row, _) in zip(named, points, strict=True)}
         whole = {row: (f"full {row}", "") for _, row, budget in points if budget is not None}
         cut = {key: whole[row] for key, (_, row, budget) in zip(named, points, strict=True) if budget is not None}
         full = {key: open_model(str(folders[row])) for row, key in whole.items()}
         images |= {name: data_for(row, data) for row, (name, _) in whole.items()}
-        figures = figures_of(named | full, images, originals=cut, batch_size=batch_size, device=device)
+        figures = evaluate_variants(named | full, images, originals=cut, batch_size=batch_size, device=device)
         for point, row in zip(points, figures, strict=False):  # Behind them: the full networks.
             found.setdefault(point, []).append(row)
     rows = [_row(curve, point, per_seed) for point, per_seed in found.items()]
@@ -78,15 +78,15 @@ def trace(
         "Divergence is how far predictions are from those of the network before the cut: mean KL(full || cut).",
         f"Orderings look at {curve.images} training images without labels. Those that are not even are cut by the same "
         f"rule. Widths are multiples of {curve.width_multiple}.",
-        *beside_alone(rows, trained_on),
-        *beside_published(rows, curve.published_linear_only),
+        *compare_with_trained_alone(rows, trained_on),
+        *published_budgets_note(rows, curve.published_linear_only),
     ]
-    notes += other_images({row["row"]: data_for(row["row"], data) for row in rows})
+    notes += different_images_note({row["row"]: data_for(row["row"], data) for row in rows})
     return Table(f"{title}: accuracy of every size", COLUMNS, rows, notes=notes, environment=environment())
 
 
-def networks(
-    curve: Curve, folders: Folders, data: DataOf, *, seed: int = 0, device: str = "auto"
+def curve_networks(
+    curve: Curve, folders: Folders, data: ModelData, *, seed: int = 0, device: str = "auto"
 ) -> dict[Point, nn.Module]:
     """The networks of all points of one seed, in the order of lines and budgets."""
     place = make_accelerator(cpu=device == "cpu").device
@@ -121,7 +121,7 @@ def _row(curve: Curve, point: Point, per_seed: Sequence[Mapping[str, Any]]) -> d
     published = (curve.published or {}).get(name) or {}
     return {
         "curve": name, "row": row, "budget": budget,
-        **over_seeds(per_seed, "gmacs", "gmacs_linear_only", "images_per_second"),
+        **mean_over_seeds(per_seed, "gmacs", "gmacs_linear_only", "images_per_second"),
         "published": published.get(row if budget is None else budget),
         "divergence": None if budget is None else statistics.fmean(figures["divergence"] for figures in per_seed),
         "params": round(statistics.fmean(figures["params"] for figures in per_seed)),

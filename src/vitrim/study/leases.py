@@ -1,4 +1,4 @@
-"""Who is at which run: claims in a database that several workers share, each kept alive by its worker's heartbeat.
+"""Who is at which run: leases in a database that several workers share, each kept alive by its worker's heartbeat.
 
 A claim is a row that one worker inserts, keeps counting up, and deletes when it is through. One whose count has stood
 still for the grace period is a dead worker's, and is taken over. Each worker times that by its own clock, so that the
@@ -42,7 +42,7 @@ _PACKAGES = {
     "psycopg": "psycopg[binary]", "psycopg2": "psycopg2-binary", "MySQLdb": "mysqlclient",
 }  # fmt: skip
 _TABLE = Table(
-    "vitrim_claims",
+    "vitrim_leases",
     MetaData(),
     Column("study", String(32), primary_key=True),
     Column("run", String(255), primary_key=True),
@@ -51,8 +51,8 @@ _TABLE = Table(
 )
 
 
-class Claims:
-    """The claims of one worker, and its view of those of the others.
+class Leases:
+    """The leases of one worker, and its view of those of the others.
 
     Args:
         url: of the database, as SQLAlchemy reads it.
@@ -90,7 +90,7 @@ class Claims:
             with self._told():
                 _TABLE.create(self._engine, checkfirst=True)
 
-    def claim(self, run: str) -> bool:
+    def acquire(self, run: str) -> bool:
         """Claim a run that nobody is at, or whose worker has died; False where a living worker is at it."""
         mine = (_TABLE.c.study == self.study) & (_TABLE.c.run == run)
         with self._told() as database:

@@ -13,7 +13,7 @@ import torch
 from ..errors import RecipeError
 from .study import Study
 from .study_check import check_study
-from .study_folder import check_study_folder, mark
+from .study_folder import check_study_folder, mark_folder
 
 
 @contextmanager
@@ -38,8 +38,8 @@ def local_workers(
     check_study_folder(out)
     # So that a mistake is told once, and before anything is written.
     check_study(Study.read(file, scale, root), Path(out))
-    mark(Path(out))
-    database = database or f"sqlite:///{Path(out).absolute()}/claims.db"
+    mark_folder(Path(out))
+    database = database or f"sqlite:///{Path(out).absolute()}/leases.db"
     command = [sys.executable, "-m", "vitrim", "study", file, "--out", out, "--scale", scale]
     command += ["--database", database, *(["--root", root] if root is not None else [])]
     processes: list[subprocess.Popen[bytes]] = []

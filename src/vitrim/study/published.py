@@ -54,7 +54,7 @@ def read_published(data: Any, where: str) -> dict[str, Published]:
     return found
 
 
-def beside(table: Table, published: Sequence[Published | None]) -> Table:
+def add_published_columns(table: Table, published: Sequence[Published | None]) -> Table:
     """The table with published figures, one for each row, behind the columns of those found.
 
     A column of its own has every kind of figure that any row has.

@@ -12,15 +12,15 @@ from ..models import open_model, variant
 from ..train.checkpoint import RunFolder, write_atomic
 from ..train.loop import train
 from ..train.state import Report
-from .compare import CLS_ONLY, figures_of, other_images, over_seeds
-from .curve_points import trace
+from .compare import CLS_ONLY_NOTE, different_images_note, evaluate_variants, mean_over_seeds
+from .curve_points import measure_curve
 from .leases import GRACE
-from .published import beside
+from .published import add_published_columns
 from .study import Study, run_folder
 from .study_check import check_study
-from .study_folder import check_study_folder, mark
+from .study_folder import check_study_folder, mark_folder
 from .sweep import sweep
-from .workers import join, once, share
+from .workers import join_study, run_once, train_shared
 
 _TABULATED = ".tabulated"
 
@@ -75,11 +75,11 @@ def run_study(
     check_study_folder(out)
     study, out = Study.read(file, scale, root), Path(out)
     check_study(study, out)
-    claims = join(database, out, grace) if database is not None else None
-    if claims is None:
-        mark(out)
+    leases = join_study(database, out, grace) if database is not None else None
+    if leases is None:
+        mark_folder(out)
     else:
-        share(study, out, claims, command=command, report=report)
+        train_shared(study, out, leases, command=command, report=report)
     finished: dict[tuple[str, int], dict[str, Any]] = {}
     for seed in study.seeds:
         for row in study.order():
@@ -88,10 +88,10 @@ def run_study(
                 report("run", {"name": folder.name})
             finished[row, seed] = train(recipe, folder, command=command, report=report)
     state, written = _state(study, scale, finished), out / _TABULATED
-    if claims is None:
+    if leases is None:
         return _write_tables(study, scale, out, finished, command, state)
     done = lambda: (out / "table.json").exists() and written.exists() and written.read_text() == state  # noqa: E731
-    once(claims, "table", done, lambda: _write_tables(study, scale, out, finished, command, state))
+    run_once(leases, "table", done, lambda: _write_tables(study, scale, out, finished, command, state))
     return Table.read(out / "table.json")
 
 
@@ -108,14 +108,14 @@ def _write_tables(
         tested = {run_folder(out, row, seed): row for row in dict.fromkeys(row["row"] for row in table.rows)}
         data = {str(folder): study.recipe(row, seed, out).data for folder, row in tested.items()}
         swept = sweep([*data], data, study.sweep.method or "", study.sweep.vary)
-        study.sweep.beside(swept, {folder.name: row for folder, row in tested.items()}).write_all(out / "sweep")
+        study.sweep.add_published(swept, {folder.name: row for folder, row in tested.items()}).write_all(out / "sweep")
     if study.curve is not None:
         first = study.recipe(next(iter(study.rows)), study.seeds[0], out)
         data = {row: study.recipe(row, study.seeds[0], out).data for row in study.rows}
         runs = {seed: {row: run_folder(out, row, seed) for row in study.rows} for seed in study.seeds}
         longer = _trained_on(study, out)
-        traced = trace(study.curve, study.title, runs, data, trained_on=longer, batch_size=first.batch_size)
-        traced.write_all(out / "curve")
+        curve = measure_curve(study.curve, study.title, runs, data, trained_on=longer, batch_size=first.batch_size)
+        curve.write_all(out / "curve")
     write_atomic(out / _TABULATED, state)
     return table
 
@@ -141,7 +141,7 @@ def _test(study: Study, out: Path, seed: int) -> dict[tuple[str, str], dict[str,
     variants = {(row, test): variant(models[row], study.test[test]) for row, test in pairs}
     recipes = {row: study.recipe(row, seed, out) for row in models}
     data = {row: recipe.data for row, recipe in recipes.items()}
-    rows = figures_of(variants, data, batch_size=next(iter(recipes.values())).batch_size)
+    rows = evaluate_variants(variants, data, batch_size=next(iter(recipes.values())).batch_size)
     return dict(zip(pairs, rows, strict=True))
 
 
@@ -156,7 +156,7 @@ def _tabulate(
         rows.append({
             "row": row,
             "test": test,
-            **over_seeds(per_seed, "seconds", "speed", "images_per_second", "gmacs", "macs_ratio"),
+            **mean_over_seeds(per_seed, "seconds", "speed", "images_per_second", "gmacs", "macs_ratio"),
             "entropy": statistics.fmean(entropies) if entropies else None,
             "params": round(statistics.fmean(figures["params"] for figures in per_seed)),
             "train_seconds": statistics.fmean(finished[row, seed]["train_seconds"] for seed in study.seeds),
@@ -171,11 +171,11 @@ def _tabulate(
         f"{len(study.seeds)} seed{'s' if len(study.seeds) > 1 else ''}. "
         "The epoch is chosen on held-out training images; test images are read once.",
         "Test time is spent inside the model; rows took turns batch by batch. Ratios are to the first row.",
-        CLS_ONLY,
-        *other_images({row: recipe.data for row, recipe in recipes.items()}),
+        CLS_ONLY_NOTE,
+        *different_images_note({row: recipe.data for row, recipe in recipes.items()}),
     ]
     table = Table(study.title, COLUMNS, rows, notes=notes, environment=environment())
-    return beside(table, [study.published.get(f"{row['row']}, {row['test']}") for row in rows])
+    return add_published_columns(table, [study.published.get(f"{row['row']}, {row['test']}") for row in rows])
 
 
 def _span(numbers: Iterable[int]) -> str:

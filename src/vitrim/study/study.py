@@ -28,7 +28,7 @@ _PARTS = {"title", "base", "rows", "test", "seeds", "sweep", "curve", "pictures"
 
 
 @dataclass(frozen=True)
-class Pictures:
+class PictureSpec:
     """The part `pictures` of a study: whose surviving tokens are drawn, all on the same test images of the base.
 
     rows: rows whose models reduce tokens.
@@ -68,7 +68,7 @@ class Study:
     seeds: list[int]
     sweep: Sweep | None
     curve: Curve | None
-    pictures: Pictures | None
+    pictures: PictureSpec | None
     published: dict[str, Published]
 
     @classmethod
@@ -118,7 +118,7 @@ class Study:
             seeds=seeds,
             sweep=Sweep.parse(data["sweep"]) if data.get("sweep") is not None else None,
             curve=Curve.parse(data["curve"]) if data.get("curve") is not None else None,
-            pictures=fill(Pictures, data["pictures"], "pictures") if data.get("pictures") is not None else None,
+            pictures=fill(PictureSpec, data["pictures"], "pictures") if data.get("pictures") is not None else None,
             published=read_published(data.get("published"), "published"),
         )
 

@@ -39,7 +39,7 @@ def check_study(study: Study, out: Path) -> None:
     own = [str(RunFolder(run_folder(out, row, seed)).model_path) for row in study.rows for seed in study.seeds]
     specs: dict[str, ModelSpec] = {}
     for row, seed in product(study.order(), study.seeds):
-        with _told(f"row {row!r}"):
+        with _prefix_errors(f"row {row!r}"):
             recipe = study.recipe(row, seed, out)
             recipes.setdefault(row, recipe)
             _check_recipe(recipe, own)
@@ -57,7 +57,7 @@ def check_study(study: Study, out: Path) -> None:
     for row, recipe in recipes.items():
         finished = all(RunFolder(run_folder(out, row, seed)).result for seed in study.seeds)
         if row in tested or not finished:  # Images that are learnt from alone are needed no more.
-            with _told(f"row {row!r}"):
+            with _prefix_errors(f"row {row!r}"):
                 look_for(recipe.data)
     known = [f"{row}, {test}" for row in tested for test in study.test]
     for name in study.published:
@@ -69,7 +69,7 @@ def check_study(study: Study, out: Path) -> None:
 
 
 @contextmanager
-def _told(where: str) -> Iterator[None]:
+def _prefix_errors(where: str) -> Iterator[None]:
     """Say of a mistake where it was made."""
     try:
         yield
@@ -128,5 +128,5 @@ def _check_tests(study: Study, networks: Mapping[str, nn.Module]) -> None:
         tests += [("sweep", method) for method in methods_of(study.sweep.method or "", study.sweep.vary)]
     for row, model in networks.items():
         for where, method in dict.fromkeys(tests):
-            with _told(f"{where}, row {row!r}"):
+            with _prefix_errors(f"{where}, row {row!r}"):
                 variant(model, method)

@@ -29,13 +29,13 @@ def check_study_folder(out: str | Path) -> None:
         raise RecipeError(f"{out} is not empty and holds no study ({found[0]}); choose another folder with --out")
 
 
-def mark(out: Path) -> None:
+def mark_folder(out: Path) -> None:
     """Make the folder that of a study."""
     if not (out / MARK).exists():
         write_atomic(out / MARK, uuid4().hex)
 
 
-def name_of(out: Path) -> str:
+def study_id(out: Path) -> str:
     """A name of the study folder that is the same wherever workers mount it; one of them marks it."""
     path, mine = out / MARK, uuid4().hex
     part = path.with_name(f"{MARK}-{mine}")

@@ -15,8 +15,8 @@ from ..measure.table import Column, Table
 from ..models import DENSE, open_model, variant
 from ..options import fill
 from ..tokens import Reduction
-from .compare import CLS_ONLY, COLUMNS, DataOf, data_for, figures_of, other_images
-from .published import beside, read_published
+from .compare import CLS_ONLY_NOTE, COLUMNS, ModelData, data_for, different_images_note, evaluate_variants
+from .published import add_published_columns, read_published
 
 Settings = Mapping[str, Sequence[float]]
 
@@ -71,10 +71,10 @@ class Sweep:
                 if key not in keys:
                     raise UnknownNameError(f"column of a sweep in published {name!r}", key, keys)
 
-    def beside(self, table: Table, rows: Mapping[str, str]) -> Table:
+    def add_published(self, table: Table, rows: Mapping[str, str]) -> Table:
         """The table of this sweep with published figures; `rows` are those of the study by the names of models."""
         points = [self._point(rows[row["model"]], row) for row in table.rows]
-        return beside(table, [(self.published or {}).get(point) for point in points])
+        return add_published_columns(table, [(self.published or {}).get(point) for point in points])
 
     def _point(self, row: str, setting: Mapping[str, Any]) -> str:
         """What a row of the table goes by among published figures; the dense one by its row alone."""
@@ -83,7 +83,7 @@ class Sweep:
 
 def sweep(
     models: Sequence[str],
-    data: DataOf,
+    data: ModelData,
     method: str,
     vary: Settings,
     *,
@@ -122,7 +122,7 @@ def sweep(
             rows += _bayes(spec, model, data_for(spec, data), method, vary, trials, seed, options)
     columns = (COLUMNS[0], *(Column(name, name, ".3g") for name in vary), *COLUMNS[2:])
     notes = ["Test time only: weights are those of the named model. Ratios are to the dense row of the same model."]
-    notes += [CLS_ONLY, *other_images({spec: data_for(spec, data) for spec in models})]
+    notes += [CLS_ONLY_NOTE, *different_images_note({spec: data_for(spec, data) for spec in models})]
     shown = method.format(**{name: f"{{{name}}}" for name in vary})
     return Table(f"{shown} over {', '.join(vary)}", columns, rows, notes=notes, environment=environment())
 
@@ -177,7 +177,7 @@ def _grid(
     texts = methods_of(method, vary)
     variants: dict[tuple[str, str], nn.Module] = {(spec, DENSE): variant(model, DENSE)}
     variants |= {(spec, text): variant(model, text) for text in texts}
-    rows = figures_of(variants, data, **options)
+    rows = evaluate_variants(variants, data, **options)
     return [rows[0], *({**row, **setting} for row, setting in zip(rows[1:], settings, strict=True))]
 
 
@@ -200,7 +200,7 @@ def _bayes(
         }
         text = _fill(method, setting)
         pair = {(spec, DENSE): variant(model, DENSE), (spec, text): variant(model, text)}
-        found = figures_of(pair, data, **options)
+        found = evaluate_variants(pair, data, **options)
         if not rows:
             rows.append(found[0])
         rows.append({**found[1], **setting})

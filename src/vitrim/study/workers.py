@@ -15,19 +15,19 @@ from ..errors import BusyError, RecipeError
 from ..train.checkpoint import RunFolder
 from ..train.loop import train
 from ..train.state import Report
-from .leases import GRACE, Claims
+from .leases import GRACE, Leases
 from .study import Study, run_folder
-from .study_folder import name_of
+from .study_folder import study_id
 
 POLL = 2.0
 """Seconds between two looks at what the others do."""
 
 
-class _Lost(Exception):
+class _LeaseLost(Exception):
     """Another worker has taken this one for dead, and its run over."""
 
 
-def join(database: str, out: Path, grace: float = GRACE) -> Claims:
+def join_study(database: str, out: Path, grace: float = GRACE) -> Leases:
     """Become one of the workers on the study in folder `out`.
 
     Raises:
@@ -36,13 +36,13 @@ def join(database: str, out: Path, grace: float = GRACE) -> Claims:
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise RecipeError("workers that share a study by --database are single processes; start them without launcher")
-    claims = Claims(database, "", grace)
+    leases = Leases(database, "", grace)
     out.mkdir(parents=True, exist_ok=True)
-    claims.study = name_of(out)
-    return claims
+    leases.study = study_id(out)
+    return leases
 
 
-def share(study: Study, out: Path, claims: Claims, *, command: str = "", report: Report | None = None) -> None:
+def train_shared(study: Study, out: Path, leases: Leases, *, command: str = "", report: Report | None = None) -> None:
     """Train runs of the study beside other workers; returns when all of them are finished, by whomever.
 
     Raises:
@@ -52,34 +52,34 @@ def share(study: Study, out: Path, claims: Claims, *, command: str = "", report:
     left = [(row, seed) for seed in study.seeds for row in study.order()]
     while left := [key for key in left if not RunFolder(run_folder(out, *key)).result]:
         ready = [(row, seed) for row, seed in left if not any((name, seed) in left for name in study.needs(row))]
-        if not any(_train(study, out, claims, row, seed, command, tell) for row, seed in ready):
+        if not any(_train(study, out, leases, row, seed, command, tell) for row, seed in ready):
             tell("wait", {"runs": len(left)})
-            _pause(claims)
+            _pause(leases)
 
 
-def once(claims: Claims, name: str, done: Callable[[], bool], work: Callable[[], object]) -> None:
+def run_once(leases: Leases, name: str, done: Callable[[], bool], work: Callable[[], object]) -> None:
     """Have one of the workers do what all of them need; returns when it is done."""
     while not done():
-        if claims.claim(name):
-            with claims.held(name):
+        if leases.acquire(name):
+            with leases.held(name):
                 if not done():
                     work()
         else:
-            _pause(claims)
+            _pause(leases)
 
 
 def _train(
-    study: Study, out: Path, claims: Claims, row: str, seed: int, command: str, tell: Report
+    study: Study, out: Path, leases: Leases, row: str, seed: int, command: str, tell: Report
 ) -> bool:  # fmt: skip
     """Train one run, unless somebody is at it; whether this worker was."""
     folder = run_folder(out, row, seed)
-    if not claims.claim(folder.name):
+    if not leases.acquire(folder.name):
         return False
-    with claims.held(folder.name) as lost, suppress(_Lost):
+    with leases.held(folder.name) as lost, suppress(_LeaseLost):
 
         def watched(event: str, figures: Mapping[str, Any]) -> None:
             if lost.is_set():
-                raise _Lost
+                raise _LeaseLost
             tell(event, figures)
 
         try:
@@ -93,5 +93,5 @@ def _train(
     return True
 
 
-def _pause(claims: Claims) -> None:
-    time.sleep(min(POLL, claims.grace / 10))
+def _pause(leases: Leases) -> None:
+    time.sleep(min(POLL, leases.grace / 10))

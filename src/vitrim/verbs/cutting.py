@@ -78,7 +78,7 @@ def _recipe_for(
 ) -> Recipe:  # fmt: skip
     """The recipe of the training; where it is shortened, growth keeps its part of it."""
     from ..models.build import saved_folder
-    from ..study.compare import data_of, laid_over
+    from ..study.compare import data_of, override_data
 
     base = Recipe.read(file) if file else PUBLISHED
     if base.elastic is None:
@@ -94,7 +94,7 @@ def _recipe_for(
     elastic = replace(
         base.elastic, grow_epochs=growth, **{name: value for name, value in given.items() if value is not None}
     )
-    images = laid_over(base.data, data) if file else data_of([model], data)
+    images = override_data(base.data, data) if file else data_of([model], data)
     return replace(base, model=spec, data=images, elastic=elastic, epochs=epochs or base.epochs)
 
 

@@ -1,0 +1,37 @@
+"""Text from outside (file names, options, messages of libraries) in a form that is safe to print and to write."""
+
+LONGEST_MESSAGE = 2000
+"""Characters of a message; a longer one loses its middle."""
+
+
+def printable(text: object, keep: str = "") -> str:
+    r"""The text with every character that is not printable as an escape: control characters, broken UTF-8.
+
+    Args:
+        text: anything; `str` of it is taken.
+        keep: characters to leave as they are, such as a newline.
+
+    >>> printable("red\x1b[31m")
+    'red\\x1b[31m'
+    """
+    return "".join(
+        letter if letter.isprintable() or letter in keep else ascii(letter)[1:-1].replace("\\udc", "\\x")
+        for letter in str(text)
+    )
+
+
+def shortened(text: str, most: int) -> str:
+    """The text with at most so many characters; what is too much is taken out of the middle.
+
+    >>> shortened("a rather long name", 9)
+    'a ra…name'
+    """
+    if len(text) <= most:
+        return text
+    head = most // 2
+    return f"{text[:head]}…{text[len(text) - (most - head - 1) :]}"
+
+
+def message(text: object) -> str:
+    """A message for the terminal: printable, of bounded length; lines stay lines."""
+    return shortened(printable(text, keep="\n"), LONGEST_MESSAGE)
