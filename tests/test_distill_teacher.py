@@ -201,7 +201,10 @@ class Shifted(torch.nn.Module):
 def test_fingerprint_covers_constants_that_no_checkpoint_carries():
     one, two = Shifted(0.0), Shifted(1.0)
     two.load_state_dict(one.state_dict())
-    assert Teacher(one).fingerprint() != Teacher(two).fingerprint()
+    images = {"input_size": (64, 64), "mean": (0.5,) * 3, "std": (0.5,) * 3}
+    assert Teacher(one, **images).fingerprint() != Teacher(two, **images).fingerprint()
+    with pytest.raises(VitrimError, match="what images this Shifted expects is not known; give"):
+        Teacher(one)
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "eva02_tiny_patch14_224", "resnet10t"])

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..errors import DistillError
 from ..models import attached
-from ..models.input_format import input_size_of
+from ..models.input_format import InputFormat
 from ..tokens import Assignment, TokenState
 
 Outputs = Mapping[str, Tensor]
@@ -144,7 +144,7 @@ def idle_parameters(model: nn.Module, wanted: Wanted, reads: Collection[str]) ->
     learnt = {name: parameter for name, parameter in hollow.named_parameters() if parameter.requires_grad}
     dtype = next(model.parameters()).dtype
     with torch.enable_grad():
-        found = look(hollow, torch.empty(2, *input_size_of(model), device="meta", dtype=dtype), wanted)
+        found = look(hollow, torch.empty(2, *InputFormat.of(model).size, device="meta", dtype=dtype), wanted)
         read = [found[name].sum() for name in reads if name in found and found[name].requires_grad]
     reached = torch.autograd.grad(read, list(learnt.values()), allow_unused=True) if read else [None] * len(learnt)
     return [name for name, gradient in zip(learnt, reached, strict=True) if gradient is None]

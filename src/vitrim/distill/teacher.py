@@ -7,15 +7,13 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from timm.data.config import resolve_model_data_config
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 
 from ..errors import DistillError
-from ..models import attached
-from ..models.input_format import input_size_of
+from ..models import adapter_of, attached
 from ..tokens.precision import wide
 from .features import Anatomy, Wanted, look
 
@@ -62,9 +60,11 @@ class Teacher(nn.Module):
             raise DistillError("a teacher is dense, but a reduction is attached to it; call handle.remove() first")
         self.model = model.eval().requires_grad_(False)
         self.anatomy = Anatomy.of(model)
-        config = resolve_model_data_config(model)
-        self.input_size: Grid = input_size_of(model)[1:] if input_size is None else input_size
-        own = torch.tensor([mean or config["mean"], std or config["std"]], dtype=torch.float64)
+        if input_size is None or mean is None or std is None:
+            form = adapter_of(model).input_format(model)
+            input_size, mean, std = input_size or form.size[1:], mean or form.mean, std or form.std
+        self.input_size: Grid = input_size
+        own = torch.tensor([list(mean), list(std)], dtype=torch.float64)
         given = torch.tensor([images_mean or own[0].tolist(), images_std or own[1].tolist()], dtype=torch.float64)
         self.renormalises = not torch.equal(own, given)
         self.register_buffer("scale", _channels(given[1] / own[1]), persistent=False)

@@ -2,7 +2,7 @@
 
 from . import families as _families  # noqa: F401  (fills the table of adapters)
 from . import small_vits as _small_vits  # noqa: F401  (enters its models in timm's registry)
-from .adapter import ADAPTERS, Adapter, Geometry, find_adapter
+from .adapter import ADAPTERS, Adapter, Geometry, adapter_of, build_architecture, builder_of, find_adapter, num_classes
 from .attach import Handle, attach, attached
 from .build import build_model, has_weights, open_model
 from .compiling import without_limit
@@ -21,16 +21,20 @@ __all__ = [
     "Geometry",
     "Handle",
     "RemovedBranch",
+    "adapter_of",
     "attach",
     "attached",
     "attached_instead",
+    "build_architecture",
     "build_model",
+    "builder_of",
     "check_place",
     "detached",
     "find_adapter",
     "has_weights",
     "load",
     "narrow",
+    "num_classes",
     "open_model",
     "read_weights",
     "reads_prefix_only",

@@ -1,26 +1,33 @@
-"""What vitrim must know of a foreign model family, and the table of the families that it knows.
+"""The port through which foreign models come: everything that other rooms may ask about a model of any family.
 
-To add a family, write one file with a subclass of `Adapter` and a `ReducedBlock`, and import it in
-`models/__init__.py`. The command, the contract tests and `vitrim list` find it there.
+To add a family, write one file with a subclass of `Adapter` (and a `ReducedBlock`, and elastic layers where widths can
+change), and import it in `families/__init__.py`, or give the file to `vitrim --import`. The command, the contract tests
+and `vitrim list` find it in the table. A family registered later is tried first.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
-from ..errors import UnsupportedModelError
-from ..tokens import Cut, Plan, Reducer
-from ..tokens.scores import Needs
+from ..errors import CheckpointError, UnknownNameError, UnsupportedModelError
+from ..tokens import Plan, Reducer
+from .input_format import InputFormat
+from .macs import Macs
+from .outputs import Features, ModelInfo, Wanted
 
 Head = Literal["prefix", "tokens"]
+State = dict[str, Tensor]
 ADAPTERS: list["Adapter"] = []
+"""Families whose tokens can be reduced."""
+OTHERS: list["Adapter"] = []
+"""Families that only give outputs: teachers, or models to measure."""
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """Sizes that a plan depends on. `head` says what the head reads: prefix tokens alone, or patch tokens too."""
+    """Sizes that a plan depends on. `head` says what the head reads: only prefix tokens, or patch tokens too."""
 
     depth: int
     num_patches: int
@@ -31,18 +38,29 @@ class Geometry:
 
 
 @dataclass(frozen=True)
-class Macs:
-    """Multiply-accumulates per image: in layers with weights, and in products of activations (attention, matching)."""
+class Classifier:
+    """The classifier of a model.
 
-    linear: int = 0
-    products: int = 0
+    names: of the modules that give class logits, in the model.
+    classes: how many there are, 0 without a classifier.
+    published: classes that the published weights of the architecture know; None where none are published.
+    """
 
-    @property
-    def total(self) -> int:
-        return self.linear + self.products
+    names: tuple[str, ...]
+    classes: int
+    published: int | None = None
 
-    def __add__(self, other: "Macs") -> "Macs":
-        return Macs(self.linear + other.linear, self.products + other.products)
+
+@dataclass(frozen=True)
+class Description:
+    """What builds a model again, its weights aside: an architecture, its arguments, and what its images are like.
+
+    All values are plain JSON. `images`: entries that differ from the architecture's own, such as mean and std.
+    """
+
+    architecture: str
+    args: Mapping[str, Any] = field(default_factory=dict)
+    images: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Adapter:
@@ -51,29 +69,45 @@ class Adapter:
     name: ClassVar[str]
     covers: ClassVar[str]
     """One line for `vitrim list`: which models the family covers."""
-    branches: ClassVar[Mapping[str, str]]
-    """Names within a block of its two branches, and of the norm that feeds each of them and nothing else."""
+    branches: ClassVar[Mapping[str, str]] = {}
+    """Names within a block of its two branches, and of the norm that feeds only that branch."""
+    speed_settings: ClassVar[frozenset[str]] = frozenset({"training"})
+    """Attributes of modules that change how an output in eval mode is computed, but not its value."""
 
-    def __init_subclass__(cls) -> None:
-        ADAPTERS.append(cls())
+    def __init_subclass__(cls, *, cuts: bool = True) -> None:
+        if cls.__name__.startswith("_"):  # A shared base.
+            return
+        table = ADAPTERS if cuts else OTHERS
+        table[:] = [other for other in table if _home(type(other)) != _home(cls)]  # The same file, read again.
+        if any(other.name == cls.name for other in (*ADAPTERS, *OTHERS)):
+            raise UnsupportedModelError(f"there is a family named {cls.name!r} already; give {cls.__name__} another")
+        table.append(cls())
+
+    # Which models, and what they are made of.
 
     def claims(self, model: nn.Module) -> bool:
-        """Whether the model belongs to this family at all."""
+        """Whether the model belongs to this family."""
         raise NotImplementedError
 
     def check(self, model: nn.Module) -> None:
-        """Raise `UnsupportedModelError` naming the part that cannot be changed."""
+        """Raise `UnsupportedModelError` that names the part which cannot be changed."""
 
     def geometry(self, model: nn.Module) -> Geometry:
         """Depth, tokens and head of the model."""
-        raise NotImplementedError
+        raise UnsupportedModelError(f"the tokens of this {type(model).__name__} cannot be reduced")
 
     def blocks(self, model: nn.Module) -> Sequence[nn.Module]:
-        """The transformer blocks in order."""
-        raise NotImplementedError
+        """The transformer blocks in order; none where the family does not know any."""
+        return ()
+
+    def grid(self, model: nn.Module, image_size: Sequence[int]) -> tuple[int, int]:
+        """Rows and columns of the patches of images of (height, width)."""
+        raise UnsupportedModelError(f"the patches of this {type(model).__name__} are not known")
+
+    # Reducing tokens.
 
     def reduced_class(self, module: nn.Module) -> type[nn.Module]:
-        """The module-level subclass that takes the place of the class of this block, or of the model itself."""
+        """The module-level subclass that replaces the class of this block, or of the model itself."""
         raise NotImplementedError
 
     def check_plan(self, model: nn.Module, plan: Plan, reducer: Reducer) -> None:
@@ -83,75 +117,169 @@ class Adapter:
         """MACs of one image under the plan, as the reduced model executes it."""
         raise NotImplementedError
 
+    # What a model gives.
+
+    def info(self, model: nn.Module) -> ModelInfo:
+        """Sizes that outputs depend on."""
+        return ModelInfo(type(model).__name__, self.classifier(model).classes)
+
+    def outputs(self, model: nn.Module, images: Tensor, wanted: Wanted) -> dict[str, Tensor]:
+        """Run the model once on images (B, channels, H, W), in its present mode; the outputs wanted, by key."""
+        if not wanted.inside:
+            logits = self.predict(model, images)
+            return dict.fromkeys(wanted.keys, logits)
+        info = self.info(model)
+        blocks = sorted({block for output in wanted.outputs for block in output.blocks(info)})
+        final, after = self.features(model, images, blocks)
+        features = Features(self, model, info, wanted, final, after)
+        return {output.key: output.compute(features) for output in wanted.outputs}
+
+    def predict(self, model: nn.Module, images: Tensor) -> Tensor:
+        """Logits (B, K) as the model gives them, or pooled features (B, C) where it has no classifier."""
+        return as_tensor(model(images))
+
+    def output_width(self, model: nn.Module) -> int:
+        """Columns of what `predict` returns; 0 where that is not known."""
+        return self.classifier(model).classes
+
+    def features(
+        self, model: nn.Module, images: Tensor, blocks: Sequence[int]
+    ) -> tuple[Tensor, dict[int, tuple[Tensor, Tensor]]]:
+        """Final tokens (B, T, C) after the last norm, and (prefix, patch tokens) that leave each of these blocks.
+
+        Without hooks, and with the reduction that is attached: under activation checkpointing the tokens are those
+        that the checkpoint returns.
+        """
+        raise UnsupportedModelError(f"this {type(model).__name__} gives logits only")
+
+    def head(self, model: nn.Module, final_BTC: Tensor) -> Tensor:
+        """Logits (B, K) of final tokens."""
+        raise NotImplementedError
+
+    def heads(self, model: nn.Module, final_BTC: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits (B, K) on CLS and on the distillation token, for models that have one (`ModelInfo.has_dist`)."""
+        raise NotImplementedError
+
+    def input_format(self, model: nn.Module) -> InputFormat:
+        """What this very model expects of its images."""
+        raise UnsupportedModelError(
+            f"what images this {type(model).__name__} expects is not known; give their size, mean and std"
+        )
+
+    def classifier(self, model: nn.Module) -> Classifier:
+        """Its classifier."""
+        config = getattr(model, "config", None)
+        return Classifier((), int(getattr(model, "num_classes", getattr(config, "num_labels", 0))))
+
+    def reset_classifier(self, model: nn.Module, classes: int) -> None:
+        """Put a fresh classifier for so many classes in its place; 0 removes it."""
+        raise UnsupportedModelError(f"the classifier of this {type(model).__name__} cannot be replaced")
+
+    # Training.
+
+    def recompute(self, model: nn.Module, on: bool = True) -> None:
+        """Recompute activations in the backward pass instead of storing them (activation checkpointing), or stop."""
+        raise UnsupportedModelError(f"this {type(model).__name__} cannot recompute activations; set no checkpointing")
+
+    # Building, saving and loading.
+
+    def architectures(self) -> Collection[str]:
+        """The names that `build` takes."""
+        return ()
+
+    def builds(self, name: str) -> bool:
+        """Whether `build` takes this name."""
+        return name in self.architectures()
+
+    def build(self, name: str, args: Mapping[str, Any], *, pretrained: bool, images: Mapping[str, Any]) -> nn.Module:
+        """A new model.
+
+        Args:
+            name: one of `architectures`.
+            args: of the architecture. `num_classes`, `img_size` and `in_chans` mean the same in every family.
+            pretrained: with its published weights.
+            images: replaces entries of what its images are like, see `Description`.
+
+        Raises:
+            CheckpointError: published weights that cannot be had.
+            VitrimError: arguments that the architecture does not take.
+        """
+        raise NotImplementedError
+
+    def describe(self, model: nn.Module) -> Description:
+        """What `build` needs to make this model again; `CheckpointError` where that is not known."""
+        raise CheckpointError(
+            f"this {type(model).__name__} was not made by timm.create_model, so it cannot be rebuilt; make it with "
+            "timm.create_model or vitrim.build_model, or write model.state_dict() with safetensors yourself"
+        )
+
+    def classifiers_of(self, name: str) -> tuple[str, ...]:
+        """Names of the modules that give class logits in an architecture, before there is a model."""
+        return ("head",)
+
+    def fit_weights(self, model: nn.Module, state: State) -> State:
+        """Weights of the same architecture, possibly of another input size, in the names and shapes of this model."""
+        return state
+
+
+def adapter_of(model: nn.Module) -> Adapter:
+    """The adapter of any model at all; it may be unable to reduce tokens, see `find_adapter`."""
+    return next(adapter for adapter in _tried() if adapter.claims(model))
+
 
 def find_adapter(model: nn.Module) -> Adapter:
-    """The adapter of the model, checked; `UnsupportedModelError` names the class met and the adapters that exist."""
-    for adapter in ADAPTERS:
-        if adapter.claims(model):
-            adapter.check(model)
-            return adapter
+    """The adapter that can reduce the tokens of the model, checked.
+
+    Raises:
+        UnsupportedModelError: names the class met and the families that exist.
+    """
+    adapter = adapter_of(model)
+    if adapter in ADAPTERS:
+        adapter.check(model)
+        return adapter
     known = "; ".join(f"{adapter.name} ({adapter.covers})" for adapter in ADAPTERS)
     wrapped = type(model).__name__ in ("OptimizedModule", "DistributedDataParallel", "FullyShardedDataParallel")
     hint = "attach to the model before wrapping or compiling it" if wrapped else f"adapters: {known}"
     raise UnsupportedModelError(f"no adapter for {type(model).__module__}.{type(model).__qualname__}; {hint}")
 
 
-@dataclass(frozen=True)
-class BlockShape:
-    """Widths of a pre-norm attention block, for counting. `mlp_macs` is per token; `gate` adds one projection."""
-
-    width: int
-    attn_dim: int
-    head_dim: int
-    mlp_macs: int
-    gate: bool = False
+def num_classes(model: nn.Module) -> int:
+    """Classes of the model's classifier; 0 without one."""
+    return adapter_of(model).classifier(model).classes
 
 
-def block_macs(
-    shape: BlockShape, tokens: int, num_prefix: int, before: Cut | None, inside: Cut | None,
-    prefix_only: bool, reducer: Reducer | None,
-) -> Macs:  # fmt: skip
-    """MACs of one block that `tokens` tokens enter, prefix included, as `ReducedBlock.forward` executes it."""
-    one = shape.width * shape.attn_dim  # One token through one of the q, k, v and output projections.
-    total = Macs()
-    if before is not None and reducer is not None:
-        needs = needed(reducer, before)
-        projected = {"key": tokens, "cls_row": tokens + 1, "attention": 2 * tokens}.get(needs, 0)
-        total += Macs(projected * one, _scoring(shape, tokens, needs))
-        total += _deciding(shape, reducer, before)
-        tokens = num_prefix + before.num_out
-    queries = tokens
-    scored = Macs()
-    if prefix_only:
-        queries = num_prefix
-    elif inside is not None and reducer is not None:
-        needs = needed(reducer, inside)
-        if skips_queries(reducer, inside):
-            queries = num_prefix + inside.keep
-            scored = Macs(one if needs == "cls_row" else 0)
-        scored += Macs(0, _scoring(shape, tokens, needs))
-        scored += _deciding(shape, reducer, inside)
-    leaving = num_prefix if prefix_only else num_prefix + inside.num_out if inside is not None else tokens
-    projections = 2 * tokens + 2 * queries + (queries if shape.gate else 0)
-    attention = Macs(projections * one, 2 * queries * tokens * shape.attn_dim)
-    return total + scored + attention + Macs(leaving * shape.mlp_macs)
+def builder_of(name: str) -> Adapter | None:
+    """The family that builds this architecture; None if there is no such name."""
+    return next((adapter for adapter in _tried() if adapter.builds(name)), None)
 
 
-def needed(reducer: Reducer, cut: Cut) -> Needs:
-    """What the reducer reads at this cut: nothing where it reuses the scores of an earlier one."""
-    return reducer.needs if cut.first or reducer.reads_evidence(cut.block) else "nothing"
+def architectures() -> list[str]:
+    """The names of all architectures that can be built, sorted."""
+    return sorted({name for adapter in _tried() for name in adapter.architectures()})
 
 
-def skips_queries(reducer: Reducer, cut: Cut) -> bool:
-    """Whether a cut inside a block spares the attention of what it takes out: not where that comes back later."""
-    return reducer.drops_queries and not cut.returns
+def build_architecture(
+    name: str, args: Mapping[str, Any], *, pretrained: bool = False, images: Mapping[str, Any] | None = None
+) -> nn.Module:
+    """A new model of a named architecture, see `Adapter.build`; `UnknownNameError` if no family knows the name."""
+    adapter = builder_of(name)
+    if adapter is None:
+        raise UnknownNameError("architecture", name, architectures())
+    return adapter.build(name, args, pretrained=pretrained, images=images or {})
 
 
-def _scoring(shape: BlockShape, tokens: int, needs: Needs) -> int:
-    rows = {"cls_row": 1, "attention": tokens}.get(needs, 0)
-    return rows * tokens * shape.attn_dim
+def as_tensor(out: Any) -> Tensor:
+    """The logits, or features, in whatever a model returned; those of several classifiers are averaged."""
+    if isinstance(out, tuple):
+        out = sum(out) / len(out)
+    if not isinstance(out, Tensor):
+        out = out.logits if getattr(out, "logits", None) is not None else out.pooler_output
+    return out
 
 
-def _deciding(shape: BlockShape, reducer: Reducer, cut: Cut) -> Macs:
-    fused = (cut.num_in - cut.keep) * shape.width if reducer.extra_tokens else 0
-    return Macs(0, reducer.macs(cut.num_in, shape.head_dim) + fused)
+def _tried() -> list[Adapter]:
+    return [*reversed(ADAPTERS), *reversed(OTHERS)]
+
+
+def _home(cls: type) -> tuple[str, str]:
+    return cls.__module__, cls.__qualname__

@@ -1,17 +1,18 @@
 """One door to models: a timm name, a folder written by `save`, or a file of weights."""
 
 import difflib
+import re
 from pathlib import Path
 from typing import Any
 
-import timm
 from torch import nn
 
 from ..errors import CheckpointError, ClassCountError, UnknownNameError
-from .create import SOURCES, create
+from .adapter import adapter_of, architectures, build_architecture, builder_of
+from .create import SOURCES
 from .store import DESCRIPTION, WEIGHTS, check_heads, load, weights_path
 from .torchvision_weights import Converted, convert_torchvision, is_torchvision
-from .weights import SUFFIXES, class_count, classifiers_of, load_weights, read_weights
+from .weights import SUFFIXES, class_count, load_weights, read_weights
 
 
 def build_model(
@@ -50,14 +51,15 @@ def build_model(
             raise CheckpointError(f"{spec} is a file of weights already; leave checkpoint out, or name an architecture")
         return _from_file(path, num_classes, reset_head, args)
     if checkpoint is None:
-        return create(name, {"num_classes": num_classes, **args}, pretrained=pretrained)
+        return build_architecture(name, {"num_classes": num_classes, **args}, pretrained=pretrained)
     file = weights_path(checkpoint) if Path(checkpoint).is_dir() else Path(checkpoint)
     state = read_weights(file)
     if is_torchvision(state):
         state = convert_torchvision(state).state
     if num_classes is None and not reset_head:
-        num_classes = class_count(state, classifiers_of(name)[0])
-    model = create(name, {"num_classes": num_classes, **args})
+        builder = builder_of(name)
+        num_classes = None if builder is None else class_count(state, builder.classifiers_of(name)[0])
+    model = build_architecture(name, {"num_classes": num_classes, **args})
     load_weights(model, state, checkpoint, reset_head=reset_head or num_classes == 0)
     check_heads(model, file)
     return model
@@ -111,19 +113,20 @@ def _from_file(path: Path, num_classes: int | None, reset_head: bool, args: dict
         )
     found: Converted = convert_torchvision(state, num_heads=args.pop("num_heads", None))
     classes = found.num_classes if num_classes is None else num_classes
-    overlay = {"pretrained_cfg_overlay": found.data}
-    model = create(found.name, {"num_classes": classes, **overlay, **found.sizes, **args})
+    model = build_architecture(found.name, {"num_classes": classes, **found.sizes, **args}, images=found.data)
     load_weights(model, found.state, path, reset_head=reset_head or classes == 0)
     return model
 
 
 def _with_classes(model: nn.Module, spec: str | Path, num_classes: int | None, reset_head: bool) -> nn.Module:
+    adapter = adapter_of(model)
+    own = adapter.classifier(model).classes
     if reset_head or num_classes == 0:
-        model.reset_classifier(model.num_classes if num_classes is None else num_classes)
-    elif num_classes not in (None, model.num_classes):
+        adapter.reset_classifier(model, own if num_classes is None else num_classes)
+    elif num_classes not in (None, own):
         raise ClassCountError(
-            f"{spec} has {model.num_classes} classes, not the {num_classes} asked for",
-            f"ask for num_classes={model.num_classes}, or reset_head=True to start a new head",
+            f"{spec} has {own} classes, not the {num_classes} asked for",
+            f"ask for num_classes={own}, or reset_head=True to start a new head",
         )
     return model
 
@@ -139,8 +142,9 @@ def check_name(name: str) -> None:
         return
     if "/" in name or "\\" in name:
         raise CheckpointError(f"nothing at {name}: no folder written by vitrim.save and no file of weights")
-    if not timm.is_model(name):
-        known = timm.list_models()
-        # Over a thousand names help nobody: without a near one, show the kinds that people start from.
+    if builder_of(name) is None:
+        known = architectures()
+        # A list of over a thousand names is no help: without a near one, show the kinds that people start from.
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-        raise UnknownNameError("model", name, near or timm.list_models("vitrim_*") + timm.list_models("deit_*_224"))
+        usual = [other for other in known if re.fullmatch(r"vitrim_.*|deit_.*_224", other)]
+        raise UnknownNameError("model", name, near or usual)

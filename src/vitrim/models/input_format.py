@@ -2,8 +2,6 @@
 
 from dataclasses import dataclass
 
-from timm.data import resolve_model_data_config
-from timm.models import get_model_input_config
 from torch import nn
 
 from ..errors import DataError
@@ -11,31 +9,36 @@ from ..errors import DataError
 
 @dataclass(frozen=True)
 class InputFormat:
-    """What a model expects of its images: (channels, height, width), and the statistics to normalise with."""
+    """What a model expects of its images.
+
+    size: (channels, height, width).
+    mean, std: per channel, to normalise pixels in [0, 1] with.
+    interpolation: Pillow's name of the filter for resizing, such as "bicubic".
+    crop_pct: share of the resized image that an evaluation crop shows.
+    crop_mode: how evaluation fits an image in: timm's "center", "squash" (no crop, aspect ratio lost) or "border".
+    """
 
     size: tuple[int, int, int]
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    interpolation: str
-    crop_pct: float
+    interpolation: str = "bicubic"
+    crop_pct: float = 1.0
     crop_mode: str = "center"
-    """How evaluation fits an image into the input: timm's "center", "squash" (no crop, aspect lost) or "border"."""
 
     @classmethod
     def of(cls, model: nn.Module, image_size: int | None = None) -> "InputFormat":
-        """The format of this very model; timm's configuration tells only that of its architecture.
+        """The format of this very model.
 
         Raises:
             DataError: the model takes images of another size than `image_size`.
+            UnsupportedModelError: its format is not known.
         """
-        config, size = resolve_model_data_config(model), input_size_of(model)
-        if image_size not in (None, size[1]):
-            raise DataError(f"the model takes images of {size[1]} px, but data.image_size is {image_size}")
-        mean, std = (
-            (sum(values) / len(values),) * size[0] if len(values) != size[0] else tuple(values)
-            for values in (config["mean"], config["std"])
-        )
-        return cls(size, mean, std, config["interpolation"], config["crop_pct"], config["crop_mode"])
+        from .adapter import adapter_of  # Here, since adapters return this class.
+
+        form = adapter_of(model).input_format(model)
+        if image_size not in (None, form.size[1]):
+            raise DataError(f"the model takes images of {form.size[1]} px, but data.image_size is {image_size}")
+        return form
 
     @property
     def mode(self) -> str:
@@ -45,11 +48,6 @@ class InputFormat:
         return "L" if self.size[0] == 1 else "RGB"
 
 
-def input_size_of(model: nn.Module) -> tuple[int, int, int]:
-    """(channels, height, width) that this very model takes, of whatever kind it is.
-
-    timm's configuration of an architecture keeps those of its weights, whatever the model was built with.
-    """
-    channels, *size = get_model_input_config(model)["input_size"]
-    height, width = getattr(getattr(model, "patch_embed", None), "img_size", None) or size
-    return int(channels), int(height), int(width)
+def per_channel(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
+    """Statistics for so many channels: their mean where they are of another number."""
+    return values if len(values) == channels else (sum(values) / len(values),) * channels

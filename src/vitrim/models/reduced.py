@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from ..errors import VitrimError
 from ..tokens import Assignment, Evidence, take
 from ..tokens.scores import Needs
-from .adapter import needed, skips_queries
 from .attach import Handle
+from .macs import needed, skips_queries
 from .trace import Trace
 
 _SLICE_BYTES = 8 * 2**20

@@ -11,26 +11,22 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from timm.models import get_model_args
 from torch import nn
 
-from ..errors import CheckpointError, UnknownNameError, VitrimError
+from ..errors import CheckpointError, VitrimError
 from ..output import check_folder, replacing
 from ..tokens import Reduction
+from .adapter import adapter_of, build_architecture
 from .attach import attach, attached
-from .create import create
 from .weights import misfits, read_weights
 from .widths import BlockWidths, set_widths, widths_of
 
 SCHEMA = 1
 WEIGHTS, DESCRIPTION = "model.safetensors", "vitrim.json"
 _KEY = "vitrim"
-_DATA = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
-"""What a model expects of its images; kept, since it belongs to the weights and not to the architecture."""
 
 
 def save(model: nn.Module, folder: str | Path, *, overwrite: bool = False, **extra: Any) -> Path:
@@ -158,21 +154,15 @@ def _heads(model: nn.Module) -> dict[str, int]:
 
 def describe(model: nn.Module) -> dict[str, Any]:
     """All that `load` needs to build the model again, weights excepted, as plain JSON values."""
-    handle = attached(model)
-    config = getattr(model, "pretrained_cfg", None)
-    # A model built without a factory has no such record, and its class alone does not say its size.
-    if not config or not hasattr(model, "_model_args"):
-        raise CheckpointError(
-            f"this {type(model).__name__} was not made by timm.create_model, so it cannot be rebuilt; make it with "
-            "timm.create_model or vitrim.build_model, or write model.state_dict() with safetensors yourself"
-        )
-    dropout = {name: value for name, value in model._model_args.items() if name.endswith("_rate")}
+    handle, adapter = attached(model), adapter_of(model)
+    found = adapter.describe(model)
     record: dict[str, Any] = {
         "schema": SCHEMA,
-        "architecture": config["architecture"],
-        "args": get_model_args(model, dropout),
-        "num_classes": getattr(model, "num_classes", None),
-        "data": {name: config[name] for name in _DATA if config.get(name) is not None},
+        "family": adapter.name,
+        "architecture": found.architecture,
+        "args": dict(found.args),
+        "num_classes": adapter.classifier(model).classes,
+        "data": dict(found.images),  # They belong to the weights and not to the architecture.
         "widths": None,
         "reduction": None,
         "versions": {name: version(name) for name in ("vitrim", "timm", "torch")},
@@ -195,11 +185,9 @@ def describe(model: nn.Module) -> dict[str, Any]:
 def _rebuild(record: Mapping[str, Any], args: Mapping[str, Any]) -> nn.Module:
     """The described model with fresh weights, without reduction."""
     name = record["architecture"]
-    if not timm.is_model(name):
-        raise UnknownNameError("architecture", name, timm.list_models())
     stored = {key: tuple(value) if isinstance(value, list) else value for key, value in record["args"].items()}
     data = {key: tuple(value) if isinstance(value, list) else value for key, value in record["data"].items()}
-    model = create(name, {"pretrained_cfg_overlay": data, **stored, **args})
+    model = build_architecture(name, {**stored, **args}, images=data)
     if record["widths"] is not None:
         set_widths(model, [BlockWidths(**widths) for widths in record["widths"]])
     return model

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UnsupportedModelError
-from .adapter import Macs, find_adapter
+from .adapter import find_adapter
+from .macs import Macs
 from .slicing import compensate
 
 Kind = Literal["attention", "mlp"]

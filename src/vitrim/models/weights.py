@@ -1,16 +1,15 @@
 """Reading files of weights safely, and putting weights into a model with every misfit told in one line."""
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from timm.models import VisionTransformer, get_pretrained_cfg, split_model_name_tag
-from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, ClassCountError
+from .adapter import adapter_of
 
 State = dict[str, Tensor]
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".tar", ".ckpt")
@@ -76,21 +75,6 @@ def class_count(state: Mapping[str, Tensor], head: str = "head") -> int | None:
     return None if weight is None else weight.shape[0]
 
 
-def classifiers(model: nn.Module) -> tuple[str, ...]:
-    """Names of the modules that hold the classes: `("head",)`, for distilled models `("head", "head_dist")`."""
-    return _names(getattr(model, "pretrained_cfg", {}).get("classifier"))
-
-
-def classifiers_of(architecture: str) -> tuple[str, ...]:
-    """The same of a timm name, before there is a model."""
-    config = get_pretrained_cfg(split_model_name_tag(architecture)[0])
-    return _names(config and config.classifier)
-
-
-def _names(classifier: str | Sequence[str] | None) -> tuple[str, ...]:
-    return (classifier,) if isinstance(classifier, str) else tuple(classifier or ("head",))
-
-
 def load_weights(model: nn.Module, state: State, source: str | Path, *, reset_head: bool = False) -> None:
     """Put a state dict into the model, in place; timm resamples position and patch embeddings of another size.
 
@@ -102,25 +86,25 @@ def load_weights(model: nn.Module, state: State, source: str | Path, *, reset_he
         ClassCountError: another number of classes.
         CheckpointError: names missing, left over, or of another shape.
     """
-    heads = classifiers(model)
-    classes, wanted = class_count(state, heads[0]), getattr(model, "num_classes", None)
+    adapter = adapter_of(model)
+    head = adapter.classifier(model)
+    classes, wanted = class_count(state, *head.names[:1]), head.classes
     if not reset_head and classes is not None and classes != wanted:
         raise ClassCountError(
             f"{source} has {classes} classes, the model {wanted}",
             f"ask for num_classes={classes}, or reset_head=True to start a new head",
         )
-    if isinstance(model, VisionTransformer):
-        try:
-            state = checkpoint_filter_fn(state, model, adapt_layer_scale=True)
-        except (RuntimeError, KeyError, ValueError, AttributeError, AssertionError) as error:
-            raise CheckpointError(f"{source} does not fit {type(model).__name__}: {_line(error)}") from error
+    try:
+        state = adapter.fit_weights(model, state)
+    except CheckpointError as error:
+        raise CheckpointError(f"{source}: {error}") from error
     own = model.state_dict()
     if reset_head:
-        prefixes = tuple(f"{head}." for head in heads)
+        prefixes = tuple(f"{name}." for name in head.names)
         state = {name: value for name, value in state.items() if not name.startswith(prefixes)}
         state |= {name: value for name, value in own.items() if name.startswith(prefixes)}
     if faults := misfits(own, state):
-        raise CheckpointError(f"{source} does not fit {_name(model)}: {faults}")
+        raise CheckpointError(f"{source} does not fit {adapter.info(model).name}: {faults}")
     model.load_state_dict(state)
 
 
@@ -141,11 +125,3 @@ def misfits(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
 
 def _few(names: list[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-
-
-def _line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def _name(model: nn.Module) -> str:
-    return getattr(model, "pretrained_cfg", {}).get("architecture") or type(model).__name__

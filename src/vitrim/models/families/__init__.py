@@ -1,4 +1,9 @@
-"""One file for each model family. Importing this package enters them in the table of adapters."""
+"""One file for each model family. Importing this package enters them all in the tables of adapters.
 
+Families that are imported later are tried first; `any_module`, which takes every model, has to be the first one here.
+"""
+
+from . import any_module as _any_module  # noqa: F401
 from . import timm_layers as _timm_layers  # noqa: F401  (enters its layers in the table of elastic ones)
+from . import timm_model as _timm_model  # noqa: F401
 from . import timm_vit as _timm_vit  # noqa: F401

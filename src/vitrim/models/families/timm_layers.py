@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...errors import UnsupportedModelError
-from ..adapter import Macs
+from ..macs import Macs
 from ..slicing import check_norm, compensate, cut_linear, cut_norm, leading, narrow_norm
 from ..sublayers import Elastic
 

@@ -1,24 +1,26 @@
 """Adapter for timm's `VisionTransformer` and `VisionTransformerDistilled` built on the standard `Block`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
 from timm.layers import Attention
 from timm.models._features import feature_take_indices
 from timm.models.deit import VisionTransformerDistilled
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from ...errors import ScoreError, UnsupportedModelError, VitrimError
+from ...errors import CheckpointError, ScoreError, UnsupportedModelError, VitrimError
 from ...tokens import Plan, Reducer
-from ..adapter import Adapter, BlockShape, Geometry, Macs, block_macs, needed
+from ..adapter import Geometry, State
 from ..attach import Handle
+from ..macs import BlockShape, Macs, block_macs, needed
 from ..reduced import ReducedBlock, hooked
 from ..sublayers import Elastic, RemovedBranch
+from .timm_model import TimmModel
 
 
 class ReducedTimmBlock(ReducedBlock, Block):
@@ -140,7 +142,7 @@ class _Ends(nn.Module):
         self.model.forward_head(tokens)
 
 
-class TimmViT(Adapter):
+class TimmViT(TimmModel):
     """ViT, DeiT, DeiT-III, DINOv2, CLIP and SigLIP towers, and hybrids, as timm builds them."""
 
     name = "timm-vit"
@@ -188,11 +190,15 @@ class TimmViT(Adapter):
             input_size=(model.in_chans, height, width),
         )
 
-    def blocks(self, model: Any) -> Sequence[nn.Module]:
-        return list(model.blocks)
-
     def reduced_class(self, module: nn.Module) -> type[nn.Module]:
         return self._reduced[type(module)]
+
+    def fit_weights(self, model: Any, state: State) -> State:
+        try:
+            return checkpoint_filter_fn(state, model, adapt_layer_scale=True)
+        except (RuntimeError, KeyError, ValueError, AttributeError, AssertionError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise CheckpointError(f"the weights do not fit {type(model).__name__}: {reason}") from error
 
     def check_plan(self, model: nn.Module, plan: Plan, reducer: Reducer) -> None:
         for cut in plan.cuts:
