@@ -14,8 +14,9 @@ from torch.utils.data import DataLoader, Subset
 
 import vitrim
 from vitrim.data.views import MixedViews, SeededViews, fingerprint
-from vitrim.distill import CachedViews, Distiller, Teacher, TeacherCache, cache_writer, student_grid
+from vitrim.distill import CachedViews, Distiller, Teacher, TeacherCache, Wanted, cache_writer, student_grid
 from vitrim.errors import VitrimError
+from vitrim.models.outputs import Logits
 
 TERMS = "Labels() + Logits(temperature=2) + ClsStages() + Cls() + Tokens()"
 SIZE = 10
@@ -128,7 +129,7 @@ def test_cache_equals_the_live_teacher(tmp_path, teacher):
     images = torch.stack([data[row][0] for row in range(len(kept))])
     live = teacher(images, wanted, (4, 4))
     assert len(kept) == 2 * SIZE
-    assert set(kept[0]) == set(live) == {"logits", "stages", "cls", "tokens"}
+    assert set(kept[0]) == set(live) == {"logits", "stages@3", "cls", "tokens"}
     for row in range(len(kept)):
         for name, value in kept[row].items():
             exact = live[name][row]
@@ -172,7 +173,7 @@ def test_top_logits_of_the_cache_hold_the_rest(tmp_path, teacher):
 
 
 def kept_wanted():
-    return vitrim.distill.Wanted(logits=True)
+    return Wanted.of(Logits())
 
 
 def test_an_interrupted_build_goes_on_where_it_stopped(tmp_path, teacher, monkeypatch):

@@ -11,8 +11,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 import vitrim
 from vitrim.distill import Distiller, Teacher, Wanted, student_grid
-from vitrim.distill.features import group_means, look, whereabouts
+from vitrim.distill.positions import Fused, Origin, group_means
 from vitrim.errors import VitrimError
+from vitrim.models import adapter_of
+from vitrim.models.outputs import Patches
 
 ALL = "Labels() + Logits(0.7) + ClsStages(0.3) + Cls(0.5) + Tokens(0.5)"
 
@@ -63,8 +65,8 @@ def test_targets_stand_where_the_tokens_came_from(text):
     embedded = model.forward_features(images)[:, 1:]  # (B, N, C), by position
     if text is not None:
         handle = vitrim.attach(model, text)
-    found = look(model, images, Wanted(tokens=True))
-    where = whereabouts(model, found["tokens"])
+    found = adapter_of(model).outputs(model, images, Wanted.of(Patches(), Origin(), Fused()))
+    where = found
     target, count = group_means(embedded, where["origin"], found["tokens"].shape[1])
     single = (count == 1) & ~where["fused"]
     merged = (count > 1) & ~where["fused"]
@@ -369,19 +371,19 @@ def test_several_processes_wait_for_just_what_learns(name, terms, reduction):
     distiller(torch.randn(2, 3, *student.patch_embed.img_size), torch.tensor([0, 4])).loss.backward()
     idle = {name for name, parameter in distiller.named_parameters() if parameter.grad is None}
     assert {name for name in ignored if not name.startswith("teacher.") or name in idle} == idle
-    assert ("student.head.weight" in idle) == (not {"logits"} & {r for t in distiller.terms.terms for r in t.reads})
+    assert ("student.head.weight" in idle) == ("logits" not in distiller.terms.wanted(of_teacher=False).keys)
 
 
 @pytest.mark.parametrize(
     ("student", "teach", "terms", "part"),
     [
         ({}, {"num_classes": 7}, "Logits()", "has 7 classes, the student 5"),
-        ({"num_classes": 0}, {}, "Logits()", "student vit_tiny_patch16_224 has no head"),
-        ({}, {"num_classes": 0}, "Logits()", "teacher vit_tiny_patch16_224 has no head"),
-        ({}, {}, "DistToken()", "with a distillation token"),
-        ({"class_token": False, "global_pool": "avg"}, {}, "Cls()", "reads CLS"),
+        ({"num_classes": 0}, {}, "Logits()", "of the student, but vit_tiny_patch16_224 has no classifier"),
+        ({}, {"num_classes": 0}, "Logits()", "of the teacher, but vit_tiny_patch16_224 has no classifier"),
+        ({}, {}, "DistToken()", "has no distillation token with a classifier"),
+        ({"class_token": False, "global_pool": "avg"}, {}, "Cls()", "has no CLS token"),
         ({"depth": 2}, {}, "ClsStages()", None),
-        ({}, {}, "Labels()", "no term of Labels() asks the teacher; leave teacher out"),
+        ({}, {}, "Labels()", "no term of Labels() reads the teacher; leave teacher out"),
         ({}, {}, "Tokens() + Merged()", "compares merged tokens, but no token reduction is attached to the student"),
     ],
 )
@@ -402,9 +404,9 @@ def test_pairs_that_do_not_fit_take_one_line(student, teach, terms, part):
             "both",
             r"TopK\(fuse='sum'\) merges none; leave Merged out, or reduce by ToMe",
         ),
-        ("ToMe() @ KeepRate(0.7)", "eval", "acts in phase eval alone"),
-        ("ToMe() @ KeepRate(0.7, at=1, reinstate=3)", "both", "come apart before block 3"),
-        ("ToMe() @ Budget(0.95, shape=KeepRate(0.5, at=1, reinstate=3))", "both", "come apart before block 3"),
+        ("ToMe() @ KeepRate(0.7)", "eval", "acts only in phase eval"),
+        ("ToMe() @ KeepRate(0.7, at=1, reinstate=3)", "both", "tokens return before block 3"),
+        ("ToMe() @ Budget(0.95, shape=KeepRate(0.5, at=1, reinstate=3))", "both", "tokens return before block 3"),
     ],
 )
 def test_merged_needs_tokens_that_are_merged(text, phase, part):
@@ -452,9 +454,11 @@ class Foreign(torch.nn.Module):
 
 def test_any_network_can_learn_from_logits():
     images, labels = torch.randn(2, 3, 64, 64), torch.tensor([0, 4])
-    distiller = Distiller(Foreign(), Teacher(Foreign(), input_size=(32, 32)), "Labels() + Logits()")
+    distiller = Distiller(
+        Foreign(), Teacher(Foreign(), input_size=(32, 32), mean=(0.5,) * 3, std=(0.5,) * 3), "Labels() + Logits()"
+    )
     out = distiller(images, labels)
     torch.testing.assert_close(out.logits, distiller.student(images).logits)
     assert float(out.terms["logits"]) > 0
-    with pytest.raises(VitrimError, match="gives the student's logits alone"):
+    with pytest.raises(VitrimError, match="reads tokens of the student, but Foreign gives logits only"):
         Distiller(Foreign(), teacher(), "Tokens()")

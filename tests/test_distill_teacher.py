@@ -12,13 +12,14 @@ import torch
 
 import vitrim
 from vitrim.distill import Distiller, Teacher, Wanted
-from vitrim.distill.features import look
-from vitrim.distill.teacher import grid_of, resample_tokens
+from vitrim.distill.teacher import resample_tokens
 from vitrim.errors import VitrimError
+from vitrim.models import adapter_of
 from vitrim.models.build import build_model
+from vitrim.models.outputs import Cls, Logits, Patches, Stages
 
 IMAGES = torch.linspace(-1, 1, 3 * 64 * 64).view(1, 3, 64, 64)
-EVERYTHING = Wanted(logits=True, stages=3, cls=True, tokens=True)
+EVERYTHING = Wanted.of(Logits(), Stages(3), Cls(), Patches())
 
 
 def vit(name="vit_tiny_patch16_224", **args):
@@ -51,10 +52,11 @@ def test_tokens_are_resampled_like_an_image(old, new):
 
 
 def test_grids_follow_the_shape_of_the_image():
-    assert grid_of(196, (224, 224)) == (14, 14)
-    assert grid_of(8, (32, 64)) == (2, 4)
-    with pytest.raises(VitrimError, match="form no grid"):
-        grid_of(15, (64, 64))
+    model = vit(dynamic_img_size=True)
+    assert adapter_of(model).grid(model, (64, 64)) == (4, 4)
+    assert adapter_of(model).grid(model, (32, 64)) == (2, 4)
+    with pytest.raises(VitrimError, match=r"8 patch tokens of a teacher do not fill its grid \(4, 4\)"):
+        resample_tokens(torch.zeros(1, 8, 3), (4, 4), (2, 2))
 
 
 def test_features_are_those_of_the_model():
@@ -68,10 +70,10 @@ def test_features_are_those_of_the_model():
     logits = model(images)
     for hook in hooks:
         hook.remove()
-    found = look(model, images, EVERYTHING)
+    found = adapter_of(model).outputs(model, images, EVERYTHING)
     final = model.norm(seen[5])
     torch.testing.assert_close(found["logits"], logits)
-    torch.testing.assert_close(found["stages"], torch.stack([seen[1][:, 0], seen[3][:, 0]], 1))
+    torch.testing.assert_close(found["stages@3"], torch.stack([seen[1][:, 0], seen[3][:, 0]], 1))
     torch.testing.assert_close(found["cls"], final[:, 0])
     torch.testing.assert_close(found["tokens"], final[:, 1:])
 
@@ -91,9 +93,9 @@ def test_any_vit_teaches_on_the_students_grid(name, args, prefix):
     teacher = Teacher(model)
     has_cls, wanted = prefix > 0, EVERYTHING
     if not has_cls:
-        wanted = Wanted(logits=True, tokens=True)
+        wanted = Wanted.of(Logits(), Patches())
     if model.num_classes == 0:
-        wanted = Wanted(stages=3, cls=True, tokens=True)
+        wanted = Wanted.of(Stages(3), Cls(), Patches())
     images = torch.randn(2, 3, 64, 64)
     found = teacher(images, wanted, grid=(4, 4))
     ready = (
@@ -108,11 +110,11 @@ def test_any_vit_teaches_on_the_students_grid(name, args, prefix):
     assert found["tokens"].shape == (2, 16, model.embed_dim)
     if has_cls:
         torch.testing.assert_close(found["cls"], final[:, 0])
-        assert found["stages"].shape == (2, 2, model.embed_dim)
+        assert found["stages@3"].shape == (2, 2, model.embed_dim)
     if model.num_classes:
         with torch.no_grad():
             torch.testing.assert_close(found["logits"], model(ready))
-    assert teacher.anatomy.num_prefix == prefix
+    assert teacher.info.num_prefix == prefix
 
 
 def test_images_are_normalised_anew():
@@ -120,7 +122,7 @@ def test_images_are_normalised_anew():
     mean, std = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
     model = vit()  # timm normalises this one with 0.5.
     teacher = Teacher(model, images_mean=mean.flatten().tolist(), images_std=std.flatten().tolist())
-    given = teacher((pixels - mean) / std, Wanted(logits=True))["logits"]
+    given = teacher((pixels - mean) / std, Wanted.of(Logits()))["logits"]
     with torch.no_grad():
         torch.testing.assert_close(given, model((pixels - 0.5) / 0.5), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(Teacher(model).prepare(pixels), pixels, rtol=0, atol=0)
@@ -136,8 +138,8 @@ def test_grey_images_reach_a_colour_teacher():
 def test_a_convolutional_teacher_gives_logits_alone():
     teacher = Teacher(timm.create_model("resnet10t", num_classes=5), input_size=(64, 64))
     images = torch.randn(2, 3, 64, 64)
-    assert teacher(images, Wanted(logits=True))["logits"].shape == (2, 5)
-    with pytest.raises(VitrimError, match="gives the teacher's logits alone; the term Tokens"):
+    assert teacher(images, Wanted.of(Logits()))["logits"].shape == (2, 5)
+    with pytest.raises(VitrimError, match="reads tokens of the teacher, but resnet10t gives logits only"):
         Distiller(vit(), teacher, "Tokens()")
 
 

@@ -7,15 +7,15 @@ import pytest
 import torch
 from torch import nn
 
-from vitrim.distill import LOSSES, TERMS, Cls, Logits, Terms
-from vitrim.distill.features import Anatomy, group_means
+from vitrim.distill import LOSSES, TERMS, Cls, Logits, ModelInfo, Terms
 from vitrim.distill.losses import coarse_kl, soft_kl
 from vitrim.distill.objective import Batch, Linear
+from vitrim.distill.positions import group_means
 from vitrim.errors import VitrimError
 
 B, N, M, P, K, WIDTH, WIDE = 3, 8, 5, 2, 7, 4, 6
-STUDENT = Anatomy("student", K, depth=6, width=WIDTH, num_prefix=P, has_cls=True, has_dist=True)
-TEACHER = Anatomy("teacher", K, depth=9, width=WIDE, num_prefix=1, has_cls=True)
+STUDENT = ModelInfo("student", K, depth=6, width=WIDTH, num_prefix=P, has_cls=True, has_dist=True)
+TEACHER = ModelInfo("teacher", K, depth=9, width=WIDE, num_prefix=1, has_cls=True)
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def batch():
     student = {
         "logits": torch.randn(B, K).double() * 3,
         "dist_logits": torch.randn(B, K).double(),
-        "stages": torch.randn(B, 2, WIDTH).double(),
+        "stages@3": torch.randn(B, 2, WIDTH).double(),
         "cls": torch.randn(B, WIDTH).double(),
         "tokens": torch.randn(B, M, WIDTH).double(),
         "origin": origin,
@@ -36,7 +36,7 @@ def batch():
     }
     teacher = {
         "logits": torch.randn(B, K).double() * 3,
-        "stages": torch.randn(B, 2, WIDE).double(),
+        "stages@3": torch.randn(B, 2, WIDE).double(),
         "cls": torch.randn(B, WIDE).double(),
         "tokens": torch.randn(B, N, WIDE).double(),
     }
@@ -118,8 +118,8 @@ def test_feature_terms_match_loops(batch, kind, normalise):
     term, project = made(f"ClsStages({options})")
     expected = 0.0
     for s in range(2):
-        mapped = project[s](batch.student["stages"][:, s])
-        each = [reference_distance(mapped[b], batch.teacher["stages"][b, s], kind, normalise) for b in range(B)]
+        mapped = project[s](batch.student["stages@3"][:, s])
+        each = [reference_distance(mapped[b], batch.teacher["stages@3"][b, s], kind, normalise) for b in range(B)]
         expected += sum(each) / B / 2
     assert term.compare(batch, project).item() == pytest.approx(expected, rel=1e-10)
 
@@ -149,7 +149,7 @@ def test_stages_of_equal_width_learn_nothing():
     assert term.project(STUDENT, STUDENT) is None
     assert STUDENT.boundaries(3) == (1, 3)
     assert TEACHER.boundaries(3) == (2, 5)
-    assert Anatomy("vit_base", 0, depth=12).boundaries(3) == (3, 7)
+    assert ModelInfo("vit_base", 0, depth=12).boundaries(3) == (3, 7)
 
 
 def test_a_single_member_gets_exactly_the_teachers_token(batch):
@@ -206,7 +206,7 @@ def test_notation_takes_short_forms():
     assert [term.name for term in terms.terms] == ["labels", "logits", "tokens"]
     logits = terms.terms[1]
     assert [logits.weight_at(p) for p in (0, 0.5, 1, 2)] == pytest.approx([0.7, 0.6, 0.5, 0.5])
-    assert terms.wanted(of_teacher=True).temperatures == (4.0,)
+    assert terms.wanted(of_teacher=True).temperatures == {4.0}
 
 
 def test_booleans_may_be_written_as_in_yaml():
@@ -231,22 +231,22 @@ def test_table_holds_all_terms():
     ("text", "part"),
     [
         ("Logit()", "did you mean Logits"),
-        ("Logits(temperature=0)", "temperature is above 0"),
+        ("Logits(temperature=0)", "temperature must be above 0"),
         ("Logits(heat=2)", "options are weight, temperature, hard"),
-        ("Logits() + Logits()", "each once"),
+        ("Logits() + Logits()", "each at most once"),
         ("Tokens(loss=huber)", "unknown feature loss 'huber'"),
         ("ClsStages(stages=1)", "2 stages or more"),
-        ("Linear(0, 1)", "no distillation term"),
+        ("Linear(0, 1)", "is not a distillation term"),
         ("Logits() *", "cannot read"),
         ("Logits() @ Cls()", "cannot read"),
         ("Logits('much')", "Logits: weight is a number or a Weight, not 'much'"),
         ("Logits(True)", "Logits: weight is a number or a Weight, not True"),
         ("Logits(1e400)", "Logits: weight is a number or a Weight, not inf"),
         ("Logits(Linear(1, a))", "Linear: end is a number, not 'a'"),
-        ("Logits(-1)", "Logits: weight is never below 0 and not 0 for ever, unlike -1"),
-        ("Logits(0)", "Logits: weight is never below 0 and not 0 for ever, unlike 0"),
-        ("Cls(Linear(1, -0.5))", "Cls: weight is never below 0 and not 0 for ever, unlike Linear(start=1, end=-0.5)"),
-        ("Labels(Linear(0, 0))", "Labels: weight is never below 0"),
+        ("Logits(-1)", "Logits: the weight must be 0 or more, and not 0 all the time, but it is -1"),
+        ("Logits(0)", "Logits: the weight must be 0 or more, and not 0 all the time, but it is 0"),
+        ("Cls(Linear(1, -0.5))", "not 0 all the time, but it is Linear(start=1, end=-0.5)"),
+        ("Labels(Linear(0, 0))", "Labels: the weight must be 0 or more"),
         ("Logits(hard=no)", "Logits: hard is True or False, not 'no'"),
         ("Logits(hard=1)", "Logits: hard is True or False, not 1"),
         ("Cls(normalise='no')", "Cls: normalise is True or False, not 'no'"),

@@ -177,7 +177,7 @@ def test_a_cache_serves_other_students_with_the_same_images(teacher: str, tmp_pa
         "batch_size": 8,
         "model": {"args": {**SIZES, "depth": 2}},
     }
-    with pytest.raises(ValueError, match="holds logits, tokens, CLS of 3 stages, temperature 4, but the terms need"):
+    with pytest.raises(ValueError, match="holds logits, stages@3, tokens, temperature 4, but the terms need"):
         train(recipe(teacher, tmp_path / "kept", epochs=1, **changes), tmp_path / "second")
     train(recipe(teacher, tmp_path / "kept", epochs=2, **{**changes, "distill": "Logits()"}), tmp_path / "second")
     assert asked == []

@@ -345,7 +345,7 @@ def test_a_checkpoint_says_how_many_classes_its_teacher_has(tmp_path: Path):
         options.teacher = ModelSpec(**spec)
         teacher = prepare_learner(options, prepare_student(options, DIGITS), DIGITS).teacher
         assert teacher
-        assert teacher.anatomy.num_classes == 10
+        assert teacher.info.classes == 10
 
 
 def test_a_student_starts_from_another_run(teacher: str, tmp_path: Path):

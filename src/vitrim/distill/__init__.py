@@ -1,8 +1,8 @@
 """Distillation: terms, live and cached teachers, and the module that a training loop calls."""
 
+from ..models.outputs import ModelInfo, Output, Outputs, Wanted
 from .cache import CachedViews, TeacherCache
 from .distiller import Distilled, Distiller, student_grid
-from .features import Anatomy, Outputs, Wanted
 from .losses import LOSSES
 from .objective import TERMS, WEIGHTS, Term, Terms
 from .teacher import Teacher
@@ -12,7 +12,6 @@ __all__ = [
     "LOSSES",
     "TERMS",
     "WEIGHTS",
-    "Anatomy",
     "CachedViews",
     "Cls",
     "ClsStages",
@@ -22,6 +21,8 @@ __all__ = [
     "Labels",
     "Logits",
     "Merged",
+    "ModelInfo",
+    "Output",
     "Outputs",
     "Teacher",
     "TeacherCache",

@@ -16,8 +16,8 @@ from torch.utils.data import Dataset
 
 from ..data.views import Views
 from ..errors import DistillError
-from .cache_writer import Arrays, Tick, fill, missing_rows, open_arrays
-from .features import Wanted
+from ..models.outputs import Wanted
+from .cache_writer import Arrays, Tick, missing_rows, open_arrays, write_rows
 from .manifest import MANIFEST, Manifest
 from .objective import Terms
 from .teacher import Grid, Teacher
@@ -30,7 +30,7 @@ class TeacherCache:
     """
 
     def __init__(self, folder: Path, manifest: Manifest, wanted: Wanted) -> None:
-        self.folder, self.anatomy, self.rows = folder, manifest.anatomy, manifest.rows
+        self.folder, self.info, self.rows = folder, manifest.info, manifest.rows
         self.names = [name for name in manifest.fields if _serves(name, wanted)]
         self.manifest = manifest
         self._arrays = self._map()
@@ -73,7 +73,7 @@ class TeacherCache:
         if kept is not None:
             kept.check_serves(manifest, folder)
         if kept is None or len(missing_rows(folder, kept)):
-            fill(folder, manifest, teacher, views, batch_size, workers, tick or (lambda done, rows: None))
+            write_rows(folder, manifest, teacher, views, batch_size, workers, tick or (lambda done, rows: None))
         return cls(folder, Manifest.read(folder), wanted)
 
     @classmethod
@@ -131,6 +131,6 @@ class CachedViews(Dataset[tuple[Any, ...]]):
 
 
 def _serves(name: str, wanted: Wanted) -> bool:
-    if name in ("stages", "cls", "tokens"):
-        return bool(getattr(wanted, name))
-    return wanted.logits  # `logits`, or `top`, `index` and every `rest@T`.
+    # Instead of `logits` there may be `top`, `index` and every `rest@T`.
+    logits = name in ("logits", "top", "index") or name.startswith("rest@")
+    return wanted.predicts if logits else name in wanted.keys

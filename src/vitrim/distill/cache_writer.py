@@ -15,8 +15,8 @@ from torch.utils.data import Dataset
 from ..data.readers import batches_of
 from ..data.views import Views
 from ..errors import DistillError
+from ..models.outputs import Wanted
 from ..output import FULL, replacing, write_errors
-from .features import Wanted
 from .manifest import MANIFEST, Manifest
 from .teacher import Teacher
 
@@ -57,7 +57,7 @@ def open_arrays(folder: Path, manifest: Manifest, names: Iterable[str], mode: Li
     return arrays
 
 
-def fill(
+def write_rows(
     folder: Path, manifest: Manifest, teacher: Teacher, views: Views, batch_size: int, workers: int, tick: Tick
 ) -> None:
     """Compute what the folder, new or begun, lacks of a cache; wait where another process is doing so.
@@ -74,8 +74,8 @@ def fill(
     folder.mkdir(parents=True, exist_ok=True)
     with _alone(folder, tick):
         if not (folder / MANIFEST).exists():
-            first = teacher(views[0][0].unsqueeze(0).to(teacher.scale.device), manifest.wanted, manifest.grid)
-            rows = _encode(first, manifest.wanted, manifest.top_k)
+            first = teacher(views[0][0].unsqueeze(0).to(teacher.scale.device), manifest.wanted(), manifest.grid)
+            rows = _encode(first, manifest.wanted(), manifest.top_k)
             _create(folder, manifest.with_fields({name: value.cpu().numpy() for name, value in rows.items()}))
         kept = Manifest.read(folder)
         kept.check_serves(manifest, folder)
@@ -88,6 +88,7 @@ def _compute(
     missing = missing_rows(folder, kept)
     arrays = open_arrays(folder, kept, [DONE, *kept.fields], "r+")
     done = arrays.pop(DONE)
+    wanted = kept.wanted()
     finished, pending = kept.rows - len(missing), list[np.ndarray]()
 
     def flush() -> None:
@@ -102,8 +103,8 @@ def _compute(
     loader = batches_of(_Rows(views, missing.tolist()), batch_size, workers)
     try:
         for batch, (images, rows) in enumerate(loader, 1):
-            answers = teacher(images.to(teacher.scale.device), kept.wanted, kept.grid)
-            for name, values in _encode(answers, kept.wanted, kept.top_k).items():
+            found = teacher(images.to(teacher.scale.device), wanted, kept.grid)
+            for name, values in _encode(found, wanted, kept.top_k).items():
                 arrays[name][rows.numpy()] = values.cpu().numpy()
             pending.append(rows.numpy())
             if batch % FLUSH_EVERY == 0:
@@ -150,16 +151,16 @@ def _encode(found: Mapping[str, Tensor], wanted: Wanted, top_k: int) -> dict[str
     kept: dict[str, Tensor] = {}
     for name, value in found.items():
         if name != "logits":
-            kept[name] = value.half()
+            kept[name] = value.half() if value.is_floating_point() else value
             if not kept[name].isfinite().all():
                 raise DistillError(f"the teacher's {name} go beyond the range of float16; distil from the live teacher")
-    if wanted.logits:
+    if wanted.predicts:
         logits = found["logits"].float()
         if logits.shape[1] <= top_k:
             return {**kept, "logits": logits}
         order = logits.sort(dim=1, descending=True, stable=True)
         kept |= {"top": order.values[:, :top_k], "index": order.indices[:, :top_k].int()}
-        for temperature in wanted.temperatures:
+        for temperature in sorted(wanted.temperatures):
             kept[f"rest@{temperature:g}"] = (order.values[:, top_k:] / temperature).logsumexp(1)
     return kept
 

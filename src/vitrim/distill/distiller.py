@@ -8,16 +8,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import DistillError
-from ..models import find_adapter, without_limit
-from .features import Anatomy, Outputs, idle_parameters, look, whereabouts
+from ..models import adapter_of, without_limit
+from ..models.outputs import Logits, ModelInfo, Output, Outputs, Wanted
+from .idle import idle_parameters
 from .objective import Batch, Term, Terms
-from .teacher import Teacher, grid_of
+from .teacher import Teacher
 
 
 class Known(Protocol):
-    """Anything that stands in for a live teacher, such as a `TeacherCache`."""
+    """Anything that can replace a live teacher, such as a `TeacherCache`."""
 
-    anatomy: Anatomy
+    info: ModelInfo
 
 
 class Distilled(NamedTuple):
@@ -35,8 +36,8 @@ class Distiller(nn.Module):
     these. `distiller.student` is the network to evaluate and to keep.
 
     Args:
-        student: a timm model, reduced by `vitrim.attach` or not; for `Labels` and `Logits`, any network.
-        teacher: live, or a `TeacherCache` whose outputs then come with each batch; None where no term asks for one.
+        student: a model of a known family, reduced by `vitrim.attach` or not; for `Labels` and `Logits`, any network.
+        teacher: live, or a `TeacherCache` whose outputs then come with each batch; None where no term reads one.
         terms: the objective, or its text.
         criterion: the loss on labels of the term `Labels`: of logits (B, K) and targets.
 
@@ -57,12 +58,16 @@ class Distiller(nn.Module):
         self.teacher, self.known = (teacher, None) if live else (None, teacher)
         self.terms = Terms.parse(terms)
         self.criterion = criterion
-        self._look = look
-        own, theirs = Anatomy.of(student), None if teacher is None else teacher.anatomy
+        self.adapter = adapter_of(student)
+        self._outputs = self.adapter.outputs
+        own, theirs = self.adapter.info(student), None if teacher is None else teacher.info
         projections: dict[str, nn.Module] = {}
-        if teacher is not None and not any(term.asks for term in self.terms.terms):
+        self.of_student, self.of_teacher = self.terms.wanted(of_teacher=False), self.terms.wanted(of_teacher=True)
+        if self.classifies:  # Accuracy is that of the classifier that the student is evaluated with.
+            self.of_student |= Wanted.of(Logits())
+        if teacher is not None and not self.of_teacher.outputs:
             raise DistillError(
-                f"no term of {self.terms} asks the teacher; leave teacher out, or add one such as Logits()"
+                f"no term of {self.terms} reads the teacher; leave teacher out, or add a term such as Logits()"
             )
         for term in self.terms.terms:
             check_pair(term, own, theirs)
@@ -71,7 +76,6 @@ class Distiller(nn.Module):
             if made is not None:
                 projections[term.name] = made
         self.projections = nn.ModuleDict(projections)
-        self.of_student, self.of_teacher = self.terms.wanted(of_teacher=False), self.terms.wanted(of_teacher=True)
         if self.teacher is not None:
             held = {id(parameter) for parameter in self.teacher.parameters()}
             if any(id(parameter) in held for parameter in student.parameters()):
@@ -81,7 +85,7 @@ class Distiller(nn.Module):
     @property
     def classifies(self) -> bool:
         """Whether the terms teach classes, so that accuracy means something."""
-        return self.of_student.logits or self.of_student.dist_logits
+        return self.of_student.predicts
 
     def compile(self, *args: Any, **options: Any) -> None:
         """Compile the student's forward pass, features included; options are those of torch.compile.
@@ -90,11 +94,11 @@ class Distiller(nn.Module):
         """
         self.student.compile(*args, **options)
         self.student._compiled_call_impl = without_limit(self.student._compiled_call_impl)
-        if self.of_student.features:  # Collected by another method than the one that is compiled with a module.
-            self._look = without_limit(torch.compile(look, *args, **options))
+        if self.of_student.inside:  # Computed by another method than the one that is compiled with a module.
+            self._outputs = without_limit(torch.compile(self.adapter.outputs, *args, **options))
 
     def rely_on(self, known: Known) -> None:
-        """Let go of the live teacher: from now on its outputs come with each batch, from this cache of them."""
+        """Drop the live teacher: from now on its outputs come with each batch, from this cache of them."""
         self.teacher, self.known = None, known
 
     def forward(
@@ -109,14 +113,12 @@ class Distiller(nn.Module):
         Args:
             images: (B, channels, H, W), augmented, mixed and normalised for the student.
             targets: (B,) classes or (B, K) probabilities, for `Labels`.
-            known: the teacher's outputs on these very images, from a cache; None asks the live teacher.
+            known: the teacher's outputs on these very images, from a cache; None runs the live teacher.
             progress: fraction of training that has passed, in [0, 1], for weights that change.
         """
-        student = self._look(self.student, images, self.of_student)
-        if "tokens" in student:
-            student |= whereabouts(self.student, student["tokens"])
+        student = self._outputs(self.student, images, self.of_student)
         if known is None:
-            known = self._ask(images, student)
+            known = self._teach(images)
         batch = Batch(student, known, targets, self.criterion)
         maps = dict(self.projections.items())
         values = {term.name: term.compare(batch, maps.get(term.name)) for term in self.terms.terms}
@@ -125,58 +127,53 @@ class Distiller(nn.Module):
         logits = student["logits"].detach() if "logits" in student else None
         return Distilled(loss, {name: value.detach() for name, value in values.items()}, logits)
 
-    def _ask(self, images: Tensor, student: Outputs) -> Outputs:
-        if not any(term.asks for term in self.terms.terms):
+    def _teach(self, images: Tensor) -> Outputs:
+        if not self.of_teacher.outputs:
             return {}
         if self.teacher is None:
             raise DistillError("there is no live teacher; give its outputs from the cache as known=")
-        grid = None
-        if "origin" in student:
-            grid = grid_of(student["origin"].shape[1], images.shape[-2:])
+        grid = self.adapter.grid(self.student, images.shape[-2:]) if self.of_teacher.per_patch else None
         return self.teacher(images, self.of_teacher, grid)
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
-        """What DDP, which asks for it, leaves alone: the frozen teacher and what no term teaches.
+        """What DDP, which reads this, does not exchange: the frozen teacher and parameters that no term trains.
 
-        DDP waits for a gradient of every other parameter and sends every other buffer around.
+        DDP waits for a gradient of every other parameter and broadcasts every other buffer.
         """
         frozen = [name for name, _ in (*self.named_parameters(), *self.named_buffers()) if name.startswith("teacher.")]
-        if not self.of_student.features:
+        if not self.of_student.inside:
             return frozen
-        reads = {name for term in self.terms.terms for name in term.reads}
+        reads = self.terms.wanted(of_teacher=False).keys
         return [*frozen, *(f"student.{name}" for name in idle_parameters(self.student, self.of_student, reads))]
 
 
 def student_grid(student: nn.Module) -> tuple[int, int]:
     """Rows and columns of the student's patch tokens at its own input size, for a cache."""
-    geometry = find_adapter(student).geometry(student)
-    return grid_of(geometry.num_patches, geometry.input_size[1:])
+    adapter = adapter_of(student)
+    return adapter.grid(student, adapter.input_format(student).size[1:])
 
 
-def check_pair(term: Term, student: Anatomy, teacher: Anatomy | None) -> None:
+def check_pair(term: Term, student: ModelInfo, teacher: ModelInfo | None) -> None:
     """Raise `DistillError` where these two networks cannot serve the term."""
     what = type(term).__name__
-    if term.asks and teacher is None:
+    _check_outputs(what, "student", student, term.of_student())
+    if not term.of_teacher():
+        return
+    if teacher is None:
         raise DistillError(f"the term {what} needs a teacher")
-    theirs = teacher if term.asks else None
-    for role, anatomy, names in (("student", student, term.reads), ("teacher", theirs, term.asks)):
-        if anatomy is None:
-            continue
-        if "logits" in names and anatomy.num_classes == 0:
-            raise DistillError(f"the term {what} reads logits, but the {role} {anatomy.name} has no head")
-        if "dist_logits" in names and not (anatomy.has_dist and anatomy.num_classes):
-            raise DistillError(f"the term {what} needs a {role} with a distillation token, which {anatomy.name} is not")
-        features = {"stages", "cls", "tokens"} & set(names)
-        if features and not anatomy.depth:
-            raise DistillError(f"{anatomy.name} gives the {role}'s logits alone; the term {what} reads {min(features)}")
-        if {"stages", "cls"} & set(names) and not anatomy.has_cls:
-            raise DistillError(f"the term {what} reads CLS, which the {role} {anatomy.name} does not have; use Tokens")
-    if theirs is not None and "logits" in term.asks and student.num_classes != theirs.num_classes:
+    _check_outputs(what, "teacher", teacher, term.of_teacher())
+    if any(output.predicts for output in term.of_teacher()) and student.classes != teacher.classes:
         raise DistillError(
-            f"the teacher {theirs.name} has {theirs.num_classes} classes, the student {student.num_classes}; "
+            f"the teacher {teacher.name} has {teacher.classes} classes, the student {student.classes}; "
             f"{what} compares them one by one, so give both the same classes or use terms on features"
         )
+
+
+def _check_outputs(what: str, role: str, info: ModelInfo, outputs: Sequence[Output]) -> None:
+    for output in outputs:
+        if fault := output.missing(info):
+            raise DistillError(f"the term {what} reads {output.name} of the {role}, but {info.name} {fault}")
 
 
 def _expect_no_teacher(module: nn.Module, keys: Any) -> None:

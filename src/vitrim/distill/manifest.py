@@ -11,24 +11,26 @@ import numpy as np
 
 from ..data.views import Views
 from ..errors import DistillError
-from .features import Anatomy, Wanted
+from ..models.outputs import ModelInfo, Wanted
 from .teacher import Grid, Teacher
 
-MANIFEST, FORMAT = "manifest.json", 2
+MANIFEST, FORMAT = "manifest.json", 3
 
 
 @dataclass(frozen=True)
 class Manifest:
     """The contents of `manifest.json`.
 
-    teacher: fingerprint. views: what determines the pixels, as `Views.describe` says. grid: of patch tokens.
-    fields: dtype and shape of a row of every array.
+    teacher: fingerprint. info: sizes of the teacher. views: what determines the pixels, see `Views.describe`.
+    outputs: keys of the teacher's outputs. temperatures: at which the logits can be softened.
+    grid: of outputs by patch, None without any. fields: dtype and shape of a row of every array.
     """
 
     teacher: str
-    anatomy: Anatomy
+    info: ModelInfo
     views: Mapping[str, Any]
-    wanted: Wanted
+    outputs: tuple[str, ...]
+    temperatures: tuple[float, ...]
     grid: Grid | None
     top_k: int
     fields: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
@@ -37,10 +39,22 @@ class Manifest:
     @classmethod
     def of(cls, teacher: Teacher, views: Views, wanted: Wanted, grid: Grid | None, top_k: int) -> "Manifest":
         """The manifest of a cache that is still to be laid out."""
-        if wanted.tokens and grid is None:
+        if wanted.per_patch and grid is None:
             raise DistillError("patch tokens are kept on the student's grid; give grid=student_grid(student)")
         pixels = json.loads(json.dumps(views.describe()))
-        return cls(teacher.fingerprint(), teacher.anatomy, pixels, wanted, grid if wanted.tokens else None, top_k)
+        return cls(
+            teacher=teacher.fingerprint(),
+            info=teacher.info,
+            views=pixels,
+            outputs=wanted.keys,
+            temperatures=tuple(sorted(wanted.temperatures)),
+            grid=grid if wanted.per_patch else None,
+            top_k=top_k,
+        )
+
+    def wanted(self) -> Wanted:
+        """The outputs that it holds; `UnknownNameError` where the term that defines one was not imported."""
+        return Wanted.read(self.outputs, self.temperatures)
 
     def with_fields(self, rows: Mapping[str, np.ndarray]) -> "Manifest":
         """The same with dtypes and shapes of these arrays (1, ...)."""
@@ -69,25 +83,23 @@ class Manifest:
             raise DistillError(f"no teacher cache in {folder}; build it first")
         try:
             data = json.loads(path.read_text())
-            wanted = {**data["wanted"], "temperatures": tuple(data["wanted"]["temperatures"])}
+            if data["format"] != FORMAT:
+                raise _refusal(folder, "is of another version of vitrim")
             grid = None if data["grid"] is None else (data["grid"][0], data["grid"][1])
-            fixed = {"anatomy": Anatomy(**data["anatomy"]), "wanted": Wanted(**wanted), "grid": grid}
+            fixed = {"info": ModelInfo(**data["info"]), "grid": grid}
+            fixed |= {name: tuple(data[name]) for name in ("outputs", "temperatures")}
             return cls(**{**data, **fixed})
+        except DistillError:
+            raise
         except (ValueError, TypeError, KeyError):
             raise DistillError(f"{path} cannot be read; remove {folder} and build the cache again") from None
 
     def check_serves(self, other: "Manifest", folder: Path) -> None:
         """Raise `DistillError` unless this cache belongs to the same things and holds whatever `other` wants."""
         mine, yours = self.views, other.views
-        for differs, whose in (
-            (self.format != other.format, "another version of vitrim"),
-            (
-                self.teacher != other.teacher,
-                f"another teacher ({self.anatomy.name}: other weights, settings or input format)",
-            ),
-        ):
-            if differs:
-                raise _refusal(folder, f"is of {whose}")
+        if self.teacher != other.teacher:
+            whose = f"another teacher ({self.info.name}: other weights, settings or input format)"
+            raise _refusal(folder, f"is of {whose}")
         # Numbers first: another seed or length also holds other images out, and says more than their digest.
         for key in sorted({*mine, *yours} - {"data", "augmentation"}):
             if mine.get(key) != yours.get(key):
@@ -95,12 +107,15 @@ class Manifest:
         for key, whose in (("augmentation", "another augmentation"), ("data", "other images")):
             if mine[key] != yours[key]:
                 raise _refusal(folder, f"is of {whose}")
-        if not self.wanted.covers(other.wanted):
-            raise _refusal(folder, f"holds {self.wanted}, but the terms need {other.wanted}")
-        if other.wanted.tokens and self.grid != other.grid:
+        if not set(self._parts()) >= set(other._parts()):
+            raise _refusal(folder, f"holds {', '.join(self._parts())}, but the terms need {', '.join(other._parts())}")
+        if other.grid is not None and self.grid != other.grid:
             raise _refusal(folder, f"holds tokens on a grid of {self.grid}, not of {other.grid}")
-        if other.wanted.logits and self.top_k != other.top_k:
+        if "logits" in other.outputs and self.top_k != other.top_k:
             raise _refusal(folder, f"holds the top {self.top_k} logits, not {other.top_k}")
+
+    def _parts(self) -> list[str]:
+        return [*self.outputs, *(f"temperature {temperature:g}" for temperature in self.temperatures)]
 
 
 def _refusal(folder: Path, reason: str) -> DistillError:

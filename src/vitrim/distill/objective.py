@@ -1,7 +1,8 @@
 """An objective is a weighted sum of terms, written in one line, with weights that may change over training.
 
 `Labels(Linear(0.3, 0.5)) + Logits(Linear(0.7, 0.5), temperature=4) + ClsStages(0.3)`; without `Labels` training needs
-no labels. This file holds what all terms have in common; the terms themselves are in `terms.py`.
+no labels. This file holds what all terms have in common; the terms are in `terms.py`, or in your own file: a term, with
+the outputs that only it reads, is one file.
 """
 
 import ast
@@ -14,8 +15,8 @@ from torch import Tensor, nn
 
 from ..errors import DistillError
 from ..kinds import check_options
+from ..models.outputs import ModelInfo, Output, Outputs, Wanted
 from ..notation import Notation, render
-from .features import Anatomy, Outputs, Wanted
 
 TERMS: dict[str, type["Term"]] = {}
 WEIGHTS: dict[str, type["Weight"]] = {}
@@ -50,7 +51,7 @@ class Linear(Weight):
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """What both models said about one batch, and its labels: (B,) classes or (B, K) probabilities."""
+    """The outputs of both models for one batch, and its labels: (B,) classes or (B, K) probabilities."""
 
     student: Outputs
     teacher: Outputs
@@ -60,21 +61,20 @@ class Batch:
 
 @dataclass(frozen=True)
 class Term:
-    """Base of all terms. Immutable configuration; what must be learned is made by `project` and kept elsewhere."""
+    """Base of all terms. Immutable configuration; modules that must be learned are made by `project`.
+
+    A subclass says which outputs it reads (`of_student`, `of_teacher`) and compares them. The outputs may be those of
+    `models/outputs.py` or its own subclasses of `Output`.
+    """
 
     weight: float | Weight = 1.0
+    """Its factor in the objective, 0 or more, and not 0 all the time."""
 
     name: ClassVar[str]
     """The term in metrics and checkpoints, from the name of its class: `ClsStages` is `cls_stages`."""
-    reads: ClassVar[tuple[str, ...]]
-    """What it reads of the student: names of `Outputs`."""
-    asks: ClassVar[tuple[str, ...]]
-    """What it reads of the teacher; by default the same."""
 
     def __init_subclass__(cls) -> None:
         cls.name = re.sub(r"(?<!^)(?=[A-Z])", "_", cls.__name__).lower()
-        if "asks" not in cls.__dict__ and "reads" in cls.__dict__:
-            cls.asks = cls.reads
         if not cls.__name__.startswith("_"):  # A shared base, not a term.
             TERMS[cls.__name__] = cls
 
@@ -84,23 +84,30 @@ class Term:
         if min(course) < 0 or max(course) == 0:
             shown = render(self.weight) if isinstance(self.weight, Weight) else self.weight
             raise DistillError(
-                f"{type(self).__name__}: weight is never below 0 and not 0 for ever, unlike {shown}; "
-                "leave a term out that shall not count"
+                f"{type(self).__name__}: the weight must be 0 or more, and not 0 all the time, but it is {shown}; "
+                "leave the term out if it is not needed"
             )
 
     def weight_at(self, progress: float) -> float:
         """The weight when this fraction of training, in [0, 1], has passed."""
         return self.weight.at(progress) if isinstance(self.weight, Weight) else float(self.weight)
 
-    def wanted(self, of_teacher: bool) -> Wanted:
-        """What must be looked at of the teacher, or of the student."""
-        names = self.asks if of_teacher else self.reads
-        return Wanted(**{name: name in names for name in ("logits", "dist_logits", "cls", "tokens")})
+    def of_student(self) -> Sequence[Output]:
+        """The outputs that it reads of the student."""
+        raise NotImplementedError
+
+    def of_teacher(self) -> Sequence[Output]:
+        """The outputs that it reads of the teacher; by default the same."""
+        return self.of_student()
+
+    def temperatures(self) -> Sequence[float]:
+        """Temperatures at which it softens the teacher's logits."""
+        return ()
 
     def check(self, student: nn.Module) -> None:
         """Raise `DistillError` where this student, reduced as it is, would give the term nothing to compare."""
 
-    def project(self, student: Anatomy, teacher: Anatomy) -> nn.Module | None:
+    def project(self, student: ModelInfo, teacher: ModelInfo) -> nn.Module | None:
         """The learned map from student to teacher width, None where there is nothing to learn."""
         return None
 
@@ -127,7 +134,8 @@ class Terms:
     def __post_init__(self) -> None:
         names = [term.name for term in self.terms]
         if not names or len(set(names)) < len(names):
-            raise DistillError(f"an objective holds one or more terms, each once, not {' + '.join(names) or 'nothing'}")
+            shown = " + ".join(names) or "nothing"
+            raise DistillError(f"an objective has one or more terms, each at most once, not {shown}")
 
     @classmethod
     def parse(cls, text: "str | Sequence[Term] | Terms") -> "Terms":
@@ -137,15 +145,14 @@ class Terms:
         parts = NOTATION.parse(text) if isinstance(text, str) else list(text)
         for part in parts:
             if not isinstance(part, Term):
-                raise DistillError(f"{part} is no distillation term; for example {NOTATION.example}")
+                raise DistillError(f"{part} is not a distillation term; write, for example, {NOTATION.example}")
         return cls(tuple(parts))
 
     def __str__(self) -> str:
         return " + ".join(render(term) for term in self.terms)
 
     def wanted(self, of_teacher: bool) -> Wanted:
-        """What all terms together read of the teacher, or of the student."""
-        total = Wanted()
-        for term in self.terms:
-            total |= term.wanted(of_teacher)
-        return total
+        """All outputs that the terms read of the teacher, or of the student."""
+        read = [term.of_teacher() if of_teacher else term.of_student() for term in self.terms]
+        temperatures = (float(value) for term in self.terms for value in term.temperatures())
+        return Wanted(frozenset(output for outputs in read for output in outputs), frozenset(temperatures))

@@ -1,8 +1,7 @@
-"""The teacher: any network, frozen, dense and in eval mode, shown exactly the student's batch in its own format."""
+"""The teacher: any network, frozen, dense and in eval mode, given the student's batch in its own input format."""
 
 import hashlib
-from collections.abc import Sequence
-from math import sqrt
+from collections.abc import Collection, Sequence
 from typing import Any, cast
 
 import torch
@@ -14,31 +13,30 @@ from torch.nn import functional as F
 
 from ..errors import DistillError
 from ..models import adapter_of, attached
+from ..models.outputs import Wanted
 from ..tokens.precision import wide
-from .features import Anatomy, Wanted, look
 
 Grid = tuple[int, int]
-_HOW = {"training", "fused_attn", "grad_checkpointing"}
-"""Settings of modules that decide how an output in eval mode is computed, and not which."""
 
 
 class Teacher(nn.Module):
-    """A frozen network that is asked about images prepared for its student.
+    """A frozen network that runs on images prepared for its student.
 
-    Images arrive as the student sees them, augmented, mixed and normalised. They are normalised anew and resized
-    (bicubic) to the teacher's own input; its patch tokens are resampled (bilinear) to the student's grid. The teacher
-    stays in eval mode whatever its surroundings do, and leaves no weights in checkpoints of the student.
+    Images arrive as the student gets them, augmented, mixed and normalised. They are normalised again for the teacher
+    and resized (bicubic) to its own input; its patch tokens are resampled (bilinear) to the student's grid. The teacher
+    stays in eval mode when modules around it are put into training mode, and adds no weights to checkpoints of the
+    student.
 
     Args:
-        model: any timm model or own network; loaded by `vitrim.models.build.build_model`, for example. Headless and
-            with registers or distillation token as it may be. A network without `forward_intermediates` (CNN) gives
-            logits alone.
+        model: any network, for example from `vitrim.build_model`, with or without classifier, registers or
+            distillation token. A network that is not made of tokens (a CNN) gives logits only.
         input_size: (height, width) it expects; by default the model's own.
         mean, std: per channel, what its images are normalised with; by default the model's own.
         images_mean, images_std: what arriving images have been normalised with; by default the teacher's.
 
     Raises:
         DistillError: tokens are reduced in the model.
+        UnsupportedModelError: its input format is not known, and not given.
     """
 
     scale: Tensor
@@ -59,9 +57,10 @@ class Teacher(nn.Module):
         if handle is not None and handle.reduction is not None:
             raise DistillError("a teacher is dense, but a reduction is attached to it; call handle.remove() first")
         self.model = model.eval().requires_grad_(False)
-        self.anatomy = Anatomy.of(model)
+        self.adapter = adapter_of(model)
+        self.info = self.adapter.info(model)
         if input_size is None or mean is None or std is None:
-            form = adapter_of(model).input_format(model)
+            form = self.adapter.input_format(model)
             input_size, mean, std = input_size or form.size[1:], mean or form.mean, std or form.std
         self.input_size: Grid = input_size
         own = torch.tensor([list(mean), list(std)], dtype=torch.float64)
@@ -75,18 +74,18 @@ class Teacher(nn.Module):
         return super().train(False)
 
     def shard(self) -> None:
-        """Let every process keep its share of the weights alone and gather one block at a time (FSDP).
+        """Keep only a share of the weights in every process and gather one block at a time (FSDP).
 
-        All processes of the default group call this, and from then on ask the teacher at the same steps.
+        All processes of the default group call this, and from then on run the teacher at the same steps.
         """
         device = self.scale.device.type
         mesh = init_device_mesh(device, (dist.get_world_size(),))
-        for block in getattr(self.model, "blocks", ()):
+        for block in self.adapter.blocks(self.model):
             fully_shard(block, mesh=mesh)
         fully_shard(self, mesh=mesh, reshard_after_forward=True)
 
     def state_dict(self, *args: Any, destination: Any = None, **kwargs: Any) -> Any:
-        """Nothing: a checkpoint of the student need not carry its teacher."""
+        """Nothing: checkpoints of a student do not hold its teacher."""
         return {} if destination is None else destination
 
     def prepare(self, images: Tensor) -> Tensor:
@@ -99,20 +98,22 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor, wanted: Wanted, grid: Grid | None = None) -> dict[str, Tensor]:
-        """What is wanted of the teacher about these images; patch tokens on the student's `grid` (rows, columns)."""
+        """The teacher's outputs for these images; those by patch are resampled to the student's `grid`."""
         ready = self.prepare(images)
-        found = look(self.model, ready, wanted)
-        if "tokens" in found:
-            own = grid_of(found["tokens"].shape[1], ready.shape[-2:])
-            found["tokens"] = resample_tokens(found["tokens"], own, grid or own)
+        found = self.adapter.outputs(self.model, ready, wanted)
+        for output in wanted.outputs:
+            if output.per_patch:
+                own = self.adapter.grid(self.model, ready.shape[-2:])
+                found[output.key] = resample_tokens(found[output.key], own, grid or own)
         return found
 
     def fingerprint(self) -> str:
         """SHA-256 of weights, settings of all modules and input format: equal fingerprints give equal outputs.
 
-        Device, mode, hooks, compilation and what else changes no output do not count.
+        Device, mode, hooks, compilation and whatever else changes no output are left out.
         """
-        code = hashlib.sha256(repr((self.anatomy, self.input_size, _settings(self.model))).encode())
+        settings = _settings(self.model, self.adapter.speed_settings)
+        code = hashlib.sha256(repr((self.info, self.input_size, settings)).encode())
         constants = {**dict(self.model.named_buffers()), "scale": self.scale, "shift": self.shift}
         tensors = {**self.model.state_dict(), **constants}
         for name, tensor in tensors.items():
@@ -122,17 +123,10 @@ class Teacher(nn.Module):
         return code.hexdigest()
 
 
-def grid_of(num_tokens: int, image_size: Sequence[int]) -> Grid:
-    """Rows and columns of square patches that give so many tokens of an image (height, width)."""
-    height, width = image_size
-    rows, columns = round(sqrt(num_tokens * height / width)), round(sqrt(num_tokens * width / height))
-    if rows * columns != num_tokens:
-        raise DistillError(f"{num_tokens} patch tokens of an image of {height} x {width} pixels form no grid")
-    return rows, columns
-
-
 def resample_tokens(tokens_BNC: Tensor, old: Grid, new: Grid) -> Tensor:
     """Tokens of one grid at the places of another, (B, N', C): bilinear, and averaging where the new one is coarser."""
+    if tokens_BNC.shape[1] != old[0] * old[1]:
+        raise DistillError(f"{tokens_BNC.shape[1]} patch tokens of a teacher do not fill its grid {old}")
     if old == new:
         return tokens_BNC
     image = tokens_BNC.transpose(1, 2).unflatten(2, old)
@@ -140,22 +134,24 @@ def resample_tokens(tokens_BNC: Tensor, old: Grid, new: Grid) -> Tensor:
     return image.flatten(2).transpose(1, 2)
 
 
-def _settings(model: nn.Module) -> list[tuple[object, ...]]:
-    """What of a model's function is in none of its tensors: kinds of its modules, and their public plain values."""
+def _settings(model: nn.Module, left_out: Collection[str]) -> list[tuple[object, ...]]:
+    """What decides a model's outputs but is in none of its tensors: kinds of its modules, their public plain values."""
     return [
         (
             name,
             type(module).__name__,
-            *sorted((key, repr(value)) for key, value in vars(module).items() if _counts(key, value)),
+            *sorted(
+                (key, repr(value)) for key, value in vars(module).items() if key not in left_out and _plain(key, value)
+            ),
         )
         for name, module in model.named_modules(remove_duplicate=False)
     ]
 
 
-def _counts(name: str, value: object) -> bool:
+def _plain(name: str, value: object) -> bool:
     if isinstance(value, tuple | list):
-        return all(_counts(name, entry) for entry in cast("tuple[object, ...]", value))
-    return not name.startswith("_") and name not in _HOW and isinstance(value, bool | int | float | str | None)
+        return all(_plain(name, entry) for entry in cast("tuple[object, ...]", value))
+    return not name.startswith("_") and isinstance(value, bool | int | float | str | None)
 
 
 def _channels(values: Tensor) -> Tensor:

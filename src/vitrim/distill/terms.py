@@ -1,29 +1,36 @@
-"""The table of distillation terms: what of the student is compared with what of the teacher.
+"""The table of distillation terms: which outputs of the student are compared with which outputs of the teacher.
 
-To add a term, subclass `Term`: say what it reads of the student and asks of the teacher, and compare.
+To add a term, subclass `Term` in this file or in one of your own: say which outputs it reads of both networks, and
+compare them. An output that no other term reads can be defined beside it, see `models/outputs.py`.
 """
 
-from dataclasses import dataclass, replace
-from typing import ClassVar
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import DistillError
-from ..models import attached
+from ..models import attached, outputs
+from ..models.outputs import ModelInfo, Output, Outputs
 from ..notation import render
 from ..tokens.precision import wide
-from .features import Anatomy, Outputs, Wanted, group_means
 from .losses import coarse_kl, distance, find_loss, mean_where, soft_kl
 from .objective import Batch, Term
+from .positions import Fused, Origin, group_means
 
 
 @dataclass(frozen=True)
 class Labels(Term):
-    """The usual loss on labels, with the student's logits and the training's own criterion."""
+    """The usual loss on labels, of the student's logits, with the criterion of the training."""
 
-    reads: ClassVar = ("logits",)
-    asks: ClassVar = ()
+    def of_student(self) -> Sequence[Output]:
+        """Logits."""
+        return (outputs.Logits(),)
+
+    def of_teacher(self) -> Sequence[Output]:
+        """Nothing."""
+        return ()
 
     def compare(self, batch: Batch, project: nn.Module | None) -> Tensor:
         """Criterion of the student's logits and the labels."""
@@ -40,11 +47,19 @@ class _Predictions(Term):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.temperature > 0:
-            raise DistillError(f"temperature is above 0, not {self.temperature}")
+            raise DistillError(f"temperature must be above 0, not {self.temperature}")
 
-    def wanted(self, of_teacher: bool) -> Wanted:
-        """The logits, and the temperature at which they are softened."""
-        return replace(super().wanted(of_teacher), temperatures=() if self.hard else (float(self.temperature),))
+    def of_student(self) -> Sequence[Output]:
+        """Logits."""
+        return (outputs.Logits(),)
+
+    def of_teacher(self) -> Sequence[Output]:
+        """Logits."""
+        return (outputs.Logits(),)
+
+    def temperatures(self) -> Sequence[float]:
+        """Its temperature; none for hard labels."""
+        return () if self.hard else (self.temperature,)
 
     def _against(self, student_BK: Tensor, teacher: Outputs) -> Tensor:
         classes = student_BK.shape[1]
@@ -66,10 +81,9 @@ class _Predictions(Term):
 class Logits(_Predictions):
     """Softened predictions: T^2 KL(teacher || student), batch mean (Hinton et al., arXiv 1503.02531).
 
-    hard: cross-entropy with the teacher's top class instead.
+    temperature: T, above 0; 4 by default.
+    hard: cross-entropy with the teacher's top class instead; off by default.
     """
-
-    reads: ClassVar = ("logits",)
 
     def compare(self, batch: Batch, project: nn.Module | None) -> Tensor:
         """KL or cross-entropy of the student's logits."""
@@ -78,15 +92,20 @@ class Logits(_Predictions):
 
 @dataclass(frozen=True)
 class DistToken(_Predictions):
-    """Predictions of the student's distillation token; hard by default (DeiT, arXiv 2012.12877)."""
+    """Predictions of the student's distillation token against the teacher's (DeiT, Touvron et al., arXiv 2012.12877).
+
+    temperature: T of the softened form, above 0; 4 by default.
+    hard: cross-entropy with the teacher's top class, as DeiT does by default; False softens as `Logits` does.
+    """
 
     hard: bool = True
 
-    reads: ClassVar = ("dist_logits",)
-    asks: ClassVar = ("logits",)
+    def of_student(self) -> Sequence[Output]:
+        """Logits of the distillation token's classifier."""
+        return (outputs.DistLogits(),)
 
     def compare(self, batch: Batch, project: nn.Module | None) -> Tensor:
-        """KL or cross-entropy of the distillation head's logits."""
+        """KL or cross-entropy of the distillation classifier's logits."""
         return self._against(batch.student["dist_logits"], batch.teacher)
 
 
@@ -99,7 +118,7 @@ class _Vectors(Term):
         super().__post_init__()
         find_loss(self.loss)
 
-    def project(self, student: Anatomy, teacher: Anatomy) -> nn.Module | None:
+    def project(self, student: ModelInfo, teacher: ModelInfo) -> nn.Module | None:
         """One linear map, also between equal widths."""
         return nn.Linear(student.width, teacher.width)
 
@@ -108,25 +127,26 @@ class _Vectors(Term):
 class ClsStages(_Vectors):
     """CLS after every stage but the last, L2-normalised, at the same relative depth (PTP-FAKD); mean over boundaries.
 
-    stages: equal stages of blocks; 3 puts boundaries after blocks L/3-1 and 2L/3-1.
     Between equal widths the vectors are compared as they are; otherwise each boundary learns a linear map.
+
+    loss: "mse" (default), "cosine" or "smooth_l1", see `vitrim list`.
+    normalise: compare directions only; on by default.
+    stages: equal stages of blocks, 2 or more; 3 (default) puts boundaries after blocks L/3-1 and 2L/3-1.
     """
 
     normalise: bool = True
     stages: int = 3
-
-    reads: ClassVar = ("stages",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.stages < 2:
             raise DistillError(f"ClsStages needs 2 stages or more, not {self.stages}")
 
-    def wanted(self, of_teacher: bool) -> Wanted:
-        """CLS at the boundaries of so many stages."""
-        return replace(super().wanted(of_teacher), stages=self.stages)
+    def of_student(self) -> Sequence[Output]:
+        """CLS at the boundaries of the stages."""
+        return (outputs.Stages(self.stages),)
 
-    def project(self, student: Anatomy, teacher: Anatomy) -> nn.Module | None:
+    def project(self, student: ModelInfo, teacher: ModelInfo) -> nn.Module | None:
         """One linear map per boundary, none between equal widths."""
         if student.width == teacher.width:
             return None
@@ -134,18 +154,25 @@ class ClsStages(_Vectors):
 
     def compare(self, batch: Batch, project: nn.Module | None) -> Tensor:
         """Mean over boundaries and images."""
-        given = batch.student["stages"].unbind(1)
-        maps = project if project is not None else [nn.Identity() for _ in given]
-        each = zip(given, maps, batch.teacher["stages"].unbind(1), strict=True)
+        key = outputs.Stages(self.stages).key
+        given = batch.student[key].unbind(1)
+        maps = list(project) if isinstance(project, nn.ModuleList) else [nn.Identity() for _ in given]
+        each = zip(given, maps, batch.teacher[key].unbind(1), strict=True)
         losses = [distance(one(cls), target, self.loss, self.normalise).mean() for cls, one, target in each]
         return sum(losses[1:], losses[0]) / len(losses)
 
 
 @dataclass(frozen=True)
 class Cls(_Vectors):
-    """The final CLS token, mapped to teacher width."""
+    """The final CLS token, mapped to the teacher's width by a learned linear map.
 
-    reads: ClassVar = ("cls",)
+    loss: "mse" (default), "cosine" or "smooth_l1", see `vitrim list`.
+    normalise: compare directions only; off by default.
+    """
+
+    def of_student(self) -> Sequence[Output]:
+        """The final CLS token."""
+        return (outputs.Cls(),)
 
     def compare(self, batch: Batch, project: nn.Module | None) -> Tensor:
         """Mean over images."""
@@ -155,38 +182,59 @@ class Cls(_Vectors):
 
 @dataclass(frozen=True)
 class _Patches(_Vectors):
-    reads: ClassVar = ("tokens", "origin", "fused")
-    asks: ClassVar = ("tokens",)
+    def of_student(self) -> Sequence[Output]:
+        """Patch tokens, and the positions that they are made of."""
+        return (outputs.Patches(), Origin(), Fused())
+
+    def of_teacher(self) -> Sequence[Output]:
+        """Patch tokens."""
+        return (outputs.Patches(),)
+
+    def check(self, student: nn.Module) -> None:
+        """The last block must compute patch tokens."""
+        handle = attached(student)
+        if handle is not None and handle.cls_only:
+            raise DistillError(
+                "the student's last block computes prefix tokens alone; attach the reduction with cls_only=False"
+            )
 
     def compare(self, batch: Batch, project: nn.Module | None) -> Tensor:
-        """Mean over the tokens concerned in each image, then over images."""
+        """Mean over the tokens that count in each image, then over images."""
         assert project is not None
         tokens_BMC, fused_BM = batch.student["tokens"], batch.student["fused"]
         target, count = group_means(wide(batch.teacher["tokens"]), batch.student["origin"], tokens_BMC.shape[1])
         per_token = distance(project(tokens_BMC), target, self.loss, self.normalise)
-        return mean_where(per_token, self._concerns(count) & ~fused_BM)
+        return mean_where(per_token, self._counts(count) & ~fused_BM)
 
-    def _concerns(self, count_BM: Tensor) -> Tensor:
+    def _counts(self, members_BM: Tensor) -> Tensor:
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class Tokens(_Patches):
-    """Final patch tokens that still stand for one position, mapped to teacher width, against the teacher's token there.
+    """Final patch tokens that are made of one position, mapped to teacher width, against the teacher's token there.
 
-    Dropped and fused tokens are no targets, nor are merged ones; those are the business of `Merged`.
+    Dropped, fused and merged tokens are left out; `Merged` compares merged ones.
+
+    loss: "mse" (default), "cosine" or "smooth_l1", see `vitrim list`.
+    normalise: compare directions only; off by default.
     """
 
-    def _concerns(self, count_BM: Tensor) -> Tensor:
-        return count_BM == 1
+    def _counts(self, members_BM: Tensor) -> Tensor:
+        return members_BM == 1
 
 
 @dataclass(frozen=True)
 class Merged(_Patches):
-    """Final patch tokens merged from several positions (ToMe), against the mean of the teacher's tokens there."""
+    """Final patch tokens merged from several positions (ToMe), against the mean of the teacher's tokens there.
+
+    loss: "mse" (default), "cosine" or "smooth_l1", see `vitrim list`.
+    normalise: compare directions only; off by default.
+    """
 
     def check(self, student: nn.Module) -> None:
         """Tokens must be merged in training, and stay so to the end."""
+        super().check(student)
         handle = attached(student)
         reduction = None if handle is None else handle.reduction
         if handle is None or reduction is None or handle.schedule is None:
@@ -194,12 +242,12 @@ class Merged(_Patches):
         elif not reduction.reducer.merges:
             fault = f"the student's {render(reduction.reducer)} merges none"
         elif not reduction.active(training=True):
-            fault = f"the student's reduction acts in phase {reduction.phase} alone"
+            fault = f"the student's reduction acts only in phase {reduction.phase}"
         elif handle.schedule.reinstate is not None:
-            fault = f"the student's come apart before block {handle.schedule.reinstate}"
+            fault = f"the student's tokens return before block {handle.schedule.reinstate}"
         else:
             return
         raise DistillError(f"the term Merged compares merged tokens, but {fault}; leave Merged out, or reduce by ToMe")
 
-    def _concerns(self, count_BM: Tensor) -> Tensor:
-        return count_BM > 1
+    def _counts(self, members_BM: Tensor) -> Tensor:
+        return members_BM > 1

@@ -7,6 +7,7 @@ live teacher, the cache and the student compute it through `Adapter.outputs`.
 Shapes: B images, K classes, S stage boundaries, P prefix and N patch tokens, C channels.
 """
 
+from ast import literal_eval
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, ClassVar
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..errors import VitrimError
+from ..errors import UnknownNameError, VitrimError
 
 if TYPE_CHECKING:
     from .adapter import Adapter
@@ -42,8 +43,6 @@ class ModelInfo:
 
     def boundaries(self, stages: int) -> tuple[int, ...]:
         """The last block of each of `stages` equal stages but the final one."""
-        if self.depth < stages:
-            raise VitrimError(f"{self.name} has {self.depth} blocks, too few for {stages} stages")
         return tuple(i * self.depth // stages - 1 for i in range(1, stages))
 
 
@@ -71,6 +70,8 @@ class Output:
     """The first part of its key, unique among all outputs."""
     per_patch: ClassVar[bool] = False
     """Whether it is (B, N, C) by patch: a teacher's is then resampled to the student's grid."""
+    predicts: ClassVar[bool] = False
+    """Whether these are class logits."""
     inside: ClassVar[bool] = True
     """Whether it needs `Features`; False only where the result of the usual forward pass is enough."""
 
@@ -105,6 +106,7 @@ class Logits(Output):
     """Class logits (B, K). Where `DistLogits` is read too, those of the classifier on CLS (DeiT), not the average."""
 
     name = "logits"
+    predicts = True
     inside = False
 
     def missing(self, info: ModelInfo) -> str:
@@ -121,6 +123,7 @@ class DistLogits(Output):
     """Logits (B, K) of the distillation token's own classifier (DeiT)."""
 
     name = "dist_logits"
+    predicts = True
 
     def missing(self, info: ModelInfo) -> str:
         return "" if info.has_dist and info.classes else "has no distillation token with a classifier"
@@ -149,6 +152,10 @@ class Stages(Cls):
     stages: int = 3
 
     name = "stages"
+
+    def missing(self, info: ModelInfo) -> str:
+        few = f"has {info.depth} blocks, too few for {self.stages} stages" if info.depth < self.stages else ""
+        return super().missing(info) or few
 
     def blocks(self, info: ModelInfo) -> Collection[int]:
         return info.boundaries(self.stages)
@@ -180,6 +187,11 @@ class Wanted:
         """These outputs."""
         return cls(frozenset(outputs), frozenset(temperatures))
 
+    @classmethod
+    def read(cls, keys: Collection[str], temperatures: Collection[float]) -> "Wanted":
+        """The outputs of these keys; `VitrimError` for one that no class computes."""
+        return cls.of(*map(_read, keys), temperatures=temperatures)
+
     @property
     def keys(self) -> tuple[str, ...]:
         """The keys of all outputs, sorted."""
@@ -191,9 +203,28 @@ class Wanted:
         return any(output.inside for output in self.outputs)
 
     @property
+    def predicts(self) -> bool:
+        """Whether any output is class logits."""
+        return any(output.predicts for output in self.outputs)
+
+    @property
     def per_patch(self) -> bool:
         """Whether any output is by patch."""
         return any(output.per_patch for output in self.outputs)
 
     def __or__(self, other: "Wanted") -> "Wanted":
         return Wanted(self.outputs | other.outputs, self.temperatures | other.temperatures)
+
+
+def _read(key: str) -> Output:
+    name, *options = key.split("@")
+    if name not in OUTPUTS:
+        raise UnknownNameError("output", name, OUTPUTS)
+    return OUTPUTS[name](*map(_value, options))
+
+
+def _value(text: str) -> object:
+    try:
+        return literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text

@@ -104,7 +104,7 @@ def prepare_student(recipe: Recipe, classes: Sequence[str]) -> nn.Module:
         student.set_grad_checkpointing()
     if recipe.optim.freeze:
         wanted = terms_of(recipe).wanted(of_teacher=False)
-        if not (wanted.logits or wanted.dist_logits):
+        if not wanted.predicts:
             raise RecipeError("optim.freeze trains the classifier alone, which no term of distill reads; leave it out")
         student.requires_grad_(False)
         head = student.get_classifier()
@@ -162,7 +162,7 @@ def prepare_learner(recipe: Recipe, student: nn.Module, classes: Sequence[str] |
     """Student, teacher and objective in one module."""
     seen = InputFormat.of(student, recipe.data.image_size)
     terms = terms_of(recipe)
-    compared = classes if terms.wanted(of_teacher=True).logits else None
+    compared = classes if terms.wanted(of_teacher=True).predicts else None
     teacher = None if recipe.teacher is None else prepare_teacher(recipe.teacher, seen, compared)
     criterion = partial(cross_entropy, smoothing=recipe.augment.smoothing)
     return Distiller(student, teacher, terms, criterion)

@@ -1,0 +1,76 @@
+"""Which input patches each final token of a student is made of, and the teacher's tokens at those positions.
+
+Shapes: B images, N patches, M patch tokens left, C channels.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import DistillError
+from ..models import attached
+from ..models.outputs import Features, Output
+from ..tokens import Assignment, TokenState
+
+
+@dataclass(frozen=True)
+class Origin(Output):
+    """The final token that each patch is part of (B, N), -1 where it was dropped."""
+
+    name = "origin"
+
+    def compute(self, features: Features) -> Tensor:
+        """From the trace of this forward pass."""
+        return _positions(features)[0]
+
+
+@dataclass(frozen=True)
+class Fused(Output):
+    """Which final patch tokens are fused (B, M).
+
+    A fused token is not the mean of its members but a sum weighted by scores, so no position is a target for it.
+    """
+
+    name = "fused"
+
+    def compute(self, features: Features) -> Tensor:
+        """From the trace of this forward pass."""
+        return _positions(features)[1]
+
+
+def _positions(features: Features) -> tuple[Tensor, Tensor]:
+    final = features.final_BTC
+    num_images, device = final.shape[0], final.device
+    handle = attached(features.model)
+    trace = None if handle is None else handle.trace_at_head(final)
+    if trace is None and handle is not None and not final.is_meta:
+        raise DistillError("the final tokens of this student cannot be traced back to the patches; use other terms")
+    if trace is None:
+        state = TokenState.start(num_images, final.shape[1] - features.info.num_prefix, device)
+        return state.origin, torch.zeros_like(state.origin, dtype=torch.bool)
+    fused = torch.zeros(num_images, trace.plan.num_patches, dtype=torch.bool, device=device)
+    for assignment in trace.cuts():
+        fused = _follow(fused, assignment)
+    return trace.state().origin.to(device).expand(num_images, -1), fused
+
+
+def _follow(fused_BN: Tensor, assignment: Assignment) -> Tensor:
+    kept = fused_BN.gather(1, assignment.kept_BK)
+    if assignment.num_out > kept.shape[1]:
+        return torch.nn.functional.pad(kept, (0, assignment.num_out - kept.shape[1]), value=True)
+    return kept
+
+
+def group_means(target_BNC: Tensor, origin_BN: Tensor, num_slots: int) -> tuple[Tensor, Tensor]:
+    """Mean of the targets of each slot's members, (B, M, C), and the number of members, (B, M).
+
+    A slot with one member gets exactly the target at its own position; a dropped position belongs to no slot.
+    """
+    num_images, _, width = target_BNC.shape
+    slot_BN = torch.where(origin_BN < 0, num_slots, origin_BN)  # One more slot takes what was dropped.
+    total = target_BNC.new_zeros(num_images, num_slots + 1, width)
+    total = total.scatter_add(1, slot_BN.unsqueeze(2).expand(-1, -1, width), target_BNC)[:, :num_slots]
+    count = torch.zeros(num_images, num_slots + 1, device=slot_BN.device, dtype=torch.long)
+    count = count.scatter_add(1, slot_BN, torch.ones_like(slot_BN))[:, :num_slots]
+    return total / count.clamp(min=1).unsqueeze(2), count
