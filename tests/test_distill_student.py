@@ -454,9 +454,8 @@ class Foreign(torch.nn.Module):
 
 def test_any_network_can_learn_from_logits():
     images, labels = torch.randn(2, 3, 64, 64), torch.tensor([0, 4])
-    distiller = Distiller(
-        Foreign(), Teacher(Foreign(), input_size=(32, 32), mean=(0.5,) * 3, std=(0.5,) * 3), "Labels() + Logits()"
-    )
+    format = {"input_size": (32, 32), "mean": (0.5,) * 3, "std": (0.5,) * 3}
+    distiller = Distiller(Foreign(), Teacher(Foreign(), **format), "Labels() + Logits()")
     out = distiller(images, labels)
     torch.testing.assert_close(out.logits, distiller.student(images).logits)
     assert float(out.terms["logits"]) > 0
