@@ -19,8 +19,8 @@ from timm.data import create_transform
 from torch.utils.data import DataLoader
 
 import vitrim
-from vitrim.data.views import SeededViews
-from vitrim.distill import CachedViews, Distiller, Teacher, TeacherCache, student_grid
+from vitrim.data.streams import Stream
+from vitrim.distill import Distiller, Teacher, TeacherCache, student_grid
 from vitrim.measure.bench_table import Quartiles, ratios
 from vitrim.measure.environment import environment
 from vitrim.measure.table import Column, Table
@@ -82,19 +82,20 @@ def main(
     learner = timm.create_model(student)
     vitrim.attach(learner, reduction)
     source = Teacher(timm.create_model(teacher)).to(place)
-    views = SeededViews(Noise(images, 256), create_transform(224, is_training=True), views=1)
+    transform = create_transform(224, is_training=True)
+    plain, kept = (Stream(Noise(images, 256), transform, views=1) for _ in range(2))
     with tempfile.TemporaryDirectory() as folder:
-        cache = TeacherCache.build(folder, source, views, terms, grid=student_grid(learner))
+        cache = TeacherCache.build(folder, source, kept, terms, grid=student_grid(learner))
+        kept.known = cache
         row = sum(value.numel() * value.element_size() for value in cache[0].values())
         options: dict[str, Any] = {"num_workers": workers, "persistent_workers": workers > 0}
-        plain, kept = (
-            DataLoader(data, batch_size, pin_memory=place.type == "cuda", **options)
-            for data in (views, CachedViews(views, cache))
+        without, with_cache = (
+            DataLoader(data, batch_size, pin_memory=place.type == "cuda", **options) for data in (plain, kept)
         )
         ways = {
-            "none": (Distiller(learner, None, "Labels()").to(place), plain),
-            "from the cache": (Distiller(learner, cache, terms).to(place), kept),
-            "live": (Distiller(learner, source, terms).to(place), plain),
+            "none": (Distiller(learner, None, "Labels()").to(place), without),
+            "from the cache": (Distiller(learner, cache, terms).to(place), with_cache),
+            "live": (Distiller(learner, source, terms).to(place), without),
         }
         seconds: dict[str, list[float]] = {name: [] for name in ways}
         names = list(ways)

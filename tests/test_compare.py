@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from vitrim.data.specs import DataSpec
-from vitrim.data.streams import plain_stream
+from vitrim.data.splits import plain_stream
 from vitrim.errors import DataError, VitrimError
 from vitrim.measure.accuracy import evaluate
 from vitrim.models import build_model, save, variant

@@ -13,8 +13,9 @@ from timm.data import create_transform
 from torch.utils.data import DataLoader, Subset
 
 import vitrim
-from vitrim.data.views import MixedViews, SeededViews, fingerprint
-from vitrim.distill import CachedViews, Distiller, Teacher, TeacherCache, Wanted, cache_writer, student_grid
+from vitrim.data.fingerprint import fingerprint
+from vitrim.data.streams import Stream
+from vitrim.distill import Distiller, Teacher, TeacherCache, Wanted, cache_writer, student_grid
 from vitrim.errors import VitrimError
 from vitrim.models.outputs import Logits
 
@@ -41,7 +42,7 @@ def augment(erasing=0.25):
 
 
 def views(number=2, seed=0, pictures=None, erasing=0.25):
-    return SeededViews(pictures or Pictures(), augment(erasing), number, seed)
+    return Stream(pictures or Pictures(), augment(erasing), views=number, seed=seed)
 
 
 def vit(**args):
@@ -88,27 +89,6 @@ def test_views_are_the_same_in_workers():
     assert torch.equal(loaded, torch.stack(plain))
 
 
-def test_mixing_is_a_function_of_the_key():
-    plain = views()
-    mixed = MixedViews(plain, alpha=0.4, num_classes=5, seed=2)
-    shares = []
-    for key in range(2 * SIZE):
-        image, target, index = mixed[key]
-        assert torch.equal(mixed[key + 2 * SIZE][0], image)
-        assert index == key % SIZE
-        assert float(target.sum()) == pytest.approx(1)
-        share = float(target[index % 5])
-        if not 0.01 < share < 0.99:  # Mixed with its own class, or hardly mixed: any partner would seem to fit.
-            continue
-        others = [plain[key // SIZE * SIZE + partner] for partner in range(SIZE)]
-        made = [share * plain[key][0] + (1 - share) * other for other, *_ in others]
-        partners = [p for p, pixels in enumerate(made) if torch.allclose(pixels, image, atol=1e-5)]
-        assert len(partners) == 1
-        assert float(target[others[partners[0]][1]]) == pytest.approx(1 - share, abs=1e-6)
-        shares.append(round(share, 6))
-    assert len(set(shares)) > SIZE // 2
-
-
 def test_fingerprints_tell_data_apart(tmp_path):
     assert fingerprint(Pictures()) == fingerprint(Pictures())
     assert fingerprint(Pictures(seed=1)) != fingerprint(Pictures())
@@ -149,7 +129,8 @@ def test_losses_from_the_cache_equal_live_ones(tmp_path, teacher, top_k):
     live = Distiller(student, teacher, TERMS).eval()
     cached = Distiller(student, kept, TERMS).eval()
     cached.projections.load_state_dict(live.projections.state_dict())
-    loader = DataLoader(CachedViews(data, kept), batch_size=5, num_workers=1)
+    data.known = kept
+    loader = DataLoader(data, batch_size=5, num_workers=1)
     for images, targets, _, known in loader:
         a, b = live(images, targets), cached(images, targets, known)
         for name in a.terms:
@@ -217,7 +198,6 @@ def other_weights():
         ({"data": lambda: views(erasing=0.5)}, "is of another augmentation"),
         ({"data": lambda: views(seed=3)}, "was made with seed 0, not 3"),
         ({"data": lambda: views(number=3)}, "was made with views 2, not 3"),
-        ({"data": lambda: MixedViews(views(), 0.4, 5)}, "was made with mixup None"),
         ({"terms": lambda: "Logits(temperature=3)"}, "the terms need"),
         ({"terms": lambda: "ClsStages(stages=2)"}, "the terms need"),
         ({"grid": lambda: (2, 2)}, r"grid of \(4, 4\), not of \(2, 2\)"),
@@ -252,6 +232,8 @@ def test_other_mistakes_take_one_line(tmp_path, teacher, monkeypatch):
         TeacherCache.open(tmp_path / "c", teacher, views(), "Cls()")
     with pytest.raises(VitrimError, match="1 view or more"):
         views(0)
+    with pytest.raises(VitrimError, match="limited number of views"):
+        TeacherCache.build(tmp_path / "c", teacher, Stream(Pictures(), augment()), "Cls()")
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 100}))
     with pytest.raises(VitrimError, match="where 100 B are free"):
         build(tmp_path / "d", teacher)

@@ -1,6 +1,7 @@
 """Pictures, plots and reports: what they show is what happened, and they hold up to untidy folders."""
 
 import json
+import re
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -158,7 +159,7 @@ def test_folder_gives_one_picture_per_readable_image(model, folder, tmp_path):
     assert names == {path.name for path in (tmp_path / "out").iterdir()}
     assert list(done) == list(done.paths)
     assert len(done.skipped) == 1
-    assert done.skipped[0].startswith("broken.jpg: ")
+    assert re.match(r"cannot read .*/broken\.jpg: image file is truncated", done.skipped[0])
     assert model.training
     assert torch.equal(model.eval()(torch.ones(1, 3, 64, 64)), before)
     with Image.open(done.paths[0]) as picture:
@@ -270,7 +271,11 @@ def test_bad_input_is_one_clear_line(model, folder, tmp_path):
     cases = [
         ({"images": tmp_path / "nowhere"}, DataError, "nowhere is not a folder or an image"),
         ({"images": tmp_path / "empty"}, DataError, "empty holds no images"),
-        ({"images": tmp_path / "bad"}, DataError, r"none of the 1 images can be read; the first: a\.png"),
+        (
+            {"images": tmp_path / "bad"},
+            DataError,
+            r"none of the 1 images can be read; the first: cannot read .*a\.png: it",
+        ),
         ({"images": []}, DataError, "empty"),
         ({"images": [tmp_path / "gone.jpg"]}, DataError, r"gone\.jpg is not a file"),
         ({"images": torch.ones(3, 64, 64)}, DataError, r"\(B, C, H, W\)"),

@@ -26,7 +26,7 @@ from limits import no_file_above
 from vitrim import load, save
 from vitrim.cli import main
 from vitrim.data.images import open_both
-from vitrim.data.streams import make_splits
+from vitrim.data.splits import make_splits
 from vitrim.distill import Teacher
 from vitrim.distill.cache_writer import LOCK
 from vitrim.show.progress import live

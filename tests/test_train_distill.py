@@ -22,9 +22,10 @@ from torch.nn import functional as F
 
 from vitrim import load, save
 from vitrim.data.images import Images, open_both
-from vitrim.data.streams import make_splits
+from vitrim.data.splits import make_splits
 from vitrim.errors import VitrimError
-from vitrim.measure.accuracy import make_accelerator, mean_loss
+from vitrim.measure.accelerator import make_accelerator
+from vitrim.measure.accuracy import mean_loss
 from vitrim.models import attach, attached
 from vitrim.models.input_format import InputFormat
 from vitrim.show.listing import listing
@@ -438,5 +439,5 @@ def test_options_that_an_older_file_lacks_have_their_defaults(tmp_path: Path):
 
 def test_a_student_in_shards_is_refused(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.FSDP)
-    with pytest.raises(VitrimError, match=r"not split by FSDP; .* set shard_teacher"):
+    with pytest.raises(VitrimError, match=r"FSDP splits the network in training .* set shard_teacher"):
         make_accelerator()

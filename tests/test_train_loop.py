@@ -58,7 +58,7 @@ def test_rates_rise_in_a_line_and_fall_along_half_a_cosine():
 @pytest.mark.parametrize("num", [6, 7])
 @pytest.mark.parametrize("spec", [AugmentSpec(mixup=0.8), AugmentSpec(cutmix=1.0), AugmentSpec(cutmix=1.0, mixup=0.2)])
 def test_every_image_but_an_odd_one_is_mixed_and_its_labels_with_it(num: int, spec: AugmentSpec):
-    seed_everything(3)
+    seed_everything("step", 3)
     mixed = make_mixup(spec, num)
     assert mixed
     pure = torch.eye(num).view(num, num, 1, 1).expand(-1, -1, 16, 16).contiguous()  # Image i is white in channel i.
@@ -97,7 +97,7 @@ def test_layer_decay_and_weight_decay():
 def test_linear_probe_changes_the_head_alone(tmp_path: Path):
     options = recipe(optim={"freeze": True, "weight_decay": 0.1}, model={"args": {**SIZES, "drop_path_rate": 0.5}})
     train(options, tmp_path / "run")
-    loop.seed_everything(0)
+    loop.seed_everything("weights", 0)
     start = prepare_student(options, [str(digit) for digit in range(10)]).state_dict()
     after = state(tmp_path / "run")["learner"]
     changed = {name for name, value in start.items() if not torch.equal(value, after[f"student.{name}"])}

@@ -11,7 +11,7 @@ from rich.console import Console
 from torch import nn
 
 from .data.specs import AugmentSpec, DataSpec
-from .data.streams import plain_stream
+from .data.splits import plain_stream
 from .errors import RecipeError
 from .measure.environment import environment
 from .measure.speed import bench

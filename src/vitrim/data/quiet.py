@@ -1,4 +1,4 @@
-"""Libraries that talk beside what vitrim says."""
+"""Suppressing the output of libraries."""
 
 import logging
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from io import StringIO
 
 @contextmanager
 def quiet(library: str) -> Iterator[None]:
-    """Keep back what a library prints and what it warns of, where vitrim tells in words of its own what matters."""
+    """Suppress what a library prints and logs below errors, where vitrim reports what matters itself."""
     logger = logging.getLogger(library)
     level = logger.level
     logger.setLevel(logging.ERROR)

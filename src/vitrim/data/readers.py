@@ -1,32 +1,40 @@
-"""Processes that read images: they leave signals to the process that made them, and end when that one says so.
+"""Worker processes that read images. They ignore signals that others send, and end with the process that made them.
 
-Ctrl-C, `timeout` and batch systems signal every process of a run, which needs its readers until its state is saved.
+Ctrl-C, `timeout` and batch systems signal every process of a run, but the run needs its workers until it has saved its
+state.
 """
 
 import os
 import signal
 import threading
+import warnings
 from typing import Any
 
+import torch
 from torch.utils.data import DataLoader, Dataset
 
 
 def batches_of(dataset: Dataset[Any], batch_size: int, workers: int, **options: Any) -> DataLoader[Any]:
-    """A loader whose worker processes obey the process that makes it, and no other.
+    """A loader whose worker processes are ended by the process that makes it and by no other.
+
+    It draws nothing from the global random generators; each pass through a `DataLoader` otherwise draws a seed.
 
     Args:
         dataset: see `torch.utils.data.DataLoader`, as for `batch_size` and `options`.
         batch_size: items in a batch.
         workers: processes that read; 0 reads in the calling process.
-        options: what else `DataLoader` takes.
+        options: further options of `DataLoader`.
     """
-    return DataLoader(dataset, batch_size, num_workers=workers, worker_init_fn=_obey_parent_alone, **options)
+    return DataLoader(
+        dataset, batch_size, num_workers=workers, worker_init_fn=_start_worker, generator=torch.Generator(), **options
+    )
 
 
-def _obey_parent_alone(worker: int) -> None:
+def _start_worker(worker: int) -> None:
+    warnings.filterwarnings("ignore", module="PIL")  # Of damaged metadata and of large images, which are read anyway.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # Python, at its end, sends SIGTERM to its children and waits for them, so that it must not be ignored altogether.
-    # macOS and Windows cannot tell who sent it; there torch's own handler stays, and any SIGTERM ends a reader.
+    # At its end Python sends SIGTERM to its children and waits for them, so it must not be ignored altogether.
+    # macOS and Windows do not report the sender; there torch's own handler stays, and any SIGTERM ends a worker.
     if hasattr(signal, "sigwaitinfo"):
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()

@@ -1,29 +1,24 @@
-"""Streams of transformed images for training and evaluation, each image varied by (seed, epoch, index) alone."""
+"""Streams of transformed images for training, evaluation and teacher caches. An image depends on its key alone."""
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
 from PIL import Image
-from timm.data import create_transform, rand_augment_transform
-from timm.data.random_erasing import RandomErasing
-from timm.data.transforms import RandomResizedCropAndInterpolation, str_to_interp_mode
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset
-from torchvision import transforms as T
 
 from ..errors import DataError
-from ..models.input_format import InputFormat
-from .images import Images, open_images
+from .fingerprint import fingerprint
+from .images import Images
 from .readers import batches_of
-from .seeding import mix, seed_host
-from .specs import AugmentSpec, DataSpec
-from .views import describe_views
+from .seeding import permutation, seeded
+from .transforms import Transform
 
 
 class Known(Protocol):
-    """What a teacher said of each image, by row, such as a `TeacherCache`."""
+    """Teacher outputs by row (view * images + position), such as a `TeacherCache`."""
 
     rows: int
 
@@ -31,37 +26,73 @@ class Known(Protocol):
 
 
 class Stream(Dataset[tuple[Any, ...]]):
-    """Transformed images by key = epoch * len + position; how an image is varied depends on (seed, view, index) alone.
+    """Transformed images by key = epoch * len + position.
 
-    An item is (image (C, H, W), class, index), and what a teacher says of the image where `known` is set. Every epoch
-    is a view of its own, or they take turns with so many `views`. An unreadable image is replaced by the next one if
-    `skip` is set; its item then carries -1 - index, so that it can be counted and left out of metrics.
+    An item is (image (C, H, W), class, index); with `known` set, what the teacher said of the image comes last. The
+    random part of the transform is a function of (seed, view, index) alone: the same key gives the same pixels in any
+    process and at any time, and the global random generators are not changed.
+
+    Args:
+        images: `Images`, or any data set by index whose items begin with (Pillow image, class).
+        transform: draws random numbers from the global generators of Python, NumPy and torch on the CPU only.
+        indices: which of the images, in this order; by default all.
+        seed: of all random choices.
+        views: random forms per image; epoch e shows form e % views. By default every epoch shows a new one.
+        skip: replace an unreadable image by the next readable one; the index in its item is then -1 - index, so that
+            it can be counted and left out of figures. By default unreadable images raise `DataError`.
+
+    Raises:
+        DataError: `views` is below 1.
     """
 
     def __init__(
-        self, images: Images, indices: Sequence[int], transform: Callable[[Image.Image], Tensor], seed: int, skip: bool,
-        views: int | None = None,
+        self, images: Any, transform: Transform, *, indices: Sequence[int] | None = None, seed: int = 0,
+        views: int | None = None, skip: bool = False,
     ) -> None:  # fmt: skip
-        self.images, self.indices, self.transform, self.seed, self.skip = images, list(indices), transform, seed, skip
-        self.views = views
+        if views is not None and views < 1:
+            raise DataError(f"an image has 1 view or more, not {views}")
+        self.images = images if isinstance(images, Images) else Images(images)
+        self.indices = list(range(len(images)) if indices is None else indices)
+        self.transform, self.seed, self.views, self.skip = transform, seed, views, skip
         self.known: Known | None = None
 
     def __len__(self) -> int:
         return len(self.indices)
 
+    def __iter__(self) -> Iterator[tuple[Any, ...]]:
+        return (self[key] for key in range(len(self)))  # Keys go on for ever, so that Python's own way would not end.
+
     def __getitem__(self, key: int) -> tuple[Any, ...]:
         epoch, position = divmod(int(key), len(self.indices))
-        index = self.indices[position]
+        view, index = epoch % self.views if self.views else epoch, self.indices[position]
         image, target, found = self._load(position)
-        seed_host(self.seed, epoch % self.views if self.views else epoch, index)
-        item = self.transform(image), target, index if found == index else -1 - index
+        with seeded("augment", self.seed, view, index):
+            pixels = self.transform(image)
+        item = pixels, target, index if found == index else -1 - index
         return item if self.known is None else (*item, self.known[int(key) % self.known.rows])
 
     def describe(self) -> dict[str, object]:
-        """Everything that determines the pixels, as plain data, for a cache of what a teacher says of them."""
-        assert self.views is not None  # Endless views cannot be kept.
-        images = Subset(self.images.source, self.indices)
-        return {**describe_views(images, self.transform, self.views, self.seed), "mode": self.images.mode}
+        """Everything that determines the pixels, as plain data, for a cache of teacher outputs.
+
+        Raises:
+            DataError: the number of views is not limited.
+        """
+        if self.views is None:
+            raise DataError("a cache needs a limited number of views; give views=1 or more")
+        return {
+            "data": fingerprint(Subset(self.images.source, self.indices)),
+            "images": len(self),
+            "views": self.views,
+            "seed": self.seed,
+            "mode": self.images.mode,
+            # Functions print their address in memory.
+            "augmentation": re.sub(r" at 0x[0-9a-f]+", "", repr(self.transform)),
+        }
+
+    def sample(self, count: int) -> Tensor:
+        """At most `count` images spread at random over the whole stream, the same at every call, (B, C, H, W)."""
+        chosen = sorted(permutation(len(self), "entropy", self.seed)[:count])
+        return torch.stack([self[position][0] for position in chosen])
 
     def _load(self, position: int) -> tuple[Image.Image, int, int]:
         for step in range(len(self)):
@@ -75,7 +106,7 @@ class Stream(Dataset[tuple[Any, ...]]):
 
 
 class EpochSampler(Sampler[int]):
-    """Keys of one epoch, shuffled by (seed, epoch) or in order."""
+    """Keys of one epoch, in order or shuffled by (seed, epoch)."""
 
     def __init__(self, length: int, seed: int, shuffle: bool) -> None:
         self.length, self.seed, self.shuffle, self.epoch = length, seed, shuffle, 0
@@ -84,86 +115,16 @@ class EpochSampler(Sampler[int]):
         return self.length
 
     def __iter__(self) -> Iterator[int]:
-        order = torch.arange(self.length)
-        if self.shuffle:
-            order = torch.randperm(self.length, generator=torch.Generator().manual_seed(mix(self.seed, self.epoch)))
-        return iter((order + self.epoch * self.length).tolist())
-
-
-@dataclass
-class Splits:
-    """Streams of the images to learn from, to choose the epoch with (None: nothing held out), and to report on."""
-
-    train: Stream
-    select: Stream | None
-    test: Stream
-    classes: list[str]
-
-
-def transforms_for(
-    model: nn.Module, spec: DataSpec, augment: AugmentSpec | None = None
-) -> Callable[[Image.Image], Tensor]:
-    """The model's own preprocessing; with `augment`, the varied form for training."""
-    form = InputFormat.of(model, spec.image_size)
-    if augment is None:
-        plain: Any = create_transform(
-            form.size, is_training=False, interpolation=form.interpolation, mean=form.mean, std=form.std,
-            crop_pct=spec.crop_pct or form.crop_pct,
-        )  # fmt: skip
-        return plain
-    size = form.size[1:]
-    steps: list[Callable[[Any], Any]] = []
-    if augment.crop == "resized":
-        scale = (augment.scale, 1.0)
-        steps.append(RandomResizedCropAndInterpolation(size, scale=scale, interpolation=form.interpolation))
-    else:
-        steps.append(T.Resize(size, str_to_interp_mode(form.interpolation)))
-    if augment.crop == "pad":
-        steps.append(T.RandomCrop(size, padding=max(1, min(size) // 8)))
-    if augment.flip:
-        steps.append(T.RandomHorizontalFlip())
-    if augment.randaugment:
-        grey = tuple(min(255, round(255 * m)) for m in form.mean)
-        params = {"translate_const": int(min(size) * 0.45), "img_mean": grey}
-        steps.append(rand_augment_transform(augment.randaugment, params))
-    steps += [T.ToTensor(), T.Normalize(form.mean, form.std)]
-    if augment.erasing > 0:
-        steps.append(RandomErasing(augment.erasing, mode="pixel", device="cpu"))
-    return T.Compose(steps)
-
-
-def make_splits(
-    train: Images, test: Images, model: nn.Module, spec: DataSpec, augment: AugmentSpec, seed: int
-) -> Splits:
-    """Streams for a model. Epochs are chosen on a held-out part of the training images."""
-    train.mode = test.mode = InputFormat.of(model, spec.image_size).mode
-    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(mix(seed, 1))).tolist()
-    order = order[: spec.limit]
-    held = round(spec.holdout * len(order))
-    if spec.holdout > 0 and not 0 < held < len(order):
-        raise DataError(f"{len(order)} training images are too few to hold {spec.holdout:.0%} of them out")
-    skip = spec.on_corrupt == "skip"
-    plain, varied = transforms_for(model, spec), transforms_for(model, spec, augment)
-    return Splits(
-        train=Stream(train, sorted(order[held:]), varied, seed, skip, augment.views),
-        select=Stream(train, sorted(order[:held]), plain, seed, skip, views=1) if held else None,
-        test=Stream(test, range(len(test)), plain, seed, skip, views=1),
-        classes=train.classes,
-    )
-
-
-def plain_stream(model: nn.Module, spec: DataSpec, train: bool = False) -> Stream:
-    """The test images of a data set, or its training images, as this model wants to see them, not varied."""
-    images = open_images(spec, train)
-    images.mode = InputFormat.of(model, spec.image_size).mode
-    return Stream(images, range(len(images)), transforms_for(model, spec), 0, spec.on_corrupt == "skip")
+        order = permutation(self.length, "order", self.seed, self.epoch) if self.shuffle else range(self.length)
+        first = self.epoch * self.length
+        return (first + position for position in order)
 
 
 def make_loader(
     stream: Stream | Subset[Any], batch_size: int, workers: int, seed: int = 0, shuffle: bool = False,
     drop_last: bool = False,
 ) -> tuple[DataLoader[Any], EpochSampler]:  # fmt: skip
-    """Batches of the stream's items, and the sampler whose `epoch` says which epoch comes next."""
+    """Batches of the stream's items, and their sampler: set its `epoch` before each pass."""
     if batch_size < 1:
         raise DataError(f"batch_size is {batch_size}; it must be 1 or more")
     sampler = EpochSampler(len(stream), seed, shuffle)

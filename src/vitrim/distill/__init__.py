@@ -1,7 +1,7 @@
 """Distillation: terms, live and cached teachers, and the module that a training loop calls."""
 
 from ..models.outputs import ModelInfo, Output, Outputs, Wanted
-from .cache import CachedViews, TeacherCache
+from .cache import TeacherCache
 from .distiller import Distilled, Distiller, student_grid
 from .losses import LOSSES
 from .objective import TERMS, WEIGHTS, Term, Terms
@@ -12,7 +12,6 @@ __all__ = [
     "LOSSES",
     "TERMS",
     "WEIGHTS",
-    "CachedViews",
     "Cls",
     "ClsStages",
     "DistToken",

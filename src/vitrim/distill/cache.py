@@ -7,14 +7,12 @@ terms, the logsumexp of all the others, so that no probability is lost or made u
 """
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
-from ..data.views import Views
+from ..data.streams import Stream
 from ..errors import DistillError
 from ..models.outputs import Wanted
 from .cache_writer import Arrays, Tick, missing_rows, open_arrays, write_rows
@@ -40,7 +38,7 @@ class TeacherCache:
         cls,
         folder: str | Path,
         teacher: Teacher,
-        views: Views,
+        stream: Stream,
         terms: Terms | str,
         *,
         grid: Grid | None = None,
@@ -56,7 +54,8 @@ class TeacherCache:
         Args:
             folder: new, empty, or of the same teacher, data, augmentation and terms.
             teacher: on the device where it shall run.
-            views: all images in all their forms.
+            stream: the images, with a limited number of views. Set its `known` to the cache, and its items end with the
+                teacher's outputs.
             terms: the objective whose questions the cache will answer.
             grid: the student's (rows, columns) of patch tokens, for terms on tokens; see `student_grid`.
             top_k: logits kept of each image; all of them where there are no more classes than that.
@@ -68,12 +67,12 @@ class TeacherCache:
                 range of float16.
         """
         folder, wanted = Path(folder), Terms.parse(terms).wanted(of_teacher=True)
-        manifest = Manifest.of(teacher, views, wanted, grid, top_k)
+        manifest = Manifest.of(teacher, stream, wanted, grid, top_k)
         kept = Manifest.read(folder) if (folder / MANIFEST).exists() else None
         if kept is not None:
             kept.check_serves(manifest, folder)
         if kept is None or len(missing_rows(folder, kept)):
-            write_rows(folder, manifest, teacher, views, batch_size, workers, tick or (lambda done, rows: None))
+            write_rows(folder, manifest, teacher, stream, batch_size, workers, tick or (lambda done, rows: None))
         return cls(folder, Manifest.read(folder), wanted)
 
     @classmethod
@@ -81,7 +80,7 @@ class TeacherCache:
         cls,
         folder: str | Path,
         teacher: Teacher,
-        views: Views,
+        stream: Stream,
         terms: Terms | str,
         *,
         grid: Grid | None = None,
@@ -94,7 +93,7 @@ class TeacherCache:
         """
         folder, wanted = Path(folder), Terms.parse(terms).wanted(of_teacher=True)
         kept = Manifest.read(folder)
-        kept.check_serves(Manifest.of(teacher, views, wanted, grid, top_k), folder)
+        kept.check_serves(Manifest.of(teacher, stream, wanted, grid, top_k), folder)
         if missing := len(missing_rows(folder, kept)):
             raise DistillError(
                 f"the teacher cache in {folder} lacks {missing} of {kept.rows} rows; build it to the end"
@@ -114,20 +113,6 @@ class TeacherCache:
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_arrays": {}}  # Every worker maps the files itself.
-
-
-class CachedViews(Dataset[tuple[Any, ...]]):
-    """Views with the teacher's outputs as the last part of each item, to be collated and given as `known`."""
-
-    def __init__(self, views: Views, cache: TeacherCache) -> None:
-        self.plain, self.views, self.cache = views, views.views, cache
-
-    def __len__(self) -> int:
-        return len(self.plain)
-
-    def __getitem__(self, key: int) -> tuple[Any, ...]:
-        row = key % self.cache.rows
-        return (*self.plain[row], self.cache[row])
 
 
 def _serves(name: str, wanted: Wanted) -> bool:

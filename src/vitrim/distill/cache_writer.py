@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..data.readers import batches_of
-from ..data.views import Views
+from ..data.streams import Stream
 from ..errors import DistillError
 from ..models.outputs import Wanted
 from ..output import FULL, replacing, write_errors
@@ -58,7 +58,7 @@ def open_arrays(folder: Path, manifest: Manifest, names: Iterable[str], mode: Li
 
 
 def write_rows(
-    folder: Path, manifest: Manifest, teacher: Teacher, views: Views, batch_size: int, workers: int, tick: Tick
+    folder: Path, manifest: Manifest, teacher: Teacher, stream: Stream, batch_size: int, workers: int, tick: Tick
 ) -> None:
     """Compute what the folder, new or begun, lacks of a cache; wait where another process is doing so.
 
@@ -74,16 +74,16 @@ def write_rows(
     folder.mkdir(parents=True, exist_ok=True)
     with _alone(folder, tick):
         if not (folder / MANIFEST).exists():
-            first = teacher(views[0][0].unsqueeze(0).to(teacher.scale.device), manifest.wanted(), manifest.grid)
+            first = teacher(stream[0][0].unsqueeze(0).to(teacher.scale.device), manifest.wanted(), manifest.grid)
             rows = _encode(first, manifest.wanted(), manifest.top_k)
             _create(folder, manifest.with_fields({name: value.cpu().numpy() for name, value in rows.items()}))
         kept = Manifest.read(folder)
         kept.check_serves(manifest, folder)
-        _compute(folder, kept, teacher, views, batch_size, workers, tick)
+        _compute(folder, kept, teacher, stream, batch_size, workers, tick)
 
 
 def _compute(
-    folder: Path, kept: Manifest, teacher: Teacher, views: Views, batch_size: int, workers: int, tick: Tick
+    folder: Path, kept: Manifest, teacher: Teacher, stream: Stream, batch_size: int, workers: int, tick: Tick
 ) -> None:
     missing = missing_rows(folder, kept)
     arrays = open_arrays(folder, kept, [DONE, *kept.fields], "r+")
@@ -100,7 +100,7 @@ def _compute(
         done.flush()
         pending.clear()
 
-    loader = batches_of(_Rows(views, missing.tolist()), batch_size, workers)
+    loader = batches_of(_Rows(stream, missing.tolist()), batch_size, workers)
     try:
         for batch, (images, rows) in enumerate(loader, 1):
             found = teacher(images.to(teacher.scale.device), wanted, kept.grid)
@@ -135,15 +135,15 @@ def _alone(folder: Path, tick: Tick) -> Iterator[None]:
 
 
 class _Rows(Dataset[tuple[Tensor, int]]):
-    def __init__(self, views: Views, rows: list[int]) -> None:
-        self.views, self.rows = views, rows
+    def __init__(self, stream: Stream, rows: list[int]) -> None:
+        self.stream, self.rows = stream, rows
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, position: int) -> tuple[Tensor, int]:
         row = self.rows[position]
-        return self.views[row][0], row
+        return self.stream[row][0], row
 
 
 def _encode(found: Mapping[str, Tensor], wanted: Wanted, top_k: int) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..data.views import Views
+from ..data.streams import Stream
 from ..errors import DistillError
 from ..models.outputs import ModelInfo, Wanted
 from .teacher import Grid, Teacher
@@ -21,7 +21,7 @@ MANIFEST, FORMAT = "manifest.json", 3
 class Manifest:
     """The contents of `manifest.json`.
 
-    teacher: fingerprint. info: sizes of the teacher. views: what determines the pixels, see `Views.describe`.
+    teacher: fingerprint. info: sizes of the teacher. views: what determines the pixels, see `Stream.describe`.
     outputs: keys of the teacher's outputs. temperatures: at which the logits can be softened.
     grid: of outputs by patch, None without any. fields: dtype and shape of a row of every array.
     """
@@ -37,11 +37,11 @@ class Manifest:
     format: int = FORMAT
 
     @classmethod
-    def of(cls, teacher: Teacher, views: Views, wanted: Wanted, grid: Grid | None, top_k: int) -> "Manifest":
+    def of(cls, teacher: Teacher, stream: Stream, wanted: Wanted, grid: Grid | None, top_k: int) -> "Manifest":
         """The manifest of a cache that is still to be laid out."""
         if wanted.per_patch and grid is None:
             raise DistillError("patch tokens are kept on the student's grid; give grid=student_grid(student)")
-        pixels = json.loads(json.dumps(views.describe()))
+        pixels = json.loads(json.dumps(stream.describe()))
         return cls(
             teacher=teacher.fingerprint(),
             info=teacher.info,

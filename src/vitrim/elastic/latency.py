@@ -16,6 +16,7 @@ from torch.utils import benchmark
 
 from ..errors import VitrimError
 from ..models import find_adapter
+from ..models.evaluating import evaluating
 
 Clock = Callable[..., Tensor]
 """(models) -> times of one forward pass in milliseconds (rounds, models), measured in turns."""
@@ -106,19 +107,15 @@ def _outwards(start: int, end: int) -> list[int]:
 @torch.inference_mode()
 def milliseconds(*models: nn.Module, batch_size: int = 1) -> Tensor:
     """Times of one forward pass of each model in eval mode where it is, taken in turns: (rounds, models)."""
-    training = [model.training for model in models]
     timers: list[Timer] = []
     for model in models:
         parameter = next(model.parameters())
         size = find_adapter(model).geometry(model).input_size
         images = torch.randn(batch_size, *size, device=parameter.device, dtype=parameter.dtype)
         # torch's clock waits for the accelerator; timeit switches garbage collection off.
-        timers.append(Timer(partial(model.eval(), images), timer=benchmark.timer))
-    try:
+        timers.append(Timer(partial(model, images), timer=benchmark.timer))
+    with evaluating(*models):
         first = [min(timer.repeat(2, 1)) for timer in timers]
         calls = max(1, min(CALLS, round(SECONDS / max(first))))
         turns = [[median(timer.repeat(calls, 1)) for timer in timers] for _ in range(ROUNDS)]
-    finally:
-        for model, mode in zip(models, training, strict=True):
-            model.train(mode)
     return 1e3 * torch.tensor(turns, dtype=torch.float64)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import DataError, VitrimError
+from ..models.evaluating import evaluating
 
 Batch = Tensor | tuple[Tensor, ...] | list[Tensor]
 
@@ -114,15 +115,13 @@ def _classes(target: object, num_images: int, num_classes: int) -> Tensor:
 def frozen(model: nn.Module) -> Iterator[None]:
     """Eval mode without weight gradients; everything as before afterwards."""
     wanted = {p: p.requires_grad for p in model.parameters()}
-    modes = {m: m.training for m in model.modules()}
-    model.eval().requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter, flag in wanted.items():
-            parameter.requires_grad_(flag)
-        for module, mode in modes.items():
-            module.training = mode
+    with evaluating(model):
+        model.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter, flag in wanted.items():
+                parameter.requires_grad_(flag)
 
 
 def world_size() -> int:

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from ..data.seeding import mix
 from ..errors import UnknownNameError
 from ..models.sublayers import Elastic, elastic
 
@@ -31,7 +32,7 @@ def draw(rule: str, size: int, seed: int, step: int) -> dict[str, int]:
     """
     if rule not in RULES:
         raise UnknownNameError("sampling rule", rule, RULES)
-    rng = random.Random(f"{seed} {step}")
+    rng = random.Random(mix("networks", seed, step))
     return {part: pick(rng, size) for part, pick in RULES[rule].items()}
 
 

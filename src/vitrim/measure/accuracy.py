@@ -1,4 +1,4 @@
-"""Accuracy, loss and speed of a model on images it has not learnt from."""
+"""Accuracy, loss, entropy and speed of models on images."""
 
 import math
 import time
@@ -10,26 +10,29 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.data_loader import prepare_data_loader
-from accelerate.state import AcceleratorState, GradientState, PartialState
-from accelerate.utils import DistributedType, recursively_apply
+from accelerate.utils import recursively_apply
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Subset
 
 from ..data.streams import Stream, make_loader
-from ..errors import DataError, VitrimError
+from ..errors import DataError
 from ..models import attached_instead, find_adapter
+from ..models.evaluating import evaluating
 from ..tokens import KeepRate, Reduction, TopK
+from .accelerator import make_accelerator
 
 
 @dataclass(frozen=True)
 class Figures:
-    """What one evaluation found. `seconds` is time inside the model alone; `accuracy` a fraction.
+    """Results of one evaluation.
 
-    `entropy` is that of the predictions on correctly classified images, mean in nats, None where there are none.
-    `divergence` is how far the predictions are from those of the model that this one was made of: the mean KL
-    divergence KL(original || this) in nats, None where no original was given.
-    `unreadable` names the images that could not be read; they count nowhere else.
+    accuracy: top-1, a fraction.
+    loss: mean cross-entropy in nats.
+    seconds: time in the model, without reading images.
+    entropy: mean entropy of the predictions on correctly classified images, in nats; None if there are none.
+    divergence: mean KL(original || this) in nats, for a model made from another; None without an original.
+    unreadable: names of the images that could not be read; they enter no other figure.
     """
 
     accuracy: float
@@ -42,23 +45,8 @@ class Figures:
     unreadable: tuple[str, ...] = ()
 
 
-def make_accelerator(*, cpu: bool = False, **options: Any) -> Accelerator:
-    """An accelerator with these very options; accelerate keeps those of the first one in a process for good."""
-    if PartialState._shared_state:
-        AcceleratorState._reset_state(reset_partial_state=PartialState().num_processes == 1)
-        GradientState._reset_state()
-    # Processes started by torchrun on a machine without accelerator find each other only if told so.
-    accelerator = Accelerator(cpu=cpu or not torch.accelerator.is_available(), **options)
-    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
-        raise VitrimError(
-            f"a network in training is kept whole by every process, not split by {accelerator.distributed_type.value}; "
-            "launch without it and, for a teacher that fills the device, set shard_teacher"
-        )
-    return accelerator
-
-
 def evaluate(model: nn.Module, stream: Stream, **options: Any) -> Figures:
-    """Figures of one model; options as in `evaluate_all`."""
+    """Evaluate one model; options as in `evaluate_all`."""
     return evaluate_all({"model": model}, stream, **options)["model"]
 
 
@@ -72,52 +60,55 @@ def evaluate_all(
     accelerator: Accelerator | None = None,
     tick: Callable[[int, int], None] | None = None,
 ) -> dict[str, Figures]:
-    """Run models over the same images, in eval mode, side by side, so that time lost to the machine hits all alike.
+    """Evaluate models on the same images, batch by batch in turns, so that a busy machine slows all of them alike.
+
+    The mode of every module and the global random generators are the same afterwards as before.
 
     Args:
-        models: each returns logits (B, classes); whatever is attached acts. Their mode is put back.
-        streams: images with their classes, for all models or for each as it wants them; each is read once.
-        originals: model -> the one among `models`, on the same images, from which its predictions should not diverge.
-        batch_size: images at a time, all processes together.
-        workers: processes that read images.
-        accelerator: places and shares the work; by default one process on the best device.
-        tick: called with (batches done, batches in all).
+        models: each maps images to logits (B, classes), with the reductions that are attached to it.
+        streams: images with their classes: one stream for all models, or one per model where input formats differ.
+        originals: model -> the one among `models`, on the same images, to which its predictions are compared.
+        batch_size: images per batch, over all processes.
+        workers: processes that read images; 0 reads them in this process.
+        accelerator: device and processes; by default one process on the best device.
+        tick: called with (batches done, number of batches).
+
+    Raises:
+        DataError: there is no image, or one cannot be read and the stream does not skip it.
     """
     accelerator = accelerator or make_accelerator()
     device = accelerator.device
     own = streams if isinstance(streams, Mapping) else dict.fromkeys(models, streams)
     loaders = {id(stream): make_loader(stream, batch_size, workers)[0] for stream in own.values()}
-    # Not by the accelerator, which would keep a loader and its workers for as long as it lives.
+    # `accelerator.prepare` would keep each loader, with its workers, until the accelerator itself is deleted.
     how = {"split_batches": True, "put_on_device": True, "non_blocking": True}
     ready = [prepare_data_loader(one, device, **how) for one in loaders.values()]
     which = {name: list(loaders).index(id(stream)) for name, stream in own.items()}
-    modes = {name: model.training for name, model in models.items()}
     tallies = {name: _Tally() for name in models}
-    for model in models.values():  # Not in inference mode, in which weights that move can be trained no more.
-        model.eval().to(device)
+    for model in models.values():  # Outside of inference mode: weights that are moved in it cannot be trained later.
+        model.to(device)
     names = list(models)
-    for done, batches in enumerate(zip(*ready, strict=True), 1):
-        if done == 1 and device.type != "cpu":  # An accelerator loads its programs at their first use.
-            for name in names:
+    with evaluating(*models.values()):
+        for done, batches in enumerate(zip(*ready, strict=True), 1):
+            if done == 1 and device.type != "cpu":  # The first pass on a GPU loads its kernels and is not timed.
+                for name in names:
+                    with torch.inference_mode(), accelerator.autocast():
+                        models[name](batches[which[name]][0])
+            found: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+            for name in names[done % len(names) :] + names[: done % len(names)]:
+                images, targets, index = batches[which[name]]
+                start = _clock(device)
                 with torch.inference_mode(), accelerator.autocast():
-                    models[name](batches[which[name]][0])
-        found: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
-        for name in names[done % len(names) :] + names[: done % len(names)]:
-            images, targets, index = batches[which[name]]
-            start = _clock(device)
-            with torch.inference_mode(), accelerator.autocast():
-                logits = models[name](images)
-            tallies[name].seconds += _clock(device) - start
-            with torch.inference_mode():
-                found[name] = accelerator.gather_for_metrics((logits.float(), targets, index))
-        for name in names:
-            original = found[originals[name]][0] if originals and name in originals else None
-            with torch.inference_mode():
-                tallies[name].add(*found[name], original)
-        if tick is not None:
-            tick(done, len(ready[0]))
-    for name, model in models.items():
-        model.train(modes[name])
+                    logits = models[name](images)
+                tallies[name].seconds += _clock(device) - start
+                with torch.inference_mode():
+                    found[name] = accelerator.gather_for_metrics((logits.float(), targets, index))
+            for name in names:
+                original = found[originals[name]][0] if originals and name in originals else None
+                with torch.inference_mode():
+                    tallies[name].add(*found[name], original)
+            if tick is not None:
+                tick(done, len(ready[0]))
     return {name: tally.figures(own[name]) for name, tally in tallies.items()}
 
 
@@ -139,17 +130,15 @@ def mean_loss(
     own = range(accelerator.process_index, len(stream), accelerator.num_processes)
     names = ["loss", *terms]
     sums = torch.zeros(1 + len(names), device=accelerator.device)
-    was_training = learner.training
-    learner.eval()
-    for images, targets, index, *known in make_loader(Subset(stream, own), batch_size, workers)[0] if own else ():
-        readable = partial(_rows, where=index >= 0, device=accelerator.device)
-        images, targets, *known = recursively_apply(readable, [images, targets, *known])
-        if len(images):
-            with accelerator.autocast():
-                found = learner(images, targets, *known, progress=1.0)
-            means = torch.stack([found.loss, *(found.terms[name] for name in names[1:])]).float()
-            sums += len(images) * torch.cat([torch.ones_like(means[:1]), means])
-    learner.train(was_training)
+    with evaluating(learner):
+        for images, targets, index, *known in make_loader(Subset(stream, own), batch_size, workers)[0] if own else ():
+            readable = partial(_rows, where=index >= 0, device=accelerator.device)
+            images, targets, *known = recursively_apply(readable, [images, targets, *known])
+            if len(images):
+                with accelerator.autocast():
+                    found = learner(images, targets, *known, progress=1.0)
+                means = torch.stack([found.loss, *(found.terms[name] for name in names[1:])]).float()
+                sums += len(images) * torch.cat([torch.ones_like(means[:1]), means])
     number, *totals = accelerator.reduce(sums).tolist()
     if number == 0:
         raise DataError("there is no image to evaluate on")
@@ -167,7 +156,7 @@ class _Tally:
     unreadable: set[int] = field(default_factory=set)
 
     def add(self, logits: Tensor, targets: Tensor, index: Tensor, original: Tensor | None) -> None:
-        valid = index >= 0  # An unreadable image came with its neighbour's pixels and a negative index.
+        valid = index >= 0  # In place of an unreadable image comes another one, under a negative index.
         if original is not None:
             log_q, log_p = logits[valid].log_softmax(1), original[valid].log_softmax(1)
             new = float(F.kl_div(log_q, log_p, reduction="sum", log_target=True))
@@ -200,12 +189,11 @@ class _Tally:
 def attention_entropy(model: nn.Module, images: Tensor) -> float:
     """Entropy of CLS attention over the patches in the middle block, as a fraction of its maximum: 1 = uniform."""
     middle = find_adapter(model).geometry(model).depth // 2
-    was_training = model.training
-    # A cut records the scores on which it was decided; those of the middle block are not touched by the cut itself.
-    with attached_instead(model.eval(), Reduction(TopK("cls_attention"), KeepRate(0.5, at=(middle,)))) as handle:
+    # A cut records the scores that it used. Those of the first cut come from attention over all patches.
+    first_cut = Reduction(TopK("cls_attention"), KeepRate(0.5, at=(middle,)))
+    with evaluating(model), attached_instead(model, first_cut) as handle:
         model(images)
         score = handle.states[middle].score
-    model.train(was_training)
     assert score is not None  # TopK always records it.
     share = score / score.sum(1, keepdim=True)
     entropy = torch.special.entr(share).sum(1) / math.log(share.shape[1])

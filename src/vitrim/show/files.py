@@ -6,8 +6,7 @@ from itertools import count
 from pathlib import Path
 from typing import TypeVar
 
-from timm.data.readers import get_img_extensions
-
+from ..data.decode import suffixes
 from ..errors import DataError
 
 T = TypeVar("T")
@@ -25,7 +24,7 @@ def find_images(images: str | Path | Sequence[str | Path]) -> list[tuple[str, Pa
             return [(root.name, root)]
         if not root.is_dir():
             raise DataError(f"{root} is not a folder or an image")
-        kinds = get_img_extensions(as_set=True)
+        kinds = suffixes()
         paths = sorted(path for path in root.rglob("*") if path.suffix.lower() in kinds and path.is_file())
         if not paths:
             raise DataError(f"{root} holds no images ({', '.join(sorted(kinds))})")

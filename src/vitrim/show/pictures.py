@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import DataError, ScheduleError, VitrimError
 from ..models import attached
+from ..models.evaluating import evaluating
 from ..train.checkpoint import write_atomic
 from .files import picture_paths, spread_evenly
 from .sheet import Tile, montage_rows, sheet, wrap_rows
@@ -107,13 +108,14 @@ def show(
 @contextmanager
 def _evaluating(model: nn.Module, device: str | torch.device | None) -> Iterator[torch.device]:
     """Eval mode on this device for a while; both come back as they were."""
-    home, was_training = next(model.parameters()).device, model.training
+    home = next(model.parameters()).device
     there = home if device is None else torch.device(device)
-    try:
-        model.eval().to(there)
-        yield there
-    finally:
-        model.train(was_training).to(home)
+    with evaluating(model):
+        try:
+            model.to(there)
+            yield there
+        finally:
+            model.to(home)
 
 
 def _load(sources: Sequence[Source], targets: Sequence[Path], skipped: list[str]) -> list[tuple[str, Path, Tensor]]:
@@ -122,8 +124,8 @@ def _load(sources: Sequence[Source], targets: Sequence[Path], skipped: list[str]
     for source, target in zip(sources, targets, strict=True):
         try:
             ready.append((source.name, target, source.load()))
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            skipped.append(f"{source.name}: {' '.join(str(error).split())}")
+        except DataError as error:
+            skipped.append(str(error))
     return ready
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from ..data.specs import DataSpec
-from ..data.streams import plain_stream
+from ..data.splits import plain_stream
 from ..models import open_model
 from ..options import fill
 from ..study.study import Study, run_folder

@@ -4,17 +4,17 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import log
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
-from timm.data.config import resolve_model_data_config
-from timm.data.transforms_factory import create_transform
 from torch import Tensor, nn
 
+from ..data.decode import read_image
+from ..data.specs import DataSpec
+from ..data.transforms import transforms_for
 from ..errors import DataError, ScheduleError, ScoreError
 from ..models import Handle
+from ..models.input_format import InputFormat
 from ..tokens import TokenState
 from .draw import Grid, draw_scores, draw_tokens, make_canvas, slot_colours, to_image
 from .files import find_images
@@ -36,16 +36,9 @@ class View:
 
     def __init__(self, model: nn.Module, handle: Handle) -> None:
         self.model, self.handle = model, handle
-        channels, *size = handle.geometry.input_size
-        config = resolve_model_data_config(model)
-        # A model for grey images may have inherited the statistics of three channels.
-        mean, std = (_per_channel(config[name], channels) for name in ("mean", "std"))
-        self.mode = "L" if channels == 1 else "RGB"
-        self.transform: Any = create_transform(
-            (channels, *size), is_training=False, interpolation=config["interpolation"], mean=mean, std=std,
-            crop_pct=config["crop_pct"], crop_mode=config["crop_mode"],
-        )  # fmt: skip
-        self.mean, self.std = (torch.tensor(values)[:, None, None] for values in (mean, std))
+        self.form = InputFormat.of(model)
+        self.transform = transforms_for(model, DataSpec())
+        self.mean, self.std = (torch.tensor(values)[:, None, None] for values in (self.form.mean, self.form.std))
 
     def sources(self, images: Images) -> list[Source]:
         """All images on offer, none of them read yet."""
@@ -106,9 +99,7 @@ class View:
         return fused
 
     def _read(self, path: Path) -> Tensor:
-        with Image.open(path) as opened:
-            image: Any = ImageOps.exif_transpose(opened).convert(self.mode)
-        return self.transform(image)
+        return self.transform(read_image(path, self.form.mode))
 
     def _pixels(self, image: Tensor) -> np.ndarray:
         """The picture behind a normalised image, as bytes (H, W, 3)."""
@@ -130,10 +121,6 @@ def _heat_tile(canvas: np.ndarray, before: TokenState, after: TokenState, at: in
 def _cpu(state: TokenState) -> TokenState:
     score = None if state.score is None else state.score.cpu()
     return TokenState(state.origin.cpu(), state.size.cpu(), score)
-
-
-def _per_channel(values: Sequence[float], channels: int) -> tuple[float, ...]:
-    return tuple(values) if len(values) == channels else (sum(values) / len(values),) * channels
 
 
 def _grid(model: nn.Module, size: Sequence[int], num_patches: int) -> Grid:

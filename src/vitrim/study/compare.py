@@ -11,14 +11,17 @@ from torch import nn
 
 from ..data.images import open_images
 from ..data.specs import DataSpec
-from ..data.streams import Stream, plain_stream
+from ..data.splits import plain_stream
+from ..data.streams import Stream
 from ..errors import DataError, VitrimError
-from ..measure.accuracy import Figures, evaluate_all, make_accelerator
+from ..measure.accelerator import make_accelerator
+from ..measure.accuracy import Figures, evaluate_all
 from ..measure.cost import cost
 from ..measure.environment import environment
 from ..measure.table import Column, Table
 from ..models import open_model, variant
 from ..models.classes import other_classes
+from ..models.evaluating import evaluating
 from ..models.input_format import InputFormat
 from ..train.recipe import Recipe
 
@@ -143,7 +146,8 @@ def evaluate_variants(
     rows: list[dict[str, Any]] = []
     first: dict[ImageSet, dict[str, Any]] = {}
     for (name, method), model in variants.items():
-        figures, spent = found[name, method], cost(model.eval())
+        with evaluating(model):
+            figures, spent = found[name, method], cost(model)
         rows.append({
             "model": Path(name).name if short[Path(name).name] == 1 else name, "method": method,
             "accuracy": figures.accuracy, "loss": figures.loss, "entropy": figures.entropy,

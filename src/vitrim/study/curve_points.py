@@ -8,9 +8,10 @@ from typing import Any
 from torch import nn
 
 from ..data.specs import DataSpec
-from ..data.streams import make_loader, plain_stream
+from ..data.splits import plain_stream
+from ..data.streams import make_loader
 from ..elastic import SuperNet, stratify
-from ..measure.accuracy import make_accelerator
+from ..measure.accelerator import make_accelerator
 from ..measure.environment import environment
 from ..measure.table import Column, Table
 from ..models import open_model

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from ..data.streams import Splits, Stream
+from ..data.splits import Splits
+from ..data.streams import Stream
 from ..distill import Distiller, TeacherCache, student_grid
 from .recipe import Recipe
 from .state import Report

@@ -14,11 +14,13 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from ..data.images import open_both
-from ..data.seeding import seed_everything
-from ..data.streams import Stream, make_loader, make_splits
+from ..data.seeding import restored_generators, seed_everything
+from ..data.splits import make_splits
+from ..data.streams import Stream, make_loader
 from ..distill import Outputs
 from ..errors import VitrimError
-from ..measure.accuracy import Figures, evaluate_all, make_accelerator
+from ..measure.accelerator import make_accelerator
+from ..measure.accuracy import Figures, evaluate_all
 from ..measure.cost import cost
 from ..measure.environment import environment
 from ..models import attached, load
@@ -50,7 +52,10 @@ def train(recipe: Recipe, out: str | Path, *, command: str = "", report: Report 
     folder = RunFolder(out)
     folder.check(recipe)
     finished = folder.result
-    return finished or _Run(recipe, folder, command, report or (lambda event, figures: None)).run()
+    if finished:
+        return finished
+    with restored_generators():
+        return _Run(recipe, folder, command, report or (lambda event, figures: None)).run()
 
 
 class _Run:
@@ -68,7 +73,7 @@ class _Run:
         )
         self.main, self.device = self.accelerator.is_main_process, self.accelerator.device
         recipe.check_processes(self.accelerator.num_processes)
-        seed_everything(recipe.seed)
+        seed_everything("weights", recipe.seed)
         train_images, test_images = open_both(recipe.data)
         self.student = prepare_student(recipe, train_images.classes)
         self.splits = make_splits(train_images, test_images, self.student, recipe.data, recipe.augment, recipe.seed)
@@ -141,7 +146,7 @@ class _Run:
     def _train_step(self, images: Tensor, labels: Tensor, known: Outputs | None = None) -> None:
         recipe, accelerator, state, targets = self.recipe, self.accelerator, self.state, labels
         self.task.train_mode()
-        seed_everything(recipe.seed, state.epoch, state.step, accelerator.process_index)
+        seed_everything("step", recipe.seed, state.epoch, state.step, accelerator.process_index)
         if self.mixup is not None:
             images, targets = self.mixup(images, labels)
         with accelerator.accumulate(self.learner):
@@ -235,6 +240,7 @@ class _Run:
             "params": spent.params,
             "tokens": list(spent.token_counts),
             "unreadable": self.meter.all_unreadable(),
+            "not_read": self.splits.notes,
         }
         if self.main:
             self.folder.write_result(result)

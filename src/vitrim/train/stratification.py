@@ -14,8 +14,10 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from ..data.seeding import mix
-from ..data.streams import Splits, Stream, make_loader, transforms_for
+from ..data.seeding import permutation
+from ..data.splits import Splits
+from ..data.streams import Stream, make_loader
+from ..data.transforms import transforms_for
 from ..distill import Distilled, Outputs, Teacher
 from ..elastic import SuperNet
 from ..elastic.piad import Piad, Stratifier, imitation_loss
@@ -165,10 +167,11 @@ class Stratification(Task):
         """This process's share of the training images to judge by, as they are; together always the same ones."""
         train, recipe, accelerator = splits.train, self.recipe, self.accelerator
         assert recipe.elastic is not None
-        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(mix(recipe.seed, 2))).tolist()
+        order = permutation(len(train), "probe", recipe.seed)
         chosen = [train.indices[place] for place in order[: recipe.elastic.images]]
         own = chosen[accelerator.process_index :: accelerator.num_processes]
-        stream = Stream(train.images, own, transforms_for(self.student, recipe.data), recipe.seed, train.skip)
+        plain = transforms_for(self.student, recipe.data)
+        stream = Stream(train.images, plain, indices=own, seed=recipe.seed, skip=train.skip)
         return make_loader(stream, BATCH, recipe.data.workers)[0]
 
 

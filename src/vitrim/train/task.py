@@ -13,7 +13,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from ..data.streams import Splits, Stream
+from ..data.splits import Splits
+from ..data.streams import Stream
 from ..distill import Distilled, Distiller, Outputs
 from ..measure.accuracy import Figures, attention_entropy, mean_loss
 from ..models import attached, detached, save
@@ -131,8 +132,8 @@ class Task:
         else:
             figures = self._objective(self.judge, stream, self.terms)
         if self._watches_entropy:
-            images = torch.stack([stream[i][0] for i in range(min(64, len(stream)))])
-            figures["attention_entropy"] = attention_entropy(self.network, images.to(self.accelerator.device))
+            images = stream.sample(64).to(self.accelerator.device)
+            figures["attention_entropy"] = attention_entropy(self.network, images)
         return figures
 
     def rank(self, figures: Mapping[str, Any]) -> tuple[float, float]:

@@ -48,9 +48,10 @@ def stratify(
             )
         _train(_recipe_for(model, data, recipe, epochs, num_images, width_multiple), out, device)
         return
-    from ..data.streams import make_loader, plain_stream
+    from ..data.splits import plain_stream
+    from ..data.streams import make_loader
     from ..elastic.supernet import stratify as run
-    from ..measure.accuracy import make_accelerator
+    from ..measure.accelerator import make_accelerator
     from ..models import check_place, has_weights, open_model
     from ..models.classes import kept_classes, other_classes
     from ..study.compare import data_of
@@ -143,7 +144,7 @@ def extract(
         device: where latency is measured.
     """
     from ..elastic.supernet import CHAIN, SuperNet
-    from ..measure.accuracy import make_accelerator
+    from ..measure.accelerator import make_accelerator
     from ..measure.cost import cost
     from ..models import check_place, save
     from ..models.classes import kept_classes

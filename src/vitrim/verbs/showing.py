@@ -33,7 +33,7 @@ def show(
         overwrite: replace pictures that exist.
         device: where to run.
     """
-    from ..measure.accuracy import make_accelerator
+    from ..measure.accelerator import make_accelerator
     from ..models import attached, has_weights, open_model, variant
     from ..show.pictures import show as draw
 

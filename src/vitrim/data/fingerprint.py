@@ -1,0 +1,42 @@
+"""What identifies the images of a data set, so that results computed on them are not used for others."""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch.utils.data import Subset
+
+
+def fingerprint(dataset: Any, probes: int = 64) -> str:
+    """SHA-256 of names and sizes of the image files; of some of the images themselves where there are no files.
+
+    Args:
+        dataset: by index, items (image, target, ...); or a `torch.utils.data.Subset` of one.
+        probes: how many images are read where there are no files, at equal distances.
+    """
+    if isinstance(dataset, Subset):
+        return _digest([fingerprint(dataset.dataset, probes), *map(int, dataset.indices)])
+    names = _file_names(dataset)
+    if names is not None:
+        return _digest([part for name in names for part in (Path(name).name, Path(name).stat().st_size)])
+    length = len(dataset)
+    chosen = sorted({round(i * (length - 1) / max(probes - 1, 1)) for i in range(probes)}) if length else []
+    code = hashlib.sha256(str(length).encode())
+    for index in chosen:
+        image, target = dataset[index][:2]
+        code.update(repr(target).encode() + np.ascontiguousarray(image).tobytes())
+    return code.hexdigest()
+
+
+def _file_names(dataset: Any) -> Sequence[str] | None:
+    if callable(getattr(dataset, "filenames", None)):  # timm
+        names: Sequence[str] = dataset.filenames(absolute=True)
+    else:  # vitrim's folders, torchvision
+        names = [sample[0] for sample in getattr(dataset, "samples", [])]
+    return names if len(names) and all(Path(name).is_file() for name in names) else None
+
+
+def _digest(parts: Sequence[object]) -> str:
+    return hashlib.sha256("\n".join(map(str, parts)).encode(errors="surrogateescape")).hexdigest()

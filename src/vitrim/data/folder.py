@@ -1,0 +1,126 @@
+"""A folder with one subfolder per class, as a list of image files; what is in it and is not read is counted."""
+
+import os
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from ..errors import DataError
+from .decode import suffixes
+
+
+class FolderImages:
+    """The image files of ROOT/CLASS/..., at any depth below the folder of their class, in natural order.
+
+    samples: (path, class index) of each image.
+    classes: their names in natural order; those of `reference` where they differ from it in case alone.
+    notes: lines on what was not read, or read in a way that the user may not expect.
+
+    Args:
+        root: the folder; its subfolders are the classes, but those whose names begin with a dot.
+        reference: names of the classes of the training images, for a folder of test images.
+
+    Raises:
+        DataError: there is no class, or a class without an image.
+    """
+
+    def __init__(self, root: Path, reference: Sequence[str] = ()) -> None:
+        folders = class_folders(root)
+        if not folders:
+            raise DataError(f"{root} has no class folders; expected {root}/CLASS/image.jpg")
+        names, renamed = _named_as([folder.name for folder in folders], reference)
+        pairs = sorted(zip(names, folders, strict=True), key=lambda pair: natural_key(pair[0]))
+        self.classes = [name for name, _ in pairs]
+        self.samples: list[tuple[str, int]] = []
+        left_out, nested = Counter[str](), 0
+        for index, (_, folder) in enumerate(pairs):
+            own, others = Counter[str](), 0
+            paths: list[str] = []
+            for path in _files_below(folder, own):
+                if reason := _not_read(path):
+                    own[reason] += 1
+                else:
+                    paths.append(path.path)
+                    others += os.path.dirname(path.path) != str(folder)
+            if not paths:
+                found = f" ({_counted(own)})" if own else ""
+                raise DataError(f"class folder {folder} holds no images that can be read{found}; fill it or remove it")
+            self.samples += [(path, index) for path in sorted(paths, key=natural_key)]
+            left_out += own
+            nested += others
+        outside = sum(not entry.is_dir() and not entry.name.startswith(".") for entry in os.scandir(root))
+        self.notes = [f"{root}: {note}" for note in (
+            f"not read: {_counted(left_out)}" if left_out else "",
+            f"not read: {_number(outside, 'file')} outside of class folders" if outside else "",
+            f"in folders inside of class folders: {_number(nested, 'image')}, taken for that class" if nested else "",
+            f"classes {renamed} are taken for those of the training images, which differ in case" if renamed else "",
+        ) if note]  # fmt: skip
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[str, int]:
+        return self.samples[index]
+
+
+def class_folders(root: Path) -> list[Path]:
+    """The folders of the classes, in natural order."""
+    folders = (path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    return sorted(folders, key=lambda path: natural_key(path.name))
+
+
+def natural_key(name: str) -> tuple[list[str | int], str]:
+    """Sorts img2 before img10, without regard to case; names that differ in case alone still have a fixed order."""
+    parts = re.split(r"(\d+)", name.lower())
+    return [int(part) if place % 2 else part for place, part in enumerate(parts)], name
+
+
+def _files_below(
+    folder: Path | str, left_out: Counter[str], seen: frozenset[tuple[int, int]] = frozenset()
+) -> Iterator[os.DirEntry[str]]:
+    """All entries below a folder that are no folders; links are followed, but not in a circle."""
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if not entry.is_dir():
+                yield entry
+                continue
+            status = entry.stat()
+            identity = status.st_dev, status.st_ino
+            if entry.name.startswith(".") or identity in seen:
+                left_out["hidden folders" if identity not in seen else "links in a circle"] += 1
+                continue
+            yield from _files_below(entry.path, left_out, seen | {identity})
+
+
+def _not_read(entry: os.DirEntry[str]) -> str:
+    """Why a file is not read, empty if it is read."""
+    if entry.name.startswith("."):
+        return "hidden files"
+    suffix = os.path.splitext(entry.name)[1].lower()
+    if suffix not in suffixes():
+        return suffix if suffix.isascii() and suffix.isprintable() and 0 < len(suffix) <= 12 else "other files"
+    return "" if entry.is_file() else "broken links, FIFOs, sockets or devices"
+
+
+def _named_as(names: list[str], reference: Sequence[str]) -> tuple[list[str], str]:
+    """These names as the reference spells them, if both differ in case alone; and those that were spelt otherwise."""
+    spelt = {_folded(name): name for name in reference}
+    folded = [_folded(name) for name in names]
+    if set(names) == set(reference) or len(spelt) < len(reference) or sorted(folded) != sorted(spelt):
+        return names, ""
+    other = [name for name, key in zip(names, folded, strict=True) if spelt[key] != name]
+    return [spelt[key] for key in folded], ", ".join(other[:5]) + (", ..." if len(other) > 5 else "")
+
+
+def _folded(name: str) -> str:
+    return unicodedata.normalize("NFC", name).casefold()
+
+
+def _number(count: int, what: str) -> str:
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
+
+
+def _counted(left_out: Counter[str]) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in left_out.most_common(8))
