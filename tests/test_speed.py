@@ -300,6 +300,6 @@ def test_saved_models_and_names_share_one_table(tmp_path: Path):
     names = [f"{run}: dense", f"vitrim_digits_vit@{run / 'model'}: dense", "vitrim_digits_vit: dense"]
     assert [row.name for row in table.measured] == names
     assert len({row.macs for row in table.measured}) == 1
-    assert table.columns[0].heading == "method"
+    assert table.columns[0].heading == "model"
     opened = open_model(f"vitrim_digits_vit@{run / 'model'}")
     assert torch.equal(opened.pos_embed, model.pos_embed)

@@ -293,7 +293,7 @@ def test_mistakes_in_a_study(study_file: Path):
         ({"pictures": ["half"]}, "pictures is \\['half'\\]; it must be a mapping"),
         ({"pictures": {"rows": ["halv"]}}, "unknown row 'halv'; did you mean half"),
         ({"pictures": {"rows": ["dense"]}}, "the model of row 'dense' reduces no tokens"),
-        ({"pictures": {"rows": ["half"], "images": 0}}, "of one image or more"),
+        ({"pictures": {"rows": ["half"], "images": 0}}, "one image or more"),
         ({"sweep": {"method": "TopK() @ KeepRate({r})", "vary": {"r": [2.0]}}}, "keep rate lies in"),
         ({"test": {"t": "TopK() @ KeepRate(0.5, at=[9])"}}, "test 't', row 'dense': .*block 9, but"),
         ({"test": {"t": "TopK() @ KeepRate(0.5, at=[0]) @ Delayed(1)"}}, "Delayed.* acts in training alone"),
@@ -415,7 +415,7 @@ def test_published_figures_stand_beside_those_found(study_file: Path, tmp_path: 
         assert [row.get(f"published_{key}") for row in table.rows] == [None, None, None, figure]
         assert keys.index(f"published_{key}") == keys.index(key) + 1
     lines = [line for line in table.markdown().splitlines() if line.startswith("| half | on |")]
-    assert all(f"| {shown} |" in lines[0] for shown in ("1.37", "49200", "21,600,000", "6.1272", "941"))
+    assert all(f"| {shown} |" in lines[0] for shown in ("1.37", "49200", "21,600,000", "6.1272", "940.9"))
     swept = json.loads((tmp_path / "out" / "sweep.json").read_text())
     assert [row.get("published_accuracy") for row in swept["rows"]] == [None] * 5 + [0.25]
     assert [column["heading"] for column in swept["columns"]].count("published accuracy") == 1

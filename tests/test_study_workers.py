@@ -104,7 +104,7 @@ def test_the_run_of_a_dead_worker_goes_on_from_its_checkpoint(file: Path):
     assert all(numbers == [0, 1] for numbers in epochs.values())
 
 
-def test_claims_exclude_each_other_and_pass_on(tmp_path: Path):
+def test_leases_exclude_each_other_and_pass_on(tmp_path: Path):
     url = f"sqlite:///{tmp_path}/c.db"
     one, two, other = Leases(url, "s", 1), Leases(url, "s", 2), Leases(url, "another study", 2)
     assert one.acquire("run")
@@ -179,7 +179,7 @@ def test_workers_are_started_here(file: Path, capsys: pytest.CaptureFixture[str]
     ("words", "line"),
     [
         ("--database studies.db", "--database is no URL; write sqlite:///FILE"),
-        ("--database sqlite://", "a database in memory is no other worker's"),
+        ("--database sqlite://", "other workers cannot see a database in memory"),
         ("--database sqlite:///none/x.db", "the database sqlite:///none/x.db cannot be used (unable to open"),
         ("--database postgres://u@h/d", "unknown kind of database 'postgres'; did you mean postgresql?"),
         ("--database mysql+mysqldb://u:secret@h/d", "mysql+mysqldb needs a driver; run: pip install 'mysqlclient'"),

@@ -13,9 +13,10 @@ from torch import nn
 from .data.specs import AugmentSpec, DataSpec
 from .data.splits import plain_stream
 from .errors import RecipeError
+from .measure.columns import columns
 from .measure.environment import environment
 from .measure.speed import bench
-from .measure.table import Column, Table
+from .measure.table import Table
 from .models import DENSE, attach, find_adapter, open_model, variant
 from .output import check_folder
 from .show.pictures import show
@@ -35,15 +36,7 @@ METHODS = {
     "EViT (pruned and fused)": ["TopK(fuse='sum') @ KeepRate(rate=0.7)", "TopK(fuse='sum') @ KeepRate(rate=0.5)"],
     "ToMe (merged)": ["ToMe() @ ConstantR(r=4)", "ToMe() @ ConstantR(r=7)"],
 }
-COLUMNS = (
-    Column("model", "weights"),
-    Column("method", "at test"),
-    Column("accuracy", "accuracy", ".2%"),
-    Column("macs", "MACs", ",d"),
-    Column("images_per_second", "images/s", ".0f"),
-    Column("speed", "speed ratio", ".2f"),
-    Column("tokens", "tokens"),
-)
+COLUMNS = columns("model", "method", "accuracy", "macs", "images_per_second", "speed", "tokens")
 
 
 def run_demo(out: str | Path, epochs: int | None = None, command: str = "") -> Table:

@@ -1,7 +1,7 @@
 """Text from outside (file names, options, messages of libraries) in a form that is safe to print and to write."""
 
-LONGEST_MESSAGE = 2000
-"""Characters of a message; a longer one loses its middle."""
+LONGEST_LINE = 480
+"""Characters of a line in a message; a longer one loses its middle."""
 
 
 def printable(text: object, keep: str = "") -> str:
@@ -33,5 +33,5 @@ def shortened(text: str, most: int) -> str:
 
 
 def message(text: object) -> str:
-    """A message for the terminal: printable, of bounded length; lines stay lines."""
-    return shortened(printable(text, keep="\n"), LONGEST_MESSAGE)
+    """A message for the terminal: lines stay lines, and each is printable and of bounded length."""
+    return "\n".join(shortened(printable(line), LONGEST_LINE) for line in str(text).split("\n"))

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import UnknownNameError
+from .columns import columns
 from .table import Column, Table
 
 
@@ -76,24 +77,8 @@ class BenchRow:
         }
 
 
-class _Spread(Column):
-    """A median with its quartiles in one cell."""
-
-    def show(self, row: Mapping[str, Any], short: bool = False) -> str:
-        return str(Quartiles(row[self.key], row[f"{self.key}_low"], row[f"{self.key}_high"]))
-
-
-_COLUMNS = (
-    Column("model", "method"),
-    Column("batch_size", "batch", "d"),
-    _Spread("ms", "ms", ".2f"),
-    Column("images_per_second", "images/s", ".1f"),
-    _Spread("speedup", "speedup", ".2f"),
-    Column("macs_ratio", "MACs ratio", ".2f"),
-    Column("macs", "MACs", ",d"),
-    Column("p50_ms", "p50 ms", ".2f"),
-    Column("p95_ms", "p95 ms", ".2f"),
-    Column("peak_mib", "peak MiB", ".0f"),
+_COLUMNS = columns(
+    "model", "batch_size", "ms", "images_per_second", "speedup", "macs_ratio", "macs", "p50_ms", "p95_ms", "peak_mib"
 )
 
 
@@ -114,8 +99,8 @@ class BenchTable(Table):
             + " and ".join(dict.fromkeys(row.reference for row in measured)) + ".",
             "Settings: " + ", ".join(f"{name} {value}" for name, value in settings.items()),
         )  # fmt: skip
-        columns = [column for column in _COLUMNS if any(row[column.key] is not None for row in rows)]
-        return cls("Speed", columns, rows, notes, environment, tuple(measured))
+        shown = [column for column in _COLUMNS if any(row[column.key] is not None for row in rows)]
+        return cls("Speed", shown, rows, notes, environment, tuple(measured))
 
     def row(self, name: str, batch_size: int) -> BenchRow:
         """The row of that model at that batch size."""

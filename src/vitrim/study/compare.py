@@ -1,4 +1,4 @@
-"""Models side by side on the same images: accuracy, time, tokens and cost."""
+"""Evaluate models and methods together on the same images: accuracy, time, tokens and cost."""
 
 import statistics
 from collections import Counter
@@ -16,9 +16,10 @@ from ..data.streams import Stream
 from ..errors import DataError, VitrimError
 from ..measure.accelerator import make_accelerator
 from ..measure.accuracy import Figures, evaluate_all
+from ..measure.columns import columns
 from ..measure.cost import cost
 from ..measure.environment import environment
-from ..measure.table import Column, Table
+from ..measure.table import Table
 from ..models import open_model, variant
 from ..models.classes import other_classes
 from ..models.evaluating import evaluating
@@ -26,42 +27,38 @@ from ..models.input_format import InputFormat
 from ..train.recipe import Recipe
 
 ModelData = DataSpec | Mapping[str, DataSpec]
-"""The images: one set for all models, or by the name of each."""
+"""The images: one set for all models, or one by the name of each."""
 ImageSet = tuple[str, str | None, str | None]
+"""Name, folder and test split of the test images."""
 Variant = tuple[str, str]
-"""Model, method."""
+"""Model and method."""
+Row = dict[str, Any]
+"""The figures of one variant, by the keys in `ROW_KEYS`."""
 
-COLUMNS = (
-    Column("model", "model"),
-    Column("method", "method"),
-    Column("accuracy", "accuracy", ".2%"),
-    Column("entropy", "entropy if correct", ".3f"),
-    Column("seconds", "time [s]", ".2f"),
-    Column("speed", "speed ratio", ".2f"),
-    Column("images_per_second", "images/s", ".0f"),
-    Column("gmacs", "GMACs", ".4f"),
-    Column("macs_ratio", "MACs ratio", ".2f"),
-    Column("tokens", "tokens leaving each block"),
+COLUMNS = columns(
+    "model", "method", "accuracy", "entropy", "seconds", "speed", "images_per_second", "gmacs", "macs_ratio", "tokens"
 )
-
-
+ROW_KEYS = (
+    "model", "method", "accuracy", "loss", "entropy", "divergence", "seconds", "images_per_second", "gmacs",
+    "gmacs_linear_only", "params", "tokens", "num_images", "unreadable", "speed", "macs_ratio",
+)  # fmt: skip
 CLS_ONLY_NOTE = (
-    "Under a reduction, the last block computes CLS alone where the head reads nothing else (same logits, so 1 token "
-    "leaves it); the method dense+cls_only shows that saving by itself."
+    "Under a reduction, the last block computes only CLS where the head reads nothing else (same logits, so 1 token "
+    "leaves it); the method dense+cls_only shows that saving without a reduction."
 )
 
 
 def data_of(models: Sequence[str], given: Mapping[str, Any]) -> DataSpec:
-    """The images that the first run learnt with, where the first model is a run folder, with `given` laid over them.
+    """The images of the first run, if the first model is a run folder, with the `given` options of `DataSpec` instead.
 
-    `given` holds options of `DataSpec`. Where it names another data set, place and splits are not the run's.
+    Where `given` names another data set, folder and splits of the run do not apply.
     """
     path = Path(models[0]) / "recipe.yaml"
     return override_data(Recipe.read(path).data if path.exists() else DataSpec(), given)
 
 
 def override_data(own: DataSpec, given: Mapping[str, Any]) -> DataSpec:
-    """These images with the `given` options in place; see `data_of`."""
+    """These images with the `given` options instead of their own; see `data_of`."""
     new = DataSpec()
     if given.get("name", own.name) != own.name:
         own = replace(own, root=new.root, download=new.download, train_split=new.train_split, test_split=new.test_split)
@@ -69,12 +66,12 @@ def override_data(own: DataSpec, given: Mapping[str, Any]) -> DataSpec:
 
 
 def data_for(name: str, data: ModelData) -> DataSpec:
-    """The images of the model of that name."""
+    """The images of the model with this name."""
     return data if isinstance(data, DataSpec) else data[name]
 
 
 def image_set(data: DataSpec) -> ImageSet:
-    """What two data options have in common where their test images are the same, however they are cut and read."""
+    """Equal for options that name the same test images, however these are cropped and read."""
     return data.name, data.root, data.test_split
 
 
@@ -89,19 +86,19 @@ def compare(
 ) -> Table:
     """Evaluate every model under every method on the test images of `data`.
 
-    The first model and method are the baseline of the ratios. Exact savings are on for reduced models; "dense"
-    is the model as timm runs it.
+    The first model and method are the reference of the ratios. Reduced models leave out what the head does not read;
+    "dense" is the model as its own library runs it.
 
     Raises:
-        DataError: a model's number of classes is not that of the data.
+        DataError: a model has another number of classes, or other classes, than the images.
+        VitrimError: a model that cannot be opened or reduced, or a name given twice.
     """
     opened = {name: open_model(name) for name in models}
     classes = open_images(data, False).classes
     for name, model in opened.items():
         if model.num_classes != len(classes):
             raise DataError(
-                f"{name} tells {model.num_classes} classes apart, but the images have {len(classes)}; "
-                "train it on them first"
+                f"{name} has {model.num_classes} classes, but the images have {len(classes)}; train it on them first"
             )
         if fault := other_classes(name, classes):
             raise DataError(fault)
@@ -116,11 +113,11 @@ def compare(
 def evaluate_variants(
     variants: Mapping[Variant, nn.Module], data: ModelData, *, originals: Mapping[Variant, Variant] | None = None,
     batch_size: int = 128, device: str = "auto", tick: Callable[[int, int], None] | None = None,
-) -> list[dict[str, Any]]:  # fmt: skip
-    """One row of figures per (model, method), each on its images as it wants them.
+) -> list[Row]:  # fmt: skip
+    """One row of figures per (model, method), each on its own images in its own input format.
 
-    Those on the same test images are evaluated side by side; ratios are to the first on the same images. `originals`
-    names variants, on the same images too, from which the predictions of others should not diverge.
+    Variants on the same test images are evaluated together, batch by batch; ratios are to the first of them.
+    `originals` names, for some variants, another one on the same images; their divergence from it is computed.
     """
     accelerator = make_accelerator(cpu=device == "cpu")
     together: dict[ImageSet, dict[Variant, nn.Module]] = {}
@@ -143,8 +140,8 @@ def evaluate_variants(
         )  # fmt: skip
         found |= zip(group, figures.values(), strict=True)
     short = Counter(Path(name).name for name in {name for name, _ in variants})
-    rows: list[dict[str, Any]] = []
-    first: dict[ImageSet, dict[str, Any]] = {}
+    rows: list[Row] = []
+    first: dict[ImageSet, Row] = {}
     for (name, method), model in variants.items():
         with evaluating(model):
             figures, spent = found[name, method], cost(model)
@@ -164,7 +161,7 @@ def evaluate_variants(
 
 
 def mean_over_seeds(per_seed: Sequence[Mapping[str, Any]], *means: str) -> dict[str, Any]:
-    """Mean accuracy of one model trained with several seeds, its standard deviation, their number, and `means`."""
+    """Accuracy of one model trained with several seeds: mean, standard deviation and n; and the mean of other keys."""
     accuracies = [figures["accuracy"] for figures in per_seed]
     return {
         "accuracy": statistics.fmean(accuracies),
@@ -175,23 +172,22 @@ def mean_over_seeds(per_seed: Sequence[Mapping[str, Any]], *means: str) -> dict[
 
 
 def different_images_note(data: Mapping[str, DataSpec]) -> list[str]:
-    """A note on models that were tested on images of their own, none where all had the same."""
-    told: dict[ImageSet, list[str]] = {}
+    """A note on models that were tested on different images; empty where all had the same."""
+    models_of: dict[ImageSet, list[str]] = {}
     for name, spec in data.items():
-        told.setdefault(image_set(spec), []).append(name)
-    if len(told) == 1:
+        models_of.setdefault(image_set(spec), []).append(name)
+    if len(models_of) == 1:
         return []
-    sets = "; ".join(f"{' '.join(filter(None, images))}: {', '.join(names)}" for images, names in told.items())
+    sets = "; ".join(f"{' '.join(filter(None, images))}: {', '.join(names)}" for images, names in models_of.items())
     return [
-        f"Test images are not the same ({sets}). Only models on the same images compare: they took turns, and ratios "
-        "are to the first of them."
+        f"Test images are not the same ({sets}). Compare models on the same images only: they were timed together, "
+        "and ratios are to the first of them."
     ]
 
 
-def _notes(rows: list[dict[str, Any]]) -> list[str]:
-    notes = ["Time is spent inside the model; models took turns batch by batch. Ratios are to the first row."]
+def _notes(rows: list[Row]) -> list[str]:
+    notes = ["Time is that inside the model; models were timed in turns, batch by batch. Ratios are to the first row."]
     notes.append(CLS_ONLY_NOTE)
-    if rows[0]["unreadable"]:
-        names = rows[0]["unreadable"]
+    if names := rows[0]["unreadable"]:
         notes.append(f"{len(names)} images could not be read and were left out: {', '.join(names[:3])}.")
     return notes

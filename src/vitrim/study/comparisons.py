@@ -1,4 +1,4 @@
-"""What curves are set beside: networks that were trained alone, and figures in print; and what that says in words."""
+"""Compare curves with networks that were trained alone and with published figures, and put the result into words."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
@@ -7,7 +7,7 @@ import numpy as np
 
 
 def compare_with_trained_alone(rows: Sequence[dict[str, Any]], trained_on: Collection[str] = ()) -> list[str]:
-    """Fill in `over_alone` where networks trained alone cost both more and less; returns notes on it.
+    """Set `over_alone` in rows between the costs of networks trained alone; returns notes on it.
 
     Args:
         rows: of the table of a curve. Those without budget are networks trained alone.
@@ -22,30 +22,29 @@ def compare_with_trained_alone(rows: Sequence[dict[str, Any]], trained_on: Colle
     if not known:
         return []
     notes = [
-        "Over trained alone: accuracy less that of networks trained alone, on a straight line between those that cost "
-        "a little more and a little less."
+        "Over trained alone: accuracy minus that of networks trained alone, interpolated linearly at the same cost."
     ]
-    afresh = any(row["budget"] is None and row["row"] not in trained_on for row in rows)
-    if longer := dict.fromkeys(row["curve"] for row in known if afresh and row["row"] in trained_on):
+    from_scratch = any(row["budget"] is None and row["row"] not in trained_on for row in rows)
+    if longer := dict.fromkeys(row["curve"] for row in known if from_scratch and row["row"] in trained_on):
         notes.append(
-            "No equal comparison with networks trained alone, since their weights come from another row and were "
-            f"trained on: {_list(longer)}."
+            "No equal comparison with networks trained alone, since these started from the weights of another row and "
+            f"so were trained longer: {_list(longer)}."
         )
     return [*notes, _where_below(known)]
 
 
 def published_budgets_note(rows: Iterable[Mapping[str, Any]], linear_only: bool) -> list[str]:
-    """A note on published figures whose budgets leave attention products out, none where no such figure is shown."""
+    """A note on published figures whose budgets leave out attention products; empty where none is shown."""
     if not linear_only or all(row["published"] is None or row["budget"] is None for row in rows):
         return []
     return [
-        "Published figures are those of networks at these fractions of the MACs without attention products, so that "
-        "they are not quite those of the networks beside them."
+        "Budgets of published figures are fractions of the MACs without attention products, so the published networks "
+        "differ a little in size from those in the same row."
     ]
 
 
 def _where_below(rows: Iterable[Mapping[str, Any]]) -> str:
-    """From where on each curve falls below networks trained alone, as far as accuracies are shown."""
+    """The largest budget at which each curve is below networks trained alone, at the precision of the table."""
     largest: dict[str, float | None] = {}
     for row in rows:
         before = largest.setdefault(row["curve"], None)
@@ -54,9 +53,9 @@ def _where_below(rows: Iterable[Mapping[str, Any]]) -> str:
     below = [f"{name} ({budget:.2f})" for name, budget in largest.items() if budget is not None]
     never = [name for name, budget in largest.items() if budget is None]
     parts = {"below them, with the largest budget at which they are": below, "never below them": never}
-    said = "; ".join(f"{what}: {_list(names)}" for what, names in parts.items() if names)
-    return f"Beside networks trained alone, where both are known, curves are {said}."
+    text = "; ".join(f"{what}: {_list(names)}" for what, names in parts.items() if names)
+    return f"Compared with networks trained alone, where both are known, curves are {text}."
 
 
 def _list(names: Iterable[str]) -> str:
-    return " | ".join(names)  # Names have commas in them.
+    return " | ".join(names)  # Names contain commas.

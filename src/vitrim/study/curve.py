@@ -1,11 +1,11 @@
-"""Accuracy against cost of super-networks, size by size, beside networks that were trained alone at their own size.
+"""Accuracy against cost of super-networks at several sizes, and of networks that were trained alone at one size.
 
 The part `curve` of a study file names the lines to draw through rows of the study:
 
     curve:
       budgets: [1, 0.75, 0.5]                                      # fractions of the full network's MACs
       lines:
-        WPAC: {row: full, ordering: wpac}                           # ordered and cut, not trained any further
+        WPAC: {row: full, ordering: wpac}                           # ordered and cut, not trained further
         WPAC + compensation: {row: full, ordering: wpac, compensate: true}
         WPAC, even: {row: full, ordering: wpac, even: true}         # every width cut by the same fraction
         PIAD: {row: trained as super-network}                       # the row's own super-network
@@ -26,11 +26,11 @@ from ..train.recipe import Recipe
 class Line:
     """One super-network at all budgets.
 
-    row: whose model it is made of.
-    ordering: how that model's widths are ordered before they are cut, see `ORDERINGS`; None: the row was trained as a
+    row: the row whose model is cut.
+    ordering: how that model's units are ordered before they are cut, see `ORDERINGS`; None: the row was trained as a
         super-network.
-    compensate: whether means make up for lost units.
-    even: whether every sub-layer loses the same fraction, in place of what is worth least.
+    compensate: whether the mean output of removed units is added to biases.
+    even: whether every sub-layer loses the same fraction, instead of the least important units.
     """
 
     row: str = ""
@@ -44,11 +44,11 @@ class Curve:
     """The part `curve` of a study.
 
     budgets: fractions of the full network's MACs, attention products included, in (0, 1].
-    lines: by name, a super-network, or a list of rows that are networks by themselves.
-    images: training images, without labels, that orderings look at.
+    lines: by name, a super-network, or a list of rows, each a network of its own size.
+    images: number of training images, without labels, from which orderings are computed.
     width_multiple: every width but the full one is a multiple of it.
-    published: line -> budget -> accuracy to print beside.
-    published_linear_only: the budgets of published figures are fractions of the MACs without attention products.
+    published: line -> budget -> published accuracy.
+    published_linear_only: whether budgets of published figures are fractions of the MACs without attention products.
     """
 
     lines: dict[str, Any] = field(default_factory=dict)
@@ -60,11 +60,11 @@ class Curve:
 
     @classmethod
     def parse(cls, data: Any) -> "Curve":
-        """Read what stands in the file.
+        """Read what the file holds.
 
         Raises:
             RecipeError: an option of the wrong kind, a budget out of range, or no line.
-            UnknownNameError: an option that there is not.
+            UnknownNameError: an option that does not exist.
         """
         if not isinstance(data, dict):
             raise RecipeError("the curve of the study is a mapping of options, with lines in it")
@@ -78,13 +78,13 @@ class Curve:
         return cls(**vars(curve) | {"lines": {str(name): _line(name, line) for name, line in curve.lines.items()}})
 
     def check(self, recipes: Mapping[str, Recipe]) -> None:
-        """Look at all names before anything is trained.
+        """Check all names before anything is trained.
 
         Args:
             recipes: of all rows of the study.
 
         Raises:
-            UnknownNameError: a line asks for a row or an ordering that there is not, or a published line is no line.
+            UnknownNameError: a line names a row or an ordering that does not exist, or a published line is no line.
             RecipeError: a row cannot be cut, or a line compensates without means.
         """
         for name, line in self.lines.items():

@@ -1,4 +1,4 @@
-"""Cutting the networks of a curve and evaluating them: accuracy, divergence and cost, size by size."""
+"""Cut the networks of a curve and evaluate them: accuracy, divergence and cost at every size."""
 
 import statistics
 from collections.abc import Collection, Mapping, Sequence
@@ -12,8 +12,9 @@ from ..data.splits import plain_stream
 from ..data.streams import make_loader
 from ..elastic import SuperNet, stratify
 from ..measure.accelerator import make_accelerator
+from ..measure.columns import columns
 from ..measure.environment import environment
-from ..measure.table import Column, Table
+from ..measure.table import Table
 from ..models import open_model
 from ..train.checkpoint import RunFolder
 from .compare import ModelData, data_for, different_images_note, evaluate_variants, mean_over_seeds
@@ -25,36 +26,25 @@ Folders = Mapping[str, Path]
 Point = tuple[str, str, float | None]
 """Line, row, budget; no budget where a network is taken as it was trained."""
 
-COLUMNS = (
-    Column("curve", "curve"),
-    Column("row", "model"),
-    Column("budget", "budget", ".2f"),
-    Column("accuracy", "accuracy", ".2%"),
-    Column("accuracy_std", "std", ".2%"),
-    Column("n", "n", "d"),
-    Column("published", "published", ".2%"),
-    Column("over_alone", "over trained alone", "+.2%"),
-    Column("divergence", "divergence [nats]", ".4f"),
-    Column("gmacs", "GMACs", ".4f"),
-    Column("gmacs_linear_only", "GMACs, linear only", ".4f"),
-    Column("params", "parameters", ",d"),
-    Column("images_per_second", "images/s", ".0f"),
-)
+COLUMNS = columns(
+    "curve", "row", "budget", "accuracy", "accuracy_std", "n", "published", "over_alone", "divergence", "gmacs",
+    "gmacs_linear_only", "params", "images_per_second",
+)  # fmt: skip
 
 
 def measure_curve(
     curve: Curve, title: str, seeds: Mapping[int, Folders], data: ModelData, *, trained_on: Collection[str] = (),
     batch_size: int = 128, device: str = "auto",
 ) -> Table:  # fmt: skip
-    """Cut every network of every line, and evaluate all of one seed side by side on the test images.
+    """Cut every network of every line, and evaluate all networks of one seed together on the test images.
 
     Args:
-        curve: what to draw, checked.
+        curve: which lines and budgets; already checked.
         title: of the table.
         seeds: the finished runs by seed; accuracies are means over seeds.
-        data: the images, for all rows or by name. Training images are ordered by, test images evaluated.
+        data: the images, for all rows or by name: training images for the orderings, test images for the accuracy.
         trained_on: rows whose networks start from those of other rows.
-        batch_size: images at a time.
+        batch_size: images per forward pass.
         device: "auto", "cpu" or "cuda".
 
     Raises:
@@ -70,14 +60,14 @@ def measure_curve(
         full = {key: open_model(str(folders[row])) for row, key in whole.items()}
         images |= {name: data_for(row, data) for row, (name, _) in whole.items()}
         figures = evaluate_variants(named | full, images, originals=cut, batch_size=batch_size, device=device)
-        for point, row in zip(points, figures, strict=False):  # Behind them: the full networks.
+        for point, row in zip(points, figures, strict=False):  # The full networks come after the points.
             found.setdefault(point, []).append(row)
     rows = [_row(curve, point, per_seed) for point, per_seed in found.items()]
     notes = [
         "Budgets are fractions of the MACs of the full network, attention products included; the largest network that "
-        "fits is taken. Nothing is trained after the cut. All networks took turns batch by batch.",
-        "Divergence is how far predictions are from those of the network before the cut: mean KL(full || cut).",
-        f"Orderings look at {curve.images} training images without labels. Those that are not even are cut by the same "
+        "fits is taken. Nothing is trained after the cut. All networks were timed in turns, batch by batch.",
+        "Divergence is the mean KL(full || cut) between the predictions before and after the cut.",
+        f"Orderings use {curve.images} training images without labels. Lines that are not even are cut by the same "
         f"rule. Widths are multiples of {curve.width_multiple}.",
         *compare_with_trained_alone(rows, trained_on),
         *published_budgets_note(rows, curve.published_linear_only),
@@ -106,14 +96,14 @@ def curve_networks(
 
 
 def _supernet(curve: Curve, line: Line, folder: Path, data: DataSpec, seed: int, device: Any) -> SuperNet:
-    """The super-network of a line; orderings of one seed look at the same images."""
+    """The super-network of a line; orderings of one seed use the same images."""
     if line.ordering is None:
         return SuperNet.load(RunFolder(folder).model_path)
     model = open_model(str(folder)).to(device)
     loader, _ = make_loader(plain_stream(model, data, train=True), 64, data.workers, seed=seed, shuffle=True)
     return stratify(
         model, ((images, classes) for images, classes, _ in loader), num_images=curve.images, ordering=line.ordering,
-        width_multiple=curve.width_multiple, even=line.even, say=lambda told: None,
+        width_multiple=curve.width_multiple, even=line.even, say=lambda line: None,
     )  # fmt: skip
 
 

@@ -1,46 +1,34 @@
-"""Who is at which run: leases in a database that several workers share, each kept alive by its worker's heartbeat.
+"""Which worker is at which run: leases in a database that several workers share, each renewed by a heartbeat.
 
-A claim is a row that one worker inserts, keeps counting up, and deletes when it is through. One whose count has stood
-still for the grace period is a dead worker's, and is taken over. Each worker times that by its own clock, so that the
-clocks of different machines never meet.
+A lease is a row that a worker inserts, counts up while it works, and deletes when it has finished. A lease whose count
+has not changed for the grace period belongs to a dead worker, and another may take it over. Each worker measures that
+time with its own clock, so the clocks of different machines need not agree.
 """
 
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from threading import Event, Thread
+from typing import TypeVar
 from uuid import uuid4
 
-from sqlalchemy import (
-    Column,
-    Connection,
-    Integer,
-    MetaData,
-    String,
-    Table,
-    create_engine,
-    delete,
-    insert,
-    make_url,
-    select,
-    update,
-)
-from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, NoSuchModuleError, SQLAlchemyError
-from sqlalchemy.pool import NullPool
+from sqlalchemy import Column, Connection, Integer, MetaData, String, Table, delete, insert, select, update
+from sqlalchemy.exc import DBAPIError, IntegrityError, SQLAlchemyError
 
-from ..errors import UnknownNameError, VitrimError
+from ..errors import VitrimError
+from .database_url import connect
 
 GRACE = 120.0
-"""Seconds without a sign of life after which a worker counts as dead."""
-BEATS = 6
-"""Signs of life in that time."""
+"""Seconds without a heartbeat after which a worker counts as dead."""
+HEARTBEATS = 6
+"""Heartbeats in that time."""
+RETRY_SECONDS = (0.5, 1.0, 2.0, 5.0)
+"""Pauses before a failed request is repeated; the last one from then on."""
 
-_KINDS = ("sqlite", "postgresql", "mysql", "mariadb", "oracle", "mssql")
-_PACKAGES = {
-    "psycopg": "psycopg[binary]", "psycopg2": "psycopg2-binary", "MySQLdb": "mysqlclient",
-}  # fmt: skip
+T = TypeVar("T")
+
 _TABLE = Table(
     "vitrim_leases",
     MetaData(),
@@ -54,103 +42,120 @@ _TABLE = Table(
 class Leases:
     """The leases of one worker, and its view of those of the others.
 
+    Once the database has answered, an error is taken for an outage: requests are repeated until the grace period is
+    over, as heartbeats are.
+
     Args:
         url: of the database, as SQLAlchemy reads it.
         study: distinguishes the runs of this study from those of others in the same database.
-        grace: seconds after which a worker that shows no sign of life counts as dead; the same for all workers.
+        grace: seconds without a heartbeat after which a worker counts as dead; the same for all workers.
+        report_outage: called once per outage with a line about it.
 
     Raises:
         VitrimError: the database cannot be opened, or cannot be shared.
     """
 
-    def __init__(self, url: str, study: str, grace: float = GRACE) -> None:
-        self.study, self.grace = study, grace
+    def __init__(
+        self, url: str, study: str, grace: float = GRACE, report_outage: Callable[[str], None] = lambda line: None
+    ) -> None:
+        self.study, self.grace, self.report_outage = study, grace, report_outage
         self.worker = f"{socket.gethostname()}:{os.getpid()}:{uuid4().hex[:8]}"
         self._seen: dict[str, tuple[tuple[str, int], float]] = {}
+        self._engine = connect(url)
+        self._url = self._engine.url.render_as_string(hide_password=True)
         try:
-            place = make_url(url)
-            if place.get_backend_name() == "sqlite" and place.database in (None, "", ":memory:"):
-                raise VitrimError("a database in memory is no other worker's; write sqlite:///FILE")
-            # Connections of the moment alone, since the processes that read images are forks of this one.
-            self._engine = create_engine(place, poolclass=NullPool)
-        except NoSuchModuleError:
-            raise UnknownNameError("kind of database", place.drivername, _KINDS) from None
-        except ArgumentError:  # The text is not repeated, because it may hold a password.
-            raise VitrimError(
-                "--database is no URL; write sqlite:///FILE or postgresql://USER:PASSWORD@HOST/NAME"
-            ) from None
-        except ModuleNotFoundError as error:
-            package = _PACKAGES.get(error.name or "", error.name)
-            raise VitrimError(f"{place.drivername} needs a driver; run: pip install '{package}'") from None
-        self._place = place.render_as_string(hide_password=True)
-        try:
-            with self._told():
-                _TABLE.create(self._engine, checkfirst=True)
-        except (VitrimError, IntegrityError):  # Another worker may have made it between look and deed.
-            with self._told():
-                _TABLE.create(self._engine, checkfirst=True)
+            self._create_table()
+        except (VitrimError, IntegrityError):  # Another worker may have created it between the check and the creation.
+            self._create_table()
 
     def acquire(self, run: str) -> bool:
-        """Claim a run that nobody is at, or whose worker has died; False where a living worker is at it."""
-        mine = (_TABLE.c.study == self.study) & (_TABLE.c.run == run)
-        with self._told() as database:
-            found = database.execute(select(_TABLE.c.worker, _TABLE.c.beat).where(mine)).first()
-        if found is None:
-            try:
-                with self._told() as database:
-                    database.execute(insert(_TABLE).values(study=self.study, run=run, worker=self.worker, beat=0))
-            except IntegrityError:
-                return False
-            return True
-        sign, now = (found[0], found[1]), time.monotonic()
-        known, since = self._seen.setdefault(run, (sign, now))
-        if known != sign:
-            self._seen[run] = (sign, now)
-        elif now - since >= self.grace:
-            worker, beat = sign
-            still = mine & (_TABLE.c.worker == worker) & (_TABLE.c.beat == beat)
-            with self._told() as database:
-                taken = database.execute(update(_TABLE).where(still).values(worker=self.worker, beat=beat + 1))
-            return taken.rowcount == 1
-        return False
+        """Lease a run that nobody is at, or whose worker has died; False where a living worker is at it.
+
+        Raises:
+            VitrimError: the database has been away for longer than the grace period.
+        """
+        return self._repeat_until_answered(lambda: self._try_to_acquire(run))
 
     @contextmanager
     def held(self, run: str) -> Iterator[Event]:
-        """Keep a claim alive while this is entered, then give it up; the event is set where another took it over."""
+        """Renew a lease while this is entered, then give it up; the event is set once the lease is lost."""
         over, lost = Event(), Event()
-        thread = Thread(target=self._beat, args=(run, over, lost), daemon=True)
+        thread = Thread(target=self._renew, args=(run, over, lost), daemon=True)
         thread.start()
         try:
             yield lost
         finally:
             over.set()
             thread.join()
-            with suppress(VitrimError), self._told() as database:  # Else the grace period ends it.
-                database.execute(delete(_TABLE).where(self._own(run)))
+            with suppress(VitrimError), self._transaction() as database:  # Else it ends with the grace period.
+                database.execute(delete(_TABLE).where(self._is_mine(run)))
 
-    def _beat(self, run: str, over: Event, lost: Event) -> None:
-        pause = self.grace / BEATS
+    def _create_table(self) -> None:
+        with self._transaction():
+            _TABLE.create(self._engine, checkfirst=True)
+
+    def _try_to_acquire(self, run: str) -> bool:
+        this_run = (_TABLE.c.study == self.study) & (_TABLE.c.run == run)
+        with self._transaction() as database:
+            found = database.execute(select(_TABLE.c.worker, _TABLE.c.beat).where(this_run)).first()
+        if found is None:
+            try:
+                with self._transaction() as database:
+                    database.execute(insert(_TABLE).values(study=self.study, run=run, worker=self.worker, beat=0))
+            except IntegrityError:
+                return False
+            return True
+        worker, beat = found[0], found[1]
+        if worker == self.worker:  # Written by an earlier request whose answer was lost.
+            return True
+        now = time.monotonic()
+        known, since = self._seen.setdefault(run, ((worker, beat), now))
+        if known != (worker, beat):
+            self._seen[run] = (worker, beat), now
+        elif now - since >= self.grace:
+            unchanged = this_run & (_TABLE.c.worker == worker) & (_TABLE.c.beat == beat)
+            with self._transaction() as database:
+                taken = database.execute(update(_TABLE).where(unchanged).values(worker=self.worker, beat=beat + 1))
+            return taken.rowcount == 1
+        return False
+
+    def _repeat_until_answered(self, request: Callable[[], T]) -> T:
+        start, pauses, reported = time.monotonic(), iter(RETRY_SECONDS), False
+        while True:
+            try:
+                return request()
+            except VitrimError as error:
+                away = time.monotonic() - start
+                if away >= self.grace:
+                    raise VitrimError(f"{error}; waited {away:.0f} s, repeat the command once it answers") from None
+                if not reported:
+                    self.report_outage(f"{error}; trying again for {self.grace:.0f} s")
+                    reported = True
+                time.sleep(min(next(pauses, RETRY_SECONDS[-1]), self.grace - away))
+
+    def _renew(self, run: str, over: Event, lost: Event) -> None:
+        pause = self.grace / HEARTBEATS
         alive = time.monotonic()
         while not over.wait(pause):
-            asked = time.monotonic()
-            with suppress(VitrimError):  # A database that is away for a moment is asked again.
-                with self._told() as database:
-                    beat = update(_TABLE).where(self._own(run)).values(beat=_TABLE.c.beat + 1)
+            sent = time.monotonic()
+            with suppress(VitrimError):  # An outage; the next heartbeat may get through.
+                with self._transaction() as database:
+                    beat = update(_TABLE).where(self._is_mine(run)).values(beat=_TABLE.c.beat + 1)
                     if not database.execute(beat).rowcount:
                         break
-                alive = asked
-            if time.monotonic() - alive > self.grace - pause:  # Before others may think this worker dead.
+                alive = sent
+            if time.monotonic() - alive > self.grace - pause:  # Before others may take this worker for dead.
                 break
         else:
             return
         lost.set()
 
-    def _own(self, run: str):
+    def _is_mine(self, run: str):
         return (_TABLE.c.study == self.study) & (_TABLE.c.run == run) & (_TABLE.c.worker == self.worker)
 
     @contextmanager
-    def _told(self) -> Iterator[Connection]:
-        """One transaction; what goes wrong with the database is one line, without the password."""
+    def _transaction(self) -> Iterator[Connection]:
+        """One transaction; an error of the database becomes one line without the password."""
         try:
             with self._engine.begin() as database:
                 yield database
@@ -159,4 +164,4 @@ class Leases:
         except SQLAlchemyError as error:
             cause = error.orig if isinstance(error, DBAPIError) and error.orig else error
             reason = next(iter(str(cause).strip().splitlines()), type(cause).__name__)
-            raise VitrimError(f"the database {self._place} cannot be used ({reason})") from None
+            raise VitrimError(f"the database {self._url} cannot be used ({reason})") from None

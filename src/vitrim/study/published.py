@@ -1,4 +1,4 @@
-"""Figures that stand in print, and the columns that show them beside those found."""
+"""Figures from publications, and the columns that show them next to the measured ones."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -11,13 +11,13 @@ from ..options import check_ranges, fill
 
 @dataclass(frozen=True)
 class Published:
-    """What stands in print about a row; each figure by the key of the column that it belongs beside.
+    """Published figures about a row, by the key of the column of measured ones.
 
     accuracy: a fraction.
-    speed: how much faster than the first row.
+    speed: ratio to the first row.
     train_seconds: of training.
     params: parameters.
-    gmacs: MACs per image, in thousand millions.
+    gmacs: MACs per image, in units of 1e9.
     images_per_second: of inference, on the machine of the publication.
     """
 
@@ -30,34 +30,41 @@ class Published:
 
     @property
     def known(self) -> dict[str, float]:
-        """Figures by key, without those that nobody has published."""
+        """Figures by key, without those that were not published."""
         return {name: figure for name, figure in asdict(self).items() if figure is not None}
 
 
 def read_published(data: Any, where: str) -> dict[str, Published]:
-    """Figures by the name of what they are about, from plain data.
+    """Published figures by the name of the row that they are about, from plain data.
 
     Raises:
         RecipeError: something else than figures, or one out of its range.
-        UnknownNameError: a figure that there is not.
+        UnknownNameError: a figure that does not exist.
     """
-    if not isinstance({} if data is None else data, dict):
-        raise RecipeError(f"{where} is {data!r}; it must be a mapping of options")
     found: dict[str, Published] = {}
-    for name, figures in (data or {}).items():
+    for name, figures in mapping(data, where).items():
         what = f"{where} {name!r}"
-        if not isinstance(figures, dict):
-            raise RecipeError(f"{what} is {figures!r}; it must be a mapping of options")
-        found[name] = fill(Published, figures, what)
+        found[name] = fill(Published, mapping(figures, what, required=True), what)
         for key, figure in found[name].known.items():
             check_ranges((f"{what}: {key}", figure, 0, 1 if key == "accuracy" else None))
     return found
 
 
-def add_published_columns(table: Table, published: Sequence[Published | None]) -> Table:
-    """The table with published figures, one for each row, behind the columns of those found.
+def mapping(data: Any, where: str, required: bool = False) -> dict[Any, Any]:
+    """Options by name as a file holds them; where they are left out, empty unless required.
 
-    A column of its own has every kind of figure that any row has.
+    Raises:
+        RecipeError: something else.
+    """
+    if not isinstance(data, dict) and (required or data is not None):
+        raise RecipeError(f"{where} is {data!r}; it must be a mapping of options")
+    return data or {}
+
+
+def add_published_columns(table: Table, published: Sequence[Published | None]) -> Table:
+    """The table with published figures, one entry for each row.
+
+    Each kind of figure that any row has gets a column of its own after that of the measured ones.
     """
     known = [{} if figures is None else figures.known for figures in published]
     columns: list[Column] = []

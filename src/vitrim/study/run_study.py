@@ -1,45 +1,40 @@
-"""Carrying a study out: every run trained, then all tested side by side and tabulated with mean and deviation."""
+"""Run a study: train every run, then test all of them together and tabulate mean and standard deviation."""
 
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from ..measure.columns import columns
 from ..measure.environment import environment
-from ..measure.table import Column, Table
+from ..measure.table import Table
 from ..models import open_model, variant
 from ..train.checkpoint import RunFolder, write_atomic
 from ..train.loop import train
 from ..train.state import Report
 from .compare import CLS_ONLY_NOTE, different_images_note, evaluate_variants, mean_over_seeds
 from .curve_points import measure_curve
+from .interruption import stopping_on_sigterm
 from .leases import GRACE
 from .published import add_published_columns
 from .study import Study, run_folder
 from .study_check import check_study
 from .study_folder import check_study_folder, mark_folder
 from .sweep import sweep
+from .trials import kept_trials
 from .workers import join_study, run_once, train_shared
 
 _TABULATED = ".tabulated"
 
-COLUMNS = (
-    Column("row", "model"),
-    Column("test", "at test"),
-    Column("accuracy", "accuracy", ".2%"),
-    Column("accuracy_std", "std", ".2%"),
-    Column("n", "n", "d"),
-    Column("entropy", "entropy if correct", ".3f"),
-    Column("seconds", "test time [s]", ".2f"),
-    Column("speed", "speed ratio", ".2f"),
-    Column("gmacs", "GMACs", ".4f"),
-    Column("macs_ratio", "MACs ratio", ".2f"),
-    Column("params", "parameters", ",d"),
-    Column("images_per_second", "images/s", ".0f"),
-    Column("train_seconds", "training [s]", ".0f"),
-    Column("tokens", "tokens leaving each block"),
-)
+RunKey = tuple[str, int]
+"""Row and seed."""
+Figures = dict[str, Any]
+
+COLUMNS = columns(
+    "row", "test", "accuracy", "accuracy_std", "n", "entropy", "seconds", "speed", "gmacs", "macs_ratio", "params",
+    "images_per_second", "train_seconds", "tokens",
+)  # fmt: skip
 
 
 def run_study(
@@ -53,52 +48,58 @@ def run_study(
     command: str = "",
     report: Report | None = None,
 ) -> Table:
-    """Train every row with every seed, then test all of them side by side; returns the table, written to `out`.
+    """Train every row with every seed, then test all of them together; returns the table, which is in `out` too.
 
-    Runs lie in `out/ROW-sSEED`. Finished ones are not repeated, interrupted ones continue.
+    Each run has the folder `out/ROW-sSEED`. Finished runs are not repeated, interrupted ones continue.
 
     Args:
         file: the study file.
         out: the study folder.
         scale: one of the file's.
         root: folder of the images, in place of the file's.
-        database: URL of the database in which several workers, called alike, claim runs; they share the folder too.
-        grace: seconds without a sign of life after which a worker counts as dead.
-        command: what the user typed, for the record.
+        database: URL of a database through which workers with the same arguments share the runs; and the folder.
+        grace: seconds without a heartbeat after which a worker counts as dead.
+        command: what the user typed; written to the folders.
         report: called as training goes on.
 
     Raises:
-        RecipeError: the study was edited under runs that are there already, or the folder holds something else.
-        BusyError: another process, which is no worker of this study, is at one of the runs.
+        RecipeError: the study was edited under runs that exist already, or the folder holds something else.
+        BusyError: another process, which is no worker of this study, is writing to one of the runs.
         VitrimError: the database cannot be used.
+        Stopped: SIGTERM arrived; the same call continues.
     """
     check_study_folder(out)
-    study, out = Study.read(file, scale, root), Path(out)
+    study, out, report = Study.read(file, scale, root), Path(out), report or _silent
     check_study(study, out)
-    leases = join_study(database, out, grace) if database is not None else None
-    if leases is None:
-        mark_folder(out)
-    else:
-        train_shared(study, out, leases, command=command, report=report)
-    finished: dict[tuple[str, int], dict[str, Any]] = {}
-    for seed in study.seeds:
-        for row in study.order():
-            recipe, folder = study.recipe(row, seed, out), run_folder(out, row, seed)
-            if report is not None and RunFolder(folder).result is None:
-                report("run", {"name": folder.name})
-            finished[row, seed] = train(recipe, folder, command=command, report=report)
-    state, written = _state(study, scale, finished), out / _TABULATED
-    if leases is None:
-        return _write_tables(study, scale, out, finished, command, state)
-    done = lambda: (out / "table.json").exists() and written.exists() and written.read_text() == state  # noqa: E731
-    run_once(leases, "table", done, lambda: _write_tables(study, scale, out, finished, command, state))
-    return Table.read(out / "table.json")
+    with stopping_on_sigterm():
+        leases = join_study(database, out, report, grace) if database is not None else None
+        if leases is None:
+            mark_folder(out)
+        else:
+            train_shared(study, out, leases, report, command=command)
+        finished: dict[RunKey, Figures] = {}
+        for seed in study.seeds:
+            for row in study.order():
+                recipe, folder = study.recipe(row, seed, out), run_folder(out, row, seed)
+                if RunFolder(folder).result is None:
+                    report("run", {"name": folder.name})
+                finished[row, seed] = train(recipe, folder, command=command, report=report)
+        state, written = _fingerprint(study, scale, finished), out / _TABULATED
+        if leases is None:
+            return _write_tables(study, scale, out, finished, command, state)
+        done = lambda: (out / "table.json").exists() and written.exists() and written.read_text() == state  # noqa: E731
+        run_once(leases, "table", done, lambda: _write_tables(study, scale, out, finished, command, state))
+        return Table.read(out / "table.json")
+
+
+def _silent(event: str, figures: Mapping[str, Any]) -> None:
+    """Report nothing."""
 
 
 def _write_tables(
-    study: Study, scale: str, out: Path, finished: dict[tuple[str, int], dict[str, Any]], command: str, state: str
+    study: Study, scale: str, out: Path, finished: dict[RunKey, Figures], command: str, state: str
 ) -> Table:
-    """Test what was learnt, and write all tables of the study."""
+    """Test all models, and write all tables of the study."""
     found = {seed: _test(study, out, seed) for seed in study.seeds}
     table = _tabulate(study, scale, out, found, finished)
     table.write_all(out / "table")
@@ -107,8 +108,10 @@ def _write_tables(
         seed = study.seeds[0]
         tested = {run_folder(out, row, seed): row for row in dict.fromkeys(row["row"] for row in table.rows)}
         data = {str(folder): study.recipe(row, seed, out).data for folder, row in tested.items()}
-        swept = sweep([*data], data, study.sweep.method or "", study.sweep.vary)
-        study.sweep.add_published(swept, {folder.name: row for folder, row in tested.items()}).write_all(out / "sweep")
+        with kept_trials(out / "sweep") as kept:
+            swept = sweep([*data], data, study.sweep.method or "", study.sweep.vary, kept=kept)
+            names = {folder.name: row for folder, row in tested.items()}
+            study.sweep.add_published(swept, names).write_all(out / "sweep")
     if study.curve is not None:
         first = study.recipe(next(iter(study.rows)), study.seeds[0], out)
         data = {row: study.recipe(row, study.seeds[0], out).data for row in study.rows}
@@ -128,13 +131,13 @@ def _trained_on(study: Study, out: Path) -> list[str]:
     return [row for row, spec in starts.items() if models & {spec.name, spec.checkpoint}]
 
 
-def _state(study: Study, scale: str, finished: dict[tuple[str, int], dict[str, Any]]) -> str:
-    """What the tables follow from, in short, so that workers can tell whether they are written."""
+def _fingerprint(study: Study, scale: str, finished: dict[RunKey, Figures]) -> str:
+    """A hash of everything that the tables depend on, by which workers know whether they are written."""
     return sha256(repr((study, scale, list(finished.values()))).encode()).hexdigest()
 
 
 def _test(study: Study, out: Path, seed: int) -> dict[tuple[str, str], dict[str, Any]]:
-    """Figures of all rows under all methods, one seed, side by side."""
+    """Figures of all rows under all methods with one seed, evaluated together."""
     opened = {row: open_model(str(run_folder(out, row, seed))) for row in study.rows}
     models = {row: model for row, model in opened.items() if model.num_classes}
     pairs = [(row, test) for row in models for test in study.test]
@@ -147,7 +150,7 @@ def _test(study: Study, out: Path, seed: int) -> dict[tuple[str, str], dict[str,
 
 def _tabulate(
     study: Study, scale: str, out: Path, found: dict[int, dict[tuple[str, str], dict[str, Any]]],
-    finished: dict[tuple[str, int], dict[str, Any]],
+    finished: dict[RunKey, Figures],
 ) -> Table:  # fmt: skip
     rows: list[dict[str, Any]] = []
     for row, test in found[study.seeds[0]]:
@@ -170,7 +173,7 @@ def _tabulate(
         f"({_span(result['test_images'] for result in results)} test images), "
         f"{len(study.seeds)} seed{'s' if len(study.seeds) > 1 else ''}. "
         "The epoch is chosen on held-out training images; test images are read once.",
-        "Test time is spent inside the model; rows took turns batch by batch. Ratios are to the first row.",
+        "Test time is that inside the model; rows were timed in turns, batch by batch. Ratios are to the first row.",
         CLS_ONLY_NOTE,
         *different_images_note({row: recipe.data for row, recipe in recipes.items()}),
     ]
@@ -179,6 +182,6 @@ def _tabulate(
 
 
 def _span(numbers: Iterable[int]) -> str:
-    """The lowest and the highest of some numbers, or the one that all of them are."""
+    """The lowest and the highest of some numbers, or the one number if all are equal."""
     known = sorted(set(numbers))
     return " to ".join(map(str, dict.fromkeys((known[0], known[-1]))))

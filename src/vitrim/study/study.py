@@ -1,9 +1,9 @@
-"""The file of a study: rows x seeds under one base recipe, and the methods that every row is tested under.
+"""The file of a study: rows x seeds under one base recipe, and the methods under which every row is tested.
 
 It holds `title`, `base` (recipe options), `rows` (name: changes), `test` (name: method), `seeds`, optionally `sweep`
-(method, vary), `curve` (see `curve.py`), `pictures` (rows, images), `published` (figures to print beside) and `scales`,
-whose entries are laid over all of it. `{row:NAME}` in an option is the model that the row of that name has learnt with
-the same seed: a teacher, or weights to start from. Rows without a classifier serve others in this way and are in no
+(method, vary), `curve` (see `curve.py`), `pictures` (rows, images), `published` (published figures) and `scales`, each
+of which changes any of these. `{row:NAME}` in an option is replaced by the model that the row of that name has learnt
+with the same seed: a teacher, or initial weights. Rows without a classifier serve other rows in this way and are in no
 table.
 """
 
@@ -20,8 +20,8 @@ from ..options import fill, flatten, merge, read_yaml
 from ..train.checkpoint import RunFolder
 from ..train.recipe import Recipe
 from .curve import Curve
-from .published import Published, read_published
-from .sweep import Sweep
+from .published import Published, mapping, read_published
+from .sweep_spec import SweepSpec
 
 _ROW = re.compile(r"\{row:([^{}]+)\}")
 _PARTS = {"title", "base", "rows", "test", "seeds", "sweep", "curve", "pictures", "published"}
@@ -29,7 +29,7 @@ _PARTS = {"title", "base", "rows", "test", "seeds", "sweep", "curve", "pictures"
 
 @dataclass(frozen=True)
 class PictureSpec:
-    """The part `pictures` of a study: whose surviving tokens are drawn, all on the same test images of the base.
+    """The part `pictures` of a study: which models' surviving tokens are drawn, on the same test images of the base.
 
     rows: rows whose models reduce tokens.
     images: how many test images, spread evenly.
@@ -39,17 +39,17 @@ class PictureSpec:
     images: int = 4
 
     def check(self, recipes: Mapping[str, Recipe]) -> None:
-        """Look at all names before anything is trained.
+        """Check all names before anything is trained.
 
         Args:
             recipes: of all rows of the study.
 
         Raises:
-            UnknownNameError: a row that there is not.
-            RecipeError: a model without anything to draw, or no rows or images.
+            UnknownNameError: a row that does not exist.
+            RecipeError: a model that reduces no tokens, or no rows or images.
         """
         if not self.rows or self.images < 1:
-            raise RecipeError("the pictures of the study are of one row or more, and of one image or more")
+            raise RecipeError("pictures needs one row or more, and one image or more")
         for row in self.rows:
             if row not in recipes:
                 raise UnknownNameError("row", row, recipes)
@@ -66,23 +66,23 @@ class Study:
     rows: dict[str, dict[str, Any]]
     test: dict[str, str]
     seeds: list[int]
-    sweep: Sweep | None
+    sweep: SweepSpec | None
     curve: Curve | None
     pictures: PictureSpec | None
     published: dict[str, Published]
 
     @classmethod
     def read(cls, path: str | Path, scale: str, root: str | None = None) -> "Study":
-        """Read a study file; `root` takes the place of its image folder.
+        """Read a study file; `root` replaces its image folder.
 
         Raises:
             RecipeError: a part of the wrong kind.
-            UnknownNameError: a part, a scale or an option that there is not.
+            UnknownNameError: a part, a scale or an option that does not exist.
         """
         data = read_yaml(path)
         scales = {
-            str(name): _mapping(path, f"scale {name}", changes)
-            for name, changes in _mapping(path, "scales", data.pop("scales", None)).items()
+            str(name): mapping(changes, f"{path}: scale {name}")
+            for name, changes in mapping(data.pop("scales", None), f"{path}: scales").items()
         }
         for name in (*data, *(name for changes in scales.values() for name in changes)):
             if name not in _PARTS:
@@ -93,8 +93,8 @@ class Study:
         for name in ("base", "rows"):
             if not isinstance(data.get(name), dict):
                 raise RecipeError(f"{path} has no {name!r} with options in it")
-        rows = {name: _mapping(path, f"row {name!r}", changes) for name, changes in data["rows"].items()}
-        test = _mapping(path, "test", data.get("test")) or {OWN: OWN}
+        rows = {name: mapping(changes, f"{path}: row {name!r}") for name, changes in data["rows"].items()}
+        test = mapping(data.get("test"), f"{path}: test") or {OWN: OWN}
         for name in (*rows, *test):
             if not isinstance(name, str):
                 raise RecipeError(f"{path}: YAML reads a name as {name!r}; put names such as off, yes or 1 in quotes")
@@ -102,7 +102,7 @@ class Study:
             if not isinstance(method, str):
                 raise RecipeError(f"{path}: test {name!r} is {method!r}; it must be a method, such as dense or own")
         for name in ("sweep", "curve", "pictures"):
-            _mapping(path, name, data.get(name))
+            mapping(data.get(name), f"{path}: {name}")
         seeds = [0] if data.get("seeds") is None else data["seeds"]
         if not isinstance(seeds, list) or not seeds or any(type(seed) is not int for seed in seeds):
             raise RecipeError(f"{path}: seeds is {seeds!r}; it must list whole numbers, such as [0, 1, 2]")
@@ -116,7 +116,7 @@ class Study:
             rows=rows,
             test=test,
             seeds=seeds,
-            sweep=Sweep.parse(data["sweep"]) if data.get("sweep") is not None else None,
+            sweep=SweepSpec.parse(data["sweep"]) if data.get("sweep") is not None else None,
             curve=Curve.parse(data["curve"]) if data.get("curve") is not None else None,
             pictures=fill(PictureSpec, data["pictures"], "pictures") if data.get("pictures") is not None else None,
             published=read_published(data.get("published"), "published"),
@@ -125,18 +125,18 @@ class Study:
     def recipe(self, row: str, seed: int, out: Path) -> Recipe:
         """The recipe of one run of the study in folder `out`."""
         folder = lambda name: str(RunFolder(run_folder(out, name, seed)).model_path)  # noqa: E731
-        return Recipe.from_dict(merge(_filled(self._options(row), folder, seed), {"seed": seed}))
+        return Recipe.from_dict(merge(_fill_references(self._options(row), folder, seed), {"seed": seed}))
 
     def needs(self, row: str) -> list[str]:
-        """Rows whose models this one asks for."""
+        """Rows whose models this one needs."""
         return [name for text in self._texts(row) for name in _ROW.findall(text)]
 
     def order(self) -> list[str]:
-        """Rows in the order of training: each after those whose models it asks for.
+        """Rows in the order of training: each after those whose models it needs.
 
         Raises:
-            UnknownNameError: a row asks for one that is not there.
-            RecipeError: rows wait for each other.
+            UnknownNameError: a row needs one that does not exist.
+            RecipeError: rows need each other in a circle.
         """
         needed = {row: self.needs(row) for row in self.rows}
         for names in needed.values():
@@ -156,21 +156,14 @@ class Study:
 
 
 def run_folder(out: Path, row: str, seed: int) -> Path:
-    """Where the run of a row and seed lies."""
+    """The folder of the run of a row and seed."""
     return out / f"{row.replace(' ', '-')}-s{seed}"
 
 
-def _mapping(path: str | Path, name: str, value: Any) -> dict[Any, Any]:
-    """A part of the file that holds options by name; empty where it is left out."""
-    if not isinstance({} if value is None else value, dict):
-        raise RecipeError(f"{path}: {name} is {value!r}; it must be a mapping of options")
-    return value or {}
-
-
-def _filled(options: Any, folder: Callable[[str], str], seed: int) -> Any:
-    """Options with the model folder in place of each `{row:NAME}`, and the seed in place of `{seed}`."""
+def _fill_references(options: Any, folder: Callable[[str], str], seed: int) -> Any:
+    """Options with each `{row:NAME}` replaced by a model folder, and `{seed}` by the seed."""
     if isinstance(options, dict):
-        return {name: _filled(value, folder, seed) for name, value in options.items()}
+        return {name: _fill_references(value, folder, seed) for name, value in options.items()}
     if not isinstance(options, str):
         return options
     return _ROW.sub(lambda found: folder(found[1]), options).replace("{seed}", str(seed))

@@ -1,6 +1,6 @@
-"""All that can be known of a study before anything is trained: names, options, folders, and every cut in every model.
+"""Check a study before anything is trained: names, options, folders, and every cut in every model.
 
-Networks are built without weights (on the meta device), so that this takes moments.
+Networks are built without weights (on the meta device), so that this is quick.
 """
 
 from collections.abc import Iterator, Mapping
@@ -28,7 +28,7 @@ from .sweep import methods_of
 
 
 def check_study(study: Study, out: Path) -> None:
-    """Look at everything but images and weights, so that mistakes are told before the first training.
+    """Check everything except images and weights, so that mistakes are reported before the first training.
 
     Raises:
         VitrimError: names the row, or the test and the row.
@@ -56,7 +56,7 @@ def check_study(study: Study, out: Path) -> None:
     _check_tests(study, tested)
     for row, recipe in recipes.items():
         finished = all(RunFolder(run_folder(out, row, seed)).result for seed in study.seeds)
-        if row in tested or not finished:  # Images that are learnt from alone are needed no more.
+        if row in tested or not finished:  # The images of a finished row that is not tested are not needed again.
             with _prefix_errors(f"row {row!r}"):
                 look_for(recipe.data)
     known = [f"{row}, {test}" for row in tested for test in study.test]
@@ -70,7 +70,7 @@ def check_study(study: Study, out: Path) -> None:
 
 @contextmanager
 def _prefix_errors(where: str) -> Iterator[None]:
-    """Say of a mistake where it was made."""
+    """Put the place of a mistake in front of its message."""
     try:
         yield
     except VitrimError as error:
@@ -87,7 +87,7 @@ def _check_folders(study: Study, out: Path) -> None:
 
 
 def _check_recipe(recipe: Recipe, own: list[str]) -> None:
-    """Look at the options of a row; `own` are the models that the study itself makes."""
+    """Check the options of a row; `own` are the models that the study itself makes."""
     recipe.check()
     reduction_of(recipe)
     if recipe.distill is not None:
@@ -100,7 +100,7 @@ def _check_recipe(recipe: Recipe, own: list[str]) -> None:
 
 
 def _without_weights(recipe: Recipe, specs: Mapping[str, ModelSpec]) -> ModelSpec:
-    """A row's network by its architecture: where it is the model of another row, by what that one says of it."""
+    """The architecture of a row's network; where it is the model of another row, that row's."""
     spec, size = recipe.model, recipe.data.image_size
     if (base := specs.get(spec.name)) is not None:
         spec = replace(base, args=base.args | spec.args)
@@ -109,7 +109,7 @@ def _without_weights(recipe: Recipe, specs: Mapping[str, ModelSpec]) -> ModelSpe
 
 
 def _build(recipe: Recipe) -> nn.Module:
-    """The network of a recipe with its reduction attached, which plans every cut of it."""
+    """The network of a recipe with its reduction attached, which plans every cut."""
     with torch.device("meta") if timm.is_model(recipe.model.name) else nullcontext():
         model = prepare_model(recipe.model, None)
     find_adapter(model)

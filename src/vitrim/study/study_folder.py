@@ -1,4 +1,4 @@
-"""The folder of a study, which carries a mark by which it is told from all others, and which is its name to workers."""
+"""The folder of a study. A hidden file in it marks it as one, and holds the name by which workers know the study."""
 
 import os
 from contextlib import suppress
@@ -13,7 +13,7 @@ MARK = ".study"
 
 
 def check_study_folder(out: str | Path) -> None:
-    """Refuse a folder that holds something else than a study, hidden files aside; changes nothing.
+    """Refuse a folder that holds something else than a study, apart from hidden files; changes nothing.
 
     Raises:
         RecipeError: it holds a run, or anything that no study has written.
@@ -24,19 +24,19 @@ def check_study_folder(out: str | Path) -> None:
     if not out.is_dir() or (out / MARK).exists():
         return
     if (out / "recipe.yaml").exists():
-        raise RecipeError(f"{out} holds a run, which a study would write over; choose another folder with --out")
+        raise RecipeError(f"{out} holds a run, which a study would overwrite; choose another folder with --out")
     if found := sorted(path.name for path in out.iterdir() if not path.name.startswith(".")):
         raise RecipeError(f"{out} is not empty and holds no study ({found[0]}); choose another folder with --out")
 
 
 def mark_folder(out: Path) -> None:
-    """Make the folder that of a study."""
+    """Mark the folder as that of a study."""
     if not (out / MARK).exists():
         write_atomic(out / MARK, uuid4().hex)
 
 
 def study_id(out: Path) -> str:
-    """A name of the study folder that is the same wherever workers mount it; one of them marks it."""
+    """The name of the study in this folder, the same wherever workers mount it; the first worker marks the folder."""
     path, mine = out / MARK, uuid4().hex
     part = path.with_name(f"{MARK}-{mine}")
     part.write_text(mine)

@@ -1,7 +1,7 @@
-"""Several workers on one study: each trains a run that is free and whose rows are there, until all are finished.
+"""Several workers on one study: each trains a run that is free and whose rows are finished, until all runs are.
 
-Workers share the study folder, which holds what is finished and the checkpoints of what is not, and a database, in
-which they claim runs. A run whose worker has died goes on from its last checkpoint.
+Workers share the study folder, which holds results and checkpoints, and a database, in which they lease runs. A run
+whose worker has died continues from its last checkpoint.
 """
 
 import os
@@ -19,15 +19,15 @@ from .leases import GRACE, Leases
 from .study import Study, run_folder
 from .study_folder import study_id
 
-POLL = 2.0
-"""Seconds between two looks at what the others do."""
+POLL_SECONDS = 2.0
+"""Pause between two looks at what the other workers do."""
 
 
 class _LeaseLost(Exception):
-    """Another worker has taken this one for dead, and its run over."""
+    """Another worker has taken this one for dead, and has taken over its run."""
 
 
-def join_study(database: str, out: Path, grace: float = GRACE) -> Leases:
+def join_study(database: str, out: Path, report: Report, grace: float = GRACE) -> Leases:
     """Become one of the workers on the study in folder `out`.
 
     Raises:
@@ -36,29 +36,29 @@ def join_study(database: str, out: Path, grace: float = GRACE) -> Leases:
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise RecipeError("workers that share a study by --database are single processes; start them without launcher")
-    leases = Leases(database, "", grace)
+    leases = Leases(database, "", grace, lambda line: report("outage", {"line": line}))
     out.mkdir(parents=True, exist_ok=True)
     leases.study = study_id(out)
     return leases
 
 
-def train_shared(study: Study, out: Path, leases: Leases, *, command: str = "", report: Report | None = None) -> None:
-    """Train runs of the study beside other workers; returns when all of them are finished, by whomever.
+def train_shared(study: Study, out: Path, leases: Leases, report: Report, *, command: str = "") -> None:
+    """Train runs of the study together with other workers; returns when all runs are finished.
 
     Raises:
-        RecipeError: the study was edited under runs that are there already.
+        RecipeError: the study was edited under runs that exist already.
+        VitrimError: the database does not answer any more.
     """
-    tell = report or (lambda event, figures: None)
     left = [(row, seed) for seed in study.seeds for row in study.order()]
     while left := [key for key in left if not RunFolder(run_folder(out, *key)).result]:
         ready = [(row, seed) for row, seed in left if not any((name, seed) in left for name in study.needs(row))]
-        if not any(_train(study, out, leases, row, seed, command, tell) for row, seed in ready):
-            tell("wait", {"runs": len(left)})
+        if not any(_train(study, out, leases, row, seed, command, report) for row, seed in ready):
+            report("wait", {"runs": len(left)})
             _pause(leases)
 
 
 def run_once(leases: Leases, name: str, done: Callable[[], bool], work: Callable[[], object]) -> None:
-    """Have one of the workers do what all of them need; returns when it is done."""
+    """Let one of the workers do what all of them need; returns when it is done."""
     while not done():
         if leases.acquire(name):
             with leases.held(name):
@@ -69,29 +69,29 @@ def run_once(leases: Leases, name: str, done: Callable[[], bool], work: Callable
 
 
 def _train(
-    study: Study, out: Path, leases: Leases, row: str, seed: int, command: str, tell: Report
+    study: Study, out: Path, leases: Leases, row: str, seed: int, command: str, report: Report
 ) -> bool:  # fmt: skip
-    """Train one run, unless somebody is at it; whether this worker was."""
+    """Train one run unless another process is at it; returns whether this worker was."""
     folder = run_folder(out, row, seed)
     if not leases.acquire(folder.name):
         return False
     with leases.held(folder.name) as lost, suppress(_LeaseLost):
 
-        def watched(event: str, figures: Mapping[str, Any]) -> None:
+        def report_unless_lost(event: str, figures: Mapping[str, Any]) -> None:
             if lost.is_set():
                 raise _LeaseLost
-            tell(event, figures)
+            report(event, figures)
 
         try:
-            with RunFolder(folder).locked():  # By a worker that others take for dead, or by none of the workers.
+            with RunFolder(folder).locked():  # A worker that others take for dead may still be there, or a stranger.
                 pass
             recipe = study.recipe(row, seed, out)
-            tell("run", {"name": folder.name})
-            train(recipe, folder, command=command, report=watched)
+            report("run", {"name": folder.name})
+            train(recipe, folder, command=command, report=report_unless_lost)
         except BusyError:
             return False
     return True
 
 
 def _pause(leases: Leases) -> None:
-    time.sleep(min(POLL, leases.grace / 10))
+    time.sleep(min(POLL_SECONDS, leases.grace / 10))

@@ -74,7 +74,7 @@ def sweep(
     device: Device = "auto",
     out: str | None = None,
 ) -> None:
-    """Evaluate one method at many settings, at test time only.
+    """Evaluate one method at many settings, at test time only; with --out, the same command continues after a kill.
 
     Args:
         model: timm names, folders written by vitrim, or run folders.
@@ -90,6 +90,11 @@ def sweep(
     check_table(out)
     from ..study.compare import data_of
     from ..study.sweep import sweep as run
+    from ..study.trials import kept_trials
 
-    options = {"search": search, "trials": trials, "batch_size": batch_size, "device": device}
-    deliver(run(model, data_of(model, data), method, vary, **options), out)
+    with kept_trials(out) as kept:
+        table = run(
+            model, data_of(model, data), method, vary, search=search, trials=trials, batch_size=batch_size,
+            device=device, kept=kept,
+        )  # fmt: skip
+        deliver(table, out)
