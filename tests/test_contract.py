@@ -257,7 +257,7 @@ def test_law_8_export_and_onnx_with_another_batch_size(name: str, case: Case, tm
     batch = {0: torch.export.Dim("batch", min=1, max=64)}
     with vitrim.attach(model, case.suited(model), case.cuts(0, 1)) as handle, torch.no_grad():
         program = torch.export.export(model, (x,), dynamic_shapes=(batch,))
-        assert handle._last is None, "tensors of the tracer must not stay behind"
+        assert handle.policy.last is None, "tensors of the tracer must not stay behind"
         file = str(tmp_path / "model.onnx")
         torch.onnx.export(program, (), file, dynamo=True, verbose=False)
         session = onnxruntime.InferenceSession(file)

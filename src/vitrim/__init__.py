@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOMES = {
-    "vitrim.models": ("Handle", "attach", "attached", "build_model", "load", "save"),
+    "vitrim.models": ("Handle", "attach", "attached", "build_model", "load", "save", "set_epoch"),
     "vitrim.elastic": ("SuperNet", "stratify"),
     "vitrim.measure.cost": ("Cost", "cost"),
     "vitrim.tokens": (
@@ -22,7 +22,7 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 if TYPE_CHECKING:
     from .elastic import SuperNet, stratify
     from .measure.cost import Cost, cost
-    from .models import Handle, attach, attached, build_model, load, save
+    from .models import Handle, attach, attached, build_model, load, save, set_epoch
     from .tokens import (
         Adaptive,
         Budget,

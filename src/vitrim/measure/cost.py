@@ -40,7 +40,8 @@ def cost(model: nn.Module) -> Cost:
     adapter, handle = find_adapter(model), attached(model)
     if handle is None:
         g = adapter.geometry(model)
-        plan, reducer = Plan(g.num_patches, g.num_prefix, g.depth, ()), None
+        patches = adapter.patches_entering(model, training=model.training)
+        plan, reducer = Plan(patches, g.num_prefix, g.depth, ()), None
     else:
         plan, reducer = handle.plan(), handle.reduction.reducer if handle.reduction else None
     macs = adapter.macs(model, plan, reducer)

@@ -3,11 +3,12 @@
 from . import families as _families  # noqa: F401  (fills the table of adapters)
 from . import small_vits as _small_vits  # noqa: F401  (enters its models in timm's registry)
 from .adapter import ADAPTERS, Adapter, Geometry, adapter_of, build_architecture, builder_of, find_adapter, num_classes
-from .attach import Handle, attach, attached
+from .attach import Handle, attach, attached, set_epoch
 from .build import build_model, has_weights, open_model
 from .compiling import without_limit
 from .store import check_place, load, save
 from .sublayers import RemovedBranch
+from .trace import Trace, trace_of
 from .variants import DENSE, OWN, attached_instead, detached, reads_prefix_only, variant
 from .weights import read_weights
 from .widths import BlockWidths, narrow, set_widths, widths_of
@@ -21,6 +22,7 @@ __all__ = [
     "Geometry",
     "Handle",
     "RemovedBranch",
+    "Trace",
     "adapter_of",
     "attach",
     "attached",
@@ -39,7 +41,9 @@ __all__ = [
     "read_weights",
     "reads_prefix_only",
     "save",
+    "set_epoch",
     "set_widths",
+    "trace_of",
     "variant",
     "widths_of",
     "without_limit",

@@ -35,6 +35,8 @@ class Geometry:
     has_cls: bool
     head: Head
     input_size: tuple[int, int, int]
+    fixed_size: bool = True
+    """Whether all images have that size, so that the number of patch tokens is always the same."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,10 @@ class Adapter:
     def geometry(self, model: nn.Module) -> Geometry:
         """Depth, tokens and head of the model."""
         raise UnsupportedModelError(f"the tokens of this {type(model).__name__} cannot be reduced")
+
+    def patches_entering(self, model: nn.Module, *, training: bool) -> int:
+        """Patch tokens that reach the first block at the model's own input size: fewer where training drops some."""
+        return self.geometry(model).num_patches
 
     def blocks(self, model: nn.Module) -> Sequence[nn.Module]:
         """The transformer blocks in order; none where the family does not know any."""

@@ -1,10 +1,10 @@
-"""Put a reduction into a model, and take it out again without a trace."""
+"""Put a reduction into a model, and remove it again without a trace."""
 
-from dataclasses import replace
+from collections.abc import Mapping
 from types import TracebackType
+from typing import Any, NoReturn
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import VitrimError
 from ..tokens import Constant, Curriculum, Plan, Reducer, Reduction, Schedule, TokenState
@@ -12,49 +12,60 @@ from ..tokens.curricula import History
 from ..tokens.gradients import GradientMemory
 from ..tokens.reduction import Phase
 from .adapter import Geometry, find_adapter
-from .planning import Planner
+from .exchange import Exchange, reduced_blocks
+from .forward_pass import CHANGED
+from .policy import Policy
 from .trace import Trace
 
-_TRACE = "vitrim_trace"
-_HANDLE = "vitrim_handle"
+
+class NotAModelError(VitrimError, AttributeError):
+    """A handle was used as if it were the model."""
 
 
 class Handle:
-    """A reduction at work in a model. Made by `attach`; use it as a context manager, or call `remove`."""
+    """A reduction that is attached to a model: what `attach` returns. The model itself is changed in place.
+
+    Use it as a context manager, or call `remove`. In a training loop of your own, call `set_epoch` (or
+    `vitrim.set_epoch`, which also moves copies such as an EMA) at the start of each epoch, and keep `state_dict()` in
+    the checkpoint.
+
+    model: the model. adapter: its family. reduction: what was attached; None for `cls_only` without a reduction.
+    """
 
     def __init__(self, model: nn.Module, reduction: Reduction | None, cls_only: bool) -> None:
         self.model = model
         self.adapter = find_adapter(model)
         self.reduction = reduction
         self.cls_only = cls_only
-        self._planner = Planner(model, self.adapter, reduction, cls_only)
-        self._originals: list[tuple[nn.Module, type[nn.Module]]] = []
-        self._last: Trace | None = None
-        learns = reduction is not None and reduction.reducer.training_only
-        self.gradients = GradientMemory() if learns else None
-        """What the score has learnt from training steps, a part of their checkpoint; None where it learns nothing."""
+        self.policy = Policy(model, self.adapter, reduction, cls_only)
+        self._exchange: Exchange | None = None
 
     @property
     def geometry(self) -> Geometry:
         """Of the model at its own input size."""
-        return self._planner.geometry
+        return self.policy.geometry
 
     @property
     def reducer(self) -> Reducer:
-        """The reducer at work."""
+        """The reducer that is attached."""
         if self.reduction is None:
             raise VitrimError("no reducer is attached")
         return self.reduction.reducer
 
     @property
     def schedule(self) -> Schedule | None:
-        """The schedule at full strength, with nothing left to solve for."""
-        return self._planner.schedule
+        """The schedule at full strength, with nothing left to solve."""
+        return self.policy.schedule
 
     @property
     def strength(self) -> float:
         """How much of the schedule acts now, in [0, 1]; see `set_epoch`."""
-        return self._planner.strength
+        return self.policy.strength
+
+    @property
+    def gradients(self) -> GradientMemory | None:
+        """What the score has learnt from training steps; None where it learns nothing."""
+        return self.policy.gradients
 
     @property
     def token_counts(self) -> tuple[int, ...]:
@@ -63,51 +74,81 @@ class Handle:
 
     @property
     def states(self) -> list[TokenState]:
-        """One `TokenState` per block of the latest forward pass."""
+        """One `TokenState` for each block, of the latest forward pass; to look at, nothing is computed from it."""
         trace = self.last_trace()
         return [trace.state(block) for block in range(self.geometry.depth)]
 
     def plan(self, num_patches: int | None = None, training: bool | None = None) -> Plan:
-        """The cuts for so many patch tokens (default: the model's own input size), in this mode of the model."""
-        num_patches = self.geometry.num_patches if num_patches is None else num_patches
+        """The cuts for so many patch tokens (default: what the model's own input size gives), in this mode.
+
+        Raises:
+            VitrimError: blocks were removed or replaced after `attach`.
+        """
+        blocks = self.adapter.blocks(self.model)
+        if self._exchange is not None and not reduced_blocks(blocks, self.policy):
+            raise VitrimError(CHANGED)
         training = self.model.training if training is None else training
-        return self._planner.plan(num_patches, training)
+        num_patches = self.policy.entering[training] if num_patches is None else num_patches
+        return self.policy.plan(num_patches, training)
 
     def set_epoch(self, epoch: float, history: History = ()) -> float:
-        """Move the curriculum to `epoch` (may be a fraction); returns the strength that acts from now on."""
+        """Move the curriculum of this model; `vitrim.set_epoch` moves its copies (EMA) too.
+
+        Args:
+            epoch: from 0; may be a fraction, for curricula that change within an epoch.
+            history: one mapping for each finished epoch, for curricula that follow the run
+                (`Adaptive`: "val_loss" or "attention_entropy").
+
+        Returns:
+            The strength that acts from now on, in [0, 1].
+        """
         if self.reduction is not None:
             self.set_strength(self.reduction.curriculum.strength(epoch, history))
         return self.strength
 
     def set_strength(self, strength: float) -> None:
-        """Let so much of the schedule act, in [0, 1], until the curriculum is moved again."""
-        self._planner.set_strength(strength)
+        """Apply this much of the schedule, in [0, 1], until the curriculum is moved again."""
+        self.policy.set_strength(strength)
 
-    def plan_anew(self) -> None:
-        """Take up a change of the model's own input size; what a budget allows is solved for that size."""
-        strength = self.strength
-        self._planner = Planner(self.model, self.adapter, self.reduction, self.cls_only)
-        self.set_strength(strength)
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint must hold besides the weights: the strength, and what a gradient score has learnt.
+
+        `model.state_dict()` has the same keys with and without a reduction. It carries the strength in its metadata,
+        which `torch.save` keeps and safetensors does not. With a gradient score, all processes call this together.
+        """
+        gradients = None if self.gradients is None else self.gradients.state_dict()
+        return {"strength": self.strength, "gradients": gradients}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Continue from what `state_dict` returned."""
+        self.set_strength(float(state_dict["strength"]))
+        if self.gradients is not None and state_dict.get("gradients") is not None:
+            self.gradients.load_state_dict(state_dict["gradients"])
+
+    def refresh(self) -> None:
+        """Plan again after the model's input size changed; a budget is solved for the new size."""
+        self.policy.fit(self.model, self.adapter)
 
     def install(self) -> None:
-        """Put the reduction (back) into the model."""
+        """Attach again what `remove` has removed."""
         if attached(self.model) is not None:
             raise VitrimError("a reduction is attached to this model already; call handle.remove() first")
-        # Looked up before anything is changed, so that a refusal leaves the model as it was.
-        blocks = self.adapter.blocks(self.model)
-        changes = [(module, type(module), self.adapter.reduced_class(module)) for module in (*blocks, self.model)]
-        for index, (module, original, reduced) in enumerate(changes):
-            self._originals.append((module, original))
-            module.__class__ = reduced
-            module.vitrim_handle, module.vitrim_index = self, index
+        self._exchange = Exchange.of(self.model, self.adapter, self.policy)
+        self.model.vitrim_handle = self
 
     def remove(self) -> None:
-        """Give the model back exactly as it was. Calling it twice does no harm."""
-        for module, original in self._originals:
-            module.__class__ = original
-            del module.vitrim_handle, module.vitrim_index
-        self._originals = []
-        self._last = None
+        """Make the model exactly what it was. Calling it twice does no harm."""
+        if self._exchange is not None:
+            self._exchange.undo()
+            del self.model.vitrim_handle
+        self._exchange = None
+        self.policy.last = None
+
+    def last_trace(self) -> Trace:
+        """The trace of the latest forward pass."""
+        if self.policy.last is None:
+            raise VitrimError("no forward pass has been made since the reduction was attached")
+        return self.policy.last
 
     def __enter__(self) -> "Handle":
         return self
@@ -117,71 +158,15 @@ class Handle:
     ) -> None:
         self.remove()
 
-    def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_last": None}
+    def __call__(self, *args: object, **kwargs: object) -> NoReturn:
+        """Not a model: attach returns a handle."""
+        raise NotAModelError(_not_a_model("handle(images)"))
 
-    # What the reduced blocks and models call.
-
-    def trace_of(self, x: Tensor, block: int) -> Trace:
-        """The trace of these tokens on their way into `block`."""
-        num_patches = x.shape[1] - self.geometry.num_prefix
-        trace = getattr(x, _TRACE, None)
-        if block == 0:
-            return trace if trace is not None and recomputing() else self._start(x, num_patches)
-        if trace is None and self._last is not None:
-            # A wrapper between the blocks (FSDP, a hook) replaced the tensor: the latest pass is the one it came from.
-            trace = self._last.upto(block)
-            carries = trace.size_BN is not None or trace.score_BN is not None or trace.plan.reinstate is not None
-            if recomputing() and carries:
-                # Another pass may have come in between, whose sizes would be silently wrong for these tokens.
-                raise VitrimError(
-                    "this reduction carries sizes, scores or tokens from block to block, which reentrant activation "
-                    "checkpointing loses; pass use_reentrant=False"
-                )
-        if trace is None:
-            raise VitrimError(f"block {block} was called on its own; run the model from its first block")
-        return trace
-
-    def watch(self, x: Tensor, block: int, num_kept: int) -> None:
-        """Where the score learns from gradients, note the one that will reach the tokens kept by this cut."""
-        if self.gradients is not None and not recomputing():
-            self.gradients.watch(block, x, self.geometry.num_prefix, self.geometry.num_prefix + num_kept)
-
-    def leave(self, x: Tensor, trace: Trace) -> Tensor:
-        """Send the tokens on, with their trace."""
-        setattr(x, _TRACE, trace)
-        if not recomputing():
-            self._last = trace
-        return x
-
-    def finish(self, x: Tensor) -> Tensor:
-        """Hand the trace of the latest pass to its final tokens, so that a head applied later finds the right one."""
-        if self._last is not None:
-            setattr(x, _TRACE, self._last)
-        if torch.compiler.is_exporting():
-            self._last = None  # Its tensors are not real.
-        return x
-
-    def trace_at_head(self, x: Tensor) -> Trace | None:
-        """The trace of final tokens (B, T, C): their own, or that of the latest pass if they can be its outcome."""
-        trace = getattr(x, _TRACE, self._last)
-        if trace is None or x.is_meta or (trace.num_images, trace.plan.token_counts[-1]) != tuple(x.shape[:2]):
-            return None
-        return trace
-
-    def last_trace(self) -> Trace:
-        """The trace of the latest forward pass."""
-        if self._last is None:
-            raise VitrimError("no forward pass has been made since the reduction was attached")
-        return self._last
-
-    def _start(self, x: Tensor, num_patches: int) -> Trace:
-        trace = Trace(self.plan(num_patches), self.reduction.reducer if self.reduction else None, x.shape[0])
-        if self.gradients is not None and trace.plan.cuts:
-            # What is known may change before this pass is recomputed, which must choose the same tokens again.
-            trace = replace(trace, gradients=self.gradients.known())
-            setattr(x, _TRACE, trace)
-        return trace
+    def __getattr__(self, name: str) -> NoReturn:
+        # Only for names that a handle does not have.
+        if not name.startswith("__") and hasattr(nn.Module, name):
+            raise NotAModelError(_not_a_model(f"handle.{name}"))
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
 
 def attach(
@@ -196,19 +181,26 @@ def attach(
     """Make the model reduce its tokens, in place, until `handle.remove()`.
 
     Args:
-        model: any model that an adapter claims (`vitrim list adapters`). Attach before compiling or wrapping it.
+        model: any model that an adapter supports (`vitrim list adapters`). Attach before compiling, wrapping or
+            copying it (`torch.compile`, DDP, FSDP, EMA).
         reducer: which tokens go, with `schedule`; or a whole `Reduction`, or its text
-            (`"TopK() @ KeepRate(0.7)"`); None reduces nothing (for `cls_only` alone).
+            (`"TopK() @ KeepRate(0.7)"`); None reduces nothing (for `cls_only` without a reduction).
         schedule: how many tokens stay, and where.
-        curriculum: how the schedule grows over training; moved by `handle.set_epoch`.
+        curriculum: how the schedule grows over training; moved by `handle.set_epoch` or `vitrim.set_epoch`.
         phase: reduce in "train", "eval" or "both" modes of the model.
-        cls_only: let the last block compute prefix tokens alone. Logits stay the same; features of patch tokens
-            are no longer returned. Only for heads that read CLS.
+        cls_only: let the last block compute only prefix tokens. Logits stay the same; features of patch tokens
+            are no longer returned. Only for heads that read only CLS.
+
+    Returns:
+        A `Handle`, not a model: go on using `model`.
 
     Raises:
-        UnsupportedModelError: no adapter can change the model, or something is attached already.
+        UnsupportedModelError: no adapter can change the model; names the model inside that can be changed, if any.
         ScheduleError, ScoreError: the model cannot do what is asked.
+        VitrimError: something is attached already.
     """
+    if isinstance(model, Handle):
+        raise VitrimError(_not_a_model("attach(handle, ...)"))
     if attached(model) is not None:
         raise VitrimError("a reduction is attached to this model already; call handle.remove() first")
     if isinstance(reducer, str):
@@ -228,11 +220,59 @@ def attach(
 
 
 def attached(model: nn.Module) -> Handle | None:
-    """The handle at work in this model, None if there is none."""
-    handle = getattr(model, _HANDLE, None)
-    return handle if isinstance(handle, Handle) else None
+    """The handle of the reduction that is attached to this model, or to the one model inside it; None if there is none.
+
+    Wrappers may be given as they are: DDP, FSDP, a compiled model, an EMA (`ModelEmaV3`, `AveragedModel`), a network
+    of your own that holds a ViT.
+
+    Raises:
+        VitrimError: several models inside have one; give the one that is meant.
+    """
+    own = vars(model).get("vitrim_handle")
+    if isinstance(own, Handle):
+        return own
+    handles = _handles_inside(model)
+    if len(handles) > 1:
+        raise VitrimError(f"{len(handles)} models inside this {type(model).__name__} are reduced; give one of them")
+    return handles[0] if handles else None
 
 
-def recomputing() -> bool:
-    """Whether the block runs inside a backward pass, to recompute what activation checkpointing did not store."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+def set_epoch(*models: nn.Module | Handle, epoch: float, history: History = ()) -> float:
+    """Move the curriculum of all these models, and of every model inside them.
+
+    A copy of a model (an EMA) has a curriculum of its own, which must be moved too, or its copy stays as it was:
+
+        vitrim.set_epoch(model, ema, epoch=epoch)
+
+    Args:
+        models: reduced models, their wrappers (DDP, FSDP, compiled), copies (`ModelEmaV3`, `AveragedModel`), handles.
+        epoch: from 0; may be a fraction, for curricula that change within an epoch.
+        history: one mapping for each finished epoch, see `Handle.set_epoch`.
+
+    Returns:
+        The strength that acts from now on, the lowest if they differ.
+
+    Raises:
+        VitrimError: no reduction is attached to one of them.
+    """
+    handles: list[Handle] = []
+    for model in models:
+        found = [model] if isinstance(model, Handle) else _handles_inside(model)
+        if not found:
+            raise VitrimError(f"no reduction is attached to this {type(model).__name__}; call vitrim.attach first")
+        handles += found
+    if not handles:
+        raise VitrimError("set_epoch takes the models to move: vitrim.set_epoch(model, epoch=3)")
+    return min(handle.set_epoch(epoch, history) for handle in handles)
+
+
+def _handles_inside(model: nn.Module) -> list[Handle]:
+    found = (vars(module).get("vitrim_handle") for module in model.modules())
+    return [handle for handle in found if isinstance(handle, Handle)]
+
+
+def _not_a_model(what: str) -> str:
+    return (
+        f"{what}: attach returns a handle and changes the model in place; write `handle = vitrim.attach(model, ...)` "
+        "and go on using the model (it is also handle.model)"
+    )

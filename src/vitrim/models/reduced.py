@@ -3,20 +3,21 @@
 A family supplies five steps (`norm_tokens`, `project`, `attend`, `feed_forward`, `head_scale`); everything that
 decides which work can be left out is here:
 - a block without a cut runs its own, original forward pass;
-- where lost tokens leave no trace, their queries, attention rows and output projection are never computed;
-- where the head reads prefix tokens alone, the last block computes only those.
+- where tokens are dropped, their queries, attention rows and output projection are never computed;
+- where the head reads only prefix tokens, the last block computes only those.
 """
 
 from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..errors import VitrimError
+from ..errors import ScoreError, VitrimError
 from ..tokens import Assignment, Evidence, take
 from ..tokens.scores import Needs
-from .attach import Handle
+from .exchange import Reduced, observed, while_attached
+from .forward_pass import arrive, leave, recomputing
 from .macs import needed, skips_queries
 from .trace import Trace
 
@@ -24,10 +25,9 @@ _SLICE_BYTES = 8 * 2**20
 """Hidden activations per thread, about the size of a core's share of the caches."""
 
 
-class ReducedBlock(nn.Module):
-    """Mixin placed before a family's own block class; overrides `forward` alone."""
+class ReducedBlock(Reduced):
+    """Mixin placed before a family's own block class; overrides only `forward`."""
 
-    vitrim_handle: Handle
     vitrim_index: int
 
     def norm_tokens(self, x_BTC: Tensor) -> Tensor:
@@ -51,10 +51,16 @@ class ReducedBlock(nn.Module):
         """The factor of the attention logits."""
         raise NotImplementedError
 
+    @property
+    def attends(self) -> bool:
+        """False where the attention of this block was removed, so that it gives no keys or scores."""
+        return True
+
+    @while_attached
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         """The block on tokens (B, T, C); returns (B, T', C) with T' as the plan says."""
-        handle, index = self.vitrim_handle, self.vitrim_index
-        trace = handle.trace_of(x, index)
+        policy, index = self.vitrim_policy, self.vitrim_index
+        trace = arrive(policy, index, x, self.training)
         plan = trace.plan
         if index == plan.reinstate:
             x, trace = trace.reinstate(x)
@@ -66,11 +72,11 @@ class ReducedBlock(nn.Module):
                 _refuse_mask(args, kwargs)
             whole = super().forward
             if plan.cuts and not args and not kwargs:
-                return handle.leave(a_few_images_at_a_time(whole, x), trace)
-            return handle.leave(whole(x, *args, **kwargs), trace)
+                return leave(policy, index, self._in_parts(whole, x), trace)
+            return leave(policy, index, whole(x, *args, **kwargs), trace)
         _refuse_mask(args, kwargs)
         if before is not None and reducer is not None:
-            evidence = self._foresee(x, trace, bias, needed(reducer, before))
+            evidence = self._evidence_before(x, trace, bias, self._needs(needed(reducer, before)))
             x, trace = self._carry_out(reducer.assign(evidence, before.keep), x, trace)
             bias = trace.bias(x.dtype)
         normed = self.norm_tokens(x)
@@ -80,9 +86,10 @@ class ReducedBlock(nn.Module):
             (query,) = self.project(query_rows, 0, 1)
             x = x + self.attend(query, key, value, bias, query_rows)
         elif inside is not None and reducer is not None and skips_queries(reducer, inside):
+            needs = self._needs(needed(reducer, inside))
             key, value = self.project(normed, 1, 3)
             evidence = self._evidence(x, trace, key=key, bias=bias)
-            if needed(reducer, inside) == "cls_row":
+            if needs == "cls_row":
                 evidence = replace(evidence, cls_query_BH1D=self.project(normed[:, :1], 0, 1)[0])
             assignment = reducer.assign(evidence, inside.keep)
             rows = assignment.rows(plan.num_prefix)
@@ -94,13 +101,24 @@ class ReducedBlock(nn.Module):
             query, key, value = self.project(normed, 0, 3)
             x = x + self.attend(query, key, value, bias, normed)
             if inside is not None and reducer is not None:
+                self._needs(needed(reducer, inside))
                 evidence = self._evidence(x, trace, query, key, bias)
                 x, trace = self._carry_out(reducer.assign(evidence, inside.keep), x, trace)
-        return handle.leave(a_few_images_at_a_time(self.feed_forward, x), trace)
+        return leave(policy, index, self._in_parts(self.feed_forward, x), trace)
+
+    def _needs(self, needs: Needs) -> Needs:
+        if not self.attends and needs not in ("nothing", "hidden"):
+            raise ScoreError(
+                f"the attention of block {self.vitrim_index} was removed, so it gives no {needs} to choose tokens by; "
+                "cut at another block or use TopK(score='norm')"
+            )
+        return needs
 
     def _carry_out(self, assignment: Assignment, x: Tensor, trace: Trace) -> tuple[Tensor, Trace]:
-        out = assignment.apply(x, trace.size_BN, trace.plan.num_prefix)
-        self.vitrim_handle.watch(out, self.vitrim_index, assignment.kept_BK.shape[1])
+        out, first = assignment.apply(x, trace.size_BN, trace.plan.num_prefix), trace.plan.num_prefix
+        gradients = self.vitrim_policy.gradients
+        if gradients is not None and not recomputing():  # Note the gradient that will reach the tokens kept here.
+            gradients.watch(self.vitrim_index, out, first, first + assignment.kept_BK.shape[1])
         return out, trace.then(self.vitrim_index, assignment, x)
 
     def _evidence(
@@ -125,8 +143,8 @@ class ReducedBlock(nn.Module):
             gradient_C=None if trace.gradients is None else trace.gradients.get(self.vitrim_index),
         )
 
-    def _foresee(self, x: Tensor, trace: Trace, bias: Tensor | None, needs: Needs) -> Evidence:
-        """Evidence before the block: the queries and keys that this block would give to the incoming tokens."""
+    def _evidence_before(self, x: Tensor, trace: Trace, bias: Tensor | None, needs: Needs) -> Evidence:
+        """Evidence for a cut before the block: the queries and keys that it would give to the incoming tokens."""
         if needs in ("nothing", "hidden"):
             return self._evidence(x, trace)
         normed = self.norm_tokens(x)
@@ -138,28 +156,19 @@ class ReducedBlock(nn.Module):
             evidence = replace(evidence, cls_query_BH1D=self.project(normed[:, :1], 0, 1)[0])
         return evidence
 
+    def _in_parts(self, compute: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """`compute(x)`, over a few images of (B, T, C) at a time on a CPU, where it is faster and nobody can see it.
 
-def hooked(module: nn.Module) -> bool:
-    """Whether somebody listens to calls of this module."""
-    # torch's own shortcut in `Module.__call__` asks the same.
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
-
-
-def a_few_images_at_a_time(compute: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """`compute(x)` over slices of the batch (B, T, C) on a CPU, where large activations cost more than arithmetic.
-
-    The hidden layer of an MLP at batch 32 outgrows caches and what the allocator reuses; a few images at a time
-    it stays in both. Images do not depend on each other, so the result is the same.
-    """
-    if x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return compute(x)
-    hidden_bytes = 4 * x.shape[1] * x.shape[2] * x.element_size()
-    images = max(1, _SLICE_BYTES * torch.get_num_threads() // hidden_bytes)
-    if images >= x.shape[0]:
-        return compute(x)
-    return torch.cat([compute(part) for part in x.split(images)])
+        The hidden layer of an MLP at batch 32 is larger than the caches and than what the allocator uses again; that of
+        a few images is not. Images do not depend on each other, so the result is the same.
+        """
+        if x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return compute(x)
+        hidden_bytes = 4 * x.shape[1] * x.shape[2] * x.element_size()
+        images = max(1, _SLICE_BYTES * torch.get_num_threads() // hidden_bytes)
+        if images >= x.shape[0] or self.training or observed(self):
+            return compute(x)
+        return torch.cat([compute(part) for part in x.split(images)])
 
 
 def _refuse_mask(args: tuple[object, ...], kwargs: dict[str, object]) -> None:

@@ -1,30 +1,33 @@
-"""What one forward pass has done to its tokens so far; it travels with them from block to block."""
+"""What one forward pass has done to its tokens so far; it travels with the tokens from block to block."""
 
+from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor, nn
 
 from ..tokens import Assignment, Plan, Reducer, TokenState
 
+_TRACE = "vitrim_trace"
+
 
 @dataclass(frozen=True, eq=False)
 class Trace:
     """What has been done to the tokens of one forward pass so far. Immutable: each block makes the next one.
 
-    It travels as an attribute of the token tensor itself, so that recomputation under activation checkpointing,
-    and several forward passes before one backward, each find the trace that belongs to their tokens.
-
-    size_BN: input tokens behind each patch token, None while every token stands for itself alone.
-    score_BN: the scores that the next cut may reuse, None if there are none.
-    parked: where tokens come back, the whole sequence as each cut met it; None where merging needs nothing.
-    gradients: what the loss listens to by block, see `GradientMemory`; None unless the score reads it.
+    block: the last block that the tokens have left, -1 before the first.
+    size_BN: input tokens behind each patch token, None while every token is one input token.
+    score_BN: the scores that the next cut may use again, None if there are none.
+    parked: where tokens return later, the whole sequence before each cut; None for a merge, which needs no copy.
+    gradients: mean squared gradients by block, see `GradientMemory`; None unless the score reads them.
     """
 
     plan: Plan
     reducer: Reducer | None
     num_images: int
+    device: torch.device
+    block: int = -1
     assignments: tuple[tuple[int, Assignment], ...] = ()
     size_BN: Tensor | None = None
     score_BN: Tensor | None = None
@@ -49,23 +52,37 @@ class Trace:
         return replace(self, assignments=assignments, size_BN=size, score_BN=score, parked=parked)
 
     def reinstate(self, x_BTC: Tensor) -> tuple[Tensor, "Trace"]:
-        """All tokens back in their original order, (B, P + N, C), and the trace from there on."""
+        """All tokens in their original order, (B, P + N, C), and the trace from there on."""
         for (_, assignment), before_BTC in zip(reversed(self.assignments), reversed(self.parked), strict=True):
             x_BTC = assignment.undo(x_BTC, before_BTC, self.plan.num_prefix)
         return x_BTC, replace(self, size_BN=None, score_BN=None, parked=())
 
-    def upto(self, block: int) -> "Trace":
-        """The trace as it was when the tokens reached `block`."""
-        trace = Trace(self.plan, self.reducer, self.num_images, gradients=self.gradients)
-        for at, assignment in self.assignments:
-            if at < block:
-                trace = trace.then(at, assignment)
-        if self.plan.reinstate is not None and block > self.plan.reinstate:
-            return replace(trace, size_BN=None, score_BN=None, parked=())
-        return replace(trace, parked=self.parked[: len(trace.parked)])
+    def left(self, block: int) -> "Trace":
+        """The trace of tokens that have left `block`."""
+        return replace(self, block=block)
+
+    def to(self, device: torch.device) -> "Trace":
+        """The trace of the same tokens on another device, as where a model is spread over several."""
+
+        def moved(value: Tensor | None) -> Tensor | None:
+            return None if value is None else value.to(device)
+
+        return replace(
+            self,
+            device=device,
+            assignments=tuple((block, _to(assignment, device)) for block, assignment in self.assignments),
+            size_BN=moved(self.size_BN),
+            score_BN=moved(self.score_BN),
+            parked=tuple(map(moved, self.parked)),
+            gradients=None if self.gradients is None else {b: g.to(device) for b, g in self.gradients.items()},
+        )
+
+    def summary(self) -> "Trace":
+        """The same without what only later blocks need, so that nothing large is kept."""
+        return replace(self, score_BN=None, parked=(), gradients=None)
 
     def cuts(self, block: int | None = None) -> list[Assignment]:
-        """The cuts whose tokens are not back after `block` (None: at the end)."""
+        """The cuts whose tokens have not returned after `block` (None: at the end)."""
         back = self.plan.reinstate
         if back is not None and (block is None or block >= back):
             return []
@@ -73,8 +90,7 @@ class Trace:
 
     def state(self, block: int | None = None) -> TokenState:
         """Where the input tokens are after `block` (None: at the end)."""
-        device = self.assignments[0][1].kept_BK.device if self.assignments else None
-        return TokenState.start(self.num_images, self.plan.num_patches, device).after(self.cuts(block))
+        return TokenState.start(self.num_images, self.plan.num_patches, self.device).after(self.cuts(block))
 
     def bias(self, dtype: torch.dtype) -> Tensor | None:
         """log(size) of all tokens, prefix included, as attention mask (B, 1, 1, T); None where attention is plain."""
@@ -82,3 +98,54 @@ class Trace:
             return None
         log_size = self.size_BN.to(torch.promote_types(dtype, torch.float32)).log().to(dtype)
         return nn.functional.pad(log_size, (self.plan.num_prefix, 0))[:, None, None, :]
+
+    def __deepcopy__(self, memo: dict[int, object]) -> "Trace":
+        return self
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        # Features that are saved must not bring a class of vitrim into the file, which `weights_only` would refuse.
+        return OrderedDict, ()
+
+
+def mark(x: Tensor, trace: Trace) -> None:
+    """Send a trace along with these tokens.
+
+    It is kept as an attribute of the tensor and of its memory. Reentrant checkpointing, backward hooks and FSDP hand on
+    another tensor of the same memory, which has the same tokens.
+    """
+    setattr(x, _TRACE, trace)
+    storage = _storage(x)
+    if storage is not None:
+        setattr(storage, _TRACE, (trace, x.shape, x.stride(), x.storage_offset()))
+
+
+def trace_of(x: Tensor) -> Trace | None:
+    """The trace of these tokens; None if they have none, as after `clone()`, a cast or an index."""
+    trace = own_trace(x)
+    storage = None if trace is not None else _storage(x)
+    found = getattr(storage, _TRACE, None)
+    if found is not None and found[1:] == (x.shape, x.stride(), x.storage_offset()):
+        return found[0]
+    return trace
+
+
+def own_trace(x: Tensor) -> Trace | None:
+    """The trace that this very tensor object was marked with."""
+    trace = getattr(x, _TRACE, None)
+    return trace if isinstance(trace, Trace) else None
+
+
+def _to(assignment: Assignment, device: torch.device) -> Assignment:
+    values = {field.name: getattr(assignment, field.name) for field in fields(assignment)}
+    return replace(
+        assignment, **{name: value.to(device) for name, value in values.items() if isinstance(value, Tensor)}
+    )
+
+
+def _storage(x: Tensor) -> torch.UntypedStorage | None:
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return None
+    try:
+        return x.untyped_storage()
+    except (RuntimeError, NotImplementedError):  # Tensors without memory of their own, as under `vmap`.
+        return None

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
-from timm.layers import Attention
+from timm.layers import Attention, PatchEmbed
 from timm.models._features import feature_take_indices
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_filter_fn
@@ -17,8 +17,10 @@ from ...errors import CheckpointError, ScoreError, UnsupportedModelError, Vitrim
 from ...tokens import Plan, Reducer
 from ..adapter import Geometry, State
 from ..attach import Handle
+from ..exchange import Reduced, intercepted, while_attached
+from ..forward_pass import CHANGED, Call, finish, trace_at_head
 from ..macs import BlockShape, Macs, block_macs, needed
-from ..reduced import ReducedBlock, hooked
+from ..reduced import ReducedBlock
 from ..sublayers import Elastic, RemovedBranch
 from .timm_model import TimmModel
 
@@ -33,16 +35,16 @@ class ReducedTimmBlock(ReducedBlock, Block):
         attn: Any = self.attn
         if isinstance(attn, RemovedBranch):  # Nothing is projected, and nothing attends.
             return (normed_BTC.new_empty(normed_BTC.shape[0], 1, normed_BTC.shape[1], 0),) * (last - first)
-        if hooked(attn):
+        if by := intercepted(attn):
             raise VitrimError(
-                f"blocks.{self.vitrim_index}.attn has a hook, which cannot run here: the attention of a block that "
-                "cuts is taken apart; put the hook on the block, on attn.qkv or on attn.proj"
+                f"blocks.{self.vitrim_index}.attn has {by}, which cannot run here: a block that cuts tokens computes "
+                "its attention in parts; put hooks on the block, on attn.qkv or on attn.proj"
             )
         part = slice(first * attn.attn_dim, last * attn.attn_dim)
-        if type(attn.qkv) is nn.Linear and not hooked(attn.qkv):
+        if type(attn.qkv) is nn.Linear and not intercepted(attn.qkv):
             bias = attn.qkv.bias
             out = F.linear(normed_BTC, attn.qkv.weight[part], None if bias is None else bias[part])
-        else:  # An adapter or a quantised layer put in its place, or one that is listened to: ask it for everything.
+        else:  # Another layer put in its place (LoRA, quantised), or hooks: call it, which computes everything.
             out = attn.qkv(normed_BTC)[..., part]
         streams = out.unflatten(-1, (last - first, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
         norms = (attn.q_norm, attn.k_norm, nn.Identity())[first:last]
@@ -52,8 +54,12 @@ class ReducedTimmBlock(ReducedBlock, Block):
         attn = self.attn
         if isinstance(attn, RemovedBranch):
             return self.drop_path1(self.ls1(attn(normed_BQC)))
-        dropout = attn.attn_drop.p if self.training else 0.0
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout)
+        if attn.fused_attn:
+            dropout = attn.attn_drop.p if self.training else 0.0
+            out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout)
+        else:  # Whoever wants double backward, forward-mode gradients, or attention maps from a hook on attn_drop.
+            logits = (query * attn.scale) @ key.transpose(-2, -1)
+            out = attn.attn_drop((logits if bias is None else logits + bias).softmax(dim=-1)) @ value
         out = attn.norm(out.transpose(1, 2).flatten(2))
         if attn.gate is not None:
             out = out * attn.gate(normed_BQC).sigmoid()
@@ -67,25 +73,43 @@ class ReducedTimmBlock(ReducedBlock, Block):
         attn: Any = self.attn
         return 1.0 if isinstance(attn, RemovedBranch) else attn.head_dim**-0.5
 
+    @property
+    def attends(self) -> bool:
+        return not isinstance(self.attn, RemovedBranch)
 
-class _ReducedModel(nn.Module):
-    """What changes outside the blocks: pooling weighs tokens by size, dense maps are spread back over the grid."""
+
+class _ReducedModel(Reduced):
+    """What changes outside the blocks: pooling weighs tokens by size, maps are spread over the whole grid."""
 
     vitrim_handle: Handle
+    vitrim_free = ("forward", "forward_features")
 
+    def _call(self, images: Tensor) -> Call:
+        return Call(self.vitrim_policy, _num_patches(self, images))
+
+    @while_attached
     def set_input_size(self, *args: Any, **kwargs: Any) -> None:
         super().set_input_size(*args, **kwargs)
-        self.vitrim_handle.plan_anew()
+        self.vitrim_handle.refresh()
 
-    def forward_features(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
-        return self.vitrim_handle.finish(super().forward_features(x, *args, **kwargs))
+    @while_attached
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        with self._call(x):
+            return super().forward(x, *args, **kwargs)
 
+    @while_attached
+    def forward_features(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        with self._call(x):
+            return finish(self.vitrim_policy, super().forward_features(x, *args, **kwargs))
+
+    @while_attached
     def pool(self, x: Tensor, pool_type: str | None = None) -> Tensor:
         kind = self.global_pool if pool_type is None else pool_type
-        trace = self.vitrim_handle.trace_at_head(x)
         if self.vitrim_handle.cls_only and kind not in ("", "token"):
             raise VitrimError(f"cls_only leaves no patch tokens to pool by {kind!r}; attach again without it")
-        if trace is None or trace.size_BN is None or kind not in ("avg", "avgmax", "map"):
+        weighs = self.attn_pool is not None or kind in ("avg", "avgmax", "map")
+        trace = trace_at_head(self.vitrim_policy, x) if weighs else None
+        if trace is None or trace.size_BN is None:
             return super().pool(x, pool_type)
         if self.attn_pool is not None:
             bias = trace.bias(x.dtype)
@@ -96,30 +120,75 @@ class _ReducedModel(nn.Module):
         mean = (x * (size / size.sum(1, keepdim=True)).to(x.dtype).unsqueeze(2)).sum(1)
         return mean if kind == "avg" else 0.5 * (super().pool(x, "max") + mean)
 
+    @while_attached
     def forward_intermediates(
         self, x: Tensor, indices: int | list[int] | None = None, *args: Any, output_fmt: str = "NCHW", **kwargs: Any
     ) -> Any:
         """As timm's; with output_fmt="NCHW" each map is spread over the whole grid, zero where a token was dropped."""
-        if output_fmt != "NCHW":
-            return super().forward_intermediates(x, indices, *args, output_fmt=output_fmt, **kwargs)
-        if self.vitrim_handle.cls_only:
+        policy, maps = self.vitrim_policy, output_fmt == "NCHW"
+        if maps and self.vitrim_handle.cls_only:
             raise VitrimError("cls_only computes no map of patch tokens; attach again without it")
+        if maps and self.training and self.patch_drop_rate > 0:
+            raise VitrimError(
+                "patch_drop_rate drops patches in training, which leaves no whole map; use output_fmt='NLC' or "
+                "model.eval()"
+            )
+        with self._call(x) as call:
+            out = super().forward_intermediates(x, indices, *args, output_fmt="NLC", **kwargs)
+            final = out.get("image_features") if isinstance(out, dict) else out[0] if isinstance(out, tuple) else None
+            if final is not None:
+                finish(policy, final, whole=not kwargs.get("stop_early", False))
+        trace = call.certain
+        if not maps:
+            return out
+        if trace is None:
+            raise VitrimError(CHANGED)
         grid = self.patch_embed.dynamic_feat_size(tuple(x.shape[-2:]))
-        out = super().forward_intermediates(x, indices, *args, output_fmt="NLC", **kwargs)
         blocks = sorted(set(feature_take_indices(len(self.blocks), indices)[0]))
-        trace = self.vitrim_handle.last_trace()
 
         def spread(block: int, tokens: Any) -> Any:
             if isinstance(tokens, tuple):
                 return spread(block, tokens[0]), tokens[1]
             return trace.state(block).spread(tokens).transpose(1, 2).unflatten(2, grid).contiguous()
 
-        def maps(features: list[Any]) -> list[Any]:
+        def whole_maps(features: list[Any]) -> list[Any]:
             return [spread(block, tokens) for block, tokens in zip(blocks, features, strict=True)]
 
         if isinstance(out, dict):
-            return {**out, "image_intermediates": maps(out["image_intermediates"])}
-        return (out[0], maps(out[1])) if isinstance(out, tuple) else maps(out)
+            return {**out, "image_intermediates": whole_maps(out["image_intermediates"])}
+        return (out[0], whole_maps(out[1])) if isinstance(out, tuple) else whole_maps(out)
+
+    # The keys of a state dict are those of the plain model, so that weights go both ways. Its metadata, which
+    # `torch.save` keeps, carries how much of the schedule acts.
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if hasattr(destination, "_metadata"):
+            destination._metadata.setdefault(prefix[:-1], {})["vitrim"] = self.vitrim_policy.metadata()
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+        self.vitrim_policy.read_metadata(local_metadata.get("vitrim"))
+
+
+def _num_patches(model: Any, images: Any) -> int | None:
+    """Patch tokens that reach the first block of these images; None where that is not known."""
+    embed = model.patch_embed
+    if _fixed_size(model):
+        return _left_by_patch_drop(model, embed.num_patches, model.patch_drop.training)
+    if getattr(images, "ndim", 0) != 4 or not isinstance(embed, PatchEmbed):
+        return None
+    rows, columns = embed.dynamic_feat_size(tuple(images.shape[-2:]))
+    return _left_by_patch_drop(model, rows * columns, model.patch_drop.training)
+
+
+def _fixed_size(model: Any) -> bool:
+    return model.patch_embed.img_size is not None and not model.dynamic_img_size
+
+
+def _left_by_patch_drop(model: Any, num_patches: int, training: bool) -> int:
+    rate = getattr(model.patch_drop, "prob", 0.0) if training else 0.0
+    return num_patches if rate == 0 else max(1, int(num_patches * (1 - rate)))
 
 
 class ReducedVisionTransformer(_ReducedModel, VisionTransformer):
@@ -188,7 +257,11 @@ class TimmViT(TimmModel):
             has_cls=bool(model.has_class_token),
             head="prefix" if reads_prefix else "tokens",
             input_size=(model.in_chans, height, width),
+            fixed_size=_fixed_size(model),
         )
+
+    def patches_entering(self, model: Any, *, training: bool) -> int:
+        return _left_by_patch_drop(model, model.patch_embed.num_patches, training)
 
     def reduced_class(self, module: nn.Module) -> type[nn.Module]:
         return self._reduced[type(module)]
