@@ -114,7 +114,7 @@ def test_law_1_nothing_to_drop_is_bit_equal(adapter: str, name: str, case: Case)
 def test_law_1_prefix_only_last_block_leaves_logits_alone(adapter: str, name: str) -> None:
     model, x = build(adapter, name).double(), images(dtype=torch.float64)
     if find_adapter(model).geometry(model).head != "prefix":
-        with pytest.raises(VitrimError, match="cls_only needs a head that reads CLS"):
+        with pytest.raises(VitrimError, match="cls_only needs a head that reads only CLS"):
             vitrim.attach(model, cls_only=True)
         return
     reduction = "TopK(cls_attention) @ KeepRate(0.6, at=(0, 2))"
