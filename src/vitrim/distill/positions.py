@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import DistillError
-from ..models import attached
+from ..models import attached, trace_of
 from ..models.outputs import Features, Output
 from ..tokens import Assignment, TokenState
 
@@ -42,9 +42,8 @@ class Fused(Output):
 def _positions(features: Features) -> tuple[Tensor, Tensor]:
     final = features.final_BTC
     num_images, device = final.shape[0], final.device
-    handle = attached(features.model)
-    trace = None if handle is None else handle.trace_at_head(final)
-    if trace is None and handle is not None and not final.is_meta:
+    trace = trace_of(final)
+    if trace is None and attached(features.model) is not None:
         raise DistillError("the final tokens of this student cannot be traced back to the patches; use other terms")
     if trace is None:
         state = TokenState.start(num_images, final.shape[1] - features.info.num_prefix, device)
