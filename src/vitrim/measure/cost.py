@@ -31,8 +31,14 @@ class Cost:
         )
 
 
-def cost(model: nn.Module) -> Cost:
-    """Cost of one image of the model's own input size, with whatever reduction is attached, in its present mode.
+def cost(model: nn.Module, *, training: bool | None = None) -> Cost:
+    """Cost of one image of the model's own input size, with the reduction that is attached.
+
+    It is counted from the sizes of the layers. The model is not called, so another thread may use it meanwhile.
+
+    Args:
+        model: any model that an adapter supports.
+        training: in training or in eval mode; by default in the model's present mode.
 
     Raises:
         UnsupportedModelError: no adapter knows the model.
@@ -43,7 +49,7 @@ def cost(model: nn.Module) -> Cost:
         patches = adapter.patches_entering(model, training=model.training)
         plan, reducer = Plan(patches, g.num_prefix, g.depth, ()), None
     else:
-        plan, reducer = handle.plan(), handle.reduction.reducer if handle.reduction else None
+        plan, reducer = handle.plan(training=training), handle.reduction.reducer if handle.reduction else None
     macs = adapter.macs(model, plan, reducer)
     params = sum(parameter.numel() for parameter in model.parameters())
     return Cost(macs.total, macs.linear, params, plan.token_counts)

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils import benchmark
-from torch.utils.flop_counter import FlopCounterMode
 
 from ..errors import UnknownNameError, UnsupportedModelError, VitrimError
 from ..models import find_adapter, open_model, variant, without_limit
+from ..models.macs import counted
 from .bench_table import BenchRow, BenchTable, ratios
 from .cost import cost
 from .environment import environment
@@ -179,16 +179,13 @@ def _macs(model: nn.Module, size: Size) -> int | None:
     """MACs per image: vitrim's count where an adapter knows the model at this size, else PyTorch's on empty tensors."""
     try:
         if find_adapter(model).geometry(model).input_size == size:
-            return cost(model).macs
+            return cost(model, training=False).macs  # As it is timed.
     except UnsupportedModelError:
         pass
-    ghost = deepcopy(model).to("meta").eval()
     try:
-        with torch.inference_mode(), FlopCounterMode(display=False) as counter:
-            ghost(torch.empty(1, *size, device="meta"))
+        return counted(model, torch.empty(1, *size, device="meta")).total
     except (NotImplementedError, RuntimeError):
-        return None  # A forward pass that looks at values cannot run without them.
-    return counter.get_total_flops() // 2
+        return None  # A forward pass that reads values cannot run without them.
 
 
 def _input_size(model: nn.Module, given: Size | int | None) -> Size:

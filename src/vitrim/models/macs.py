@@ -1,6 +1,15 @@
-"""Counting: multiply-accumulates of an attention block under a plan, as a reduced block executes it."""
+"""Counting: multiply-accumulates as a reduced model executes them, from the sizes of its layers.
 
+The model itself is never called, so that its hooks do not run and another thread may use it meanwhile.
+"""
+
+import copy
 from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from ..tokens import Cut, Reducer
 from ..tokens.scores import Needs
@@ -23,13 +32,27 @@ class Macs:
 
 @dataclass(frozen=True)
 class BlockShape:
-    """Widths of a pre-norm attention block, for counting. `mlp_macs` is per token; `gate` adds one projection."""
+    """Sizes of a pre-norm attention block. All MACs are those of one token.
+
+    width: channels of a token. attn_dim: of the values of all heads. head_dim: of one head.
+    qkv_macs: of the projections to queries, keys and values, together.
+    whole_qkv: whether the three are one foreign layer (LoRA, quantised, with a hook), which always computes all.
+    proj_macs: of the output projection. gate_macs: of the gate on the output of attention.
+    mlp_macs: of the MLP.
+    """
 
     width: int
     attn_dim: int
     head_dim: int
+    qkv_macs: int
+    proj_macs: int
     mlp_macs: int
-    gate: bool = False
+    gate_macs: int = 0
+    whole_qkv: bool = False
+
+    def project(self, tokens: int, streams: int) -> int:
+        """MACs of so many of queries, keys and values for these tokens, computed in one call."""
+        return tokens * (self.qkv_macs if self.whole_qkv else self.qkv_macs * streams // 3)
 
 
 def block_macs(
@@ -37,29 +60,29 @@ def block_macs(
     prefix_only: bool, reducer: Reducer | None,
 ) -> Macs:  # fmt: skip
     """MACs of one block that `tokens` tokens enter, prefix included, as `ReducedBlock.forward` executes it."""
-    one = shape.width * shape.attn_dim  # One token through one of the q, k, v and output projections.
     total = Macs()
     if before is not None and reducer is not None:
         needs = needed(reducer, before)
-        projected = {"key": tokens, "cls_row": tokens + 1, "attention": 2 * tokens}.get(needs, 0)
-        total += Macs(projected * one, _scoring(shape, tokens, needs))
-        total += _deciding(shape, reducer, before)
+        if needs == "attention":
+            total += Macs(shape.project(tokens, 2))
+        elif needs in ("key", "cls_row"):
+            total += Macs(shape.project(tokens, 1) + (shape.project(1, 1) if needs == "cls_row" else 0))
+        total += Macs(0, _scoring(shape, tokens, needs)) + _deciding(shape, reducer, before)
         tokens = num_prefix + before.num_out
-    queries = tokens
-    scored = Macs()
+    queries, projected = tokens, shape.project(tokens, 3)
     if prefix_only:
         queries = num_prefix
+        projected = shape.project(tokens, 2) + shape.project(queries, 1)
     elif inside is not None and reducer is not None:
         needs = needed(reducer, inside)
         if skips_queries(reducer, inside):
             queries = num_prefix + inside.keep
-            scored = Macs(one if needs == "cls_row" else 0)
-        scored += Macs(0, _scoring(shape, tokens, needs))
-        scored += _deciding(shape, reducer, inside)
+            cls_row = shape.project(1, 1) if needs == "cls_row" else 0
+            projected = shape.project(tokens, 2) + cls_row + shape.project(queries, 1)
+        total += Macs(0, _scoring(shape, tokens, needs)) + _deciding(shape, reducer, inside)
     leaving = num_prefix if prefix_only else num_prefix + inside.num_out if inside is not None else tokens
-    projections = 2 * tokens + 2 * queries + (queries if shape.gate else 0)
-    attention = Macs(projections * one, 2 * queries * tokens * shape.attn_dim)
-    return total + scored + attention + Macs(leaving * shape.mlp_macs)
+    linear = projected + queries * (shape.proj_macs + shape.gate_macs) + leaving * shape.mlp_macs
+    return total + Macs(linear, 2 * queries * tokens * shape.attn_dim)
 
 
 def needed(reducer: Reducer, cut: Cut) -> Needs:
@@ -68,7 +91,7 @@ def needed(reducer: Reducer, cut: Cut) -> Needs:
 
 
 def skips_queries(reducer: Reducer, cut: Cut) -> bool:
-    """Whether a cut inside a block spares the attention of what it takes out: not where that comes back later."""
+    """Whether a cut inside a block saves the queries of the tokens that it removes; not where these come back later."""
     return reducer.drops_queries and not cut.returns
 
 
@@ -80,3 +103,41 @@ def _scoring(shape: BlockShape, tokens: int, needs: Needs) -> int:
 def _deciding(shape: BlockShape, reducer: Reducer, cut: Cut) -> Macs:
     fused = (cut.num_in - cut.keep) * shape.width if reducer.extra_tokens else 0
     return Macs(0, reducer.macs(cut.num_in, shape.head_dim) + fused)
+
+
+def macs_per_row(layer: nn.Module) -> int:
+    """MACs of a linear layer, or of all linear layers inside this module, for one row of input.
+
+    Counts what has `in_features` and `out_features`: plain, quantised and low-rank (LoRA) layers alike. Low-rank parts
+    that are merged or disabled do not count.
+    """
+    if getattr(layer, "merged", False) is True or getattr(layer, "disable_adapters", False) is True:
+        layer = getattr(layer, "base_layer", layer)
+    inner = sum(macs_per_row(child) for child in layer.children())
+    sizes = getattr(layer, "in_features", None), getattr(layer, "out_features", None)
+    if inner == 0 and all(isinstance(size, int) for size in sizes):
+        return int(sizes[0]) * int(sizes[1])  # pyright: ignore[reportArgumentType]
+    return inner
+
+
+def counted(module: nn.Module, *inputs: Tensor) -> Macs:
+    """MACs of one call of a module whose inside is not known, by PyTorch's own counter.
+
+    The call is made on a copy without storage and without hooks.
+
+    Args:
+        module: stays as it is.
+        inputs: on the meta device.
+    """
+    memo: dict[int, Any] = {id(tensor): tensor.to("meta") for tensor in module.buffers()}
+    memo |= {id(p): nn.Parameter(p.detach().to("meta"), requires_grad=False) for p in module.parameters()}
+    hollow = copy.deepcopy(module, memo).eval()
+    for part in hollow.modules():
+        vars(part).pop("forward", None)
+        for hooks in (part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks):
+            hooks.clear()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        hollow(*inputs)
+    counts = counter.get_flop_counts().get("Global", {})
+    products = sum(flops for op, flops in counts.items() if "bmm" in str(op) or "attention" in str(op))
+    return Macs((counter.get_total_flops() - products) // 2, products // 2)

@@ -50,7 +50,7 @@ class Policy:
         if reduction is not None:
             dense = Plan(g.num_patches, g.num_prefix, g.depth, ())
             macs_of = self._macs_of(model, adapter, g)
-            schedule = reduction.schedule.resolve(macs_of, adapter.macs(model, dense, None).total)
+            schedule = reduction.schedule.resolve(macs_of, lambda: adapter.macs(model, dense, None).total)
         self.geometry: Geometry = g
         self.schedule: Schedule | None = schedule
         """At full strength, with nothing left to solve."""

@@ -134,12 +134,12 @@ class Schedule:
                 f"{self}: tokens return before a block behind a cut, {depth - 1} at most, not before {self.reinstate}"
             )
 
-    def resolve(self, macs_of: Callable[["Schedule"], int], dense: int) -> "Schedule":
+    def resolve(self, macs_of: Callable[["Schedule"], int], dense: Callable[[], int]) -> "Schedule":
         """A schedule with nothing left to solve for.
 
         Args:
             macs_of: MACs of the model under a schedule, exact savings included.
-            dense: MACs of the plain model.
+            dense: counts the MACs of the plain model.
         """
         return self
 

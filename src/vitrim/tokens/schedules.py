@@ -221,13 +221,13 @@ class Budget(Schedule):
     def blocks(self, depth: int) -> Sequence[int]:
         raise ScheduleError("a Budget must be attached to a model before it has cuts")
 
-    def resolve(self, macs_of: Callable[[Schedule], int], dense: int) -> Schedule:
+    def resolve(self, macs_of: Callable[[Schedule], int], dense: Callable[[], int]) -> Schedule:
         least = macs_of(self.shape)
-        limit = self.macs * dense if self.macs <= 1 else self.macs
+        limit = self.macs * dense() if self.macs <= 1 else self.macs
         if limit < least:
             raise ScheduleError(
                 f"{self.shape} cannot reach {limit / 1e6:.1f} M MACs; the least is {least / 1e6:.1f} M "
-                f"({least / dense:.3f} of the model)"
+                f"({least / dense():.3f} of the model)"
             )
         low, high = 0.0, 1.0  # `high` always meets the budget.
         for _ in range(40):

@@ -9,9 +9,7 @@ from timm.models._features import feature_take_indices
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn import functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
 from ...errors import CheckpointError, ScoreError, UnsupportedModelError, VitrimError
 from ...tokens import Plan, Reducer
@@ -19,7 +17,7 @@ from ..adapter import Geometry, State
 from ..attach import Handle
 from ..exchange import Reduced, intercepted, while_attached
 from ..forward_pass import CHANGED, Call, finish, trace_at_head
-from ..macs import BlockShape, Macs, block_macs, needed
+from ..macs import BlockShape, Macs, block_macs, counted, macs_per_row, needed
 from ..reduced import ReducedBlock
 from ..sublayers import Elastic, RemovedBranch
 from .timm_model import TimmModel
@@ -199,18 +197,6 @@ class ReducedVisionTransformerDistilled(_ReducedModel, VisionTransformerDistille
     """`VisionTransformerDistilled` with a reduction attached."""
 
 
-class _Ends(nn.Module):
-    """What lies before and after the blocks of a model, as one call."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, image: Tensor, tokens: Tensor) -> None:
-        self.model.patch_embed(image)
-        self.model.forward_head(tokens)
-
-
 class TimmViT(TimmModel):
     """ViT, DeiT, DeiT-III, DINOv2, CLIP and SigLIP towers, and hybrids, as timm builds them."""
 
@@ -283,35 +269,46 @@ class TimmViT(TimmModel):
                 )
 
     def macs(self, model: Any, plan: Plan, reducer: Reducer | None) -> Macs:
-        total = self._ends(model, plan)
+        total = self._patch_macs(model) + self._head_macs(model, plan.token_counts[-1])
         for index, (block, tokens) in enumerate(zip(model.blocks, plan.entering, strict=True)):
-            attn = block.attn
-            removed = isinstance(attn, RemovedBranch)
-            shape = BlockShape(
-                width=model.embed_dim,
-                attn_dim=0 if removed else attn.attn_dim,
-                head_dim=0 if removed else attn.head_dim,
-                mlp_macs=sum(m.in_features * m.out_features for m in block.mlp.modules() if isinstance(m, nn.Linear)),
-                gate=not removed and attn.gate is not None,
-            )
             prefix_only = plan.prefix_only and index == plan.depth - 1
             cuts = plan.cut(index, "before"), plan.cut(index, "inside")
-            total += block_macs(shape, tokens, plan.num_prefix, *cuts, prefix_only, reducer)
+            total += block_macs(_shape(block, model.embed_dim), tokens, plan.num_prefix, *cuts, prefix_only, reducer)
         return total
 
-    def _ends(self, model: nn.Module, plan: Plan) -> Macs:
-        """Patch embedding and head, whose modules are foreign: counted by PyTorch on tensors without storage."""
-        ends = _Ends(model)
-        state = {
-            name: torch.empty_like(tensor, device="meta")
-            for name, tensor in (*ends.named_parameters(), *ends.named_buffers())
-            if not name.startswith("model.blocks.")
-        }
+    def _patch_macs(self, model: Any) -> Macs:
+        embed = model.patch_embed
+        if type(embed) is PatchEmbed and type(embed.proj) is nn.Conv2d:
+            return Macs(embed.num_patches * embed.proj.weight[0].numel() * embed.proj.out_channels)
         dtype = next(model.parameters()).dtype
-        image = torch.empty(1, *self.geometry(model).input_size, device="meta", dtype=dtype)
-        tokens = torch.empty(1, plan.token_counts[-1], model.embed_dim, device="meta", dtype=dtype)
-        with FlopCounterMode(display=False) as counter:
-            functional_call(ends, state, (image, tokens))
-        counts = counter.get_flop_counts().get("Global", {})
-        products = sum(flops for op, flops in counts.items() if "bmm" in str(op) or "attention" in str(op))
-        return Macs((counter.get_total_flops() - products) // 2, products // 2)
+        return counted(embed, torch.empty(1, *self.geometry(model).input_size, device="meta", dtype=dtype))
+
+    def _head_macs(self, model: Any, tokens: int) -> Macs:
+        pool, rows = model.attn_pool, 1
+        total = Macs()
+        if pool is not None:
+            read = tokens - (0 if model.pool_include_prefix else model.num_prefix_tokens)
+            latents = pool.latent_len * sum(
+                macs_per_row(part) for part in (pool.q, pool.proj, pool.mlp or pool.proj_drop)
+            )
+            total += Macs(latents + read * macs_per_row(pool.kv), 2 * pool.latent_len * read * pool.kv.in_features)
+        elif model.global_pool == "":
+            rows = tokens
+        heads = [model.head, *([model.head_dist] if hasattr(model, "head_dist") else [])]
+        return total + Macs(rows * sum(macs_per_row(head) for head in heads))
+
+
+def _shape(block: Any, width: int) -> BlockShape:
+    attn, mlp = block.attn, macs_per_row(block.mlp)
+    if isinstance(attn, RemovedBranch):
+        return BlockShape(width, 0, 0, 0, 0, mlp)
+    return BlockShape(
+        width=width,
+        attn_dim=attn.attn_dim,
+        head_dim=attn.head_dim,
+        qkv_macs=macs_per_row(attn.qkv),
+        proj_macs=macs_per_row(attn.proj),
+        mlp_macs=mlp,
+        gate_macs=0 if attn.gate is None else macs_per_row(attn.gate),
+        whole_qkv=type(attn.qkv) is not nn.Linear or bool(intercepted(attn.qkv)),
+    )
