@@ -79,7 +79,7 @@ def test_version(capsys: pytest.CaptureFixture[str]):
          "acts within 2 epochs"),
         ("train --out x --reduction TopK()@KeepRate()@Polynomial(40,140)", "vitrim train: Polynomial(start=40, "
          "end=140) never acts within 10 epochs, which count from 0; let it start earlier"),
-        ("train --out x --reduction TopK(gradient)@KeepRate()", "vitrim train: TopK(score='gradient') lives on"),
+        ("train --out x --reduction TopK(gradient)@KeepRate()", "vitrim train: TopK(score='gradient') uses gradients"),
         ("train --out x --data.name cifar10", "vitrim train: unknown data set 'cifar10'; did you mean torch/cifar10"),
         ("train --out x --batch_size 10 --optim.accumulate 4", "vitrim train: batch_size 10 is not a multiple"),
         ("train --out x --augment.mixup -1", "vitrim train: augment.mixup is -1.0; it must be 0 or more"),

@@ -92,7 +92,7 @@ def refused(model: nn.Module, reducer: Reducer, schedule: Schedule) -> bool:
 
 
 def test_every_entry_of_every_table_takes_part() -> None:
-    assert {adapter.name for adapter in ADAPTERS} == set(ZOO)
+    assert set(ADAPTERS) == set(ZOO)
     assert set(SCHEDULE_OF) == set(SCHEDULES)
     assert set(REDUCER_REFERENCES) == set(REDUCERS)
     assert set(SCORE_REFERENCES) == set(SCORES)

@@ -12,7 +12,8 @@ PACKAGE = Path(vitrim.__file__).parent
 RANK = {
     "text": 0,
     "errors": 1,
-    "kinds": 2,
+    "tables": 2,
+    "option_types": 2,
     "notation": 2,
     "output": 2,
     "options": 2,

@@ -5,8 +5,11 @@ import math
 import pytest
 
 import vitrim
-from vitrim.errors import ScheduleError
+from vitrim.errors import ScheduleError, ScoreError
+from vitrim.models import narrow
 from vitrim.tokens import Schedule
+from vitrim.tokens.reduction import Phase
+from zoo import build
 
 
 def test_polynomial_published_drop_ratios() -> None:
@@ -38,10 +41,87 @@ def test_polynomial_ends_where_the_schedule_does(fits: Schedule | None, contradi
     ptd = vitrim.Polynomial(40, 140, final=0.35)
     if fits is not None:
         assert vitrim.Reduction(vitrim.TopK(), fits, ptd).schedule == fits
-    says = "make them agree or leave `final` out" if fits else "has no one drop ratio; leave `final` out"
+    says = "make them agree or leave `final` out" if fits else "has no single one; leave `final` out"
     with pytest.raises(ScheduleError, match=says):
         vitrim.Reduction(vitrim.TopK(), contradicts, ptd)
     assert vitrim.Reduction(vitrim.TopK(), contradicts, vitrim.Polynomial(40, 140)).schedule == contradicts
+
+
+@pytest.mark.parametrize(
+    ("schedule", "drops"),
+    [(vitrim.KeepRate(0.65), 0.35), (vitrim.Stages({0: 0.8, 2: 0.5}), 0.5), (vitrim.PowerLaw(0.6), 0.6)],
+)
+def test_initial_without_final_is_a_drop_ratio_too(schedule: Schedule, drops: float) -> None:
+    made = vitrim.Reduction(vitrim.TopK(), schedule, vitrim.Polynomial(1, 10, initial=0.2))
+    assert schedule.scaled(made.curriculum.strength(0)).drop_ratio == pytest.approx(0.2)
+    assert schedule.scaled(made.curriculum.strength(10)).drop_ratio == pytest.approx(drops)
+    again = vitrim.Reduction.parse(str(made))
+    assert again == made
+
+
+def test_token_counts_begin_at_initial() -> None:
+    text = "TopK() @ Stages({0: 0.5}, place=inside) @ Polynomial(1, 4, initial=0.25)"
+    model = vitrim.build_model("vitrim_digits_vit").train()
+    with vitrim.attach(model, text) as handle:
+        counts = []
+        for epoch in (0, 1, 4, 9):
+            handle.set_epoch(epoch)
+            counts.append(handle.token_counts[0] - 1)
+    assert counts == [48, 48, 32, 32]
+
+
+def test_initial_that_cannot_be_reached_or_understood_is_refused() -> None:
+    early = vitrim.Polynomial(1, 10, initial=0.4)
+    with pytest.raises(ScheduleError, match=r"starts at drop ratio 0.4, but .* drops only 0.35; lower `initial`"):
+        vitrim.Reduction(vitrim.TopK(), vitrim.KeepRate(0.65), early)
+    for schedule in (vitrim.ConstantR(2), vitrim.Counts((9, 8, 7)), vitrim.Budget(0.5)):
+        with pytest.raises(ScheduleError, match=r"initial is a drop ratio, but .* has no single one"):
+            vitrim.Reduction(vitrim.TopK(), schedule, early)
+    with pytest.raises(ScheduleError, match="give `final` too"):
+        early.strength(0)
+
+
+def test_curricula_name_the_figures_that_they_read() -> None:
+    assert vitrim.Polynomial(1, 2).reads == vitrim.Delayed(1).reads == ()
+    assert [figure.name for figure in vitrim.Adaptive().reads] == ["val_loss"]
+    (entropy,) = vitrim.Adaptive("entropy").reads
+    assert (entropy.name, entropy.needs) == ("attention_entropy", "cls_row")
+
+
+def test_attention_entropy_without_cls_is_refused_at_once() -> None:
+    model = vitrim.build_model("vit_tiny_patch16_224", class_token=False, global_pool="avg", depth=2)
+    with pytest.raises(ScoreError, match=r"no CLS token, which attention_entropy of Adaptive.* needs"):
+        vitrim.attach(model, "ToMe() @ KeepRate(0.5) @ Adaptive(entropy)")
+    with vitrim.attach(model, "ToMe() @ KeepRate(0.5) @ Adaptive(slope)") as handle:
+        assert handle.strength == 0
+
+
+@pytest.mark.parametrize("phase", ["both", "train"])
+@pytest.mark.parametrize(
+    ("method", "says"),
+    [
+        ("TopK() @ ConstantR(100) @ Delayed(1)", "use r of at most"),
+        ("TopK() @ ConstantR(100) @ Polynomial(40, 140)", "use r of at most"),
+        ("TopK() @ ConstantR(100) @ Adaptive()", "use r of at most"),
+        ("TopK() @ KeepRate(0.5, at=(1, 40)) @ CosineWarmup(9, 3)", "cuts at block 40"),
+        ("TopK() @ Counts((60, 50, 40, 30)) @ Delayed(1)", "cannot follow a curriculum"),
+    ],
+)
+def test_every_strength_is_checked_at_the_start(method: str, says: str, phase: Phase) -> None:
+    model = vitrim.build_model("vitrim_digits_vit")
+    with pytest.raises(ScheduleError, match=says):
+        vitrim.attach(model, method, phase=phase)
+    assert vitrim.models.attached(model) is None
+
+
+def test_cuts_of_a_middling_strength_are_checked_too() -> None:
+    """At full strength one token is left before block 2, so that only weaker ones cut in it."""
+    model = build("timm-vit", "vit")
+    narrow(model, {"blocks.2.attn": 0})
+    with vitrim.attach(model, "TopK() @ PowerLaw(9.0, alpha=1.0)") as handle:
+        assert [cut.block for cut in handle.plan().cuts] == [0]
+    with pytest.raises(ScoreError, match="attention of block 2 was removed"):
+        vitrim.attach(model, "TopK() @ PowerLaw(9.0, alpha=1.0) @ CosineWarmup(10)")
 
 
 def test_delayed_constant_and_cosine() -> None:
@@ -89,7 +169,7 @@ def test_strength_stays_within_bounds() -> None:
         (vitrim.Delayed(5.5, per_step=True), 6),
         (vitrim.Polynomial(4, 8), 6),
         (vitrim.Polynomial(4, 8, per_step=True), 5),
-        (vitrim.Polynomial(4, 8, initial=0.1), 1),
+        (vitrim.Polynomial(4, 8, final=0.4, initial=0.1), 1),
         (vitrim.CosineWarmup(8, 4), 6),
         (vitrim.Adaptive(), 3),
         (vitrim.Adaptive(start=4), 5),
@@ -112,6 +192,8 @@ def test_epochs_that_a_curriculum_needs_to_act_at_all(curriculum: vitrim.tokens.
         lambda: vitrim.CosineWarmup(0),
         lambda: vitrim.Adaptive(signal="loss"),
         lambda: vitrim.Adaptive(step=0),
+        lambda: vitrim.Polynomial(0, 5, initial=1.5),
+        lambda: vitrim.Polynomial(0, 5, initial=-0.1),
     ],
 )
 def test_impossible_curricula_are_refused(make: object) -> None:

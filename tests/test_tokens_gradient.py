@@ -122,7 +122,7 @@ def test_an_overflow_says_nothing_and_scale_does_not_count() -> None:
 def test_where_there_are_no_gradients() -> None:
     model, x = learning().float(), images(1)
     for phase in ("both", "eval"):
-        with pytest.raises(ScoreError, match=r"TopK\(score='gradient'\) lives on gradients.* not in phase '" + phase):
+        with pytest.raises(ScoreError, match=r"TopK\(score='gradient'\) uses gradients.* not in phase '" + phase):
             vitrim.attach(model, vitrim.TopK("gradient"), vitrim.KeepRate(0.5), phase=phase)
     with vitrim.attach(model, reduction()) as handle:
         with torch.no_grad(), pytest.raises(ScoreError, match="works in training steps alone") as raised:

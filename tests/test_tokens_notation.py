@@ -81,9 +81,9 @@ def test_shortest_forms() -> None:
         ("TopK() @ KeepRate(1.5)", ScheduleError, "keep rate lies in (0, 1]"),
         ("TopK(norm, fuse=sum) @ KeepRate()", ScoreError, "use fuse='mean'"),
         ("TopK(fuse=max) @ KeepRate()", ScoreError, "TopK: fuse is 'sum' or 'mean' or None, not 'max'"),
-        ("TopK(momentum=1) @ KeepRate()", ScoreError, "momentum lies in [0, 1)"),
+        ("TopK(momentum=1) @ KeepRate()", ScoreError, "momentum is in [0, 1)"),
         ("TopK(shallow=-1) @ KeepRate()", ScoreError, "shallow"),
-        ("TopK(shallow=1, normalise=True, fuse=mean) @ KeepRate()", ScoreError, "can be negative"),
+        ("TopK(shallow=1, normalise=True, fuse=mean) @ KeepRate()", ScoreError, "carries negative scores"),
     ],
 )
 def test_bad_text_is_refused(text: str, error: type[VitrimError], says: str) -> None:

@@ -74,6 +74,22 @@ def test_tome_removes_r_until_half() -> None:
     assert halved.token_counts[:4] == (1 + 98, 1 + 49, 1 + 25, 1 + 13)
 
 
+def test_constant_r_divides_by_the_blocks_before_the_return() -> None:
+    made = plan(vitrim.ConstantR(30, reinstate=6))
+    assert made.token_counts == tuple(197 - 30 * block for block in range(1, 7)) + (197,) * 6
+    with pytest.raises(ScheduleError, match=r"removes 33 tokens in each of 6 blocks, .* use r of at most 32"):
+        plan(vitrim.ConstantR(33, reinstate=6))
+    assert plan(vitrim.ConstantR(32, reinstate=6)).token_counts[5] == 5
+
+
+def test_constant_r_counts_fused_tokens_among_those_it_can_remove() -> None:
+    fusing = vitrim.TopK(fuse="sum")
+    made = plan(vitrim.ConstantR(17), reducer=fusing)
+    assert made.cuts[-1].num_in - made.cuts[-1].keep == 17
+    with pytest.raises(ScheduleError, match="use r of at most 17"):
+        plan(vitrim.ConstantR(18), reducer=fusing)
+
+
 @pytest.mark.parametrize("multiple", [8, 16, 5])
 def test_round_to_makes_sequences_a_multiple(multiple: int) -> None:
     for reducer in (vitrim.TopK(), vitrim.TopK(fuse="mean"), vitrim.ToMe()):
@@ -142,6 +158,7 @@ def test_budget_out_of_reach_is_refused() -> None:
         (lambda: vitrim.Counts(()), "counts"),
         (lambda: vitrim.Counts((4, 5)), "cannot grow"),
         (lambda: vitrim.Budget(0), "above 0"),
+        (lambda: vitrim.Budget(0.5, shape=vitrim.Budget(0.5)), "a schedule of another kind"),
         (lambda: plan(vitrim.KeepRate(0.5, at=(3, 12))), "cuts at block 12, but the model has blocks 0 to 11"),
         (lambda: plan(vitrim.KeepRate(0.5, at=(-1,))), "cuts at block -1"),
         (lambda: plan(vitrim.ConstantR(17)), "use r of at most 16"),
@@ -151,9 +168,9 @@ def test_budget_out_of_reach_is_refused() -> None:
         (lambda: plan(vitrim.KeepRate(0.5, at=(3, 8), reinstate=8)), "block 8, but tokens return before block 8"),
         (
             lambda: plan(vitrim.KeepRate(0.5, reinstate=12)),
-            "return before a block behind a cut, 11 at most, not before",
+            "return before a block that comes after a cut, 11 at most, not before",
         ),
-        (lambda: plan(vitrim.PowerLaw(0.5, reinstate=0)), "return before a block behind a cut"),
+        (lambda: plan(vitrim.PowerLaw(0.5, reinstate=0)), "return before a block that comes after a cut"),
         (lambda: plan(vitrim.Counts((4, 3), reinstate=3)), "lists 2 blocks, but 3 come before the tokens return"),
         (lambda: vitrim.Budget(0.5, reinstate=3), "of a Budget are those of its shape"),
     ],

@@ -51,7 +51,7 @@ def test_rates_rise_in_a_line_and_fall_along_half_a_cosine():
         if update < 6:
             expected = 0.001 + (0.1 - 0.001) * update / 6
         else:
-            expected = 0.001 + 0.5 * (0.1 - 0.001) * (1 + math.cos(math.pi * update / 20))
+            expected = 0.001 + 0.5 * (0.1 - 0.001) * (1 + math.cos(math.pi * (update - 6) / 14))
         assert optimizer.param_groups[0]["lr"] == pytest.approx(expected)
 
 

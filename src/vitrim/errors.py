@@ -27,6 +27,10 @@ class UnknownNameError(VitrimError):
         super().__init__(f"unknown {kind} {name!r}; {hint}")
 
 
+class DuplicateNameError(VitrimError):
+    """A second entry of the same name in a table."""
+
+
 class ScheduleError(VitrimError):
     """A schedule that cannot be carried out on this model."""
 

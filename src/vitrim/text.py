@@ -32,6 +32,14 @@ def shortened(text: str, most: int) -> str:
     return f"{text[:head]}…{text[len(text) - (most - head - 1) :]}"
 
 
+def short(value: object, most: int = 80) -> str:
+    """A value as a message shows it: its `repr`, without the middle if it is long."""
+    try:
+        return shortened(repr(value), most)
+    except ValueError:  # Python does not write whole numbers of thousands of digits.
+        return f"a {type(value).__name__} that is too long to show"
+
+
 def message(text: object) -> str:
     """A message for the terminal: lines stay lines, and each is printable and of bounded length."""
     return "\n".join(shortened(printable(line), LONGEST_LINE) for line in str(text).split("\n"))

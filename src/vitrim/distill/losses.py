@@ -10,24 +10,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..errors import UnknownNameError
+from ..tables import Table
 from ..tokens.precision import wide
 
 FeatureLoss = Callable[[Tensor, Tensor], Tensor]
-LOSSES: dict[str, FeatureLoss] = {}
+LOSSES: Table[str, FeatureLoss] = Table("feature loss")
 
 
 def feature_loss(function: FeatureLoss) -> FeatureLoss:
     """Enter a function of (student (..., C), target (..., C)) -> (...) in the table under its own name."""
-    LOSSES[function.__name__] = function
-    return function
-
-
-def find_loss(name: str) -> FeatureLoss:
-    """The feature loss of that name; `UnknownNameError` with the nearest names otherwise."""
-    if name not in LOSSES:
-        raise UnknownNameError("feature loss", name, LOSSES)
-    return LOSSES[name]
+    return LOSSES.enter(function.__name__, function)
 
 
 @feature_loss
@@ -53,7 +45,7 @@ def distance(student: Tensor, target: Tensor, loss: str, normalise: bool) -> Ten
     student, target = wide(student), wide(target)
     if normalise:
         student, target = F.normalize(student, dim=-1), F.normalize(target, dim=-1)
-    return find_loss(loss)(student, target)
+    return LOSSES.find(loss)(student, target)
 
 
 def mean_where(value_BM: Tensor, mask_BM: Tensor) -> Tensor:

@@ -14,12 +14,13 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from ..errors import DistillError
-from ..kinds import check_options
 from ..models.outputs import ModelInfo, Output, Outputs, Wanted
 from ..notation import Notation, render
+from ..option_types import check_options
+from ..tables import Table
 
-TERMS: dict[str, type["Term"]] = {}
-WEIGHTS: dict[str, type["Weight"]] = {}
+TERMS: Table[str, type["Term"]] = Table("distillation term")
+WEIGHTS: Table[str, type["Weight"]] = Table("weight")
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Weight:
     """Base of weights that change over training; a plain number is a constant weight."""
 
     def __init_subclass__(cls) -> None:
-        WEIGHTS[cls.__name__] = cls
+        WEIGHTS.enter(cls.__name__, cls)
 
     def __post_init__(self) -> None:
         check_options(self, DistillError)
@@ -75,8 +76,7 @@ class Term:
 
     def __init_subclass__(cls) -> None:
         cls.name = re.sub(r"(?<!^)(?=[A-Z])", "_", cls.__name__).lower()
-        if not cls.__name__.startswith("_"):  # A shared base, not a term.
-            TERMS[cls.__name__] = cls
+        TERMS.enter(cls.__name__, cls)
 
     def __post_init__(self) -> None:
         check_options(self, DistillError)

@@ -15,7 +15,7 @@ from ..models import attached, outputs
 from ..models.outputs import ModelInfo, Output, Outputs
 from ..notation import render
 from ..tokens.precision import wide
-from .losses import coarse_kl, distance, find_loss, mean_where, soft_kl
+from .losses import LOSSES, coarse_kl, distance, mean_where, soft_kl
 from .objective import Batch, Term
 from .positions import Fused, Origin, group_means
 
@@ -116,7 +116,7 @@ class _Vectors(Term):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        find_loss(self.loss)
+        LOSSES.find(self.loss)
 
     def project(self, student: ModelInfo, teacher: ModelInfo) -> nn.Module | None:
         """One linear map, also between equal widths."""

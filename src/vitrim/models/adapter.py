@@ -11,7 +11,8 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
-from ..errors import CheckpointError, UnknownNameError, UnsupportedModelError
+from ..errors import CheckpointError, DuplicateNameError, UnknownNameError, UnsupportedModelError
+from ..tables import Table, home_of
 from ..tokens import Plan, Reducer
 from .input_format import InputFormat
 from .macs import Macs
@@ -19,9 +20,9 @@ from .outputs import Features, ModelInfo, Wanted
 
 Head = Literal["prefix", "tokens"]
 State = dict[str, Tensor]
-ADAPTERS: list["Adapter"] = []
+ADAPTERS: Table[str, "Adapter"] = Table("model family")
 """Families whose tokens can be reduced."""
-OTHERS: list["Adapter"] = []
+OTHERS: Table[str, "Adapter"] = Table("model family")
 """Families that only give outputs: teachers, or models to measure."""
 
 
@@ -79,11 +80,10 @@ class Adapter:
     def __init_subclass__(cls, *, cuts: bool = True) -> None:
         if cls.__name__.startswith("_"):  # A shared base.
             return
-        table = ADAPTERS if cuts else OTHERS
-        table[:] = [other for other in table if _home(type(other)) != _home(cls)]  # The same file, read again.
-        if any(other.name == cls.name for other in (*ADAPTERS, *OTHERS)):
-            raise UnsupportedModelError(f"there is a family named {cls.name!r} already; give {cls.__name__} another")
-        table.append(cls())
+        table, other = (ADAPTERS, OTHERS) if cuts else (OTHERS, ADAPTERS)
+        if cls.name in other:
+            raise DuplicateNameError(f"there is a model family named {cls.name!r} already; rename {home_of(cls)}")
+        table.enter(cls.name, cls())
 
     # Which models, and what they are made of.
 
@@ -240,10 +240,10 @@ def find_adapter(model: nn.Module) -> Adapter:
         UnsupportedModelError: names the class met and the families that exist.
     """
     adapter = adapter_of(model)
-    if adapter in ADAPTERS:
+    if ADAPTERS.get(adapter.name) is adapter:
         adapter.check(model)
         return adapter
-    known = "; ".join(f"{adapter.name} ({adapter.covers})" for adapter in ADAPTERS)
+    known = "; ".join(f"{adapter.name} ({adapter.covers})" for adapter in ADAPTERS.values())
     wrapped = type(model).__name__ in ("OptimizedModule", "DistributedDataParallel", "FullyShardedDataParallel")
     hint = "attach to the model before wrapping or compiling it" if wrapped else f"adapters: {known}"
     raise UnsupportedModelError(f"no adapter for {type(model).__module__}.{type(model).__qualname__}; {hint}")
@@ -284,8 +284,4 @@ def as_tensor(out: Any) -> Tensor:
 
 
 def _tried() -> list[Adapter]:
-    return [*reversed(ADAPTERS), *reversed(OTHERS)]
-
-
-def _home(cls: type) -> tuple[str, str]:
-    return cls.__module__, cls.__qualname__
+    return [*list(ADAPTERS.values())[::-1], *list(OTHERS.values())[::-1]]

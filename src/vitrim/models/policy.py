@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ScoreError, VitrimError
-from ..tokens import Constant, Plan, Reduction, Schedule, make_plan
+from ..tokens import Constant, Plan, Reduction, Schedule, make_plan, render
 from ..tokens.gradients import GradientMemory
 from .adapter import Adapter, Geometry
 from .trace import Trace
@@ -58,7 +58,9 @@ class Policy:
         """Patch tokens that reach the first block at the model's own input size, by training mode."""
         self._prepare()
         if reduction is not None:
-            for plan in self._plans.values():
+            # The curriculum will not reach some strengths for many epochs; what the model cannot do is refused now.
+            strengths = (self.strength, *reduction.curriculum.strengths)
+            for plan in dict.fromkeys(self._make(*key, strength) for strength in strengths for key in self._plans):
                 adapter.check_plan(model, plan, reduction.reducer)
 
     @property
@@ -77,7 +79,7 @@ class Policy:
         plans = self._plans
         key = (num_patches, training)
         if key not in plans:
-            plans[key] = self._make(num_patches, training)
+            plans[key] = self._make(num_patches, training, self.strength)
         return plans[key]
 
     def set_strength(self, strength: float) -> None:
@@ -132,12 +134,12 @@ class Policy:
         if not torch.compiler.is_exporting():  # The tensors of an export are not real.
             self.last = trace.summary()
 
-    def _make(self, num_patches: int, training: bool) -> Plan:
+    def _make(self, num_patches: int, training: bool, strength: float) -> Plan:
         g = self.geometry
         if self.reduction is None or self.schedule is None or not self.reduction.active(training):
             plan = Plan(num_patches, g.num_prefix, g.depth, ())
         else:
-            schedule = self.schedule if self.strength == 1 else self.schedule.scaled(self.strength)
+            schedule = self.schedule if strength == 1 else self.schedule.scaled(strength)
             sizes = {"depth": g.depth, "num_patches": num_patches, "num_prefix": g.num_prefix}
             plan = make_plan(schedule, self.reduction.reducer, **sizes)
         return plan.for_prefix_only() if self.cls_only else plan
@@ -145,7 +147,7 @@ class Policy:
     def _prepare(self) -> None:
         # Plans for the model's own size are made ahead, so that a compiled forward pass only looks them up.
         modes = {(patches, mode) for mode in (True, False) for patches in (self.entering[mode],)}
-        self._plans: dict[tuple[int, bool], Plan] = {key: self._make(*key) for key in modes}
+        self._plans: dict[tuple[int, bool], Plan] = {key: self._make(*key, self.strength) for key in modes}
 
     def _macs_of(self, model: nn.Module, adapter: Adapter, g: Geometry) -> Callable[[Schedule], int]:
         assert self.reduction is not None
@@ -165,11 +167,19 @@ class Policy:
     def _check(self, g: Geometry, name: str) -> None:
         if self.cls_only and g.head != "prefix":
             raise VitrimError(f"cls_only needs a head that reads only CLS; the head of this {name} pools patch tokens")
-        if self.reduction is not None and self.reduction.reducer.needs == "cls_row" and not g.has_cls:
+        if self.reduction is None or g.has_cls:
+            return
+        if self.reduction.reducer.needs == "cls_row":
             raise ScoreError(
                 f"this {name} has no CLS token to score with; use TopK(score='norm'), 'key_norm', "
                 "'mean_attention' or ToMe()"
             )
+        for figure in self.reduction.curriculum.reads:
+            if figure.needs == "cls_row":
+                raise ScoreError(
+                    f"this {name} has no CLS token, which {figure.name} of {render(self.reduction.curriculum)} needs; "
+                    "choose another curriculum"
+                )
 
     def _warn_if_left_behind(self) -> None:
         origin = None if self._origin is None or self._moved else self._origin()

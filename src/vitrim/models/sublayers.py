@@ -15,13 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UnsupportedModelError
+from ..tables import Table
 from .adapter import find_adapter
 from .macs import Macs
 from .slicing import compensate
 
 Kind = Literal["attention", "mlp"]
 Tap = Callable[[str, Tensor], None]
-ELASTIC: dict[type[nn.Module], type["Elastic"]] = {}
+ELASTIC: Table[type[nn.Module], type["Elastic"]] = Table("elastic layer")
 """Which subclass takes the place of which foreign layer."""
 
 
@@ -40,7 +41,8 @@ class Elastic(nn.Module):
 
     def __init_subclass__(cls, replaces: type[nn.Module] | None = None) -> None:
         if replaces is not None:
-            ELASTIC[replaces], cls.replaces = cls, replaces
+            cls.replaces = replaces
+            ELASTIC.enter(replaces, cls)
 
     @property
     def last(self) -> nn.Linear:

@@ -20,7 +20,7 @@ def listing(kind: str = "all") -> str:
         "terms": ((name, _first(c)) for name, c in TERMS.items()),
         "weights": ((name, _first(c)) for name, c in WEIGHTS.items()),
         "losses": ((name, _first(function)) for name, function in LOSSES.items()),
-        "adapters": ((adapter.name, adapter.covers) for adapter in ADAPTERS),
+        "adapters": ((adapter.name, adapter.covers) for adapter in ADAPTERS.values()),
         "models": ((name, "") for name in timm.list_models("vitrim_*")),
     }
     shared = ", ".join(option.name for option in fields(Schedule))

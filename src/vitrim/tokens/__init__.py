@@ -1,8 +1,8 @@
-"""Pure token reduction: scores, reducers, schedules, curricula. Tensors only, no model in sight."""
+"""Pure token reduction: scores, reducers, schedules, curricula. Works on tensors, without any model."""
 
 from ..notation import render
 from .assignment import Assignment, TokenState, take
-from .curricula import CURRICULA, Adaptive, Constant, CosineWarmup, Curriculum, Delayed, Polynomial
+from .curricula import CURRICULA, Adaptive, Constant, CosineWarmup, Curriculum, Delayed, Figure, Polynomial
 from .plan import SCHEDULES, Cut, Plan, Schedule, make_plan
 from .reducers import REDUCERS, Reducer, ToMe, TopK
 from .reduction import Reduction
@@ -25,6 +25,7 @@ __all__ = [
     "Cut",
     "Delayed",
     "Evidence",
+    "Figure",
     "KeepRate",
     "Plan",
     "Polynomial",

@@ -1,30 +1,62 @@
 """How strongly a schedule acts at each moment of training: one number in [0, 1], 0 = dense, 1 = the whole schedule.
 
-A curriculum is a pure function of the epoch (which may be a fraction) and of the history of validation
-figures, so that a resumed run follows the same path. To add one, subclass `Curriculum` with `strength`.
+A curriculum is a pure function of the epoch (which may be a fraction) and of the history of validation figures, so
+that a resumed run takes the same course. To add one, subclass `Curriculum` with `strength`; if it uses validation
+figures, name them in `reads`.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import cos, pi
-from typing import Literal
+from typing import Any, Literal
 
 from ..errors import ScheduleError
-from ..kinds import check_options
+from ..notation import render
+from ..option_types import check_options
+from ..tables import Table
+from .plan import Schedule
+from .scores import Needs
 
 History = Sequence[Mapping[str, float]]
-CURRICULA: dict[str, type["Curriculum"]] = {}
+CURRICULA: Table[str, type["Curriculum"]] = Table("curriculum")
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A number that is measured on held-out images after every epoch.
+
+    Args:
+        name: its key in the history, and in `metrics.jsonl`.
+        needs: what the model must supply, in the words of scores: "cls_row" needs a CLS token.
+        best: the first value and all later ones of the course that drives a curriculum fastest.
+        measure: computes it from the model and held-out images (B, channels, H, W). None for the figures that
+            training always has (`val_loss`, and `val_accuracy` where classes are learnt) and for
+            `attention_entropy`, which it can measure.
+    """
+
+    name: str
+    needs: Needs = "nothing"
+    best: tuple[float, float] = (1.0, 0.0)
+    measure: Callable[[Any, Any], float] | None = None
+
+
+VAL_LOSS = Figure("val_loss")
+ATTENTION_ENTROPY = Figure("attention_entropy", needs="cls_row", best=(0.0, 0.0))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Curriculum:
-    """Base of all curricula. `per_step` lets the strength change within an epoch, not only between epochs."""
+    """Base of all curricula.
+
+    Args:
+        per_step: whether the strength may change at every step, instead of only between epochs (default).
+    """
 
     per_step: bool = False
 
     def __init_subclass__(cls) -> None:
-        CURRICULA[cls.__name__] = cls
+        CURRICULA.enter(cls.__name__, cls)
 
     def __post_init__(self) -> None:
         check_options(self, ScheduleError)
@@ -33,15 +65,39 @@ class Curriculum:
         """Strength in [0, 1] at `epoch` (from 0), given one mapping of validation figures per finished epoch."""
         raise NotImplementedError
 
+    @property
+    def reads(self) -> tuple[Figure, ...]:
+        """The validation figures that `strength` uses; a recipe with any needs held-out images."""
+        return ()
+
+    @property
+    def strengths(self) -> tuple[float, ...]:
+        """Strengths at which a schedule is checked before training begins: by default all of [0, 1], in small steps."""
+        return tuple(step / 32 for step in range(33))
+
+    def check(self, schedule: Schedule) -> None:
+        """Raise `ScheduleError` if the options contradict the schedule that this curriculum drives."""
+
+    def completed(self, schedule: Schedule) -> "Curriculum":
+        """This curriculum with open options filled in from the schedule that it drives."""
+        return self
+
     def acts_within(self, epochs: int) -> bool:
-        """Whether a training of so many epochs gets to see any of it, on the most favourable course."""
-        course = [{"val_loss": float(epoch == 0), "attention_entropy": 0.0} for epoch in range(epochs - 1)]
+        """Whether the strength is ever above 0 in so many epochs, if the figures take their best course."""
+        course = [
+            {figure.name: figure.best[0] if epoch == 0 else figure.best[1] for figure in self.reads}
+            for epoch in range(epochs - 1)
+        ]
         return self.strength(epochs - 1e-6 if self.per_step else epochs - 1, course) > 0
 
 
 @dataclass(frozen=True)
 class Constant(Curriculum):
-    """The whole schedule from the first step."""
+    """The whole schedule from the first step; the default."""
+
+    @property
+    def strengths(self) -> tuple[float, ...]:
+        return (1.0,)
 
     def strength(self, epoch: float, history: History = ()) -> float:
         return 1.0
@@ -49,7 +105,11 @@ class Constant(Curriculum):
 
 @dataclass(frozen=True)
 class Delayed(Curriculum):
-    """Dense before `epoch`, the whole schedule from it on (epochs count from 0)."""
+    """Dense before one epoch, the whole schedule from it on.
+
+    Args:
+        epoch: the first epoch that reduces, 0 or more; epochs count from 0.
+    """
 
     epoch: float
 
@@ -58,69 +118,113 @@ class Delayed(Curriculum):
         if self.epoch < 0:
             raise ScheduleError(f"a curriculum starts at epoch 0 or later, not {self.epoch}")
 
+    @property
+    def strengths(self) -> tuple[float, ...]:
+        return (0.0, 1.0)
+
     def strength(self, epoch: float, history: History = ()) -> float:
         return float(epoch >= self.epoch)
 
 
 @dataclass(frozen=True)
 class Polynomial(Curriculum):
-    """PTD: drop ratio `initial` before `start`, `final` from `end` on, between them a power of the time passed.
+    """Progressive token dropping (PTD): the drop ratio rises with a power of the time between two epochs.
 
-    `d(t) = initial + ((t - start) / (end - start))^gamma * (final - initial)`; `final` is the drop ratio of the
-    schedule it drives, so `KeepRate(0.65)`, `Stages({0: 0.65})` and `PowerLaw(0.35)` go with `final=0.35`.
-    Left out, it is whatever the schedule drops.
+    `d(t) = initial + ((t - start) / (end - start))^gamma * (final - initial)`, `initial` before `start`, `final` from
+    `end` on. The strength is d(t) / final.
+
+    Args:
+        start: the epoch at which the rise begins, 0 or more.
+        end: the epoch at which it ends, after `start`.
+        final: drop ratio in (0, 1], the same as that of the schedule: 0.35 for `KeepRate(0.65)`, `Stages({0: 0.65})`
+            and `PowerLaw(0.35)`. None (default): that of the schedule, whatever it is.
+        gamma: the power, above 0; 1 is a straight line, 2 (default) starts slowly.
+        initial: drop ratio in [0, final] before `start`; 0 (default) is dense.
     """
 
     start: float
     end: float
-    final: float = 1.0
+    final: float | None = None
     gamma: float = 2.0
     initial: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.start < self.end:
-            raise ScheduleError(f"Polynomial needs 0 <= start < end, not start={self.start}, end={self.end}")
-        if not 0 <= self.initial <= self.final <= 1 or self.final == 0:
-            raise ScheduleError(f"drop ratios rise within [0, 1], not from {self.initial} to {self.final}")
+        _check_order(self, self.start, self.end)
+        if not 0 <= self.initial <= 1 or not (self.final is None or 0 < self.final <= 1):
+            raise ScheduleError(f"drop ratios are in [0, 1], not initial={self.initial}, final={self.final}")
+        if self.final is not None and self.initial > self.final:
+            raise ScheduleError(f"the drop ratio rises, so initial={self.initial} cannot be above final={self.final}")
         if self.gamma <= 0:
             raise ScheduleError(f"gamma is above 0, not {self.gamma}")
 
+    def check(self, schedule: Schedule) -> None:
+        drops = schedule.drop_ratio
+        if drops is None and (self.final is not None or self.initial > 0):
+            given = "final" if self.final is not None else "initial"
+            raise ScheduleError(
+                f"{render(self)}: {given} is a drop ratio, but {schedule} has no single one; leave `{given}` out"
+            )
+        if self.final is not None and drops is not None and abs(self.final - drops) > 1e-9:
+            raise ScheduleError(
+                f"Polynomial ends at drop ratio {self.final}, but {schedule} drops {drops:.4g}; make them agree or "
+                "leave `final` out"
+            )
+        if self.final is None and drops is not None and self.initial > drops:
+            raise ScheduleError(
+                f"Polynomial starts at drop ratio {self.initial}, but {schedule} drops only {drops:.4g}; "
+                "lower `initial`"
+            )
+
+    def completed(self, schedule: Schedule) -> "Polynomial":
+        # The strength at `initial` depends on how much the schedule drops; from 0, it does not.
+        if self.final is not None or self.initial == 0 or schedule.drop_ratio is None:
+            return self
+        return replace(self, final=round(schedule.drop_ratio, 12))
+
     def drop_ratio(self, epoch: float) -> float:
-        """d(t), between `initial` and `final`."""
-        passed = min(max((epoch - self.start) / (self.end - self.start), 0.0), 1.0)
-        return self.initial + passed**self.gamma * (self.final - self.initial)
+        """d(t), between `initial` and `final` (1 where `final` is left out)."""
+        if self.final is None and self.initial > 0:
+            raise ScheduleError(f"{render(self)}: give `final` too, or combine it with a schedule in a Reduction")
+        final = 1.0 if self.final is None else self.final
+        return self.initial + _passed(epoch, self.start, self.end) ** self.gamma * (final - self.initial)
 
     def strength(self, epoch: float, history: History = ()) -> float:
-        return self.drop_ratio(epoch) / self.final
+        return self.drop_ratio(epoch) / (self.final or 1.0)
 
 
 @dataclass(frozen=True)
 class CosineWarmup(Curriculum):
-    """EViT: the keep rate falls from 1 to its final value along half a cosine, between epochs `start` and `end`."""
+    """The keep rate falls from 1 to its final value along half a cosine (EViT, arXiv 2202.07800).
+
+    Args:
+        end: the epoch from which the whole schedule acts, after `start`.
+        start: the epoch at which the fall begins, 0 (default) or more.
+    """
 
     end: float
     start: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.start < self.end:
-            raise ScheduleError(f"CosineWarmup needs 0 <= start < end, not start={self.start}, end={self.end}")
+        _check_order(self, self.start, self.end)
 
     def strength(self, epoch: float, history: History = ()) -> float:
-        passed = min(max((epoch - self.start) / (self.end - self.start), 0.0), 1.0)
-        return 0.5 * (1 - cos(pi * passed))
+        return 0.5 * (1 - cos(pi * _passed(epoch, self.start, self.end)))
 
 
 @dataclass(frozen=True)
 class Adaptive(Curriculum):
-    """Follow the run: prune more while it goes well, less when it does not.
+    """Follow the run: reduce more while it goes well, less when it does not.
 
-    signal="slope": each finished epoch raises the strength by `step` when the validation loss (`val_loss`) fell
-    by at least the fraction `threshold`, and lowers it by `step` when the loss rose.
-    signal="entropy": strength is how far CLS attention is from uniform (`attention_entropy`, in [0, 1] of the
-    largest possible), divided by `threshold`, so that attention must be sharp before tokens go.
-    `threshold` defaults to 0.01 for the slope and 0.5 for the entropy.
+    Args:
+        signal: "slope" (default): every finished epoch raises the strength by `step` if the validation loss
+            (`val_loss`) fell by at least the fraction `threshold`, and lowers it by `step` if the loss rose.
+            "entropy": the strength is (1 - `attention_entropy`) / `threshold`, where 1 is the entropy of uniform CLS
+            attention, so that tokens are dropped only once attention is sharp. Needs a model with a CLS token.
+        step: change per epoch of "slope", in (0, 1]; 0.1 by default.
+        threshold: above 0; by default 0.01 for "slope" and 0.5 for "entropy".
+        start: dense before this epoch; 0 by default.
     """
 
     signal: Literal["slope", "entropy"] = "slope"
@@ -138,22 +242,36 @@ class Adaptive(Curriculum):
             )
 
     @property
+    def reads(self) -> tuple[Figure, ...]:
+        return (VAL_LOSS,) if self.signal == "slope" else (ATTENTION_ENTROPY,)
+
+    @property
     def _threshold(self) -> float:
         return self.threshold or 0.0
 
     def strength(self, epoch: float, history: History = ()) -> float:
-        if epoch < self.start:
+        (figure,) = self.reads
+        values = [figures[figure.name] for figures in history if figure.name in figures]
+        if epoch < self.start or not values:
             return 0.0
         if self.signal == "entropy":
-            if not history or "attention_entropy" not in history[-1]:
-                return 0.0
-            return min(max((1 - history[-1]["attention_entropy"]) / self._threshold, 0.0), 1.0)
+            return min(max((1 - values[-1]) / self._threshold, 0.0), 1.0)
         strength = 0.0
-        losses = [figures["val_loss"] for figures in history if "val_loss" in figures]
-        for before, after in pairwise(losses):
+        for before, after in pairwise(values):
             fell = (before - after) / max(abs(before), 1e-12)
             if fell >= self._threshold:
                 strength = min(1.0, strength + self.step)
             elif fell < 0:
                 strength = max(0.0, strength - self.step)
         return strength
+
+
+def _passed(epoch: float, start: float, end: float) -> float:
+    """The fraction of the time from `start` to `end` that has passed, in [0, 1]."""
+    return min(max((epoch - start) / (end - start), 0.0), 1.0)
+
+
+def _check_order(curriculum: Curriculum, start: float, end: float) -> None:
+    if not 0 <= start < end:
+        name = type(curriculum).__name__
+        raise ScheduleError(f"{name} needs 0 <= start < end, not start={start}, end={end}")

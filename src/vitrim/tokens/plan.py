@@ -1,4 +1,4 @@
-"""From a schedule to a plan: every number of tokens known, and checked, before a tensor is touched."""
+"""From a schedule to a plan: every number of tokens is known, and checked, before any tensor is computed."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -6,12 +6,13 @@ from math import ceil
 from typing import Literal
 
 from ..errors import ScheduleError
-from ..kinds import check_options
 from ..notation import render
+from ..option_types import check_options
+from ..tables import Table
 from .reducers import Reducer
 
 Place = Literal["before", "inside"]
-SCHEDULES: dict[str, type["Schedule"]] = {}
+SCHEDULES: Table[str, type["Schedule"]] = Table("schedule")
 
 
 @dataclass(frozen=True)
@@ -24,26 +25,26 @@ class Cut:
     keep: int
     num_out: int
     first: bool = False
-    """Whether no cut comes earlier in the model, so that there are no scores to carry over."""
+    """Whether this is the first cut of the model, so that there are no earlier scores to carry over."""
     returns: bool = False
-    """Whether what goes comes back in a later block, so that it must be complete when it goes."""
+    """Whether the removed tokens return in a later block, so that their attention must be computed before they go."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A schedule carried out for one number of tokens: `cuts` count patch tokens, `token_counts` all tokens."""
+    """A schedule applied to one number of tokens. `cuts` count patch tokens, `token_counts` all tokens."""
 
     num_patches: int
     num_prefix: int
     depth: int
     cuts: tuple[Cut, ...]
     prefix_only: bool = False
-    """Whether the last block computes the prefix tokens alone, for a head that reads nothing else."""
+    """Whether the last block computes only prefix tokens, for a head that reads nothing else."""
     reinstate: int | None = None
-    """The block before which all patch tokens are back, None where none went or none return."""
+    """The block before which all patch tokens return; None if none was removed or none returns."""
 
     def cut(self, block: int, place: Place) -> Cut | None:
-        """The cut at that place, None where there is none."""
+        """The cut at that place, or None."""
         for cut in self.cuts:
             if cut.block == block and cut.place == place:
                 return cut
@@ -64,13 +65,13 @@ class Plan:
 
     @property
     def entering(self) -> tuple[int, ...]:
-        """Tokens on which each block starts, prefix tokens and those that return before it included."""
+        """Tokens entering each block, prefix tokens and those that return before it included."""
         full = self.num_patches + self.num_prefix
         counts = (full, *self.token_counts[:-1])
         return tuple(full if block == self.reinstate else count for block, count in enumerate(counts))
 
     def for_prefix_only(self) -> "Plan":
-        """The same plan where the last block computes prefix tokens alone, which makes a cut inside it pointless."""
+        """The same plan where the last block computes only prefix tokens; a cut inside that block is left out."""
         kept = tuple(cut for cut in self.cuts if (cut.block, cut.place) != (self.depth - 1, "inside"))
         return replace(self, cuts=kept, prefix_only=True)
 
@@ -80,10 +81,11 @@ class Schedule:
     """Base of all schedules.
 
     Args:
-        place: cut before a block, or inside it between attention and MLP.
-        round_to: round the length of the sequence after a cut up to a multiple.
-        reinstate: the block before which all tokens come back, in their original order, dropped and fused ones as
-            they were when they went, merged ones as their common token is by then. Later blocks cut nothing.
+        place: cut "before" a block, or "inside" it between attention and MLP (default, except for `Stages`).
+        round_to: round the length of the sequence after a cut up to a multiple of this; 1 (default) does not round.
+        reinstate: the block before which all tokens return in their original order: dropped and fused tokens with
+            the values they had when they were removed, merged tokens with the value of their common token. Blocks
+            from there on cut nothing. None (default): tokens do not return.
     """
 
     place: Place = "inside"
@@ -91,7 +93,7 @@ class Schedule:
     reinstate: int | None = None
 
     def __init_subclass__(cls) -> None:
-        SCHEDULES[cls.__name__] = cls
+        SCHEDULES.enter(cls.__name__, cls)
 
     def __str__(self) -> str:
         return render(self)
@@ -102,7 +104,7 @@ class Schedule:
             raise ScheduleError(f"round_to is a positive integer, not {self.round_to}")
 
     def span(self, depth: int) -> range:
-        """Blocks in which tokens can go: all, or those before the tokens come back."""
+        """Blocks that can remove tokens: all, or those before the tokens return."""
         return range(depth if self.reinstate is None else min(self.reinstate, depth))
 
     def blocks(self, depth: int) -> Sequence[int]:
@@ -110,7 +112,7 @@ class Schedule:
         raise NotImplementedError
 
     def target(self, block: int, depth: int, num_now: int, num_patches: int) -> int:
-        """Patch tokens to keep at `block`, of `num_now` that reach it and `num_patches` at the input."""
+        """Patch tokens to keep at `block`, given `num_now` that enter it and `num_patches` at the input."""
         raise NotImplementedError
 
     def scaled(self, strength: float) -> "Schedule":
@@ -119,11 +121,11 @@ class Schedule:
 
     @property
     def drop_ratio(self) -> float | None:
-        """The share of tokens that the whole schedule drops, by its own measure; None where no one number says it."""
+        """The share of tokens that the schedule drops at full strength; None if it has no single drop ratio."""
         return None
 
     def check(self, depth: int, num_patches: int, reducer: Reducer) -> None:
-        """Raise `ScheduleError` where the schedule asks for what a model of that size cannot give."""
+        """Raise `ScheduleError` if the schedule does not fit a model of this size."""
         for block in self.blocks(depth):
             if not 0 <= block < depth:
                 raise ScheduleError(f"{self} cuts at block {block}, but the model has blocks 0 to {depth - 1}")
@@ -131,15 +133,16 @@ class Schedule:
                 raise ScheduleError(f"{self} cuts at block {block}, but tokens return before block {self.reinstate}")
         if self.reinstate is not None and not (self.blocks(depth) and self.reinstate < depth):
             raise ScheduleError(
-                f"{self}: tokens return before a block behind a cut, {depth - 1} at most, not before {self.reinstate}"
+                f"{self}: tokens return before a block that comes after a cut, {depth - 1} at most, "
+                f"not before {self.reinstate}"
             )
 
     def resolve(self, macs_of: Callable[["Schedule"], int], dense: Callable[[], int]) -> "Schedule":
-        """A schedule with nothing left to solve for.
+        """The schedule with its numbers solved for one model; only `Budget` has anything to solve.
 
         Args:
-            macs_of: MACs of the model under a schedule, exact savings included.
-            dense: counts the MACs of the plain model.
+            macs_of: MACs of the model under a schedule.
+            dense: counts the MACs of the dense model.
         """
         return self
 
@@ -147,7 +150,7 @@ class Schedule:
 def make_plan(
     schedule: Schedule, reducer: Reducer, *, depth: int, num_patches: int, num_prefix: int, limits: bool = True
 ) -> Plan:
-    """Carry the schedule out for `num_patches` patch tokens; `limits` turns its checks on."""
+    """The plan of a schedule for `num_patches` patch tokens; `limits` turns the checks on."""
     if limits:
         schedule.check(depth, num_patches, reducer)
     cuts: list[Cut] = []

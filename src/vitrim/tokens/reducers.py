@@ -11,50 +11,50 @@ import torch
 from torch import Tensor
 
 from ..errors import ScoreError
-from ..kinds import check_options
+from ..option_types import check_options
+from ..tables import Table
 from .assignment import Assignment
 from .precision import wide
-from .scores import Evidence, Needs, find_score
+from .scores import SCORES, Evidence, Needs
 
-REDUCERS: dict[str, type["Reducer"]] = {}
+REDUCERS: Table[str, type["Reducer"]] = Table("reducer")
 
 
 @dataclass(frozen=True)
 class Reducer:
-    """Base of all reducers. Immutable configuration; `assign` is a pure function of the evidence."""
+    """Base of all reducers: immutable options, and `assign`, a pure function of the evidence."""
 
     extra_tokens: ClassVar[int] = 0
-    """Tokens appended by a cut beside the kept ones."""
+    """Tokens that a cut appends to the kept ones."""
     prop_attn: ClassVar[bool] = False
-    """Whether log(size) enters the attention logits after a cut."""
-
+    """Whether log(size) is added to the attention logits after a cut."""
     merges: ClassVar[bool] = False
-    """Whether lost tokens are averaged into those that stay."""
+    """Whether removed tokens are averaged into kept ones."""
 
     def __init_subclass__(cls) -> None:
-        REDUCERS[cls.__name__] = cls
+        REDUCERS.enter(cls.__name__, cls)
 
     def __post_init__(self) -> None:
         check_options(self, ScoreError)
 
     @property
     def needs(self) -> Needs:
-        """The evidence that `assign` reads."""
+        """The evidence that `assign` uses: "nothing", "key", "cls_row", "attention" or "hidden"."""
         raise NotImplementedError
 
     @property
     def drops_queries(self) -> bool:
-        """True when lost tokens leave no trace, so that their queries need not be computed."""
+        """Whether nothing of a removed token is used later, so that its query need not be computed."""
         return False
 
     @property
     def carries_scores(self) -> bool:
-        """Whether a cut wants the scores of earlier cuts."""
+        """Whether a cut uses the scores of earlier cuts."""
         return False
 
     @property
     def training_only(self) -> bool:
-        """Whether the evidence is there in training steps alone."""
+        """Whether the evidence exists only in training steps."""
         return False
 
     def fewest(self, num_tokens: int) -> int:
@@ -62,15 +62,15 @@ class Reducer:
         return 1
 
     def reads_evidence(self, block: int) -> bool:
-        """False at blocks where the decision rests on earlier blocks alone."""
+        """Whether a cut at this block uses evidence of this block; False if it uses only that of earlier ones."""
         return True
 
     def macs(self, num_tokens: int, head_dim: int) -> int:
-        """Multiply-accumulates per image of `assign` itself, over those of the evidence."""
+        """Multiply-accumulates per image of `assign`, without those that compute the evidence."""
         return 0
 
     def assign(self, evidence: Evidence, keep: int) -> Assignment:
-        """Decide which `keep` of the N patch tokens survive, `1 <= keep < N`."""
+        """Decide which `keep` of the N patch tokens are kept, `1 <= keep < N`."""
         raise NotImplementedError
 
 
@@ -93,12 +93,14 @@ class TopK(Reducer):
     """Keep the tokens with the highest score; drop the rest, or fuse them into one (EViT, arXiv 2202.07800).
 
     Args:
-        score: name in `vitrim list scores`.
-        fuse: None drops the rest; "sum" appends `sum_i a_i x_i` with the raw scores `a_i` (EViT);
-            "mean" appends the same divided by `sum_i a_i`.
-        normalise: scores to mean 0 and standard deviation 1 within each image, before they are averaged.
-        momentum: weight in [0, 1) of the scores carried from earlier cuts (a moving average over depth).
-        shallow: cuts in blocks after this one reuse the carried scores and compute none of their own.
+        score: a name of `vitrim list scores`; "cls_attention" by default.
+        fuse: None (default) drops the rest. "sum" appends the token `sum_i a_i x_i` with the raw scores `a_i`, as
+            EViT does, for scores that are attention probabilities. "mean" appends it divided by `sum_i a_i`.
+        normalise: scale the scores of each image to mean 0 and standard deviation 1 before they are averaged;
+            False by default.
+        momentum: weight in [0, 1) of the scores of earlier cuts in a moving average over depth; 0 by default.
+        shallow: cuts in later blocks than this one use the scores carried up to it and compute none. None (default):
+            every cut computes its scores.
     """
 
     score: str = "cls_attention"
@@ -109,17 +111,17 @@ class TopK(Reducer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        found = find_score(self.score)
+        found = SCORES.find(self.score)
         if self.fuse == "sum" and not found.is_probability:
             raise ScoreError(
                 f"fuse='sum' adds up attention probabilities, which {self.score!r} is not; use fuse='mean'"
             )
         if not 0 <= self.momentum < 1:
-            raise ScoreError(f"momentum lies in [0, 1), not {self.momentum}")
+            raise ScoreError(f"momentum is in [0, 1), not {self.momentum}")
         if self.shallow is not None and self.shallow < 0:
             raise ScoreError(f"shallow is a block index, 0 or more, not {self.shallow}")
         if self.shallow is not None and self.normalise and self.fuse is not None:
-            raise ScoreError("normalise and shallow carry scores that can be negative and cannot weigh a fused token")
+            raise ScoreError("normalise with shallow carries negative scores, which cannot be weights of a fused token")
 
     @property
     def extra_tokens(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -127,11 +129,11 @@ class TopK(Reducer):
 
     @property
     def needs(self) -> Needs:
-        return find_score(self.score).needs
+        return SCORES.find(self.score).needs
 
     @property
     def training_only(self) -> bool:
-        return find_score(self.score).training_only
+        return SCORES.find(self.score).training_only
 
     @property
     def drops_queries(self) -> bool:
@@ -147,7 +149,7 @@ class TopK(Reducer):
     def assign(self, evidence: Evidence, keep: int) -> Assignment:
         previous = evidence.previous_BN
         if previous is None or self.reads_evidence(evidence.block):
-            raw = score = find_score(self.score).compute(evidence)
+            raw = score = SCORES.find(self.score).compute(evidence)
             if self.normalise:
                 score = (raw - raw.mean(1, keepdim=True)) / raw.std(1, keepdim=True, correction=0).clamp(min=1e-12)
             if previous is not None:
@@ -168,11 +170,13 @@ class TopK(Reducer):
 class ToMe(Reducer):
     """Merge the most similar token pairs (ToMe, arXiv 2210.09461).
 
-    Even-indexed patch tokens each choose the odd-indexed one with the most similar key (cosine, keys averaged
-    over heads); the best edges merge, by size-weighted mean. At most half of the tokens can go in one cut.
+    Each patch token of even index chooses the token of odd index with the most similar key (cosine, keys averaged
+    over heads); the most similar pairs merge into their mean, weighted by size. One cut removes at most half of the
+    tokens.
 
     Args:
-        prop_attn: add log(size) to the attention logits of later blocks.
+        prop_attn: add log(size) to the attention logits of later blocks, so that a merged token receives attention
+            for all its members; True by default.
     """
 
     merges = True
@@ -192,7 +196,7 @@ class ToMe(Reducer):
         num_tokens = evidence.num_patches
         num_moved = num_tokens - keep
         key = evidence.key[:, :, evidence.num_prefix :].detach()
-        # Half precision would tie the similarities of near tokens, and so merge other pairs.
+        # In half precision many similarities would be equal, and other pairs would merge.
         with nullcontext() if key.is_meta else torch.autocast(key.device.type, enabled=False):
             metric = wide(key).mean(1)
             metric = torch.nn.functional.normalize(metric, dim=-1, eps=torch.finfo(metric.dtype).tiny)

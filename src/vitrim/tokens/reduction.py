@@ -1,6 +1,6 @@
 """A whole reduction in one line: `TopK(cls_attention) @ KeepRate(0.7, at=(3, 6, 9)) @ Delayed(5)`.
 
-The same text serves the command line, recipes, saved models and tables: what `str` prints, `parse` reads.
+The same text is used on the command line, in recipes, saved models and tables: `parse` reads what `str` writes.
 """
 
 import ast
@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ..errors import ScheduleError, ScoreError
-from ..kinds import check_options
 from ..notation import Notation, render
-from .curricula import CURRICULA, Constant, Curriculum, Polynomial
+from ..option_types import check_options
+from ..text import short
+from .curricula import CURRICULA, Constant, Curriculum
 from .plan import SCHEDULES, Schedule
 from .reducers import REDUCERS, Reducer
 
@@ -26,7 +27,14 @@ _NOTATION = Notation(
 
 @dataclass(frozen=True)
 class Reduction:
-    """Which tokens go (reducer), how many and where (schedule), when in training (curriculum), and in which phase."""
+    """Which tokens are removed, how many and where, when in training, and in which mode of the model.
+
+    Args:
+        reducer: decides which tokens are removed.
+        schedule: says how many, at which blocks.
+        curriculum: how the schedule grows over training; `Constant()` by default.
+        phase: reduce in "train" mode, in "eval" mode, or in "both" (default).
+    """
 
     reducer: Reducer
     schedule: Schedule
@@ -37,18 +45,11 @@ class Reduction:
         check_options(self, ScheduleError)
         if self.reducer.training_only and self.phase != "train":
             raise ScoreError(
-                f"{render(self.reducer)} lives on gradients, so it can act in phase 'train' alone, "
-                f"not in phase {self.phase!r}; at test time choose another score"
+                f"{render(self.reducer)} uses gradients, so it works only in phase 'train', "
+                f"not in phase {self.phase!r}; choose another score for evaluation"
             )
-        if isinstance(self.curriculum, Polynomial) and self.curriculum.final != 1:
-            self._check_final(self.curriculum.final)
-
-    def _check_final(self, final: float) -> None:
-        drops = self.schedule.drop_ratio
-        if drops is None or abs(final - drops) > 1e-9:
-            named = "has no one drop ratio" if drops is None else f"drops {drops:.4g}"
-            advice = "leave `final` out" if drops is None else "make them agree or leave `final` out"
-            raise ScheduleError(f"Polynomial ends at drop ratio {final}, but {self.schedule} {named}; {advice}")
+        self.curriculum.check(self.schedule)
+        object.__setattr__(self, "curriculum", self.curriculum.completed(self.schedule))
 
     def active(self, training: bool) -> bool:
         """Whether tokens are reduced in this mode of the model."""
@@ -62,14 +63,14 @@ class Reduction:
 
     @classmethod
     def parse(cls, text: str, phase: Phase = "both") -> "Reduction":
-        """Read `reducer @ schedule` or `reducer @ schedule @ curriculum`; errors say what is wrong and known."""
+        """Read `reducer @ schedule` or `reducer @ schedule @ curriculum`; errors list the known names."""
         if not text.strip():
             raise ScheduleError(f"no reduction given; for example {_NOTATION.example}")
         parts = _NOTATION.parse(text)
         kinds = (Reducer, Schedule, Curriculum)
         if not 2 <= len(parts) <= 3 or not all(isinstance(p, k) for p, k in zip(parts, kinds, strict=False)):
             raise ScheduleError(
-                f"{text!r} is not `reducer @ schedule` or `reducer @ schedule @ curriculum`; "
+                f"{short(text, 160)} is not `reducer @ schedule` or `reducer @ schedule @ curriculum`; "
                 f"for example {_NOTATION.example}"
             )
         return cls(*parts, phase=phase)

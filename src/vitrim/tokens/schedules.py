@@ -1,4 +1,4 @@
-"""How many patch tokens survive at each place.
+"""How many patch tokens are kept at each place.
 
 A schedule names the blocks at which it cuts and how many tokens each cut keeps. To add one, subclass `Schedule`
 with `blocks`, `target` and `scaled`; `make_plan` does the rest.
@@ -10,12 +10,13 @@ from math import ceil, floor
 from numbers import Integral
 
 from ..errors import ScheduleError
-from ..kinds import as_tuple
 from ..notation import SHOWN
+from ..option_types import as_tuple
+from ..text import short
 from .plan import Place, Schedule
 from .reducers import Reducer
 
-_ROUNDING = 1e-9  # 0.7 * 10 must count as 7 whichever way binary fractions fall.
+_ROUNDING = 1e-9  # 0.7 * 10 must count as 7, although binary fractions are not exact.
 
 
 def _fraction(value: float, what: str) -> None:
@@ -25,9 +26,11 @@ def _fraction(value: float, what: str) -> None:
 
 @dataclass(frozen=True)
 class PowerLaw(Schedule):
-    """Every block l of L keeps `floor(n * (1 - r_max * ((l+1)/L)^alpha))` of its n patch tokens, never fewer than 1.
+    """Every block l of L keeps `floor(n * (1 - r_max * ((l+1)/L)^alpha))` of its n patch tokens, at least 1.
 
-    `r_max` above 1 is clamped to dropping all but one token where the law asks for more.
+    Args:
+        r_max: drop ratio of the last block, 0 or more; 0.6 by default. Above 1, late blocks keep a single token.
+        alpha: how late the reduction sets in, above 0; 1 is a straight line, 2 by default.
     """
 
     r_max: float = field(default=0.6, metadata=SHOWN)
@@ -56,9 +59,14 @@ class PowerLaw(Schedule):
 
 @dataclass(frozen=True)
 class KeepRate(Schedule):
-    """At the blocks `at`, keep `ceil(rate * n)` of the n patch tokens, an earlier fused token included (EViT).
+    """At a few blocks, keep `ceil(rate * n)` of the n patch tokens, an earlier fused token included (EViT).
 
-    `at` defaults to a quarter, half and three quarters of the depth: (3, 6, 9) of 12.
+    Paper: arXiv 2202.07800.
+
+    Args:
+        rate: keep rate of each cut, in (0, 1]; 0.7 by default.
+        at: indices of the blocks that cut, ascending; by default those at a quarter, half and three quarters of the
+            depth: (3, 6, 9) of 12.
     """
 
     rate: float = field(default=0.7, metadata=SHOWN)
@@ -89,7 +97,13 @@ class KeepRate(Schedule):
 
 @dataclass(frozen=True)
 class Stages(Schedule):
-    """Before each named block, keep `floor(fraction * N)` of the N ORIGINAL patch tokens (PTP-FAKD)."""
+    """Before each named block, keep `floor(fraction * N)` of the N ORIGINAL patch tokens (PTP-FAKD).
+
+    Args:
+        fractions: block index to fraction in (0, 1], such as `{4: 0.85, 8: 0.5}`; indices ascend, fractions do not
+            rise. At least one token is kept.
+        place: "before" by default.
+    """
 
     fractions: Mapping[int, float]
     place: Place = field(default="before", kw_only=True)
@@ -100,11 +114,11 @@ class Stages(Schedule):
         object.__setattr__(self, "fractions", _FrozenDict(stages))
         values = list(stages.values())
         if not stages or list(stages) != sorted(stages):
-            raise ScheduleError(f"stages name block indices in ascending order, not {stages}")
+            raise ScheduleError(f"stages name block indices in ascending order, not {short(stages)}")
         for value in values:
             _fraction(value, "stage fraction")
         if values != sorted(values, reverse=True):
-            raise ScheduleError(f"stage fractions are of the original tokens and cannot grow: {stages}")
+            raise ScheduleError(f"stage fractions are of the original tokens and cannot grow: {short(stages)}")
 
     def blocks(self, depth: int) -> Sequence[int]:
         return tuple(self.fractions)
@@ -121,7 +135,7 @@ class Stages(Schedule):
 
 
 class _FrozenDict(dict[int, float]):
-    """A dict that can be hashed, so that schedules stay hashable; never changed after it is made."""
+    """A dict that can be hashed, so that schedules stay hashable. It is never changed."""
 
     def __hash__(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
         return hash(tuple(self.items()))
@@ -129,7 +143,13 @@ class _FrozenDict(dict[int, float]):
 
 @dataclass(frozen=True)
 class ConstantR(Schedule):
-    """Every block removes `r` patch tokens (ToMe); a reducer that can remove fewer removes what it can."""
+    """Every block removes `r` patch tokens (ToMe, arXiv 2210.09461).
+
+    A reducer that can remove only a part of the tokens, such as `ToMe`, removes as many of the r as it can.
+
+    Args:
+        r: tokens to remove in each block, 0 or more.
+    """
 
     r: int
 
@@ -149,19 +169,25 @@ class ConstantR(Schedule):
 
     def check(self, depth: int, num_patches: int, reducer: Reducer) -> None:
         super().check(depth, num_patches, reducer)
-        most = (num_patches - 1) // depth
+        blocks = len(self.span(depth))
+        # A block after the first may also remove the token that the block before it has added.
+        most = (num_patches - 1 + reducer.extra_tokens * (blocks - 1)) // blocks
         if self.r > most and reducer.fewest(num_patches) == 1:
             raise ScheduleError(
-                f"{self} removes {self.r} tokens in each of {depth} blocks, more than the {num_patches} there are; "
+                f"{self} removes {self.r} tokens in each of {blocks} blocks, but there are only {num_patches}; "
                 f"use r of at most {most}"
             )
 
 
 @dataclass(frozen=True)
 class Counts(Schedule):
-    """Patch tokens that leave each block, one number per block from block 0 on (a fused token not counted).
+    """The number of patch tokens that leave each block, given one by one.
 
-    With `reinstate`, one number for each block before it.
+    It cannot follow a curriculum.
+
+    Args:
+        counts: one number for each block from block 0 on, 1 or more and never rising; a fused token is not counted.
+            With `reinstate`, one for each block before it.
     """
 
     counts: tuple[int, ...]
@@ -170,15 +196,15 @@ class Counts(Schedule):
         object.__setattr__(self, "counts", as_tuple(self.counts))
         super().__post_init__()
         if not self.counts or min(self.counts) < 1:
-            raise ScheduleError(f"counts are 1 or more tokens per block, not {list(self.counts)}")
+            raise ScheduleError(f"counts are 1 or more tokens per block, not {short(list(self.counts))}")
         if list(self.counts) != sorted(self.counts, reverse=True):
-            raise ScheduleError(f"counts cannot grow from block to block: {list(self.counts)}")
+            raise ScheduleError(f"counts cannot grow from block to block: {short(list(self.counts))}")
 
     def blocks(self, depth: int) -> Sequence[int]:
         return range(len(self.counts))
 
     def target(self, block: int, depth: int, num_now: int, num_patches: int) -> int:
-        # A fused token must not make a block that asks for nothing cut again.
+        # A fused token must not make a block cut again whose count is that of the block before.
         same = block > 0 and self.counts[block] == self.counts[block - 1]
         return num_now if same else min(self.counts[block], num_now)
 
@@ -201,11 +227,12 @@ class Counts(Schedule):
 
 @dataclass(frozen=True)
 class Budget(Schedule):
-    """The gentlest scaling of `shape` whose cost fits the budget, solved when it is attached to a model.
+    """The weakest scaling of `shape` that costs no more than the budget, solved when it is attached to a model.
 
     Args:
-        macs: a fraction in (0, 1] of the plain model's MACs, or an absolute number of MACs per image.
-        shape: how the reduction spreads over depth; its strength is what is solved for.
+        macs: up to 1 a fraction of the dense model's MACs; above 1 an absolute number of MACs per image.
+        shape: any other schedule, which says how the reduction is spread over depth;
+            `PowerLaw(r_max=1.0, alpha=1.4)` by default. Its strength is what is solved for.
     """
 
     macs: float
@@ -215,6 +242,8 @@ class Budget(Schedule):
         super().__post_init__()
         if self.macs <= 0:
             raise ScheduleError(f"a budget of MACs is above 0, not {self.macs}")
+        if isinstance(self.shape, Budget):
+            raise ScheduleError("the shape of a Budget is a schedule of another kind, such as PowerLaw(1.0)")
         if (self.place, self.round_to, self.reinstate) != ("inside", 1, None):
             raise ScheduleError("place, round_to and reinstate of a Budget are those of its shape; set them there")
 

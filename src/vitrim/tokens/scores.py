@@ -15,7 +15,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..errors import ScoreError, UnknownNameError
+from ..errors import ScoreError
+from ..tables import Table, first_line
 from .precision import wide
 
 Needs = Literal["nothing", "key", "cls_row", "attention", "hidden"]
@@ -96,7 +97,7 @@ class Score:
     training_only: bool = False
 
 
-SCORES: dict[str, Score] = {}
+SCORES: Table[str, Score] = Table("score")
 
 
 def score(
@@ -105,19 +106,10 @@ def score(
     """Enter a function in the table of scores under its own name."""
 
     def enter(function: Callable[[Evidence], Tensor]) -> Score:
-        summary = (function.__doc__ or "").strip().splitlines()[0]
-        made = Score(function.__name__, needs, is_probability, function, summary, training_only)
-        SCORES[made.name] = made
-        return made
+        made = Score(function.__name__, needs, is_probability, function, first_line(function), training_only)
+        return SCORES.enter(made.name, made, source=function)
 
     return enter
-
-
-def find_score(name: str) -> Score:
-    """The score of that name; `UnknownNameError` with the nearest names otherwise."""
-    if name not in SCORES:
-        raise UnknownNameError("score", name, SCORES)
-    return SCORES[name]
 
 
 @score(needs="cls_row", is_probability=True)

@@ -20,7 +20,8 @@ from ..models import attach, attached, build_model, find_adapter
 from ..models.build import check_name, is_architecture
 from ..models.classes import other_classes
 from ..models.input_format import InputFormat
-from ..tokens import Adaptive, Constant, Reduction, render
+from ..tokens import Constant, Reduction, render
+from .figures import check_figures
 from .recipe import Recipe
 from .specs import ModelSpec, OptimSpec
 
@@ -52,7 +53,7 @@ def reduction_of(recipe: Recipe) -> Reduction | None:
     if recipe.reduction is None:
         return None
     reduction = Reduction.parse(recipe.reduction, recipe.phase)
-    if isinstance(reduction.curriculum, Adaptive) and recipe.data.holdout == 0:
+    if reduction.curriculum.reads and recipe.data.holdout == 0:
         raise RecipeError(
             f"{render(reduction.curriculum)} follows figures on held-out images, but data.holdout is 0; set it, for "
             "example to 0.1, or choose another curriculum"
@@ -100,6 +101,7 @@ def prepare_student(recipe: Recipe, classes: Sequence[str]) -> nn.Module:
         if brought is not None:
             brought.remove()
         attach(student, reduction)
+        check_figures(student, reduction.curriculum.reads)
     if recipe.checkpointing:
         student.set_grad_checkpointing()
     if recipe.optim.freeze:
@@ -225,9 +227,14 @@ def make_optimizer(student: nn.Module, spec: OptimSpec, projections: nn.Module |
 def make_scheduler(
     optimizer: torch.optim.Optimizer, spec: OptimSpec, epochs: int, updates_per_epoch: int
 ) -> CosineLRScheduler:
-    """Per update: a straight line from lr / 100 over the warm-up epochs, then half a cosine to min_lr at the end."""
-    with quiet("timm.scheduler"):  # A single update is at the start of its cosine, of which timm warns.
+    """Per update: a straight line from lr / 100 to lr over the warm-up epochs, then half a cosine from lr to min_lr.
+
+    The cosine begins where the warm-up ends. Without `warmup_prefix`, timm lets it begin with the run: after a warm-up
+    over half of the epochs the rate would fall at once to half of lr.
+    """
+    total, warmup = epochs * updates_per_epoch, round(spec.warmup_epochs * updates_per_epoch)
+    with quiet("timm.scheduler"):  # timm warns of a cosine of a single update, which stays at lr.
         return CosineLRScheduler(
-            optimizer, t_initial=epochs * updates_per_epoch, lr_min=spec.min_lr, t_in_epochs=False,
-            warmup_t=round(spec.warmup_epochs * updates_per_epoch), warmup_lr_init=spec.lr / 100,
+            optimizer, t_initial=max(1, total - warmup), lr_min=spec.min_lr, t_in_epochs=False,
+            warmup_t=warmup, warmup_lr_init=spec.lr / 100, warmup_prefix=True,
         )  # fmt: skip

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from ..data.splits import Splits
 from ..data.streams import Stream
 from ..distill import Distilled, Distiller, Outputs
-from ..measure.accuracy import Figures, attention_entropy, mean_loss
+from ..measure.accuracy import Figures, mean_loss
 from ..models import attached, detached, save
-from ..tokens import Adaptive
+from ..tokens import Figure
 from .caching import with_cache
 from .checkpoint import RunFolder
+from .figures import measure_figures
 from .learner import prepare_learner, with_student
 from .recipe import Recipe
 from .state import Report, Stateful
@@ -131,9 +132,9 @@ class Task:
             figures = {"val_accuracy": found.accuracy, "val_loss": found.loss}
         else:
             figures = self._objective(self.judge, stream, self.terms)
-        if self._watches_entropy:
+        if any(figure.name not in figures for figure in self._curriculum_reads):
             images = stream.sample(64).to(self.accelerator.device)
-            figures["attention_entropy"] = attention_entropy(self.network, images)
+            figures |= measure_figures(self.network, self._curriculum_reads, images)
         return figures
 
     def rank(self, figures: Mapping[str, Any]) -> tuple[float, float]:
@@ -176,7 +177,6 @@ class Task:
         return {f"val_{name}": value for name, value in means.items()}
 
     @property
-    def _watches_entropy(self) -> bool:
+    def _curriculum_reads(self) -> tuple[Figure, ...]:
         handle = attached(self.student)
-        curriculum = handle.reduction.curriculum if handle and handle.reduction else None
-        return isinstance(curriculum, Adaptive) and curriculum.signal == "entropy"
+        return handle.reduction.curriculum.reads if handle and handle.reduction else ()

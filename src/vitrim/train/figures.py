@@ -1,0 +1,40 @@
+"""Validation figures that a curriculum reads, beyond those that every run has."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import RecipeError
+from ..measure.accuracy import attention_entropy
+from ..models import find_adapter
+from ..tokens import Figure
+
+ALWAYS = ("val_loss", "val_accuracy")
+_MEASURES: Mapping[str, Callable[[nn.Module, Tensor], float]] = {"attention_entropy": attention_entropy}
+
+
+def check_figures(model: nn.Module, figures: Iterable[Figure]) -> None:
+    """Measure every figure once, on one blank image, so that one which the model cannot supply is refused now.
+
+    Raises:
+        RecipeError: nothing measures a figure.
+        VitrimError: the model cannot supply it.
+    """
+    size = find_adapter(model).geometry(model).input_size
+    device = next(model.parameters()).device
+    measure_figures(model, figures, torch.zeros(1, *size, device=device))
+
+
+def measure_figures(model: nn.Module, figures: Iterable[Figure], images: Tensor) -> dict[str, Any]:
+    """The values of those figures that are not always there, on images (B, channels, H, W)."""
+    return {figure.name: _measure(figure)(model, images) for figure in figures if figure.name not in ALWAYS}
+
+
+def _measure(figure: Figure) -> Callable[[Any, Any], float]:
+    measure = figure.measure or _MEASURES.get(figure.name)
+    if measure is None:
+        known = ", ".join((*ALWAYS, *_MEASURES))
+        raise RecipeError(f"nothing measures the figure {figure.name!r}; give it `measure`, or read one of {known}")
+    return measure
