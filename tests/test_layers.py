@@ -83,3 +83,49 @@ def test_report_imports_no_torch() -> None:
 
 def test_no_room_is_called_utils() -> None:
     assert not [path for path in FILES if path.stem in ("utils", "util", "helpers", "misc", "common")]
+
+
+FOREIGN = frozenset({
+    "blocks", "head_drop", "head_dist", "num_classes", "num_features", "pretrained_cfg", "default_cfg", "patch_embed",
+    "pos_embed", "cls_token", "num_prefix_tokens", "embed_dim", "global_pool", "attn_pool", "fc_norm", "norm_pre",
+    "forward_features", "forward_head", "forward_intermediates", "get_classifier", "reset_classifier",
+    "set_grad_checkpointing", "set_input_size", "grad_checkpointing", "pooler_output",
+})  # fmt: skip
+"""What belongs to the classes of other libraries: only families may read it."""
+DOORS = ("timm.models", "timm.layers", "timm.data.config", "torchvision.models", "transformers")
+"""Modules that only room `models` imports, since models come from them."""
+
+
+def foreign_reads(source: str) -> Iterator[tuple[int, str]]:
+    """Line and name of every attribute of a foreign model that the source reads, by a dot or by its name as text."""
+    tree = ast.parse(source)
+    calls = {id(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and node.attr in FOREIGN:
+            own = isinstance(node.value, ast.Name) and node.value.id == "self"
+            # `adapter.blocks(model)` is the port itself.
+            if not own and not (node.attr == "blocks" and id(node) in calls):
+                yield node.lineno, node.attr
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("getattr", "hasattr"):
+            text = node.args[1]
+            if isinstance(text, ast.Constant) and text.value in FOREIGN:
+                yield node.lineno, str(text.value)
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["model.blocks[0]", "getattr(model, 'pretrained_cfg', {})", "hasattr(m, 'num_classes')", "x.y.forward_features(z)"],
+)
+def test_reading_a_foreign_model_is_found(source: str) -> None:
+    assert [*foreign_reads(source)]
+    assert not [*foreign_reads("adapter.blocks(model); self.num_classes; info.classes")]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_only_the_port_reads_foreign_models(path: Path) -> None:
+    if RANK.get(room_of(path), 0) <= RANK["models"]:
+        return
+    for line, name in foreign_reads(path.read_text()):
+        raise AssertionError(f"{path}:{line} reads {name} of a foreign model; use its adapter")
+    for line, name in imported(path):
+        assert not name.startswith(DOORS), f"{path}:{line} imports {name}; models come through room models"

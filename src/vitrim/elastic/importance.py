@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..models import num_classes
 from ..models.sublayers import elastic
 from .probing import Batch, all_reduce, batches, frozen, is_headless, output_of
 from .sampler import narrowed
@@ -34,7 +35,7 @@ def probe_loss(model: nn.Module, labels: bool) -> Loss:
     """
     if is_headless(model):
         return lambda out, _, full: (1 + (out - full).square().sum(1) / full.square().sum(1)).sum()
-    if model.num_classes == 1:
+    if num_classes(model) == 1:
         return lambda out, _, full: (1 + (out - full).square().sum(1)).sum()
     if labels:
         return lambda out, target, _: F.cross_entropy(out, target, reduction="sum")

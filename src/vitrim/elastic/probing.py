@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import DataError, VitrimError
+from ..models import as_tensor, num_classes
 from ..models.evaluating import evaluating
 
 Batch = Tensor | tuple[Tensor, ...] | list[Tensor]
@@ -15,17 +16,12 @@ Batch = Tensor | tuple[Tensor, ...] | list[Tensor]
 
 def output_of(model: Callable[[Tensor], Any], images: Tensor) -> Tensor:
     """Logits (B, classes) or pooled features (B, C) of any served model, heads of a distilled one averaged."""
-    out = model(images)
-    if isinstance(out, tuple):
-        out = sum(out) / len(out)
-    if not isinstance(out, Tensor):
-        out = out.logits if getattr(out, "logits", None) is not None else out.pooler_output
-    return out
+    return as_tensor(model(images))
 
 
 def is_headless(model: nn.Module) -> bool:
     """Whether the model gives features instead of class logits."""
-    return getattr(model, "num_classes", None) == 0
+    return num_classes(model) == 0
 
 
 def objective_of(model: nn.Module, labels: bool) -> Callable[[Tensor, Tensor | None], Tensor]:
@@ -90,7 +86,7 @@ def batches(
     for batch in data:
         images = images_of(batch)
         given = None if isinstance(batch, Tensor) or len(batch) < 2 else batch[1]
-        target = _classes(given, len(images), model.num_classes) if labels else None
+        target = _classes(given, len(images), num_classes(model)) if labels else None
         images = images[:left].to(parameter.device, parameter.dtype, non_blocking=True)
         yield images, None if target is None else target[:left].to(parameter.device)
         left -= len(images)
@@ -100,14 +96,14 @@ def batches(
         raise DataError("the data holds no images; give batches of images, from an iterator that is not used up")
 
 
-def _classes(target: object, num_images: int, num_classes: int) -> Tensor:
+def _classes(target: object, num_images: int, classes: int) -> Tensor:
     integers = isinstance(target, Tensor) and not (target.is_floating_point() or target.dtype == torch.bool)
     if not isinstance(target, Tensor) or not integers or target.ndim != 1:
         raise DataError("labels=True needs batches of (images, integer labels)")
     if len(target) != num_images:
         raise DataError(f"a batch holds {len(target)} labels for {num_images} images")
-    if len(target) and not 0 <= int(target.min()) <= int(target.max()) < num_classes:
-        raise DataError(f"labels go from {target.min()} to {target.max()}, but the model has {num_classes} classes")
+    if len(target) and not 0 <= int(target.min()) <= int(target.max()) < classes:
+        raise DataError(f"labels go from {target.min()} to {target.max()}, but the model has {classes} classes")
     return target.long()
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils import benchmark
 
 from ..errors import UnknownNameError, UnsupportedModelError, VitrimError
-from ..models import find_adapter, open_model, variant, without_limit
+from ..models import adapter_of, find_adapter, open_model, variant, without_limit
 from ..models.macs import counted
 from .bench_table import BenchRow, BenchTable, ratios
 from .cost import cost
@@ -192,9 +192,9 @@ def _input_size(model: nn.Module, given: Size | int | None) -> Size:
     if isinstance(given, tuple):
         return given
     try:
-        own = find_adapter(model).geometry(model).input_size
+        own = adapter_of(model).input_format(model).size
     except UnsupportedModelError:
-        own = getattr(model, "pretrained_cfg", {}).get("input_size")
+        own = None
     if isinstance(given, int):
         return (own[0] if own else 3, given, given)
     if own is None:

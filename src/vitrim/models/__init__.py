@@ -2,7 +2,17 @@
 
 from . import families as _families  # noqa: F401  (fills the table of adapters)
 from . import small_vits as _small_vits  # noqa: F401  (enters its models in timm's registry)
-from .adapter import ADAPTERS, Adapter, Geometry, adapter_of, build_architecture, builder_of, find_adapter, num_classes
+from .adapter import (
+    ADAPTERS,
+    Adapter,
+    Geometry,
+    adapter_of,
+    as_tensor,
+    build_architecture,
+    builder_of,
+    find_adapter,
+    num_classes,
+)
 from .attach import Handle, attach, attached, set_epoch
 from .build import build_model, has_weights, open_model
 from .compiling import without_limit
@@ -24,6 +34,7 @@ __all__ = [
     "RemovedBranch",
     "Trace",
     "adapter_of",
+    "as_tensor",
     "attach",
     "attached",
     "attached_instead",

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from math import log
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +12,10 @@ from ..data.decode import read_image
 from ..data.specs import DataSpec
 from ..data.transforms import transforms_for
 from ..errors import DataError, ScheduleError, ScoreError
-from ..models import Handle
+from ..models import Handle, adapter_of
 from ..models.input_format import InputFormat
 from ..tokens import TokenState
-from .draw import Grid, draw_scores, draw_tokens, make_canvas, slot_colours, to_image
+from .draw import draw_scores, draw_tokens, make_canvas, slot_colours, to_image
 from .files import find_images
 from .sheet import Tile
 
@@ -68,7 +67,7 @@ class View:
             )
         if scores and all(states[block].score is None for block in shown):
             raise ScoreError("these cuts were not decided on scores (ToMe compares keys); leave the heat maps out")
-        grid = _grid(self.model, batch.shape[-2:], num_patches)
+        grid = adapter_of(self.model).grid(self.model, batch.shape[-2:])
         before = [TokenState.start(len(batch), num_patches), *states]
         last = len(states) if plan.reinstate is None else plan.reinstate
         reduced = range(min(place, default=last), last)
@@ -121,14 +120,3 @@ def _heat_tile(canvas: np.ndarray, before: TokenState, after: TokenState, at: in
 def _cpu(state: TokenState) -> TokenState:
     score = None if state.score is None else state.score.cpu()
     return TokenState(state.origin.cpu(), state.size.cpu(), score)
-
-
-def _grid(model: nn.Module, size: Sequence[int], num_patches: int) -> Grid:
-    """Rows and columns of patches: as the patch embedding says, else those nearest to the shape of the image."""
-    embed = getattr(model, "patch_embed", None)
-    if hasattr(embed, "dynamic_feat_size"):
-        rows, columns = embed.dynamic_feat_size(tuple(size))
-        if rows * columns == num_patches:
-            return rows, columns
-    shapes = [(rows, num_patches // rows) for rows in range(1, num_patches + 1) if num_patches % rows == 0]
-    return min(shapes, key=lambda shape: abs(log(shape[0] / shape[1]) - log(size[0] / size[1])))

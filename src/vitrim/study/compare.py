@@ -20,7 +20,7 @@ from ..measure.columns import columns
 from ..measure.cost import cost
 from ..measure.environment import environment
 from ..measure.table import Table
-from ..models import open_model, variant
+from ..models import num_classes, open_model, variant
 from ..models.classes import other_classes
 from ..models.evaluating import evaluating
 from ..models.input_format import InputFormat
@@ -96,9 +96,9 @@ def compare(
     opened = {name: open_model(name) for name in models}
     classes = open_images(data, False).classes
     for name, model in opened.items():
-        if model.num_classes != len(classes):
+        if num_classes(model) != len(classes):
             raise DataError(
-                f"{name} has {model.num_classes} classes, but the images have {len(classes)}; train it on them first"
+                f"{name} has {num_classes(model)} classes, but the images have {len(classes)}; train it on them first"
             )
         if fault := other_classes(name, classes):
             raise DataError(fault)

@@ -9,7 +9,7 @@ from typing import Any
 from ..measure.columns import columns
 from ..measure.environment import environment
 from ..measure.table import Table
-from ..models import open_model, variant
+from ..models import num_classes, open_model, variant
 from ..train.checkpoint import RunFolder, write_atomic
 from ..train.loop import train
 from ..train.state import Report
@@ -139,7 +139,7 @@ def _fingerprint(study: Study, scale: str, finished: dict[RunKey, Figures]) -> s
 def _test(study: Study, out: Path, seed: int) -> dict[tuple[str, str], dict[str, Any]]:
     """Figures of all rows under all methods with one seed, evaluated together."""
     opened = {row: open_model(str(run_folder(out, row, seed))) for row in study.rows}
-    models = {row: model for row, model in opened.items() if model.num_classes}
+    models = {row: model for row, model in opened.items() if num_classes(model)}
     pairs = [(row, test) for row in models for test in study.test]
     variants = {(row, test): variant(models[row], study.test[test]) for row, test in pairs}
     recipes = {row: study.recipe(row, seed, out) for row in models}

@@ -9,14 +9,13 @@ from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
-import timm
 import torch
 from torch import nn
 
 from ..data.images import look_for
 from ..distill import Terms
 from ..errors import CheckpointError, RecipeError, UnknownNameError, VitrimError
-from ..models import attach, attached, find_adapter, variant
+from ..models import attach, attached, builder_of, find_adapter, num_classes, variant
 from ..models.build import check_name
 from ..models.input_format import InputFormat
 from ..train.checkpoint import RunFolder
@@ -48,7 +47,7 @@ def check_study(study: Study, out: Path) -> None:
                 networks[row] = _build(replace(recipe, model=spec))
                 specs[str(RunFolder(run_folder(out, row, seed)).model_path)] = spec
         RunFolder(run_folder(out, row, seed)).check(recipe)
-    tested = {row: networks[row] for row in study.rows if networks[row].num_classes}
+    tested = {row: networks[row] for row in study.rows if num_classes(networks[row])}
     if not tested:
         raise RecipeError("no row of the study learns classes, so there is nothing to test")
     if study.sweep is not None:
@@ -110,7 +109,7 @@ def _without_weights(recipe: Recipe, specs: Mapping[str, ModelSpec]) -> ModelSpe
 
 def _build(recipe: Recipe) -> nn.Module:
     """The network of a recipe with its reduction attached, which plans every cut."""
-    with torch.device("meta") if timm.is_model(recipe.model.name) else nullcontext():
+    with torch.device("meta") if builder_of(recipe.model.name) else nullcontext():
         model = prepare_model(recipe.model, None)
     find_adapter(model)
     InputFormat.of(model, recipe.data.image_size)

@@ -16,7 +16,7 @@ from ..data.specs import AugmentSpec
 from ..distill import Distiller, Teacher, Terms
 from ..distill.terms import Labels
 from ..errors import ClassCountError, DistillError, RecipeError, VitrimError
-from ..models import attach, attached, build_model, find_adapter
+from ..models import adapter_of, attach, attached, build_model, find_adapter
 from ..models.build import check_name, is_architecture
 from ..models.classes import other_classes
 from ..models.input_format import InputFormat
@@ -86,13 +86,14 @@ def prepare_student(recipe: Recipe, classes: Sequence[str]) -> nn.Module:
         UnsupportedModelError: no adapter knows such networks.
     """
     student = prepare_model(recipe.model, len(classes), recipe.data.image_size)
-    find_adapter(student)
-    if student.num_classes not in (0, len(classes)) and learns_labels(recipe):
+    adapter = find_adapter(student)
+    head = adapter.classifier(student)
+    if head.classes not in (0, len(classes)) and learns_labels(recipe):
         raise RecipeError(
-            f"the network has {student.num_classes} classes, the images have {len(classes)}; leave num_classes out of "
+            f"the network has {head.classes} classes, the images have {len(classes)}; leave num_classes out of "
             "model.args, and for weights of other classes set model.reset_head"
         )
-    if student.num_classes and not recipe.model.reset_head and (fault := _other_classes(recipe.model, classes)):
+    if head.classes and not recipe.model.reset_head and (fault := _other_classes(recipe.model, classes)):
         raise RecipeError(f"{fault}; set model.reset_head to start a new classifier")
     reduction, brought = reduction_of(recipe), attached(student)
     if reduction is None and brought is not None and brought.reduction is not None:
@@ -103,15 +104,14 @@ def prepare_student(recipe: Recipe, classes: Sequence[str]) -> nn.Module:
         attach(student, reduction)
         check_figures(student, reduction.curriculum.reads)
     if recipe.checkpointing:
-        student.set_grad_checkpointing()
+        adapter.recompute(student)
     if recipe.optim.freeze:
         wanted = terms_of(recipe).wanted(of_teacher=False)
         if not wanted.predicts:
             raise RecipeError("optim.freeze trains the classifier alone, which no term of distill reads; leave it out")
         student.requires_grad_(False)
-        head = student.get_classifier()
-        for module in head if isinstance(head, tuple) else (head,):
-            module.requires_grad_(True)
+        for name in head.names:
+            student.get_submodule(name).requires_grad_(True)
         if not any(parameter.requires_grad for parameter in student.parameters()):
             raise VitrimError("optim.freeze trains the classifier alone, but this model has none")
     return student
@@ -142,11 +142,11 @@ def prepare_teacher(spec: ModelSpec, seen: InputFormat, classes: Sequence[str] |
         model = prepare_model(spec, None, otherwise="leave num_classes out of teacher.args")
     except VitrimError as error:
         raise DistillError(f"no teacher: {error}") from None
-    learnt = getattr(model, "pretrained_cfg", {}).get("num_classes")
-    if classes is not None and bare and model.num_classes not in (0, learnt):
+    head = adapter_of(model).classifier(model)
+    if classes is not None and bare and head.classes not in (0, head.published):
         raise DistillError(
-            f"the teacher {spec.name} has learnt {learnt} classes, so a classifier of {model.num_classes} has learnt "
-            "nothing; leave num_classes out of teacher.args, or teach by terms on features"
+            f"the teacher {spec.name} has learnt {head.published} classes, so a classifier of {head.classes} has "
+            "learnt nothing; leave num_classes out of teacher.args, or teach by terms on features"
         )
     if fault := _other_classes(spec, classes):
         raise DistillError(f"{fault}; teach by terms on features, or train the teacher on these images")

@@ -26,7 +26,7 @@ from ..elastic.sampler import RULES, narrowed
 from ..elastic.wpac import wpac
 from ..errors import DistillError, VitrimError
 from ..measure.accuracy import Figures
-from ..models import attached
+from ..models import adapter_of, attached
 from ..models.input_format import InputFormat
 from .checkpoint import RunFolder
 from .learner import cross_entropy, prepare_teacher
@@ -152,7 +152,7 @@ class Stratification(Task):
         if spec is None:
             return None
         teacher: Teacher = prepare_teacher(spec, InputFormat.of(student, self.recipe.data.image_size), classes)
-        theirs, ours = ((model.num_classes or getattr(model, "num_features", 0)) for model in (teacher.model, student))
+        theirs, ours = (adapter_of(model).output_width(model) for model in (teacher.model, student))
         if is_headless(teacher.model) != is_headless(student) or theirs != ours:
             raise DistillError(f"the teacher {spec.name} gives {theirs} numbers, the student {ours}; both must agree")
         teacher.to(self.accelerator.device)
