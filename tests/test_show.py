@@ -26,7 +26,7 @@ from vitrim.show.pictures import show
 from vitrim.show.plots import cost_accuracy_plot, curves_plot, frontier
 from vitrim.show.report import write_report
 from vitrim.show.runs import average_seeds, say
-from vitrim.show.view import View, _grid
+from vitrim.show.view import View
 
 TINY = {"img_size": 64, "patch_size": 16, "depth": 3, "embed_dim": 24, "num_heads": 3, "num_classes": 5}
 
@@ -233,11 +233,6 @@ def test_any_model_any_grid(kind, method, tmp_path):
         assert picture.mode == "RGB"
         tile = (picture.width - 2 * 20 - 12) // 2
     assert 280 <= tile <= 296
-
-
-def test_grid_without_a_patch_embedding_follows_the_image():
-    assert _grid(torch.nn.Linear(1, 1), (64, 32), 32) == (8, 4)
-    assert _grid(torch.nn.Linear(1, 1), (224, 224), 196) == (14, 14)
 
 
 def test_montage_is_one_file_with_a_row_per_image(model, folder, tmp_path):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import VitrimError
+from ..tokens.precision import exact
 from .chain import Chain, Entry
 
 
@@ -37,7 +38,7 @@ def grow(
     for name, unit in chain.units.items():
         if widths[name] == 0:
             continue
-        rise, share = sensitivity[name], shares[name].double().cpu()
+        rise, share = sensitivity[name], exact(shares[name]).cpu()
         if len(share) != widths[name]:
             raise VitrimError(f"{len(share)} shares for the {widths[name]} units of {name}")
         if not (isfinite(rise) and share.isfinite().all()):

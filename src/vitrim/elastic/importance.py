@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from ..models import num_classes
 from ..models.sublayers import elastic
+from ..tokens.precision import exact, exact_device
 from .probing import Batch, all_reduce, batches, frozen, is_headless, output_of
 from .sampler import narrowed
 from .statistics import collect
@@ -63,14 +64,15 @@ def sensitivities(
         whole = {name: layer.full_width for name, layer in layers.items()}
         for images, target in batches(data, model, num_images, labels):
             with narrowed(model, whole):
-                full = output_of(model, images).double()
+                full = exact(output_of(model, images))
+            target = None if target is None else target.to(full.device)
             with narrowed(model, widths):
                 out, inputs = _run_and_keep(model, blocks, images)
-                totals[0] += loss(out.double(), target, full).cpu()
+                totals[0] += loss(exact(out), target, full).cpu()
                 for index, name in enumerate(present, 1):
                     with narrowed(model, {name: 0}), _skipping(blocks, home[name], inputs):
-                        totals[index] += loss(output_of(model, images).double(), target, full).cpu()
-        device = next(model.parameters()).device
+                        totals[index] += loss(exact(output_of(model, images)), target, full).cpu()
+        device = exact_device(next(model.parameters()).device)
     totals = all_reduce(totals.to(device)).cpu()
     rises = (totals[1:] - totals[0]) / totals[0].clamp_min(torch.finfo(torch.float32).tiny)
     return dict(zip(present, rises.tolist(), strict=True))

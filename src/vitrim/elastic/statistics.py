@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import VitrimError
 from ..models.sublayers import elastic
-from ..tokens.precision import wide
+from ..tokens.precision import exact, exact_device, wide
 from .probing import Batch, all_reduce, batches, frozen, objective_of, output_of
 
 TINY = torch.finfo(torch.float64).tiny
@@ -40,13 +40,14 @@ class HeadSums:
 
     def add(self, f_TA: Tensor, g_TA: Tensor, covariance: bool) -> None:
         """Take in the activations and gradients of T tokens, each row (3, H, h) flattened."""
+        f_TA, g_TA = f_TA.to(self.tokens.device), g_TA.to(self.tokens.device)
         shape, double = self.plain_3Hh.shape, torch.float64
         taylor = (wide(f_TA) * wide(g_TA)).abs_().view(-1, *shape)
         self.taylor_3Hh += taylor.sum(0, dtype=double)
         self.tokens += f_TA.shape[0]
         if not covariance:
             return
-        weight = taylor.mean(3).double().permute(1, 2, 0)
+        weight = exact(taylor.mean(3)).permute(1, 2, 0)
         f = f_TA.view(-1, *shape).permute(1, 2, 0, 3).to(double, memory_format=torch.contiguous_format)
         weighted = f * weight.unsqueeze(3)
         self.plain_3Hh += f.sum(2)
@@ -56,6 +57,7 @@ class HeadSums:
 
     def add_mixed(self, f_TA: Tensor, g_TA: Tensor) -> None:
         """Take in what enters the output projection, and its gradients, of T tokens."""
+        f_TA, g_TA = f_TA.to(self.tokens.device), g_TA.to(self.tokens.device)
         weight, sum_A = gradient_weighted_sum(f_TA, g_TA)
         self.gradient_weight += weight
         self.mixed_Hh += sum_A.view_as(self.mixed_Hh)
@@ -109,6 +111,7 @@ class UnitSums:
 
     def add(self, a_TU: Tensor, g_TU: Tensor) -> None:
         """Take in the activations and gradients of T tokens."""
+        a_TU, g_TU = a_TU.to(self.tokens.device), g_TU.to(self.tokens.device)
         self.tokens += a_TU.shape[0]
         weight, sum_U = gradient_weighted_sum(a_TU, g_TU)
         self.gradient_weight += weight
@@ -143,7 +146,7 @@ def gradient_weighted_sum(f_TA: Tensor, g_TA: Tensor) -> tuple[Tensor, Tensor]:
     plain mean would be that of the patches, to which a head that reads CLS hardly listens.
     """
     weight_T = wide(g_TA).square().sum(1)
-    return weight_T.sum(dtype=torch.float64), (weight_T @ wide(f_TA)).double()
+    return weight_T.sum(dtype=torch.float64), exact(weight_T @ wide(f_TA))
 
 
 def collect(
@@ -161,7 +164,7 @@ def collect(
         raise VitrimError("importance takes gradients, which torch.inference_mode() forbids; call this outside of it")
     objective = objective_of(model, labels)
     with elastic(model) as layers, frozen(model):
-        device = next(model.parameters()).device
+        device = exact_device(next(model.parameters()).device)
         sums: dict[str, Sums] = {}
         for name, layer in layers.items():
             width = layer.vitrim_width

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import UnknownNameError, VitrimError
 from ..models.sublayers import Elastic, elastic
+from ..tokens.precision import exact
 from .probing import Batch, batches, batches_in, frozen, output_of, world_size
 from .statistics import HeadSums, Sums, UnitSums, collect
 
@@ -128,7 +129,7 @@ def principal_axes(covariance_Hhh: Tensor) -> Tensor:
 def permutation(score_Hh: Tensor) -> Tensor:
     """The permutation of every head's dims by descending score, as matrices (H, h, h)."""
     order = score_Hh.argsort(dim=-1, descending=True, stable=True)
-    return nn.functional.one_hot(order, order.shape[-1]).mT.double()
+    return exact(nn.functional.one_hot(order, order.shape[-1]).mT)
 
 
 def _register(name: str, heads: Callable[[Elastic, HeadSums], tuple[Tensor, Tensor]], units: Callable) -> None:
@@ -137,11 +138,6 @@ def _register(name: str, heads: Callable[[Elastic, HeadSums], tuple[Tensor, Tens
         return permutation(value), permutation(query_key)
 
     ORDERINGS[name] = (axes, lambda layer, sums: units(layer, sums).argsort(descending=True, stable=True))
-
-
-def _norms(layer: Elastic) -> Tensor:
-    weight = layer.qkv.weight.detach().double()
-    return weight.view(3, layer.num_heads, layer.head_dim, -1).norm(dim=-1)
 
 
 def _random(shape: torch.Size, like: Tensor) -> Tensor:
@@ -160,12 +156,8 @@ _register(
 )
 _register(
     "magnitude",
-    lambda layer, _: (_norms(layer)[2], _norms(layer)[:2].sum(0)),
-    lambda layer, _: sum(
-        p.detach().double().unflatten(0, (parts, -1)).square().flatten(2).sum((0, 2))
-        for linear, parts in layer.first
-        for p in (linear.weight,)
-    ),
+    lambda layer, _: (layer.stream_norms()[2], layer.stream_norms()[:2].sum(0)),
+    lambda layer, _: layer.unit_norms(),
 )
 _register(
     "random",

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import UnsupportedModelError, VitrimError
+from ..tokens.precision import exact
 
 
 def leading(weight: Tensor, width: int, parts: int = 1, dim: int = 0) -> Tensor:
@@ -52,6 +53,29 @@ def check_norm(norm: nn.Module, name: str) -> None:
         raise UnsupportedModelError(f"{name} is a {type(norm).__name__}; only LayerNorm and RMSNorm can be narrowed")
 
 
+def check_linear(linear: nn.Module, name: str) -> None:
+    """Refuse any layer but a plain `nn.Linear`: its subclasses, wrappers and patches compute something else.
+
+    LoRA and other adapters, quantised layers and parametrised ones are meant, and weights that are tensor subclasses.
+    """
+    if type(linear) is nn.Linear and type(linear.weight) in (nn.Parameter, Tensor) and "forward" not in vars(linear):
+        return
+    what = type(linear).__name__
+    if type(linear) is nn.Linear:
+        weight = type(linear.weight).__name__
+        what = "linear layer whose forward was replaced" if "forward" in vars(linear) else f"linear layer of {weight}"
+    raise UnsupportedModelError(
+        f"{name} holds a {what}; only plain linear layers can be narrowed: merge adapters into the weights "
+        "(merge_and_unload() in PEFT), undo patches, and quantise afterwards"
+    )
+
+
+def store(parameter: Tensor, value: Tensor) -> None:
+    """Put a value of another precision, from another device perhaps, into a parameter."""
+    with torch.no_grad():
+        parameter.copy_(value.to(parameter.dtype))
+
+
 def compensate(bias: Tensor | None, linear: nn.Linear, mean: Tensor | None, lost: Tensor) -> None:
     """Add to the bias what the lost inputs (boolean mask over the columns) contribute on average."""
     if mean is None or bias is None:
@@ -59,10 +83,9 @@ def compensate(bias: Tensor | None, linear: nn.Linear, mean: Tensor | None, lost
     if mean.numel() != lost.numel():
         raise VitrimError(f"{mean.numel()} means for a layer of width {lost.numel()}")
     with torch.no_grad():
-        gone = lost.to(linear.weight.device)
-        mean = mean.flatten().to(linear.weight.device, torch.float64)
-        extra = linear.weight[:, gone].double() @ mean[gone]
-        bias.copy_(bias.double() + extra)
+        weight = exact(linear.weight)
+        gone, mean = lost.to(weight.device), exact(mean).flatten().to(weight.device)
+        store(bias, exact(bias) + weight[:, gone] @ mean[gone])
 
 
 def _cut(module: nn.Module, name: str, width: int, parts: int, dim: int) -> None:

@@ -1,15 +1,14 @@
 """The two halves of a transformer block as layers of a variable inner width: head dimension or hidden units.
 
 A sub-layer runs at a smaller width by real, smaller matrix products on the leading part of its own weights. As with
-reductions, the class of the foreign module is exchanged for a module-level subclass that overrides `forward`; what the
-super-network must know of a foreign layer (which rows and columns belong to one unit of width) is in that subclass
-and nowhere else.
+reductions, the class of the foreign module is exchanged for a module-level subclass that overrides `forward`. Only
+that subclass, in the file of its family, knows which rows and columns of a foreign layer belong to one unit of width.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -89,12 +88,12 @@ class Elastic(nn.Module):
         return branch.train(self.training)
 
     def tap(self, name: str, x: Tensor) -> None:
-        """Show a tensor to whoever takes statistics."""
+        """Hand a tensor to the statistics, if any are taken."""
         if self.vitrim_tap is not None:
             self.vitrim_tap(name, x)
 
     def constant(self, x_BNC: Tensor, bias: Tensor | None) -> Tensor:
-        """What width 0 adds: the last bias. Idle weights get zero gradients, as data parallelism asks."""
+        """What width 0 adds: the last bias. Unused weights get zero gradients, which data parallelism needs."""
         out = torch.zeros_like(x_BNC) if bias is None else bias.to(x_BNC.dtype).expand_as(x_BNC)
         if self.training and torch.is_grad_enabled():
             out = out + 0.0 * (x_BNC + sum(p.sum() for p in self.parameters() if p.requires_grad))
@@ -102,10 +101,10 @@ class Elastic(nn.Module):
 
 
 class RemovedBranch(nn.Module):
-    """What is left of an attention or MLP branch of width 0: a constant, zero unless something is learnt or put there.
+    """What remains of an attention or MLP branch of width 0: a constant, zero unless it is learnt or set.
 
-    A branch without inputs still has the bias of its output projection, which is where the mean of what was removed
-    may be kept. Costs no MACs; the norm before it has gone too, since nothing would read it.
+    A branch without inputs still has the bias of its output projection, which can hold the mean of what was removed.
+    Costs no MACs; the norm before it is removed too, since nothing would read it.
     """
 
     def __init__(self, dim: int, device: torch.device | None = None, dtype: torch.dtype | None = None) -> None:
@@ -114,7 +113,7 @@ class RemovedBranch(nn.Module):
 
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         """The constant, in the shape of `x` (..., C); attention masks change nothing."""
-        # A copy, since hooks on gradients stumble over a parameter's view made while none are taken.
+        # A copy, since gradient hooks fail on a view of a parameter that was made without gradients.
         return self.bias.to(x.dtype, copy=True).expand_as(x)
 
 
@@ -166,24 +165,28 @@ def _refuse_tied(model: nn.Module, parts: list[Sublayer]) -> None:
 def elastic(model: nn.Module) -> Iterator[dict[str, Elastic]]:
     """Within this context the sub-layers run at `vitrim_width` (at first the full one); yields them by name.
 
-    Nesting is allowed; the outermost context gives the foreign classes back.
+    Nesting is allowed; the outermost context restores the foreign classes.
+
+    Raises:
+        UnsupportedModelError: a layer can take no other width.
     """
     inside = {name: module for name, module in model.named_modules() if isinstance(module, Elastic)}
     if inside:
         yield inside
         return
     layers: dict[str, Elastic] = {}
-    for part in sublayers(model):
-        module = model.get_submodule(part.name)
-        original = type(module)
-        module.__class__ = ELASTIC[original]
-        module.vitrim_width, module.vitrim_tap = module.full_width, None
-        layers[part.name] = module
     try:
-        for name, module in layers.items():
-            module.refuse(name)
+        for part in sublayers(model):
+            module: Any = model.get_submodule(part.name)
+            if "forward" in vars(module):  # It would run in place of the elastic one.
+                raise UnsupportedModelError(f"the forward of {part.name} was replaced; undo that patch or hook first")
+            module.__class__ = ELASTIC[type(module)]
+            layers[part.name] = module
+            module.refuse(part.name)
+            module.vitrim_width, module.vitrim_tap = module.full_width, None
         yield layers
     finally:
         for module in layers.values():
             module.__class__ = module.replaces
-            del module.vitrim_width, module.vitrim_tap
+            for name in ("vitrim_width", "vitrim_tap"):
+                vars(module).pop(name, None)

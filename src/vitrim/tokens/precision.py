@@ -7,3 +7,13 @@ from torch import Tensor
 def wide(x: Tensor) -> Tensor:
     """The tensor in float32, or in float64 if it is that already."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def exact_device(device: torch.device) -> torch.device:
+    """Where sums in float64 are kept: on the device itself, or on the CPU where it has no float64 (Apple MPS)."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
+def exact(x: Tensor) -> Tensor:
+    """The tensor in float64, without its graph; on the CPU where its device has no float64."""
+    return x.detach().to(exact_device(x.device)).double()

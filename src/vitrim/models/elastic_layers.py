@@ -1,0 +1,244 @@
+"""Attention and MLP layers of a variable width, for all families: what depends on one of them is in its subclass.
+
+An attention layer runs on the leading dims of every head, an MLP on its leading hidden units. A family says where the
+queries, keys and values come from, or the hidden units, and what happens around the products.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..errors import UnsupportedModelError
+from ..tokens.precision import exact
+from .macs import Macs
+from .slicing import check_linear, check_norm, compensate, cut_linear, cut_norm, leading, narrow_norm, store
+from .sublayers import Elastic
+
+Parts = tuple[tuple[Any, int], ...]
+"""Linear layers, each with how many equal parts its outputs have."""
+
+
+class ElasticHeads(Elastic):
+    """An attention layer on the leading dims of every head. Always with the scale of the full head dimension.
+
+    num_heads, head_dim: as the foreign layer has them.
+    """
+
+    kind = "attention"
+    num_heads: int
+    head_dim: int
+
+    @property
+    def streams(self) -> Parts:
+        """The layers that make queries, keys and values, in this order: one of 3 parts, or three of one part."""
+        raise NotImplementedError
+
+    @property
+    def query_key_norms(self) -> tuple[nn.Module, nn.Module]:
+        """The norms of queries and keys; `nn.Identity` where there are none."""
+        return nn.Identity(), nn.Identity()
+
+    @property
+    def dropout(self) -> float:
+        """Probability of dropout on the attention."""
+        return 0.0
+
+    def resized(self, width: int) -> None:
+        """Take note that the weights now have so many dims per head: set head dimension and scale of the layer."""
+        self.head_dim = width
+
+    @property
+    def full_width(self) -> int:
+        return self.head_dim
+
+    @property
+    def rotates_query_key(self) -> bool:
+        """Whether queries and keys may be rotated: not under a norm, which only permutations commute with."""
+        return all(isinstance(norm, nn.Identity) for norm in self.query_key_norms)
+
+    def refuse(self, name: str) -> None:
+        for linear, _ in (*self.streams, (self.last, 1)):
+            check_linear(linear, name)
+        for norm in self.query_key_norms:
+            check_norm(norm, f"{name}: the norm of queries and keys")
+        if not self.rotates_query_key and getattr(self.query_key_norms[0], "weight", None) is None:
+            raise UnsupportedModelError(f"{name}: the norm of queries has no weight that could hold the softmax scale")
+
+    def unit_macs(self, tokens: int) -> Macs:
+        projected = sum(parts * linear.in_features for linear, parts in self.streams) + self.last.out_features
+        return Macs(self.num_heads * tokens * projected, 2 * self.num_heads * tokens**2)
+
+    def unit_params(self) -> int:
+        rows = sum(parts * (linear.in_features + (linear.bias is not None)) for linear, parts in self.streams)
+        norms = sum(p.numel() // self.head_dim for norm in self.query_key_norms for p in norm.parameters())
+        return self.num_heads * (rows + self.last.out_features) + norms
+
+    def mix(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """Attention and output projection at the present width, (B, N, C)."""
+        width, heads = self.vitrim_width, self.num_heads
+        if width == 0:
+            return self.constant(x, self.last.bias)
+        made = [_rows(linear, x, width, parts * heads) for linear, parts in self.streams]
+        qkv = made[0] if len(made) == 1 else torch.cat(made, dim=-1)
+        self.tap("qkv", qkv)
+        query, key, value = qkv.unflatten(-1, (3, heads, width)).permute(2, 0, 3, 1, 4).unbind(0)
+        query_norm, key_norm = self.query_key_norms
+        mixed = F.scaled_dot_product_attention(
+            narrow_norm(query_norm, query),
+            narrow_norm(key_norm, key),
+            value,
+            attn_mask=attn_mask,
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=is_causal,
+            scale=self.head_dim**-0.5,
+        )
+        mixed = mixed.transpose(1, 2).flatten(2)
+        self.tap("mixed", mixed)
+        return F.linear(mixed, leading(self.last.weight, width, heads, dim=1), self.last.bias)
+
+    @torch.no_grad()
+    def stream_norms(self) -> Tensor:
+        """Length of the weights of every dim of queries, keys and values, (3, H, h), in float64."""
+        rows = [exact(linear.weight).view(parts, self.num_heads, self.head_dim, -1) for linear, parts in self.streams]
+        return torch.cat(rows).norm(dim=-1)
+
+    @torch.no_grad()
+    def rotate(self, value_Hhh: Tensor, query_key_Hhh: Tensor | None = None) -> None:
+        """Rotate every head's values, and its queries and keys together, by orthogonal matrices (columns: new axes)."""
+        heads, dim = self.num_heads, self.head_dim
+        matrices = iter((query_key_Hhh, query_key_Hhh, value_Hhh))
+        for linear, parts in self.streams:
+            weight = exact(linear.weight).view(parts, heads, dim, -1).clone()
+            bias = None if linear.bias is None else exact(linear.bias).view(parts, heads, dim).clone()
+            for part in range(parts):
+                if (matrix := next(matrices)) is None:
+                    continue
+                matrix = matrix.to(weight)
+                weight[part] = matrix.mT @ weight[part]
+                if bias is not None:
+                    bias[part] = torch.einsum("hij,hi->hj", matrix, bias[part])
+            store(linear.weight, weight.flatten(0, 2))
+            if bias is not None:
+                store(linear.bias, bias.flatten())
+        columns = exact(self.last.weight).view(-1, heads, dim)
+        store(self.last.weight, torch.einsum("chi,hij->chj", columns, value_Hhh.to(columns)).flatten(1))
+
+    @torch.no_grad()
+    def order_query_key(self, order_h: Tensor) -> None:
+        """Put the query and key dims of all heads, and the weights of their norms, in one and the same order."""
+        stream = 0
+        for linear, parts in self.streams:
+            for parameter in linear.parameters():
+                view = parameter.view(parts, self.num_heads, self.head_dim, -1)
+                ordered = slice(0, max(0, min(parts, 2 - stream)))
+                view[ordered] = view[ordered][:, :, order_h.to(view.device)]
+            stream += parts
+        for norm in self.query_key_norms:
+            for parameter in norm.parameters():
+                parameter.copy_(parameter[order_h.to(parameter.device)])
+
+    def shrink(self, width: int, mean: Tensor | None = None) -> None:
+        heads, dim, last = self.num_heads, self.head_dim, self.last
+        rotates, (query_norm, key_norm) = self.rotates_query_key, self.query_key_norms
+        compensate(last.bias, last, mean, (torch.arange(dim) >= width).repeat(heads))
+        for linear, parts in self.streams:
+            cut_linear(linear, width, parts * heads)
+        cut_linear(last, width, heads, dim=1)
+        cut_norm(query_norm, width)
+        cut_norm(key_norm, width)
+        # A stock layer divides by the root of its own head dimension: correct for that where a factor survives.
+        fold = math.sqrt(width / dim)
+        with torch.no_grad():
+            if rotates:
+                for parameter in self.streams[0][0].parameters():
+                    parameter[: heads * width] *= fold
+            else:
+                for parameter in query_norm.parameters():
+                    parameter *= fold
+        self.resized(width)
+        self.vitrim_width = width
+
+
+class ElasticHidden(Elastic):
+    """An MLP on its leading hidden units: one or two layers that make them, a norm at most, and a last projection."""
+
+    kind = "mlp"
+
+    @property
+    def first(self) -> Parts:
+        """The layers that make the hidden units, each with how many of its rows belong to one unit."""
+        raise NotImplementedError
+
+    @property
+    def hidden_norm(self) -> nn.Module:
+        """The norm of the hidden units; `nn.Identity` where there is none."""
+        return nn.Identity()
+
+    def activate(self, x: Tensor) -> Tensor:
+        """Hidden units after activation, gate and dropout, at the present width; see `made`."""
+        raise NotImplementedError
+
+    @property
+    def full_width(self) -> int:
+        return self.last.in_features
+
+    def refuse(self, name: str) -> None:
+        for linear, _ in (*self.first, (self.last, 1)):
+            check_linear(linear, name)
+        check_norm(self.hidden_norm, f"{name}: the norm of the hidden units")
+
+    def unit_macs(self, tokens: int) -> Macs:
+        rows = sum(linear.in_features * parts for linear, parts in self.first)
+        return Macs(tokens * (rows + self.last.out_features))
+
+    def unit_params(self) -> int:
+        rows = sum(parts * (linear.in_features + (linear.bias is not None)) for linear, parts in self.first)
+        return rows + self.last.out_features + sum(1 for _ in self.hidden_norm.parameters())
+
+    def made(self, x: Tensor, index: int = 0) -> Tensor:
+        """The rows that layer `index` of `first` makes, cut to the present width."""
+        linear, parts = self.first[index]
+        return _rows(linear, x, self.vitrim_width, parts)
+
+    def narrow_mlp(self, x: Tensor) -> Tensor:
+        """The MLP at the present width, (B, N, C)."""
+        if self.vitrim_width == 0:
+            return self.constant(x, self.last.bias)
+        hidden = narrow_norm(self.hidden_norm, self.activate(x))
+        self.tap("hidden", hidden)
+        return F.linear(hidden, leading(self.last.weight, self.vitrim_width, dim=1), self.last.bias)
+
+    @torch.no_grad()
+    def unit_norms(self) -> Tensor:
+        """Squared length of the weights that make every hidden unit, in float64."""
+        squares = [exact(linear.weight).unflatten(0, (parts, -1)).square().sum((0, 2)) for linear, parts in self.first]
+        return torch.stack(squares).sum(0)
+
+    @torch.no_grad()
+    def order_units(self, order: Tensor) -> None:
+        """Put the hidden units in this order; gate and value rows of a unit stay together."""
+        order = order.to(self.last.weight.device)
+        for linear, parts in self.first:
+            for parameter in linear.parameters():
+                parameter.copy_(parameter.unflatten(0, (parts, -1))[:, order].flatten(0, 1))
+        for parameter in self.hidden_norm.parameters():
+            parameter.copy_(parameter[order])
+        self.last.weight.copy_(self.last.weight[:, order])
+
+    def shrink(self, width: int, mean: Tensor | None = None) -> None:
+        compensate(self.last.bias, self.last, mean, torch.arange(self.full_width) >= width)
+        norm = self.hidden_norm
+        for linear, parts in self.first:
+            cut_linear(linear, width, parts)
+        cut_norm(norm, width)
+        cut_linear(self.last, width, dim=1)
+        self.vitrim_width = width
+
+
+def _rows(linear: nn.Linear, x: Tensor, width: int, parts: int) -> Tensor:
+    """The leading `width` outputs of each part of a linear layer."""
+    bias = None if linear.bias is None else leading(linear.bias, width, parts)
+    return F.linear(x, leading(linear.weight, width, parts), bias)
