@@ -14,6 +14,7 @@ RANK = {
     "errors": 1,
     "tables": 2,
     "option_types": 2,
+    "user_files": 2,
     "notation": 2,
     "output": 2,
     "options": 2,

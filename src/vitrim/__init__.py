@@ -1,25 +1,63 @@
 """vitrim makes any Vision Transformer cheaper (fewer tokens, less width, a better teacher) and says what it costs.
 
-Names are loaded when they are first used, so that `import vitrim` and the command's help stay instant.
+Names are loaded when they are first used, so that `import vitrim` and the command's help stay instant. Every reducer,
+schedule, curriculum, distillation term and weight is a name of this module, those that a user adds included.
 """
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+__all__ = [
+    "Adaptive",
+    "Budget",
+    "Cls",
+    "ClsStages",
+    "Constant",
+    "ConstantR",
+    "CosineWarmup",
+    "Cost",
+    "Counts",
+    "Delayed",
+    "DistToken",
+    "Handle",
+    "KeepRate",
+    "Labels",
+    "Linear",
+    "Logits",
+    "Merged",
+    "Polynomial",
+    "PowerLaw",
+    "Reduction",
+    "Stages",
+    "SuperNet",
+    "ToMe",
+    "TokenState",
+    "Tokens",
+    "TopK",
+    "attach",
+    "attached",
+    "build_model",
+    "cost",
+    "load",
+    "save",
+    "set_epoch",
+    "stratify",
+]
 
 _HOMES = {
     "vitrim.models": ("Handle", "attach", "attached", "build_model", "load", "save", "set_epoch"),
     "vitrim.elastic": ("SuperNet", "stratify"),
     "vitrim.measure.cost": ("Cost", "cost"),
-    "vitrim.tokens": (
-        "Adaptive", "Budget", "Constant", "ConstantR", "CosineWarmup", "Counts", "Delayed", "KeepRate",
-        "Polynomial", "PowerLaw", "Reduction", "Stages", "ToMe", "TokenState", "TopK",
-    ),
-}  # fmt: skip
+    "vitrim.tokens": ("Reduction", "TokenState"),
+}
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+_TABLES = {"vitrim.tokens": ("REDUCERS", "SCHEDULES", "CURRICULA"), "vitrim.distill": ("TERMS", "WEIGHTS")}
 
 if TYPE_CHECKING:
+    from .distill import Cls, ClsStages, DistToken, Labels, Logits, Merged, Tokens
+    from .distill.objective import Linear
     from .elastic import SuperNet, stratify
     from .measure.cost import Cost, cost
     from .models import Handle, attach, attached, build_model, load, save, set_epoch
@@ -43,10 +81,18 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME_OF:
-        raise AttributeError(f"module 'vitrim' has no attribute {name!r}")
-    return getattr(import_module(_HOME_OF[name]), name)
+    if name in _HOME_OF:
+        return getattr(import_module(_HOME_OF[name]), name)
+    if name[0].isupper():  # Modules have other names; importing one must not load the tables.
+        for home, tables in _TABLES.items():
+            for table in tables:
+                entries = getattr(import_module(home), table)
+                if name in entries:
+                    return entries[name]
+    raise AttributeError(f"module 'vitrim' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return [*globals(), *_HOME_OF]
+    rooms = [(sys.modules[home], tables) for home, tables in _TABLES.items() if home in sys.modules]
+    entries = [name for room, tables in rooms for table in tables for name in getattr(room, table)]
+    return sorted({*globals(), *__all__, *entries})

@@ -21,6 +21,7 @@ from .options import read_yaml
 from .output import FULL
 from .train.recipe import Recipe
 from .train.stopping import Stopped
+from .user_files import HELP, import_files, split_imports
 from .verbs import VERBS
 
 POSITIONAL = ("model", "file", "folder", "kind", "supernet")
@@ -76,6 +77,7 @@ def build_parser() -> ArgumentParser:
         version=__version__,
         allow_abbrev=False,
         description="Make any Vision Transformer cheaper, and say exactly what it costs.",
+        epilog=f"before or after the verb: {HELP}",
     )
     verbs = parser.add_subcommands(required=True, dest="verb", metavar="verb")
     for name, function in VERBS.items():
@@ -131,6 +133,7 @@ def main(argv: list[str] | None = None) -> None:
     warnings.filterwarnings("ignore", module="torch|timm|accelerate|PIL")
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # It looks for a compiler nobody needs.
     set_parsing_settings(instantiate_subclass_spec_in_any=False)
+    argv, user_files = split_imports(sys.argv[1:] if argv is None else argv)
     parser = build_parser()
     try:
         parsed = parser.parse_args(argv)
@@ -149,6 +152,7 @@ def main(argv: list[str] | None = None) -> None:
         out = options.pop("out")
         options = {"recipe": Recipe(**options), "out": out}
     try:
+        import_files(user_files)
         for file in files:
             read_yaml(file)  # Refuses names that are given twice, of which the parser has taken the last.
         if options.get("device") == "cuda":

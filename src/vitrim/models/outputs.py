@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..errors import UnknownNameError, VitrimError
+from ..tables import Table
 
 if TYPE_CHECKING:
     from .adapter import Adapter
 
 Outputs = Mapping[str, Tensor]
 """Tensors by the key of their output, such as "logits", "cls" or "stages@3"."""
-OUTPUTS: dict[str, type["Output"]] = {}
+OUTPUTS: Table[str, type["Output"]] = Table("output")
 
 
 @dataclass(frozen=True)
@@ -76,12 +76,8 @@ class Output:
     """Whether it needs `Features`; False only where the result of the usual forward pass is enough."""
 
     def __init_subclass__(cls) -> None:
-        if "name" not in cls.__dict__:  # A shared base.
-            return
-        other = OUTPUTS.setdefault(cls.name, cls)
-        if (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
-            raise VitrimError(f"there is an output named {cls.name!r} already; give {cls.__qualname__} another name")
-        OUTPUTS[cls.name] = cls
+        if "name" in cls.__dict__:  # Not a shared base.
+            OUTPUTS.enter(cls.name, cls)
 
     @property
     def key(self) -> str:
@@ -218,9 +214,7 @@ class Wanted:
 
 def _read(key: str) -> Output:
     name, *options = key.split("@")
-    if name not in OUTPUTS:
-        raise UnknownNameError("output", name, OUTPUTS)
-    return OUTPUTS[name](*map(_value, options))
+    return OUTPUTS.find(name)(*map(_value, options))
 
 
 def _value(text: str) -> object:

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from ..errors import RecipeError
+from ..user_files import import_options
 from .interruption import stopping_on_sigterm
 from .study import Study
 from .study_check import check_study
@@ -45,7 +46,7 @@ def local_workers(
     mark_folder(Path(out))
     database = database or f"sqlite:///{Path(out).absolute()}/leases.db"
     command = [sys.executable, "-m", "vitrim", "study", file, "--out", out, "--scale", scale]
-    command += ["--database", database, *(["--root", root] if root is not None else [])]
+    command += ["--database", database, *(["--root", root] if root is not None else []), *import_options()]
     with ExitStack() as stack:
         stack.enter_context(stopping_on_sigterm())
         processes = stack.enter_context(_stopping_together())
