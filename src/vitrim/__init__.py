@@ -47,7 +47,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "vitrim.models": ("Handle", "attach", "attached", "build_model", "load", "save", "set_epoch"),
+    "vitrim.models": ("Handle", "attach", "attached", "build_model", "compile", "load", "save", "set_epoch"),
     "vitrim.elastic": ("SuperNet", "stratify"),
     "vitrim.measure.cost": ("Cost", "cost"),
     "vitrim.tokens": ("Reduction", "TokenState"),
@@ -60,7 +60,7 @@ if TYPE_CHECKING:
     from .distill.objective import Linear
     from .elastic import SuperNet, stratify
     from .measure.cost import Cost, cost
-    from .models import Handle, attach, attached, build_model, load, save, set_epoch
+    from .models import Handle, attach, attached, build_model, compile, load, save, set_epoch
     from .tokens import (
         Adaptive,
         Budget,

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import DistillError
-from ..models import adapter_of, without_limit
+from ..models import adapter_of, compile, without_limit
 from ..models.outputs import Logits, ModelInfo, Output, Outputs, Wanted
 from .idle import idle_parameters
 from .objective import Batch, Term, Terms
@@ -87,15 +87,14 @@ class Distiller(nn.Module):
         """Whether the terms teach classes, so that accuracy means something."""
         return self.of_student.predicts
 
-    def compile(self, *args: Any, **options: Any) -> None:
+    def compile(self, **options: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Compile the student's forward pass, features included; options are those of torch.compile.
 
-        Every number of tokens that a curriculum passes through is compiled for, however many there are.
+        It is compiled for every number of tokens that a curriculum gives, however many there are.
         """
-        self.student.compile(*args, **options)
-        self.student._compiled_call_impl = without_limit(self.student._compiled_call_impl)
+        compile(self.student, **options)
         if self.of_student.inside:  # Computed by another method than the one that is compiled with a module.
-            self._outputs = without_limit(torch.compile(self.adapter.outputs, *args, **options))
+            self._outputs = without_limit(torch.compile(self.adapter.outputs, **options))
 
     def rely_on(self, known: Known) -> None:
         """Drop the live teacher: from now on its outputs come with each batch, from this cache of them."""

@@ -15,7 +15,7 @@ from .adapter import (
 )
 from .attach import Handle, attach, attached, set_epoch
 from .build import build_model, has_weights, open_model
-from .compiling import without_limit
+from .compiling import compile, without_limit
 from .store import check_place, load, save
 from .sublayers import RemovedBranch
 from .trace import Trace, trace_of
@@ -42,6 +42,7 @@ __all__ = [
     "build_model",
     "builder_of",
     "check_place",
+    "compile",
     "detached",
     "find_adapter",
     "has_weights",

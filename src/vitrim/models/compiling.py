@@ -1,20 +1,36 @@
-"""Compilation of models that share their code, as all of one family do."""
+"""Compilation for every number of tokens that a reduction or a curriculum gives."""
 
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
 import torch
+from torch import nn
 
 FORMS = 1024
-"""Forms that the same code may be compiled in; more than there are numbers of tokens."""
+"""Forms in which the same code may be compiled; more than there are numbers of tokens."""
+
+
+def compile(model: nn.Module, **options: Any) -> nn.Module:
+    """Compile the forward pass of the model in place, as `model.compile` does, for every number of tokens.
+
+    A curriculum changes the number of tokens many times in a training. `torch.compile` by itself goes back to eager
+    execution after 8 forms of the same code, and says so only in a log.
+
+    Args:
+        model: with or without a reduction; attach first.
+        options: of `torch.compile`.
+
+    Returns:
+        The model.
+    """
+    model.compile(**options)
+    model._compiled_call_impl = without_limit(model._compiled_call_impl)
+    return model
 
 
 def without_limit(compiled: Callable[..., Any]) -> Callable[..., Any]:
-    """What `torch.compile` returned, compiled for every model and every number of tokens that comes.
-
-    Left to itself, torch goes back to eager execution after 8 forms of the same code, and tells only a log.
-    """
+    """What `torch.compile` returned, compiled again for each new number of tokens."""
 
     @wraps(compiled)
     def call(*args: Any, **kwargs: Any) -> Any:

@@ -1,5 +1,7 @@
 """Where half precision is too coarse: scores that would tie, sums over a thousand channels, squares of saliencies."""
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -17,3 +19,8 @@ def exact_device(device: torch.device) -> torch.device:
 def exact(x: Tensor) -> Tensor:
     """The tensor in float64, without its graph; on the CPU where its device has no float64."""
     return x.detach().to(exact_device(x.device)).double()
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[object]:
+    """Within this context autocast does not turn matrix products on the device of `x` into half precision."""
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)

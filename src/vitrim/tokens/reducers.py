@@ -3,7 +3,6 @@
 To add a reducer, subclass `Reducer`: say what it needs, and turn an `Evidence` into an `Assignment`.
 """
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -14,7 +13,7 @@ from ..errors import ScoreError
 from ..option_types import check_options
 from ..tables import Table
 from .assignment import Assignment
-from .precision import wide
+from .precision import wide, without_autocast
 from .scores import SCORES, Evidence, Needs
 
 REDUCERS: Table[str, type["Reducer"]] = Table("reducer")
@@ -76,8 +75,8 @@ class Reducer:
 
 def ranking(score_BN: Tensor) -> Tensor:
     """Indices of (B, N) scores from the highest to the lowest; ties go to the lower index."""
-    if torch.compiler.is_exporting():
-        # ONNX knows no stable sort, but its own operator breaks ties by index anyway.
+    if torch.compiler.is_exporting() or (torch.jit.is_tracing() and torch.onnx.is_in_onnx_export()):
+        # ONNX has no stable sort, but its own operator breaks ties by index.
         return score_BN.sort(dim=1, descending=True).indices
     return score_BN.sort(dim=1, descending=True, stable=True).indices
 
@@ -197,7 +196,7 @@ class ToMe(Reducer):
         num_moved = num_tokens - keep
         key = evidence.key[:, :, evidence.num_prefix :].detach()
         # In half precision many similarities would be equal, and other pairs would merge.
-        with nullcontext() if key.is_meta else torch.autocast(key.device.type, enabled=False):
+        with without_autocast(key):
             metric = wide(key).mean(1)
             metric = torch.nn.functional.normalize(metric, dim=-1, eps=torch.finfo(metric.dtype).tiny)
             similarity, partner = (metric[:, ::2] @ metric[:, 1::2].transpose(1, 2)).max(dim=2)

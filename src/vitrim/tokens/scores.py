@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..errors import ScoreError
 from ..tables import Table, first_line
-from .precision import wide
+from .precision import wide, without_autocast
 
 Needs = Literal["nothing", "key", "cls_row", "attention", "hidden"]
 
@@ -77,11 +77,12 @@ class Evidence:
         return total / num_heads
 
     def _softmax(self, query: Tensor, key: Tensor) -> Tensor:
-        logits = (query * self.scale) @ key.transpose(-2, -1)
-        if self.bias_B11T is not None:
-            logits = logits + self.bias_B11T
-        # Half precision would tie most scores; the row is small, so float32 costs nothing.
-        return wide(logits).softmax(-1)
+        # As fused attention does it: logits in half precision overflow, and tie most scores.
+        with without_autocast(key):
+            logits = (wide(query) * self.scale) @ wide(key).transpose(-2, -1)
+            if self.bias_B11T is not None:
+                logits = logits + self.bias_B11T
+            return logits.softmax(-1)
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,7 @@ def attention_sharpness(e: Evidence) -> Tensor:
 @score(needs="hidden")
 def norm(e: Evidence) -> Tensor:
     """L2 norm of the patch's hidden state (PTP-FAKD)."""
-    return e.hidden_BTC[:, e.num_prefix :].norm(dim=-1)
+    return wide(e.hidden_BTC[:, e.num_prefix :]).norm(dim=-1)
 
 
 @score(needs="hidden", training_only=True)
@@ -171,13 +172,13 @@ def gradient(e: Evidence) -> Tensor:
     patches = e.hidden_BTC[:, e.num_prefix :]
     if e.gradient_C is not None:
         patches = patches * e.gradient_C.to(patches.device).sqrt()
-    return patches.norm(dim=-1)
+    return wide(patches).norm(dim=-1)
 
 
 @score(needs="key")
 def key_norm(e: Evidence) -> Tensor:
     """L2 norm of the patch's key, mean over heads."""
-    return e.key[:, :, e.num_prefix :].norm(dim=-1).mean(1)
+    return wide(e.key[:, :, e.num_prefix :]).norm(dim=-1).mean(1)
 
 
 @score(needs="nothing")

@@ -44,7 +44,8 @@ class ReducedTimmBlock(ReducedBlock, Block):
             out = F.linear(normed_BTC, attn.qkv.weight[part], None if bias is None else bias[part])
         else:  # Another layer put in its place (LoRA, quantised), or hooks: call it, which computes everything.
             out = attn.qkv(normed_BTC)[..., part]
-        streams = out.unflatten(-1, (last - first, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
+        shape = (out.shape[0], out.shape[1], last - first, attn.num_heads, attn.head_dim)
+        streams = out.reshape(shape).permute(2, 0, 3, 1, 4).unbind(0)
         norms = (attn.q_norm, attn.k_norm, nn.Identity())[first:last]
         return tuple(norm(stream) for norm, stream in zip(norms, streams, strict=True))
 
