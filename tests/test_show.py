@@ -21,11 +21,12 @@ import vitrim
 from vitrim import cli
 from vitrim.errors import DataError, ScheduleError, ScoreError, VitrimError
 from vitrim.show.draw import draw_scores, draw_tokens, make_canvas
+from vitrim.show.figures import format_figure
 from vitrim.show.files import picture_paths, spread_evenly
 from vitrim.show.pictures import show
 from vitrim.show.plots import cost_accuracy_plot, curves_plot, frontier
 from vitrim.show.report import write_report
-from vitrim.show.runs import average_seeds, say
+from vitrim.show.runs import average_seeds
 from vitrim.show.view import View
 
 TINY = {"img_size": 64, "patch_size": 16, "depth": 3, "embed_dim": 24, "num_heads": 3, "num_classes": 5}
@@ -517,7 +518,7 @@ def test_figures_are_said_as_people_read_them():
         ("loss", 0.123456): "0.1235", ("tokens", (65, 20)): "65 20", ("val_accuracy", None): "-",
         ("macs_ratio", 0.5): "0.5", ("resumed", True): "yes", ("loss", float("nan")): "nan",
     }  # fmt: skip
-    assert {key: say(*key) for key in said} == said
+    assert {key: format_figure(*key) for key in said} == said
 
 
 def test_a_study_draws_its_rows_on_the_same_images(tmp_path: Path):

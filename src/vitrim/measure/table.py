@@ -133,8 +133,11 @@ class Table:
         """The table as Markdown, with notes and environment."""
         rule = ["---:" if column.form else "---" for column in self.columns]
         lines = [[column.heading for column in self.columns], rule, *self.cells()]
-        parts = [f"## {self.title}", "\n".join("| " + " | ".join(map(_escaped, line)) + " |" for line in lines)]
-        parts += list(self.notes)
+        parts = [
+            f"## {printable(self.title)}",
+            "\n".join("| " + " | ".join(map(_escaped, line)) + " |" for line in lines),
+        ]
+        parts += map(printable, self.notes)
         if self.environment:
             parts.append("Environment: " + ", ".join(f"{name} {value}" for name, value in self.environment.items()))
         return "\n\n".join(parts) + "\n"
@@ -171,7 +174,7 @@ class Table:
             + "</tr>"
             for row in self.cells()
         )
-        return f"<table><caption>{html.escape(self.title)}</caption><tr>{head}</tr>{body}</table>"
+        return f"<table><caption>{html.escape(printable(self.title))}</caption><tr>{head}</tr>{body}</table>"
 
     def write(self, path: str | Path, overwrite: bool = False) -> None:
         """Write the table in the form that the file's suffix names; an existing file is refused unless `overwrite`.

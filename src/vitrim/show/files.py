@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from hashlib import sha1
 from itertools import count
 from pathlib import Path
 from typing import TypeVar
@@ -10,6 +11,7 @@ from ..data.decode import suffixes
 from ..errors import DataError
 
 T = TypeVar("T")
+_MOST_BYTES = 120  # Of the name of a picture; file systems take 143 or 255.
 
 
 def find_images(images: str | Path | Sequence[str | Path]) -> list[tuple[str, Path]]:
@@ -39,7 +41,7 @@ def find_images(images: str | Path | Sequence[str | Path]) -> list[tuple[str, Pa
 
 
 def spread_evenly(items: Sequence[T], limit: int | None) -> list[T]:
-    """At most `limit` items, at equal distances, so that a folder of classes shows several of them."""
+    """At most `limit` items at equal distances, so that several classes of a folder are shown."""
     if limit is None or len(items) <= limit:
         return list(items)
     return [items[at * len(items) // limit] for at in range(limit)]
@@ -58,12 +60,21 @@ def picture_paths(names: Sequence[str], out: Path, montage: bool) -> list[Path]:
     if montage:
         return [out if single else out / "montage.png"] * len(names)
     flat = [name.replace("/", "-") for name in names]
-    # a.jpg and a.png keep their endings, names that are equal still get a number.
+    # a.jpg and a.png keep their suffixes; equal names get a number.
     stems = [Path(name).stem for name in flat]
-    twice = Counter(stems)
+    repeated = Counter(stems)
     paths: dict[Path, None] = {}
     for stem, name in zip(stems, flat, strict=True):
-        wanted = name if twice[stem] > 1 else stem
+        wanted = _short_name(name if repeated[stem] > 1 else stem)
         tries = (f"{wanted}.png" if number == 1 else f"{wanted}-{number}.png" for number in count(1))
         paths[next(out / name for name in tries if out / name not in paths)] = None
     return list(paths)
+
+
+def _short_name(name: str) -> str:
+    """The name without characters that terminals act on or UTF-8 lacks, and short enough for any file system."""
+    clean = "".join(letter if letter.isprintable() else "_" for letter in name)
+    if len(clean.encode()) <= _MOST_BYTES:
+        return clean
+    kept = clean.encode()[: _MOST_BYTES - 9].decode(errors="ignore")
+    return f"{kept}-{sha1(name.encode(errors='surrogateescape')).hexdigest()[:8]}"

@@ -1,6 +1,5 @@
 """Pictures of which tokens survive: the image, and what is left of it after every cut."""
 
-import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from ..errors import DataError, ScheduleError, VitrimError
 from ..models import attached
 from ..models.evaluating import evaluating
-from ..train.checkpoint import write_atomic
+from ..output import replacing
 from .files import picture_paths, spread_evenly
 from .sheet import Tile, montage_rows, sheet, wrap_rows
 from .view import Images, Source, View
@@ -23,7 +22,7 @@ _BATCH = 16
 
 @dataclass(frozen=True)
 class Pictures:
-    """What `show` has written, and one line for each image that could not be read. Iterates over the paths."""
+    """The pictures that `show` has written, and a line for each image that it could not read. Iterates over paths."""
 
     paths: tuple[Path, ...]
     skipped: tuple[str, ...] = ()
@@ -47,14 +46,13 @@ def show(
     """Draw each image and its surviving, merged or fused patches after every cut of the attached reduction.
 
     Args:
-        model: has a reduction attached; runs in eval mode and comes back as it was.
-        images: a folder (searched through, whatever its structure), files, or a batch (B, C, H, W) as the model
-            takes it, normalised.
+        model: has a reduction attached; runs in eval mode, and its mode and device are restored.
+        images: a folder (searched at any depth), files, or a batch (B, C, H, W), normalised as the model takes it.
         out: folder for one PNG per image; with `montage`, the one file (`.png`), or a folder for `montage.png`.
         montage: all images on one sheet, a row each.
-        scores: add a heat map of the scores on which each cut was decided.
+        scores: add a heat map of the scores by which each cut chose its tokens.
         blocks: show the tokens leaving these blocks; by default wherever there is a cut.
-        limit: draw at most so many images, spread evenly over the sorted files; None draws all.
+        limit: draw at most this many images, spread evenly over the sorted files; None draws all.
         device: where to run; by default where the model is.
         overwrite: replace pictures that exist.
 
@@ -95,10 +93,10 @@ def show(
                 if montage:
                     rows += montage_rows(name, tiles, heat, first=not rows)
                 else:
-                    _save(sheet(wrap_rows(tiles, heat), name, heading), target)
+                    _save(sheet(wrap_rows(tiles, heat), name, heading), target, overwrite)
                     written.append(target)
     if montage and rows:
-        _save(sheet(rows, heading), targets[0])
+        _save(sheet(rows, heading), targets[0], overwrite)
         written.append(targets[0])
     if not written:
         raise DataError(f"none of the {len(sources)} images can be read; the first: {skipped[0]}")
@@ -107,7 +105,7 @@ def show(
 
 @contextmanager
 def _evaluating(model: nn.Module, device: str | torch.device | None) -> Iterator[torch.device]:
-    """Eval mode on this device for a while; both come back as they were."""
+    """Eval mode on this device while this is entered; mode and device are restored."""
     home = next(model.parameters()).device
     there = home if device is None else torch.device(device)
     with evaluating(model):
@@ -129,7 +127,7 @@ def _load(sources: Sequence[Source], targets: Sequence[Path], skipped: list[str]
     return ready
 
 
-def _save(picture: Image.Image, path: Path) -> None:
-    content = io.BytesIO()
-    picture.save(content, "PNG")
-    write_atomic(path, content.getvalue())
+def _save(picture: Image.Image, path: Path, overwrite: bool) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path, overwrite=overwrite) as part:
+        picture.save(part, "PNG")

@@ -1,24 +1,31 @@
 """Plots of figures: accuracy against cost, and training curves. No torch, and no global state of matplotlib."""
 
 from collections.abc import Mapping, Sequence
-from math import ceil, isfinite
+from math import ceil
 from pathlib import Path
 from typing import IO, Any
+from warnings import catch_warnings, filterwarnings
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from ..text import printable, shortened
+
 Row = Mapping[str, Any]
 Target = str | Path | IO[bytes]
 
-# Okabe and Ito's colours, told apart by colour-blind readers and in print.
+# Okabe and Ito's colours, which colour-blind readers can tell apart, also in print.
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a5195", "#8c6d31")
 _MARKERS = "osD^vPX*"
 _DASHES = ("-", "--", ":", "-.")
 MOST_CURVES = len(_COLOURS) * len(_DASHES)
 """Runs whose curves can be told apart."""
+MOST_SERIES = 100
+"""Methods in one plot of accuracy against cost."""
+_MOST_LETTERS = 60
+_LARGEST = 1e18  # Beyond it a number is damage; axes overflow at some point.
 _INK, _GRID = "#3b3f46", "#e3e5e9"
 _COSTS = {"macs": "MACs per image", "images_per_second": "images per second"}
 _PANELS = {
@@ -39,14 +46,14 @@ def cost_accuracy_plot(rows: Sequence[Row], path: Target) -> bool:
         path: file or open file to write.
 
     Returns:
-        False, and nothing is written, where no row has both an accuracy and a cost.
+        False, and nothing is written, where no row has both an accuracy and a cost, or methods are too many to plot.
     """
     known = {cost: [row for row in rows if _number(row, "accuracy") and _number(row, cost)] for cost in _COSTS}
     costs = [cost for cost in _COSTS if known[cost]]
-    if not costs:
+    names = list(dict.fromkeys(_series(row) for row in rows if not _is_dense(row)))
+    if not costs or len(names) > MOST_SERIES:
         return False
     figure = _figure(len(costs), width=5.6)
-    names = list(dict.fromkeys(_series(row) for row in rows if not _is_dense(row)))
     for at, cost in enumerate(costs):
         axes = _axes(figure, len(costs), at, _COSTS[cost], "accuracy" if at == 0 else "")
         front = frontier(known[cost], cost)
@@ -61,7 +68,7 @@ def cost_accuracy_plot(rows: Sequence[Row], path: Target) -> bool:
             if points:
                 axes.plot(
                     *zip(*points, strict=True), marker=_MARKERS[index % len(_MARKERS)], markersize=6.5,
-                    color=_COLOURS[index % len(_COLOURS)], linewidth=1.6, label=name, zorder=3,
+                    color=_COLOURS[index % len(_COLOURS)], linewidth=1.6, label=_label(name), zorder=3,
                 )  # fmt: skip
         dense = [row for row in known[cost] if _is_dense(row)]
         axes.scatter(
@@ -114,14 +121,14 @@ def curves_plot(metrics: Sequence[Row] | Mapping[str, Sequence[Row]], path: Targ
         axes = _axes(figure, len(panels), at, "epoch", "", title)
         for index, (label, xs, ys) in enumerate(lines):
             marker = "o" if len(xs) < 25 else ""
-            told = label if len(lines) > 1 or len(runs) > 1 else ""
+            shown = _label(label) if len(lines) > 1 or len(runs) > 1 else ""
             style = styles[label] if len(runs) > 1 else _style(index)
-            axes.plot(xs, ys, marker=marker, markersize=4, linewidth=1.8, label=told, **style)
+            axes.plot(xs, ys, marker=marker, markersize=4, linewidth=1.8, label=shown, **style)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if title == "accuracy":
             axes.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
         if "second" in title:
-            axes.set_ylim(0, 1.08 * max(y for _, _, ys in lines for y in ys))
+            axes.set_ylim(0, 1.08 * max(max(y for _, _, ys in lines for y in ys), 1e-9))
     _save(figure, path)
     return True
 
@@ -136,7 +143,7 @@ def short(value: float) -> str:
 
 def _number(row: Row, key: str) -> bool:
     value = row.get(key)
-    return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST
 
 
 def _series(row: Row) -> str:
@@ -163,7 +170,7 @@ def _curve(run: Sequence[Row], key: str) -> tuple[list[float], list[float]]:
         value = value[-1] if isinstance(value, list) and value else value
         if _number({key: value}, key):
             xs.append((epoch["epoch"] if _number(epoch, "epoch") else at) + 1)
-            ys.append(value)  # pyright: ignore[reportArgumentType]
+            ys.append(float(value))
     return xs, ys
 
 
@@ -206,12 +213,15 @@ def _save(figure: Figure, path: Target) -> None:
         columns = max(1, min(len(entries), int(13 * figure.get_figwidth() / letters)))
         figure.set_figheight(figure.get_figheight() + 0.2 * (ceil(len(entries) / columns) - 1))
         figure.legend(
-            list(entries.values()), [_safe(label) for label in entries], loc="outside lower center", frameon=False,
+            list(entries.values()), list(entries), loc="outside lower center", frameon=False,
             ncols=columns, labelcolor=_INK, fontsize=9.5,
         )  # fmt: skip
-    figure.savefig(path, dpi=160, format=None if isinstance(path, str | Path) else "png")
+    with catch_warnings():
+        filterwarnings("ignore", message="Glyph .* missing from")  # A name in letters that the font does not have.
+        figure.savefig(path, dpi=160, format=None if isinstance(path, str | Path) else "png")
 
 
-def _safe(label: str) -> str:
-    """A dollar sign would start a formula."""
-    return label.replace("$", r"\$")
+def _label(name: str) -> str:
+    """A name for a legend: a dollar sign would start a formula, and an underscore in front would hide it."""
+    text = shortened(printable(name), _MOST_LETTERS).replace("$", r"\$")
+    return f" {text}" if text.startswith("_") else text

@@ -1,12 +1,14 @@
-"""Live progress of a run: one bar for all of it, one line per finished epoch, and the same for a teacher cache."""
+"""Live progress of a run: one bar for the whole run, one line per finished epoch, and the same for a teacher cache."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ..text import printable
 from ..train.state import Report
 
 _PERIOD = 1800.0
@@ -15,46 +17,58 @@ _PERIOD = 1800.0
 
 @contextmanager
 def live(console: Console | None = None, label: str = "") -> Iterator[Report]:
-    """A function for the training loop to call; where there is no terminal only finished epochs are printed.
+    """A function for the training loop to call; without a terminal, only finished epochs are printed.
 
     Args:
-        console: where to.
-        label: stands in front.
+        console: where to print; by default standard error.
+        label: printed in front of every line.
     """
     console = console or Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), TextColumn("{task.fields[figures]}"))
     with Progress(
         *columns, TimeRemainingColumn(), console=console, transient=True, speed_estimate_period=_PERIOD
     ) as progress:
-        task, started = progress.add_task(label, total=None, figures=""), False
+        task, started = progress.add_task(escape(label), total=None, figures=""), False
+
+        def say(line: str) -> None:
+            progress.console.print(printable(line), highlight=False, markup=False)
 
         def report(event: str, figures: Mapping[str, Any]) -> None:
             nonlocal started
             if event == "cache":
                 done, total = figures["done"], figures["rows"]
-                progress.update(task, description=_cache(label, figures), completed=done, total=total, figures="")
+                progress.update(
+                    task, description=_plain(_cache(label, figures)), completed=done, total=total, figures=""
+                )
                 if done == total:
-                    progress.console.print(f"{_cache(label, figures)}  {total} images", highlight=False)
+                    say(f"{_cache(label, figures)}  {total} images")
                     progress.reset(task)
             elif event == "step":
                 epoch, steps = figures["epoch"], figures["steps"]
                 total, done = figures["epochs"] * steps, epoch * steps + figures["step"]
-                if not started:  # What an earlier call has done took none of this one's time.
+                if not started:  # Steps of an earlier call took no time in this one.
                     progress.reset(task, completed=done, total=total)
                     started = True
-                name = f"{label} epoch {epoch + 1}".strip()
-                progress.update(task, description=name, completed=done, total=total, figures=_now(figures))
+                name = _plain(f"{label} epoch {epoch + 1}".strip())
+                progress.update(task, description=name, completed=done, total=total, figures=_plain(_now(figures)))
             elif event == "epoch":
-                progress.console.print(_line(label, figures), highlight=False)
+                say(_line(label, figures))
             elif event == "run":
                 started = False
-                progress.console.print(figures["name"], highlight=False)
+                say(figures["name"])
             elif event == "done":
                 progress.reset(task, total=None)
             elif event == "wait":
                 progress.update(task, description=f"waiting for other workers: {figures['runs']} runs", figures="")
+            elif event == "outage":
+                say(figures["line"])
 
         yield report
+
+
+def _plain(text: str) -> str:
+    """Text from options for a bar, in which brackets would be read as markup."""
+    return escape(printable(text))
 
 
 def _cache(label: str, figures: Mapping[str, Any]) -> str:

@@ -13,12 +13,15 @@ from .. import __version__
 from ..errors import DataError, VitrimError
 from ..measure.table import Table
 from ..output import check_folder, replacing
+from ..text import printable, shortened
+from .figures import format_cell, format_figure, heading_of
 from .plots import MOST_CURVES, cost_accuracy_plot, curves_plot
-from .runs import Run, average_seeds, cell, make_table, points, read_folder, say, words
+from .runs import Run, average_seeds, make_table, points, read_folder
 
 _MARK = '<meta name="generator" content="vitrim'
 _COST_PLOT = "accuracy-against-cost"
-_MOST_PICTURES = 12
+_MOST_LETTERS = 60
+"""Of a card."""
 _CARDS = {
     "test_accuracy": "test accuracy",
     "accuracy": "accuracy",
@@ -32,10 +35,10 @@ _CARDS = {
 def write_report(folder: str | Path | Sequence[str | Path], out: str | Path | None = None) -> Path:
     """Write one HTML page about a run folder, a study folder with runs below it, or several of them.
 
-    The page needs nothing beside itself: plots and pictures are inside, no script, no network.
+    The page is one file: plots and pictures are inside, and it needs no script and no network.
 
     Args:
-        folder: what to report on; files that are missing there are left out.
+        folder: what to report on; files that are missing there are left out, and damaged ones are named on the page.
         out: the page; by default `report.html` in the folder. An older report is replaced, another file never.
 
     Raises:
@@ -50,14 +53,22 @@ def write_report(folder: str | Path | Sequence[str | Path], out: str | Path | No
     path = folders[0] / "report.html" if out is None else Path(out)
     if path.is_dir():
         path = path / "report.html"
-    if path.exists() and _MARK not in path.read_text(encoding="utf-8", errors="replace")[:1000]:
+    if path.exists() and not _is_report(path):
         raise VitrimError(f"{path} exists and is no report of vitrim; choose another file with --out")
     check_folder(path.parent)
-    page = render([read_folder(one) for one in folders])
+    # Names and texts come from anywhere: nothing in the page may act on a terminal, or be no UTF-8.
+    page = printable(render([read_folder(one) for one in folders]), keep="\n\t\u202f")
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as part:
         part.write_text(page, encoding="utf-8")
     return path
+
+
+def _is_report(path: Path) -> bool:
+    if not path.is_file():  # Reading a pipe or a device might never end.
+        return False
+    with path.open(encoding="utf-8", errors="replace") as file:
+        return _MARK in file.read(1000)
 
 
 def render(studies: Sequence[tuple[Run, Sequence[Run]]]) -> str:
@@ -72,7 +83,7 @@ def render(studies: Sequence[tuple[Run, Sequence[Run]]]) -> str:
 
 
 def _study(top: Run, runs: Sequence[Run]) -> dict[str, Any]:
-    """A section about a run, or about a study: an overview of the runs below it where it has no table of its own."""
+    """A section about a run, or about a study, with an overview of its runs where it has no table of its own."""
     results = [{"run": _name(top, run), "method": _name(top, run), **run.figures} for run in runs]
     if results and not top.tables:
         known = [name for name in _CARDS if any(name in result for result in results)]
@@ -92,32 +103,36 @@ def _run(run: Run, title: str) -> dict[str, Any]:
     plots: list[tuple[str, str]] = []
     for table in run.tables:
         about = f"accuracy against cost: {table.title}" if len(run.tables) > 1 else "accuracy against cost"
-        if len(table.rows) > 1 and not any(path.stem == _COST_PLOT for path in run.pictures):
+        if len(table.rows) > 1 and not any(picture.name == _COST_PLOT for picture in run.pictures):
             plots += _plot(about, lambda file, rows=table.rows: cost_accuracy_plot(points(rows), file))
     plots += _plot("training curves", lambda file: curves_plot(run.metrics, file))
     return {
         "title": title,
         "command": run.command,
-        "cards": [(label, say(name, run.figures[name])) for name, label in _CARDS.items() if name in run.figures],
+        "cards": [
+            (label, shortened(format_figure(name, run.figures[name]), _MOST_LETTERS))
+            for name, label in _CARDS.items() if name in run.figures
+        ],
         "tables": [_table(table) for table in run.tables],
         "plots": plots,
-        "pictures": [(words(path.stem.replace("-", " ")), _embed(path.read_bytes()))
-                     for path in run.pictures[:_MOST_PICTURES]],
-        "left_out": max(0, len(run.pictures) - _MOST_PICTURES),
-        "figures": [(words(name), say(name, value)) for name, value in run.figures.items()],
-        "environment": [(words(name), say(name, value)) for name, value in run.environment.items()],
+        "pictures": [
+            (heading_of(picture.name.replace("-", " ")), _embed(picture.png)) for picture in run.pictures if picture.png
+        ],
+        "left_out": run.more_pictures,
+        "figures": [(heading_of(name), format_figure(name, value)) for name, value in run.figures.items()],
+        "environment": [(heading_of(name), format_figure(name, value)) for name, value in run.environment.items()],
         "recipe": run.recipe,
         "notes": list(run.notes),
     }  # fmt: skip
 
 
 def _name(top: Run, run: Run) -> str:
-    return run.path.relative_to(top.path).as_posix()
+    return printable(run.path.relative_to(top.path).as_posix())
 
 
 def _table(table: Table) -> dict[str, Any]:
     """A table ready to print: texts, and for every column whether it holds numbers."""
-    texts = [[cell(column, row) for column in table.columns] for row in table.rows]
+    texts = [[format_cell(column, row) for column in table.columns] for row in table.rows]
     numeric = [bool(column.form) or all(_figure_like(row.get(column.key)) for row in table.rows)
                for column in table.columns]  # fmt: skip
     return {
@@ -129,7 +144,7 @@ def _table(table: Table) -> dict[str, Any]:
 
 
 def _figure_like(value: object) -> bool:
-    """Whether a value is one number, or reads as one: `91.2 ± 0.3`, `4.6 G`, `1.60x`."""
+    """Whether a value is one number, or looks like one: `91.2 ± 0.3`, `4.6 G`, `1.60x`."""
     if isinstance(value, str):
         return not value or (value[0] in "+-.0123456789" and value.count(" ") < 4)
     return value is None or isinstance(value, int | float)

@@ -25,6 +25,9 @@ from ..train.specs import ModelSpec
 from .study import Study, run_folder
 from .sweep import methods_of
 
+MOST_BYTES = 120
+"""Of the name of a row, which becomes part of the names of files."""
+
 
 def check_study(study: Study, out: Path) -> None:
     """Check everything except images and weights, so that mistakes are reported before the first training.
@@ -79,8 +82,11 @@ def _prefix_errors(where: str) -> Iterator[None]:
 def _check_folders(study: Study, out: Path) -> None:
     folders: dict[Path, str] = {}
     for row in study.rows:
-        if row.startswith(".") or {"/", "\\"} & set(row):
-            raise RecipeError(f"row {row!r} cannot be a folder; names have no slash and no dot in front")
+        if row.startswith(".") or {"/", "\\"} & set(row) or not row.isprintable() or len(row.encode()) > MOST_BYTES:
+            raise RecipeError(
+                f"row {row!r} cannot be a folder; names have at most {MOST_BYTES} bytes, no slash, no control "
+                "character and no dot in front"
+            )
         if (other := folders.setdefault(run_folder(out, row, 0), row)) != row:
             raise RecipeError(f"rows {other!r} and {row!r} would share a folder; name them differently")
 

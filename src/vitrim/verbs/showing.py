@@ -4,6 +4,7 @@ import sys
 from typing import Literal
 
 from ..errors import VitrimError
+from ..text import printable
 from .delivery import Device, command_line
 
 
@@ -47,7 +48,7 @@ def show(
         overwrite=overwrite, device=make_accelerator(cpu=device == "cpu").device,
     )  # fmt: skip
     for line in (*drawn, *drawn.skipped):
-        print(line)
+        print(printable(line))
 
 
 def report(folder: list[str], out: str | None = None) -> None:
@@ -59,7 +60,7 @@ def report(folder: list[str], out: str | None = None) -> None:
     """
     from ..show.report import write_report
 
-    print(write_report(folder if len(folder) > 1 else folder[0], out))
+    print(printable(write_report(folder if len(folder) > 1 else folder[0], out)))
 
 
 def demo(out: str = "runs/demo", epochs: int | None = None) -> None:
