@@ -3,11 +3,12 @@
 from base64 import b64encode
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cache
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from .. import __version__
 from ..errors import DataError, VitrimError
@@ -73,13 +74,17 @@ def _is_report(path: Path) -> bool:
 
 def render(studies: Sequence[tuple[Run, Sequence[Run]]]) -> str:
     """The page for these studies, each a folder with the runs below it."""
-    templates = Environment(
-        loader=PackageLoader("vitrim.show"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True,
-    )  # fmt: skip
     sections = [_study(top, runs) for top, runs in studies]
     title = " · ".join(section["title"] for section in sections)
-    return templates.get_template("report.html.j2").render(title=title, studies=sections, version=__version__)
+    return _template().render(title=title, studies=sections, version=__version__)
+
+
+@cache
+def _template() -> Template:
+    return Environment(
+        loader=PackageLoader("vitrim.show"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    ).get_template("report.html.j2")  # fmt: skip
 
 
 def _study(top: Run, runs: Sequence[Run]) -> dict[str, Any]:
