@@ -248,7 +248,10 @@ class Budget(Schedule):
             raise ScheduleError("place, round_to and reinstate of a Budget are those of its shape; set them there")
 
     def blocks(self, depth: int) -> Sequence[int]:
-        raise ScheduleError("a Budget must be attached to a model before it has cuts")
+        raise ScheduleError("a Budget has cuts only after it is attached to a model, see handle.schedule")
+
+    def scaled(self, strength: float) -> Schedule:
+        raise ScheduleError("a Budget can be scaled only after it is attached to a model, see handle.schedule")
 
     def resolve(self, macs_of: Callable[[Schedule], int], dense: Callable[[], int]) -> Schedule:
         least = macs_of(self.shape)
