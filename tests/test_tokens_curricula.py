@@ -7,7 +7,7 @@ import pytest
 import vitrim
 from vitrim.errors import ScheduleError, ScoreError
 from vitrim.models import narrow
-from vitrim.tokens import Schedule
+from vitrim.tokens import CURRICULA, Schedule
 from vitrim.tokens.reduction import Phase
 from zoo import build
 
@@ -148,16 +148,21 @@ def test_adaptive_follows_the_attention_entropy() -> None:
 
 
 def test_strength_stays_within_bounds() -> None:
-    for curriculum in (
+    examples = [
         vitrim.Polynomial(2, 5),
         vitrim.CosineWarmup(7, 1),
         vitrim.Delayed(3),
         vitrim.Adaptive(step=1.0),
-    ):
-        history = [{"val_loss": 3.0 - n, "attention_entropy": 0.5} for n in range(3)]
+        vitrim.Adaptive("entropy"),
+    ]
+    examples += [kind() for kind in CURRICULA.values() if kind not in set(map(type, examples))]
+    for curriculum in examples:
+        history = [{figure.name: figure.best[n > 0] for figure in curriculum.reads} for n in range(3)]
         strengths = [curriculum.strength(epoch / 3, history) for epoch in range(40)]
-        assert strengths == sorted(strengths)
         assert 0 <= min(strengths) <= max(strengths) <= 1
+        checked = curriculum.strengths
+        assert all(min(abs(strength - known) for known in checked) < 0.05 for strength in strengths)
+        assert strengths == sorted(strengths)
 
 
 @pytest.mark.parametrize(
