@@ -13,7 +13,7 @@ from .adapter import (
     find_adapter,
     num_classes,
 )
-from .attach import Handle, attach, attached, set_epoch
+from .attach import Handle, attach, attached, handles_inside, set_epoch
 from .build import build_model, has_weights, open_model
 from .compiling import compile, without_limit
 from .store import check_place, load, save
@@ -45,6 +45,7 @@ __all__ = [
     "compile",
     "detached",
     "find_adapter",
+    "handles_inside",
     "has_weights",
     "load",
     "narrow",

@@ -231,7 +231,7 @@ def attached(model: nn.Module) -> Handle | None:
     own = vars(model).get("vitrim_handle")
     if isinstance(own, Handle):
         return own
-    handles = _handles_inside(model)
+    handles = handles_inside(model)
     if len(handles) > 1:
         raise VitrimError(f"{len(handles)} models inside this {type(model).__name__} are reduced; give one of them")
     return handles[0] if handles else None
@@ -257,7 +257,7 @@ def set_epoch(*models: nn.Module | Handle, epoch: float, history: History = ()) 
     """
     handles: list[Handle] = []
     for model in models:
-        found = [model] if isinstance(model, Handle) else _handles_inside(model)
+        found = [model] if isinstance(model, Handle) else handles_inside(model)
         if not found:
             raise VitrimError(f"no reduction is attached to this {type(model).__name__}; call vitrim.attach first")
         handles += found
@@ -266,7 +266,8 @@ def set_epoch(*models: nn.Module | Handle, epoch: float, history: History = ()) 
     return min(handle.set_epoch(epoch, history) for handle in handles)
 
 
-def _handles_inside(model: nn.Module) -> list[Handle]:
+def handles_inside(model: nn.Module) -> list[Handle]:
+    """The handles of this model and of all models inside it, in the order of its modules."""
     found = (vars(module).get("vitrim_handle") for module in model.modules())
     return [handle for handle in found if isinstance(handle, Handle)]
 
