@@ -155,7 +155,9 @@ def test_callbacks_can_be_pickled(make: Any) -> None:
     assert again.figures == callback.figures
 
 
-@pytest.mark.parametrize(("make", "library"), [(lightning_callback, "lightning"), (transformers_callback, "vitrim[hf]")])
+@pytest.mark.parametrize(
+    ("make", "library"), [(lightning_callback, "lightning"), (transformers_callback, "vitrim[hf]")]
+)
 def test_a_missing_library_is_named(make: Any, library: str, monkeypatch: pytest.MonkeyPatch) -> None:
     import vitrim.train.callbacks as module
 

@@ -39,16 +39,20 @@ __all__ = [
     "attach",
     "attached",
     "build_model",
+    "compile",
     "cost",
+    "lightning_callback",
     "load",
     "save",
     "set_epoch",
     "stratify",
+    "transformers_callback",
 ]
 
 _HOMES = {
     "vitrim.models": ("Handle", "attach", "attached", "build_model", "compile", "load", "save", "set_epoch"),
     "vitrim.elastic": ("SuperNet", "stratify"),
+    "vitrim.train.callbacks": ("lightning_callback", "transformers_callback"),
     "vitrim.measure.cost": ("Cost", "cost"),
     "vitrim.tokens": ("Reduction", "TokenState"),
 }
@@ -78,6 +82,7 @@ if TYPE_CHECKING:
         ToMe,
         TopK,
     )
+    from .train.callbacks import lightning_callback, transformers_callback
 
 
 def __getattr__(name: str) -> Any:
