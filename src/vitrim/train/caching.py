@@ -29,7 +29,7 @@ def with_cache(recipe: Recipe, learner: Distiller, splits: Splits, device: torch
     assert spec is not None
     assert teacher is not None  # As the recipe is checked.
     teacher.to(device)
-    grid = student_grid(learner.student) if learner.of_teacher.tokens else None
+    grid = student_grid(learner.student) if learner.of_teacher.per_patch else None
 
     def answers(stream: Stream, name: str) -> TeacherCache:
         def tick(done: int, rows: int) -> None:

@@ -14,11 +14,11 @@ from torch.nn import functional as F
 from ...errors import CheckpointError, ScoreError, UnsupportedModelError, VitrimError
 from ...tokens import Plan, Reducer
 from ..adapter import Geometry, State
-from ..attach import Handle
-from ..exchange import Reduced, intercepted, while_attached
-from ..forward_pass import CHANGED, Call, finish, trace_at_head
+from ..exchange import intercepted, while_attached
+from ..forward_pass import CHANGED, finish, trace_at_head
 from ..macs import BlockShape, Macs, block_macs, counted, macs_per_row, needed
 from ..reduced import ReducedBlock
+from ..reduced_model import ReducedModel
 from ..sublayers import Elastic, RemovedBranch
 from .timm_model import TimmModel
 
@@ -77,14 +77,13 @@ class ReducedTimmBlock(ReducedBlock, Block):
         return not isinstance(self.attn, RemovedBranch)
 
 
-class _ReducedModel(Reduced):
+class _ReducedModel(ReducedModel):
     """What changes outside the blocks: pooling weighs tokens by size, maps are spread over the whole grid."""
 
-    vitrim_handle: Handle
     vitrim_free = ("forward", "forward_features")
 
-    def _call(self, images: Tensor) -> Call:
-        return Call(self.vitrim_policy, _num_patches(self, images))
+    def expected_patches(self, images: Any) -> int | None:
+        return _num_patches(self, images)
 
     @while_attached
     def set_input_size(self, *args: Any, **kwargs: Any) -> None:
@@ -92,13 +91,8 @@ class _ReducedModel(Reduced):
         self.vitrim_handle.refresh()
 
     @while_attached
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        with self._call(x):
-            return super().forward(x, *args, **kwargs)
-
-    @while_attached
     def forward_features(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        with self._call(x):
+        with self.open_call(x):
             return finish(self.vitrim_policy, super().forward_features(x, *args, **kwargs))
 
     @while_attached
@@ -132,7 +126,7 @@ class _ReducedModel(Reduced):
                 "patch_drop_rate drops patches in training, which leaves no whole map; use output_fmt='NLC' or "
                 "model.eval()"
             )
-        with self._call(x) as call:
+        with self.open_call(x) as call:
             out = super().forward_intermediates(x, indices, *args, output_fmt="NLC", **kwargs)
             final = out.get("image_features") if isinstance(out, dict) else out[0] if isinstance(out, tuple) else None
             if final is not None:
@@ -156,18 +150,6 @@ class _ReducedModel(Reduced):
         if isinstance(out, dict):
             return {**out, "image_intermediates": whole_maps(out["image_intermediates"])}
         return (out[0], whole_maps(out[1])) if isinstance(out, tuple) else whole_maps(out)
-
-    # The keys of a state dict are those of the plain model, so that weights go both ways. Its metadata, which
-    # `torch.save` keeps, carries how much of the schedule acts.
-
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if hasattr(destination, "_metadata"):
-            destination._metadata.setdefault(prefix[:-1], {})["vitrim"] = self.vitrim_policy.metadata()
-
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, *args: Any) -> None:
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
-        self.vitrim_policy.read_metadata(local_metadata.get("vitrim"))
 
 
 def _num_patches(model: Any, images: Any) -> int | None:

@@ -1,0 +1,47 @@
+"""What a reduced model does outside its blocks, for all families: open a call, and keep the strength in its state.
+
+A family adds what its own class does with tokens after the last block: it wraps the method that returns final tokens
+with `finish`, and weighs tokens where its head averages them (`trace_at_head`).
+"""
+
+from typing import Any
+
+from torch import Tensor
+
+from .attach import Handle
+from .exchange import Reduced, while_attached
+from .forward_pass import Call
+
+
+class ReducedModel(Reduced):
+    """Mixin placed before a family's own model class."""
+
+    vitrim_handle: Handle
+    vitrim_free = ("forward",)
+
+    def expected_patches(self, images: Any) -> int | None:
+        """Patch tokens that reach the first block of these images; None where that is not known."""
+        policy = self.vitrim_policy
+        return policy.entering[self.training] if policy.geometry.fixed_size else None
+
+    def open_call(self, images: Any) -> Call:
+        """A call of this model on these images, to run inside: `with self.open_call(images): ...`."""
+        return Call(self.vitrim_policy, self.expected_patches(images))
+
+    @while_attached
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """As the foreign class, with a call open."""
+        with self.open_call(x):
+            return super().forward(x, *args, **kwargs)
+
+    # The keys of a state dict are those of the plain model, so that weights go both ways. Its metadata, which
+    # `torch.save` keeps, carries how much of the schedule acts.
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if hasattr(destination, "_metadata"):
+            destination._metadata.setdefault(prefix[:-1], {})["vitrim"] = self.vitrim_policy.metadata()
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+        self.vitrim_policy.read_metadata(local_metadata.get("vitrim"))
