@@ -7,11 +7,12 @@ list; each carries the set of input patches behind it.
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vitrim.models import RemovedBranch
+from vitrim.models import RemovedBranch, adapter_of
 from vitrim.tokens import Evidence, Plan, Reducer, ToMe, TopK
 from vitrim.tokens.scores import SCORES
 
@@ -224,6 +225,10 @@ def _head(model: nn.Module, tokens: Tokens, weighted_attention: bool) -> Tensor:
     return model.head(model.fc_norm(pooled))
 
 
+VIEWS: dict[str, Callable[[nn.Module], Any]] = {}
+"""Name of a family -> its model under the names of timm's parts; timm's own need none."""
+
+
 def reduced_vit(
     model: nn.Module,
     image_CHW: Tensor,
@@ -235,6 +240,8 @@ def reduced_vit(
 
     `listened` holds for some blocks how much the loss listened to each channel, for the score `gradient`.
     """
+    family = adapter_of(model).name
+    model = VIEWS[family](model) if family in VIEWS else model
     embedded = model.norm_pre(model._pos_embed(model.patch_embed(image_CHW[None])))[0]
     num_prefix = model.num_prefix_tokens
     rows = list(embedded)

@@ -75,8 +75,9 @@ REDUCTIONS = [reducer for name in REDUCERS for reducer in VARIANTS.get(name, [RE
 RETURNING = [Case(vitrim.TopK(), 2), Case(vitrim.TopK(fuse="sum"), 2), Case(vitrim.ToMe(), 2)]
 CASES = [*map(Case, REDUCTIONS), *RETURNING]
 # What returns is the same in every family; these differ in prefix tokens, heads, attention and what is left of it.
-RETURNED_IN = ("vit", "deit_distilled", "dinov2_registers", "siglip", "gap", "gated", "removed")
+RETURNED_IN = ("toy", "vit", "deit_distilled", "dinov2_registers", "siglip", "gap", "gated", "removed")
 PAIRS = [(*model, case) for model in MODELS for case in CASES if case.reinstate is None or model[1] in RETURNED_IN]
+FAMILY = {name: adapter for adapter, name in MODELS}
 each_model = pytest.mark.parametrize(("adapter", "name"), MODELS, ids=[name for _, name in MODELS])
 each_case = pytest.mark.parametrize("case", CASES, ids=str)
 each_pair = pytest.mark.parametrize(("adapter", "name", "case"), PAIRS, ids=str)
@@ -84,7 +85,9 @@ each_pair = pytest.mark.parametrize(("adapter", "name", "case"), PAIRS, ids=str)
 
 def refused(model: nn.Module, reducer: Reducer, schedule: Schedule) -> bool:
     """Whether a cut would use an attention that was removed; then asserts that it is refused."""
-    gone = [index for index, block in enumerate(model.blocks) if isinstance(block.attn, RemovedBranch)]
+    adapter = find_adapter(model)
+    attention, _ = adapter.branches
+    gone = [i for i, block in enumerate(adapter.blocks(model)) if isinstance(getattr(block, attention), RemovedBranch)]
     with vitrim.attach(model, vitrim.TopK("norm"), schedule) as handle:
         hit = any(cut.block in gone for cut in handle.plan().cuts)
     if not hit or reducer.needs in ("nothing", "hidden"):
@@ -116,7 +119,8 @@ def test_law_1_nothing_to_drop_is_bit_equal(adapter: str, name: str, case: Case)
     for schedule in (vitrim.KeepRate(1.0), vitrim.PowerLaw(0.0), vitrim.ConstantR(0)):
         with vitrim.attach(model, case.suited(model), replace(schedule, reinstate=case.reinstate)):
             assert torch.equal(model(x), dense)
-            assert torch.equal(model.forward_features(x), model.forward_features(x))
+            final = [find_adapter(model).features(model, x, ())[0] for _ in range(2)]
+            assert torch.equal(*final)
 
 
 @each_model
@@ -132,7 +136,7 @@ def test_law_1_prefix_only_last_block_leaves_logits_alone(adapter: str, name: st
     dense = model(x)
     with vitrim.attach(model, cls_only=True) as handle:
         assert (model(x) - dense).abs().max() < 1e-12
-        assert handle.token_counts[-1] == model.num_prefix_tokens
+        assert handle.token_counts[-1] == handle.geometry.num_prefix
     with vitrim.attach(model, reduction, cls_only=True):
         # The cut inside the last block acts on the MLP of patch tokens alone, which nothing reads.
         assert (model(x) - reduced).abs().max() < 1e-12
@@ -152,13 +156,14 @@ def test_laws_2_3_4_prefix_counts_and_sizes(adapter: str, name: str, case: Case)
     model, x = build(adapter, name), images()
     before: dict[int, Tensor] = {}
     after: dict[int, Tensor] = {}
-    for index, block in enumerate(model.blocks):
+    blocks, norm = find_adapter(model).blocks(model), next(iter(find_adapter(model).branches.values()))
+    for index, block in enumerate(blocks):
         block.register_forward_pre_hook(lambda _, args, i=index: before.__setitem__(i, args[0]))
-        block.norm1.register_forward_pre_hook(lambda _, args, i=index: after.__setitem__(i, args[0]))
+        getattr(block, norm).register_forward_pre_hook(lambda _, args, i=index: after.__setitem__(i, args[0]))
     lengths: list[int] = []
-    for block in model.blocks:
+    for block in blocks:
         block.register_forward_hook(lambda _, args, out: lengths.append(out.shape[1]))
-    prefix = model.num_prefix_tokens
+    prefix = find_adapter(model).geometry(model).num_prefix
     for schedule in case.schedules():
         if refused(model, case.suited(model), schedule):
             continue
@@ -211,10 +216,11 @@ def test_laws_5_and_6_remove_deepcopy_pickle(adapter: str, name: str, case: Case
 
 @each_case
 @pytest.mark.parametrize(
-    ("name", "at"), [("vit", (0, 1)), ("dinov2_registers", (0, 1)), ("siglip", (0, 1)), ("removed", (0, 2))]
+    ("name", "at"),
+    [("vit", (0, 1)), ("dinov2_registers", (0, 1)), ("siglip", (0, 1)), ("removed", (0, 2)), ("toy", (0, 1))],
 )
 def test_law_7_gradients_survive_recomputation(name: str, at: tuple[int, ...], case: Case) -> None:
-    model, x, other = build("timm-vit", name).double(), *(images(dtype=torch.float64, seed=s) for s in (1, 2))
+    model, x, other = build(FAMILY[name], name).double(), *(images(dtype=torch.float64, seed=s) for s in (1, 2))
 
     def gradients() -> list[Tensor]:
         model.zero_grad()
@@ -224,7 +230,7 @@ def test_law_7_gradients_survive_recomputation(name: str, at: tuple[int, ...], c
     with vitrim.attach(model, case.suited(model), case.cuts(*at)) as handle:
         plain = gradients()
         seen = handle.states
-        model.set_grad_checkpointing()
+        find_adapter(model).recompute(model)
         recomputed = gradients()
         assert all(torch.equal(a.origin, b.origin) for a, b in zip(handle.states, seen, strict=True))
     assert len(plain) == len(recomputed) > 30
@@ -233,9 +239,9 @@ def test_law_7_gradients_survive_recomputation(name: str, at: tuple[int, ...], c
 
 
 @each_case
-@pytest.mark.parametrize("name", ["deit_distilled", "gap", "removed"])
+@pytest.mark.parametrize("name", ["deit_distilled", "gap", "removed", "toy"])
 def test_law_8_full_graph_compile(name: str, case: Case) -> None:
-    model, x = build("timm-vit", name), images()
+    model, x = build(FAMILY[name], name), images()
     torch._dynamo.reset()
     with vitrim.attach(model, case.suited(model), case.cuts(0, 2)), torch.no_grad():
         compiled = torch.compile(model, fullgraph=True, backend="eager")
@@ -255,14 +261,16 @@ EXPORTED = [
     *(("gap" if case == UNSIZED else "vit", case) for case in (*CASES, Case(vitrim.TopK("random")))),
     ("uneven", Case(vitrim.TopK())),
     ("removed", Case(vitrim.TopK("norm", fuse="mean"))),
+    ("toy", Case(vitrim.ToMe())),
 ]
 
 
 @pytest.mark.parametrize(("name", "case"), EXPORTED, ids=str)
 def test_law_8_export_and_onnx_with_another_batch_size(name: str, case: Case, tmp_path: pytest.TempPathFactory) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
-    model, x = build("timm-vit", name), images(2)
-    model.blocks = model.blocks[: 2 if case.reinstate is None else 3]
+    model, x = build(FAMILY[name], name), images(2)
+    if name != "toy":
+        model.blocks = model.blocks[: 2 if case.reinstate is None else 3]
     batch = {0: torch.export.Dim("batch", min=1, max=64)}
     with vitrim.attach(model, case.suited(model), case.cuts(0, 1)) as handle, torch.no_grad():
         program = torch.export.export(model, (x,), dynamic_shapes=(batch,))

@@ -5,6 +5,7 @@ It also brings a distillation term of its own, on an output that no other term r
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from references import VIEWS
 from vitrim.distill import Term
 from vitrim.distill.losses import distance
 from vitrim.distill.objective import Batch
@@ -75,7 +77,7 @@ class ToyViT(nn.Module):
 
     def tokens(self, images: Tensor) -> list[Tensor]:
         """Tokens (B, 1 + N, C) that leave every layer, and the final ones."""
-        x = torch.cat([self.start.expand(len(images), -1, -1), self.stem(images).flatten(2).mT], 1) + self.places
+        x = torch.cat([self.start.expand(images.shape[0], -1, -1), self.stem(images).flatten(2).mT], 1) + self.places
         found = []
         for layer in self.layers:
             again = self.recompute and torch.is_grad_enabled()
@@ -212,6 +214,35 @@ class ToyFamily(Adapter):
 
     def classifiers_of(self, name: str) -> tuple[str, ...]:
         return ("classes",)
+
+
+def in_timm_words(model: ToyViT) -> Any:
+    """The same network under the names of timm's parts, for the slow reference."""
+    same = nn.Identity()
+    scales = {"ls1": same, "ls2": same}
+
+    def heads(part: Any) -> Any:
+        if isinstance(part, RemovedBranch):
+            return part
+        parts = (part.query, part.key, part.value)
+        return SimpleNamespace(
+            qkv=lambda x: torch.cat([one(x) for one in parts], -1), num_heads=part.num_heads, head_dim=part.head_dim,
+            q_norm=same, k_norm=same, norm=same, gate=None, proj=part.out,
+        )  # fmt: skip
+
+    blocks = [
+        SimpleNamespace(attn=heads(one.heads), norm1=one.first_norm, norm2=one.second_norm, mlp=one.units, **scales)
+        for one in model.layers
+    ]
+    return SimpleNamespace(
+        patch_embed=lambda images: model.stem(images).flatten(2).mT,
+        _pos_embed=lambda x: torch.cat([model.start.expand(len(x), -1, -1), x], 1) + model.places,
+        norm_pre=same, num_prefix_tokens=1, blocks=blocks, norm=model.final_norm, fc_norm=same, head=model.classes,
+        attn_pool=None, global_pool="token",
+    )  # fmt: skip
+
+
+VIEWS["toy"] = in_timm_words
 
 
 class ElasticToyHeads(ElasticHeads, Heads, replaces=Heads):

@@ -10,7 +10,8 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from vitrim.models import BlockWidths, set_widths
+import toy_family  # noqa: F401  (enters its family)
+from vitrim.models import BlockWidths, build_model, set_widths
 
 SMALL = {"img_size": 40, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 3, "num_classes": 5}
 """25 patch tokens, an odd number, in 3 blocks."""
@@ -76,7 +77,20 @@ TIMM: dict[str, Callable[[], nn.Module]] = {
     "uneven": lambda: _narrowed((3, 17), (8, 40), (5, 96)),
     "removed": lambda: _narrowed((5, 0), (0, 40), (8, 96)),
 }
-ZOO: dict[str, dict[str, Callable[[], nn.Module]]] = {"timm-vit": TIMM}
+
+
+def _toy(*widths: tuple[int, int]) -> nn.Module:
+    model = build_model("toy_vit", img_size=40, in_chans=3, width=24, patch=8, num_classes=5)
+    if widths:
+        set_widths(model, [BlockWidths(*pair) for pair in widths])
+    return model
+
+
+TOY: dict[str, Callable[[], nn.Module]] = {
+    "toy": _toy,
+    "toy_removed": lambda: _toy((5, 0), (0, 40), (8, 48)),
+}
+ZOO: dict[str, dict[str, Callable[[], nn.Module]]] = {"timm-vit": TIMM, "toy": TOY}
 """Adapter name -> models. An adapter without an entry fails the contract suite."""
 
 

@@ -11,12 +11,13 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
-from ..errors import CheckpointError, DuplicateNameError, UnknownNameError, UnsupportedModelError
+from ..errors import CheckpointError, DuplicateNameError, ScoreError, UnknownNameError, UnsupportedModelError
 from ..tables import Table, home_of
 from ..tokens import Plan, Reducer
 from .input_format import InputFormat
-from .macs import Macs
+from .macs import Macs, needed
 from .outputs import Features, ModelInfo, Wanted
+from .removed_branch import RemovedBranch
 
 Head = Literal["prefix", "tokens"]
 State = dict[str, Tensor]
@@ -73,7 +74,7 @@ class Adapter:
     covers: ClassVar[str]
     """One line for `vitrim list`: which models the family covers."""
     branches: ClassVar[Mapping[str, str]] = {}
-    """Names within a block of its two branches, and of the norm that feeds only that branch."""
+    """Names within a block of its attention and its MLP branch, and of the norm that feeds only that branch."""
     speed_settings: ClassVar[frozenset[str]] = frozenset({"training"})
     """Attributes of modules that change how an output in eval mode is computed, but not its value."""
 
@@ -118,6 +119,15 @@ class Adapter:
 
     def check_plan(self, model: nn.Module, plan: Plan, reducer: Reducer) -> None:
         """Raise `ScoreError` if a block where the plan cuts cannot supply what the reducer reads."""
+        attention, blocks = next(iter(self.branches), ""), self.blocks(model)
+        for cut in plan.cuts:
+            reads = needed(reducer, cut)
+            removed = isinstance(getattr(blocks[cut.block], attention, None), RemovedBranch)
+            if removed and reads not in ("nothing", "hidden"):
+                raise ScoreError(
+                    f"the attention of block {cut.block} was removed, so it gives no {reads} to choose tokens by; cut "
+                    "at another block or use TopK(score='norm')"
+                )
 
     def macs(self, model: nn.Module, plan: Plan, reducer: Reducer | None) -> Macs:
         """MACs of one image under the plan, as the reduced model executes it."""

@@ -17,6 +17,7 @@ from ..errors import UnsupportedModelError
 from ..tables import Table
 from .adapter import find_adapter
 from .macs import Macs
+from .removed_branch import RemovedBranch
 from .slicing import compensate
 
 Kind = Literal["attention", "mlp"]
@@ -98,23 +99,6 @@ class Elastic(nn.Module):
         if self.training and torch.is_grad_enabled():
             out = out + 0.0 * (x_BNC + sum(p.sum() for p in self.parameters() if p.requires_grad))
         return out
-
-
-class RemovedBranch(nn.Module):
-    """What remains of an attention or MLP branch of width 0: a constant, zero unless it is learnt or set.
-
-    A branch without inputs still has the bias of its output projection, which can hold the mean of what was removed.
-    Costs no MACs; the norm before it is removed too, since nothing would read it.
-    """
-
-    def __init__(self, dim: int, device: torch.device | None = None, dtype: torch.dtype | None = None) -> None:
-        super().__init__()
-        self.bias = nn.Parameter(torch.zeros(dim, device=device, dtype=dtype))
-
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """The constant, in the shape of `x` (..., C); attention masks change nothing. TorchScript can compile it."""
-        # A copy, since gradient hooks fail on a view of a parameter that was made without gradients.
-        return self.bias.to(x.dtype, copy=True).expand_as(x)
 
 
 @dataclass(frozen=True)

@@ -11,15 +11,16 @@ from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...errors import CheckpointError, ScoreError, UnsupportedModelError, VitrimError
+from ...errors import CheckpointError, UnsupportedModelError, VitrimError
 from ...tokens import Plan, Reducer
 from ..adapter import Geometry, State
 from ..exchange import intercepted, while_attached
 from ..forward_pass import CHANGED, finish, trace_at_head
-from ..macs import BlockShape, Macs, block_macs, counted, macs_per_row, needed
+from ..macs import BlockShape, Macs, block_macs, counted, macs_per_row
 from ..reduced import ReducedBlock
 from ..reduced_model import ReducedModel
-from ..sublayers import Elastic, RemovedBranch
+from ..removed_branch import RemovedBranch
+from ..sublayers import Elastic
 from .timm_model import TimmModel
 
 
@@ -241,15 +242,6 @@ class TimmViT(TimmModel):
         except (RuntimeError, KeyError, ValueError, AttributeError, AssertionError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise CheckpointError(f"the weights do not fit {type(model).__name__}: {reason}") from error
-
-    def check_plan(self, model: nn.Module, plan: Plan, reducer: Reducer) -> None:
-        for cut in plan.cuts:
-            reads = needed(reducer, cut)
-            if isinstance(model.blocks[cut.block].attn, RemovedBranch) and reads not in ("nothing", "hidden"):
-                raise ScoreError(
-                    f"the attention of block {cut.block} was removed, so it gives no {reads} to choose "
-                    "tokens by; cut at another block or use TopK(score='norm')"
-                )
 
     def macs(self, model: Any, plan: Plan, reducer: Reducer | None) -> Macs:
         total = self._patch_macs(model) + self._head_macs(model, plan.token_counts[-1])
