@@ -1,4 +1,4 @@
-"""Everything in miniature on real images, offline: train, prune without training, train with pruning, measure, look.
+"""Everything in miniature on real images, offline: train, prune without training, train with pruning, measure, draw.
 
 The images are scikit-learn's handwritten digits; the network is a ViT of 8 blocks on 64 tokens.
 """
@@ -40,11 +40,11 @@ COLUMNS = columns("model", "method", "accuracy", "macs", "images_per_second", "s
 
 
 def run_demo(out: str | Path, epochs: int | None = None, command: str = "") -> Table:
-    """Run, or show again, the demonstration in folder `out`; returns the table of all methods.
+    """Run the demonstration in folder `out`, or show it again; returns the table of all methods.
 
     Args:
         out: folder of the two runs, the pictures and the report.
-        epochs: passes over the 1,437 training digits for each of the two trainings.
+        epochs: passes over the 1,437 training digits in each of the two trainings; default 7.
         command: what the user typed, for the report.
     """
     out, console = Path(out), Console()
@@ -53,11 +53,11 @@ def run_demo(out: str | Path, epochs: int | None = None, command: str = "") -> T
         raise RecipeError(f"{out} is not empty and holds no demo; choose another folder with --out")
     recipes = {"dense": _recipe(epochs, None), "pruned": _recipe(epochs, TRAINED_WITH)}
     for number, (name, recipe) in enumerate(recipes.items(), 1):
-        how = "with pruning switched on half-way" if recipe.reduction else "as it is"
+        how = "with pruning switched on half-way" if recipe.reduction else "without pruning"
         console.rule(f"{number} of 4: train a small ViT {how}", align="left")
         with live(console, name) as report:
             train(recipe, out / name, command=command, report=report)
-    console.rule("3 of 4: drop methods into the trained networks, at test time only", align="left")
+    console.rule("3 of 4: attach methods to the trained networks, at test time only", align="left")
     models = {name: open_model(str(out / name)) for name in recipes}
     table = _measure(models, recipes["dense"].data)
     console.print(table.text(), highlight=False)
@@ -67,7 +67,7 @@ def run_demo(out: str | Path, epochs: int | None = None, command: str = "") -> T
     write_atomic(out / "result.json", json.dumps(result, indent=2))
     write_atomic(out / "environment.json", json.dumps(environment(), indent=2))
     write_atomic(out / "command.txt", command + "\n")
-    console.print(f"Open {write_report(out)}; pictures lie beside it.")
+    console.print(f"Open {write_report(out)}; the pictures are in the same folder.")
     return table
 
 
@@ -99,7 +99,7 @@ def _measure(models: dict[str, nn.Module], data: DataSpec) -> Table:
             "family": families.get(row["method"], "dense"),
         }
     notes = [
-        f"{rows[0]['num_images']} test digits. Speed: batch of 128, median of 5 rounds in which all took turns; "
+        f"{rows[0]['num_images']} test digits. Speed: batch of 128, median of 5 rounds, all timed in turns; "
         "ratios are to the first row.",
         CLS_ONLY_NOTE,
     ]

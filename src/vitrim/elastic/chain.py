@@ -23,7 +23,7 @@ GROUPS: dict[Kind, int] = {"attention": 8, "mlp": 32}
 class Entry:
     """One step of the chain: `module` gets `width`; MACs and parameters are those of the whole network after it.
 
-    importance: what the units lost here were thought to be worth (sensitivity of the sub-layer times their share).
+    importance: of the units that are removed here (sensitivity of the sub-layer times their share).
     """
 
     module: str
@@ -35,7 +35,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class UnitCost:
-    """What one unit of width of a sub-layer costs, and by how many units it is cut at a time."""
+    """What one unit of width of a sub-layer costs, and how many units are cut at a time."""
 
     width: int
     step: int
@@ -43,10 +43,10 @@ class UnitCost:
     macs_linear_only: int
     params: int
     left_params: int
-    """Parameters that removal adds, the constant where there was no bias before, less the norm that goes with it."""
+    """Parameters that removal adds (a constant where there was no bias), minus those of the removed norm."""
 
     def saved(self, width: int, narrower: int) -> tuple[int, int]:
-        """MACs and parameters that go with the units from `narrower` to `width`."""
+        """MACs and parameters that are saved when `width` becomes `narrower`."""
         lost = width - narrower
         return lost * self.macs, lost * self.params - (self.left_params if narrower == 0 else 0)
 
@@ -55,8 +55,8 @@ class UnitCost:
 class Chain:
     """Network 0 is the full one, network k the full one after the first k entries; `len` counts them all.
 
-    units: what a unit of each sub-layer costs. macs, macs_linear_only, params: the cost of the full network.
-    weights: hash of the weights that this chain belongs to, empty while they are in training.
+    units: cost of a unit of each sub-layer. macs, macs_linear_only, params: cost of the full network.
+    weights: hash of the weights that this chain belongs to, empty during training.
     """
 
     units: Mapping[str, UnitCost]
@@ -83,7 +83,7 @@ class Chain:
         return len(self.entries) + 1
 
     def position(self, index: int) -> int:
-        """The index counted from the full network; negative ones count from the smallest.
+        """The index counted from the full network; negative indices count from the smallest.
 
         Raises:
             VitrimError: there is no such network.
@@ -115,7 +115,7 @@ class Chain:
         return self.macs_linear_only - sum(lost)
 
     def largest(self, what: str, most: float) -> int:
-        """The largest network with at most so many "macs" or "params".
+        """The largest network with at most `most` of "macs" or "params".
 
         Raises:
             VitrimError: not even the smallest fits; names its cost.
@@ -129,8 +129,8 @@ class Chain:
             )
         return index
 
-    def serves(self, model_chain: "Chain") -> bool:
-        """Whether this chain is of the model, at its input size, that the other one is of; groups may differ."""
+    def is_of_model(self, model_chain: "Chain") -> bool:
+        """Whether both chains are of the same model at the same input size; groups may differ."""
         return self._full() == model_chain._full()
 
     def to_json(self) -> str:
@@ -149,7 +149,9 @@ class Chain:
             if raw["schema"] > SCHEMA:
                 raise CheckpointError(f"the chain has schema {raw['schema']}, this vitrim reads up to {SCHEMA}; update")
             if raw["schema"] < SCHEMA:
-                raise CheckpointError("in this older chain removed sub-layers keep their norms; stratify again")
+                raise CheckpointError(
+                    "this chain of an older version keeps the norms of removed sub-layers; stratify again"
+                )
             units = {name: UnitCost(**unit) for name, unit in raw["units"].items()}
             return cls(**raw | {"units": units, "entries": tuple(Entry(**entry) for entry in raw["entries"])})
         except CheckpointError:
@@ -167,12 +169,12 @@ class Chain:
 
 
 def start_chain(model: nn.Module, *, groups: Mapping[Kind, int] = GROUPS, width_multiple: int = 8) -> Chain:
-    """The chain that holds the full network alone.
+    """The chain of the full network only.
 
     Args:
-        model: with nothing attached, at the input size whose cost counts.
+        model: without a reduction, at the input size for which costs are counted.
         groups: into how many groups the width of each kind of sub-layer is cut.
-        width_multiple: every width but the full one is a multiple of it, which keeps matrix products fast.
+        width_multiple: every width except the full one is a multiple of it, which keeps matrix products fast.
     """
     for kind in groups:
         if kind not in GROUPS:

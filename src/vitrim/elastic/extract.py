@@ -1,4 +1,4 @@
-"""From a budget to a network: find the largest entry of the chain that fits and slice it out of the super-network."""
+"""From a budget to a network: find the largest network of the chain that fits, and slice it out."""
 
 import copy
 from collections.abc import Mapping
@@ -30,7 +30,7 @@ def choose(
         macs: most multiply-accumulates per image, attention products included.
         params: most parameters.
         latency: longest time of one forward pass, in milliseconds; "0.5ms" where that is not more than 1.
-        clock: measures latency; default: at batch size 1 where the model is, see `latency.milliseconds`.
+        clock: measures latency; default: at batch size 1 on the device of the model, see `latency.milliseconds`.
 
     Any number in (0, 1] is a fraction of what the full network costs.
 
@@ -49,14 +49,14 @@ def choose(
 
 
 def cut(model: nn.Module, chain: Chain, index: int, means: Mapping[str, Tensor] | None = None) -> nn.Module:
-    """Network `index` of the chain as a model of its own, of stock blocks and in eval mode; the super-network stays.
+    """Network `index` of the chain as an independent model in eval mode; the super-network is not changed.
 
     Args:
         model: the super-network.
         chain: its sub-networks.
         index: which of them; negative counts from the smallest.
-        means: mean of every input to each sub-layer's last projection; moves what the lost units add on average into
-            its bias. None: no compensation.
+        means: mean of every input to each sub-layer's last projection; the mean contribution of removed units is added
+            to its bias. None: no compensation.
 
     Raises:
         VitrimError: no such network, or the result does not cost what the chain says.

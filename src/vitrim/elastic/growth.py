@@ -1,7 +1,7 @@
 """How a chain grows: which units a network loses next.
 
-Growing follows PIAD: of every sub-layer the outer units whose importance per MAC is lowest go first, merged so that
-densities fall outwards, until the saving asked for is reached.
+As in PIAD (SKD), the outer units of a sub-layer with the lowest importance per MAC are removed first. Neighbouring
+groups are merged so that importance per MAC falls outwards. Growth ends at the saving that is asked for.
 """
 
 from collections.abc import Iterable, Mapping
@@ -23,12 +23,12 @@ def grow(
     """The chain, longer until its smallest network saves the fraction `saving` of the full network's MACs.
 
     Args:
-        chain: what there is already; all of it stays.
+        chain: the chain so far; all its entries are kept.
         shares: per sub-layer what each of its remaining units contributes, in the order of the units; scaled to sum 1.
         sensitivity: relative rise of the loss when a sub-layer is removed from the smallest network. Sub-layers where
             it is not positive go first.
         saving: in [0, 1); if all widths at 0 save less, the chain ends there.
-        floor: smallest sensitivity to reckon with.
+        floor: smaller sensitivities are raised to this.
 
     Raises:
         VitrimError: a sub-layer with another number of shares, or numbers that are not finite.
@@ -42,7 +42,7 @@ def grow(
         if len(share) != widths[name]:
             raise VitrimError(f"{len(share)} shares for the {widths[name]} units of {name}")
         if not (isfinite(rise) and share.isfinite().all()):
-            raise VitrimError(f"what {name} is worth is not finite; look at the weights of the model and at the images")
+            raise VitrimError(f"the importance of {name} is not finite; check the weights of the model and the images")
         value = max(rise, floor) * share / share.sum().clamp_min(torch.finfo(torch.float64).tiny)
         edges = list(pairwise([*range(0, widths[name], unit.step), widths[name]]))
         cuts = [(name, low, value[low:high].sum().item()) for low, high in edges]
@@ -55,9 +55,9 @@ def grow(
 
 
 def grow_evenly(chain: Chain, saving: float) -> Chain:
-    """The chain, longer until its smallest network saves the fraction `saving`; no sub-layer is judged.
+    """The chain, longer until its smallest network saves the fraction `saving`; importance plays no role.
 
-    All of them lose their outer units at the same pace, so that every width is about the same fraction of the full one.
+    All sub-layers lose outer units at the same rate, so that every width is about the same fraction of the full one.
     """
     widths = chain.widths(-1)
     cuts = [(name, low, 0.0) for name, unit in chain.units.items() for low in range(0, widths[name], unit.step)]
@@ -66,7 +66,7 @@ def grow_evenly(chain: Chain, saving: float) -> Chain:
 
 
 def _cut(chain: Chain, cuts: Iterable[tuple[str, int, float]], saving: float) -> Chain:
-    """The chain with so many of these cuts (sub-layer, new width, importance) as the saving asks for."""
+    """The chain with these cuts (sub-layer, new width, importance) added until the saving is reached."""
     widths, entries = chain.widths(-1), list(chain.entries)
     macs, params, goal = chain.macs_at(-1), chain.params_at(-1), chain.macs * (1 - saving)
     for name, width, importance in cuts:

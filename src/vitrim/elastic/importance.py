@@ -1,4 +1,4 @@
-"""How much each unit of width and each whole sub-layer matters to the network as it is now."""
+"""How much each unit of width and each whole sub-layer matters to the network at its present widths."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,18 +21,18 @@ Loss = Callable[[Tensor, Tensor | None, Tensor], Tensor]
 def unit_shares(
     model: nn.Module, data: Iterable[Batch], widths: Mapping[str, int], *, num_images: int = 1024, labels: bool = False
 ) -> dict[str, Tensor]:
-    """First-order Taylor importance |G F| of every unit that network has; of attention: over heads and q, k, v."""
+    """Taylor importance |G F| of every unit at these widths; in attention summed over heads and over q, k, v."""
     with narrowed(model, widths):
         sums = collect(model, data, num_images, labels, covariance=False)
     return {name: each.taylor for name, each in sums.items()}
 
 
 def probe_loss(model: nn.Module, labels: bool) -> Loss:
-    """Loss by which sub-layers are judged.
+    """The loss whose rise says how much a sub-layer matters.
 
     With labels, cross-entropy. Without, cross-entropy with the full network's own probabilities; for a model without
     a head, one plus the relative squared distance from the full network's features; for one of a single class, whose
-    cross-entropy is 0 whatever it says, one plus the squared distance from the full network's logit.
+    cross-entropy is always 0, one plus the squared distance from the full network's logit.
     """
     if is_headless(model):
         return lambda out, _, full: (1 + (out - full).square().sum(1) / full.square().sum(1)).sum()
@@ -52,8 +52,8 @@ def sensitivities(
     Removed means that it adds its constant bias and nothing else, exactly what extraction leaves at width 0. Negative
     where the network does better without. Costs half a forward pass of the images per sub-layer.
 
-    The loss is taken in float64, in which that of a network sure of itself is less often 0; relative to 0 any rise is
-    very large, and no rise is 0.
+    The loss is computed in float64, where that of a very confident network is less often 0. Relative to a loss of 0 any
+    rise is very large, and no rise is 0.
     """
     loss = probe_loss(model, labels)
     with elastic(model) as layers, frozen(model):
@@ -91,7 +91,7 @@ def _run_and_keep(model: nn.Module, blocks: list[nn.Module], images: Tensor) -> 
 
 @contextmanager
 def _skipping(blocks: list[nn.Module], first: nn.Module, inputs: Mapping[nn.Module, Tensor]) -> Iterator[None]:
-    """Blocks before `first` pass on what enters it, which a change from there on leaves as it was: half of the work."""
+    """Blocks before `first` return what enters it, which later changes do not affect: saves half of the work."""
     earlier = blocks[: blocks.index(first)]
     for block in earlier:
         block.forward = lambda *_, **__: inputs[first]

@@ -1,7 +1,8 @@
-"""The largest network of a chain that is fast enough, found by measuring: times waver, and need not fall with the size.
+"""The largest network of a chain that is fast enough, found by measurement.
 
-Networks are timed beside the full one in short turns, so that what slows the machine down slows both; and whatever was
-found is looked at again, with places further and further away from it, so that one wrong sample costs nothing.
+Times vary from call to call and need not fall with the size. So networks are timed in turns with the full one, which
+cancels most of what slows the machine down, and every result is measured again, together with networks at growing
+distances from it, so that one wrong measurement does no harm.
 """
 
 import re
@@ -21,11 +22,11 @@ from ..models.evaluating import evaluating
 Clock = Callable[..., Tensor]
 """(models) -> times of one forward pass in milliseconds (rounds, models), measured in turns."""
 ROUNDS, CALLS, SECONDS = 9, 20, 0.02
-"""Turns of every network, its calls in each at most, and how long they should take together."""
+"""Rounds in which every network is timed, its calls in a round at most, and the seconds that these should take."""
 
 
 def parse(latency: float | str) -> tuple[float, bool]:
-    """A budget of latency, and whether it is a fraction of the full network's: a number up to 1 is, "0.5ms" is not.
+    """A latency budget, and whether it is a fraction of the full network's time: a number up to 1 is, "0.5ms" is not.
 
     Raises:
         VitrimError: it is not positive, or text in another form.
@@ -77,15 +78,15 @@ def fastest_enough(
 
 
 def search(meets: Callable[[int], bool], size: int) -> int:
-    """The smallest number below `size` that meets, where 0 is known not to, the last is, and answers may be wrong."""
+    """The smallest index that meets the budget; 0 does not, the last one does, and answers may be wrong."""
     found = _between(meets, 0, size - 1)
-    while True:  # A wrong no on the way has hidden all that is larger.
+    while True:  # A wrong "no" on the way has hidden all larger networks.
         places = _outwards(found, 0)[::-1]
         better = next((number for number, place in enumerate(places) if meets(place)), None)
         if better is None:
             break
         found = _between(meets, places[better - 1] if better else 0, places[better])
-    while found < size - 1 and not meets(found):  # A wrong yes.
+    while found < size - 1 and not meets(found):  # A wrong "yes".
         enough = next((place for place in _outwards(found, size - 1) if meets(place)), size - 1)
         found = _between(meets, found, enough)
     return found

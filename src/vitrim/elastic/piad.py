@@ -1,8 +1,8 @@
-"""PIAD: train all networks of a chain together while the chain still grows.
+"""PIAD (SKD): train all networks of a chain together while the chain still grows.
 
-At the start of each of the first epochs the smallest network is judged and made smaller still; every step then trains
-networks drawn from the chain. By default the full, the smallest and a random one, the full one teaching the others
-(sandwich rule with in-place distillation, Yu & Huang 2019); rule="original" is SKD as published.
+At the start of each of the first epochs, importance is measured on the smallest network and the chain is extended.
+Every step trains networks drawn from the chain: by default the full, the smallest and a random one, where the full one
+teaches the others (sandwich rule with in-place distillation, Yu & Huang 2019); rule="original" is SKD as published.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -28,11 +28,11 @@ from .supernet import SuperNet
 class Piad:
     """How a super-network is trained.
 
-    grow_epochs: epochs over which the chain grows; the saving rises linearly to max_saving.
-    max_saving: fraction of the MACs that the smallest network saves in the end.
+    grow_epochs: epochs during which the chain grows; the saving rises linearly to max_saving.
+    max_saving: fraction of the MACs that the smallest network saves at the end, in (0, 1).
     rule: a name in `sampler.RULES`.
-    distill: whether smaller networks learn from the full one, or from the external teacher where there is one.
-    temperature: of that distillation; its loss is scaled by the temperature squared.
+    distill: whether smaller networks learn from the full one, or all from an external teacher if there is one.
+    temperature: of that distillation, above 0; its loss is scaled by the temperature squared.
     num_images, probe_images: for importance and for sensitivities, at every growth.
     labels: whether growth reads the labels of its loader.
     """
@@ -54,16 +54,16 @@ class Piad:
             raise UnknownNameError("sampling rule", self.rule, RULES)
         check_counts(grow_epochs=self.grow_epochs, num_images=self.num_images, probe_images=self.probe_images)
         if not 0 < self.max_saving < 1 or not self.temperature > 0:
-            raise VitrimError("max_saving lies in (0, 1) and temperature is positive")
+            raise VitrimError("max_saving must be between 0 and 1, and temperature above 0")
 
 
 @dataclass(frozen=True)
 class SubnetLoss:
-    """One loss to send backwards.
+    """The loss of one network of the chain in one step, ready for `backward`.
 
-    part: which part the network plays in this step, see `sampler.RULES`.
-    network: which network of the chain it trains.
-    out: what that network gave, detached.
+    part: the part of the network in this step, see `sampler.RULES`.
+    network: its index in the chain.
+    out: its output, detached.
     """
 
     part: str
@@ -73,18 +73,18 @@ class SubnetLoss:
 
 
 class Stratifier:
-    """What a training loop calls. Use it as a context manager around training: inside, the model can be narrowed.
+    """What a training loop calls. Use it as a context manager around training, in which the model can be narrowed.
 
     Args:
-        model: the network to train, its units ordered by `wpac` already; unwrapped.
-        config: how.
-        chain: to go on from; default: the full network alone.
+        model: the network to train, unwrapped, its units already ordered by `wpac`.
+        config: how to train it.
+        chain: to continue with; default: only the full network.
         teacher: an external teacher, frozen and in eval mode; default: the full network itself.
         criterion: the loss on labels.
 
     Raises:
         CheckpointError: the chain was made for another model or input size.
-        VitrimError: without a teacher the rule leaves nothing to learn from.
+        VitrimError: the rule never runs the full network, and there is no other teacher.
     """
 
     def __init__(
@@ -96,8 +96,9 @@ class Stratifier:
         criterion: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
     ) -> None:
         self.model, self.config, self.teacher, self.criterion = model, config, teacher, criterion
-        self._full = start_chain(model, groups=config.groups, width_multiple=config.width_multiple)
-        self.chain = self._own(chain or self._full)
+        self.chain = start_chain(model, groups=config.groups, width_multiple=config.width_multiple)
+        if chain is not None:
+            self.chain = self._checked(chain)
         self.epoch = -1
         if config.rule != "sandwich" and config.distill and teacher is None:
             raise VitrimError(f"rule {config.rule!r} never runs the full network; give a teacher or distill=False")
@@ -111,11 +112,11 @@ class Stratifier:
         self._stack.close()
 
     def start_epoch(self, epoch: int, loader: Iterable[Batch]) -> Chain:
-        """Extend the chain as this epoch asks; does nothing for an epoch begun before, so a resumed one is safe.
+        """Extend the chain to the length for this epoch; does nothing if that was done before, as in a resumed epoch.
 
         Args:
             epoch: from 0.
-            loader: batches of images, or of (images, integer labels), without mixing; each process its own share.
+            loader: batches of images, or of (images, integer labels), not mixed; each process has its own share.
         """
         c = self.config
         while self.epoch < min(epoch, c.grow_epochs - 1):
@@ -129,7 +130,7 @@ class Stratifier:
         return self.chain
 
     def drawn(self, step: int) -> dict[str, int]:
-        """Which networks of the chain as it is now a step trains, by the part that each plays, see `sampler.draw`."""
+        """Which networks of the present chain a step trains, by part, see `sampler.draw`."""
         return draw(self.config.rule, len(self.chain), self.config.seed, step)
 
     def losses(
@@ -140,12 +141,12 @@ class Stratifier:
         model: nn.Module | None = None,
         hold: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> Iterator[SubnetLoss]:
-        """The losses of one step, one network at a time; send each backwards before asking for the next.
+        """The losses of one step, one network at a time; call `backward` on each before taking the next.
 
         Args:
             images: (B, channels, height, width).
-            targets: class indices (B,) or probabilities (B, classes); None: distillation alone.
-            step: counts all steps of the run; decides together with the seed which networks are drawn.
+            targets: class indices (B,) or probabilities (B, classes); None: distillation only.
+            step: number of the step in the whole run; with the seed it decides which networks are drawn.
             model: the wrapped model to call (DistributedDataParallel, compiled); default: the model itself.
             hold: entered around every network but the last, so that processes exchange gradients once a step.
         """
@@ -168,7 +169,7 @@ class Stratifier:
                     raise VitrimError("without labels the full network needs a teacher of its own; give one")
                 if c.distill and target_of_students is None:
                     target_of_students = out.detach()
-                # Inside the context: activation checkpointing recomputes the forward pass while going backwards.
+                # Inside the context, since activation checkpointing repeats the forward pass during backward.
                 yield SubnetLoss(part, index, loss, out.detach())
 
     @contextmanager
@@ -182,14 +183,14 @@ class Stratifier:
         return SuperNet(self.model, replace(self.chain, weights=hash_of(self.model)))
 
     def state_dict(self) -> dict[str, Any]:
-        """All that resuming needs beside the weights."""
+        """Everything except the weights that resuming needs."""
         return {"epoch": self.epoch, "chain": self.chain.to_json(), "config": asdict(self.config)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up where `state_dict` was taken.
+        """Continue from where `state_dict` was called.
 
         Raises:
-            CheckpointError: it was taken under another configuration or of another model, or it is no such state.
+            CheckpointError: it belongs to another configuration or model, or it is no such state.
         """
         if not {"epoch", "chain", "config"} <= state.keys():
             raise CheckpointError("this is no state of a Stratifier; give what its state_dict returned")
@@ -197,10 +198,10 @@ class Stratifier:
         changed = [name for name, value in state["config"].items() if mine.get(name) != value]
         if changed:
             raise CheckpointError(f"the checkpoint has another {', '.join(changed)}; resume with the same")
-        self.epoch, self.chain = state["epoch"], self._own(Chain.from_json(state["chain"]))
+        self.epoch, self.chain = state["epoch"], self._checked(Chain.from_json(state["chain"]))
 
-    def _own(self, chain: Chain) -> Chain:
-        if not chain.serves(self._full):
+    def _checked(self, chain: Chain) -> Chain:
+        if not chain.is_of_model(self.chain):
             raise CheckpointError("the chain was made for another model or input size")
         return chain
 

@@ -1,4 +1,4 @@
-"""Showing images to a model as it is: batches, outputs, the scalar that is differentiated, and sums over processes."""
+"""Run images through an unchanged model: batches, outputs, the scalar to differentiate, and sums over processes."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -20,19 +20,19 @@ def output_of(model: Callable[[Tensor], Any], images: Tensor) -> Tensor:
 
 
 def is_headless(model: nn.Module) -> bool:
-    """Whether the model gives features instead of class logits."""
+    """Whether the model returns features instead of class logits."""
     return num_classes(model) == 0
 
 
 def objective_of(model: nn.Module, labels: bool) -> Callable[[Tensor, Tensor | None], Tensor]:
-    """The scalar S of a batch: logit of the true class, of the model's own first choice, or squared feature norm.
+    """The scalar S of a batch: sum of the logits of the true class or of the predicted class, or squared feature norm.
 
     Raises:
-        VitrimError: labels are asked for and the model has no head to read them with.
+        VitrimError: labels are wanted and the model has no classifier.
     """
     if is_headless(model):
         if labels:
-            raise VitrimError("this model has no head, so labels say nothing about it; leave labels=True out")
+            raise VitrimError("this model has no classifier, so it cannot use labels; leave labels=True out")
         return lambda out, _: out.square().sum()
     if labels:
         return lambda out, target: out.gather(1, target.view(-1, 1)).sum()
@@ -40,17 +40,17 @@ def objective_of(model: nn.Module, labels: bool) -> Callable[[Tensor, Tensor | N
 
 
 def check_counts(**counts: Any) -> None:
-    """Raise `VitrimError` that names the first of these numbers which is no positive integer."""
+    """Raise `VitrimError` for the first of these numbers that is no positive integer."""
     for name, value in counts.items():
         if type(value) is not int or value < 1:
             raise VitrimError(f"{name} is a positive integer, not {value!r}")
 
 
 def images_of(batch: Batch) -> Tensor:
-    """The images of a batch, with or without labels beside them.
+    """The images of a batch, with or without labels.
 
     Raises:
-        DataError: this is no batch, or nothing is in it.
+        DataError: this is no batch, or it is empty.
     """
     images = batch[0] if isinstance(batch, tuple | list) and batch else batch
     if not isinstance(images, Tensor) or images.ndim != 4:
@@ -64,7 +64,7 @@ def batches_in(data: Iterable[Batch]) -> Iterator[Batch]:
     """The batches of the data, from the first.
 
     Raises:
-        DataError: there can be none in it.
+        DataError: this is no iterable of batches.
     """
     if isinstance(data, Tensor) or not isinstance(data, Iterable):
         raise DataError("the data is an iterable of batches, such as a DataLoader or a list [images]")
@@ -77,8 +77,8 @@ def batches(
     """(images, labels or None) on the model's device, at most `num_images` images over all processes together.
 
     Raises:
-        DataError: there are no images, or labels are asked for and not given.
-        VitrimError: a number of images that is none.
+        DataError: there are no images, or labels are wanted and missing.
+        VitrimError: a number of images below 1.
     """
     check_counts(num_images=num_images)
     parameter = next(model.parameters())
@@ -109,7 +109,7 @@ def _classes(target: object, num_images: int, classes: int) -> Tensor:
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Eval mode without weight gradients; everything as before afterwards."""
+    """Eval mode without weight gradients; both are restored afterwards."""
     wanted = {p: p.requires_grad for p in model.parameters()}
     with evaluating(model):
         model.requires_grad_(False)

@@ -1,4 +1,4 @@
-"""Running one sub-network of a super-network, and the rules by which training draws them."""
+"""Run one sub-network of a super-network, and the rules by which training draws them."""
 
 import random
 from collections.abc import Callable, Iterator, Mapping
@@ -19,16 +19,16 @@ RULES: dict[str, dict[str, Callable[[random.Random, int], int]]] = {
     "uniform": {"random": lambda rng, size: rng.randrange(size)},
     "original": {"random": lambda rng, size: rng.randrange(max(size - 1, 1))},
 }
-"""Name -> the parts that networks play in one step, in order -> (generator, networks in the chain) -> the network.
+"""Name -> parts of the networks in one step, in order -> (generator, length of the chain) -> index of the network.
 
 sandwich: full, smallest and a random one. uniform: any one. original: any one but the smallest, as SKD published it.
 """
 
 
 def draw(rule: str, size: int, seed: int, step: int) -> dict[str, int]:
-    """The networks to train at this step, by the part that each plays.
+    """The networks to train at this step, by part.
 
-    A function of (seed, step) alone: processes agree, resuming is exact.
+    It depends only on seed and step, so that processes agree and a resumed run draws the same.
     """
     if rule not in RULES:
         raise UnknownNameError("sampling rule", rule, RULES)
@@ -38,7 +38,7 @@ def draw(rule: str, size: int, seed: int, step: int) -> dict[str, int]:
 
 @contextmanager
 def narrowed(model: nn.Module, widths: Mapping[str, int]) -> Iterator[None]:
-    """Within this context the model runs on the leading `widths` of its sub-layers, in smaller matrix products."""
+    """While this is entered, the model runs on the leading `widths` of its sub-layers, in smaller matrix products."""
     with elastic(model) as layers:
         before = {name: layer.vitrim_width for name, layer in layers.items()}
         _apply_widths(layers, widths)

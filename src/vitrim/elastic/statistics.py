@@ -1,4 +1,4 @@
-"""One pass over images: what every head dimension and hidden unit does to the model's own verdict, in float64 sums.
+"""One pass over images: how every head dimension and hidden unit affects the model's output, in float64 sums.
 
 S is one number per batch (`objective_of`), F an activation, G = dS/dF. Nothing is kept per image or token: the sums of
 two processes add up to the sums of one, and memory does not grow with the number of images.
@@ -20,7 +20,7 @@ TINY = torch.finfo(torch.float64).tiny
 
 @dataclass
 class HeadSums:
-    """Sums over tokens for one attention layer; streams q, k, v lie in the first dimension (H heads of h dims)."""
+    """Sums over tokens for one attention layer; the first dimension holds q, k, v (H heads of h dimensions)."""
 
     tokens: Tensor
     plain_3Hh: Tensor
@@ -33,13 +33,13 @@ class HeadSums:
 
     @classmethod
     def zeros(cls, heads: int, dim: int, device: torch.device) -> "HeadSums":
-        """Sums of nothing yet."""
+        """Empty sums."""
         streams = (3, heads, dim)
         shapes = ((), streams, (3, heads), streams, (*streams, dim), streams, (), (heads, dim))
         return cls(*(torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes))
 
     def add(self, f_TA: Tensor, g_TA: Tensor, covariance: bool) -> None:
-        """Take in the activations and gradients of T tokens, each row (3, H, h) flattened."""
+        """Add the activations and gradients of T tokens, each row (3, H, h) flattened."""
         f_TA, g_TA = f_TA.to(self.tokens.device), g_TA.to(self.tokens.device)
         shape, double = self.plain_3Hh.shape, torch.float64
         taylor = (wide(f_TA) * wide(g_TA)).abs_().view(-1, *shape)
@@ -56,7 +56,7 @@ class HeadSums:
         self.second_3Hhh += weighted.mT @ f
 
     def add_mixed(self, f_TA: Tensor, g_TA: Tensor) -> None:
-        """Take in what enters the output projection, and its gradients, of T tokens."""
+        """Add the inputs of the output projection for T tokens, and their gradients."""
         f_TA, g_TA = f_TA.to(self.tokens.device), g_TA.to(self.tokens.device)
         weight, sum_A = gradient_weighted_sum(f_TA, g_TA)
         self.gradient_weight += weight
@@ -105,12 +105,12 @@ class UnitSums:
 
     @classmethod
     def zeros(cls, units: int, device: torch.device) -> "UnitSums":
-        """Sums of nothing yet."""
+        """Empty sums."""
         shapes = ((), (), (units,), (units,), (units,))
         return cls(*(torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes))
 
     def add(self, a_TU: Tensor, g_TU: Tensor) -> None:
-        """Take in the activations and gradients of T tokens."""
+        """Add the activations and gradients of T tokens."""
         a_TU, g_TU = a_TU.to(self.tokens.device), g_TU.to(self.tokens.device)
         self.tokens += a_TU.shape[0]
         weight, sum_U = gradient_weighted_sum(a_TU, g_TU)
@@ -140,10 +140,10 @@ Sums = HeadSums | UnitSums
 
 
 def gradient_weighted_sum(f_TA: Tensor, g_TA: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum over tokens of how much S heeds each, its squared gradient; and of activations (T, A) weighted by that (A).
+    """Sum over tokens of the squared gradient |G|^2, and the sum of activations (T, A) weighted by it, (A).
 
-    The quotient over all batches is the constant c that can best stand for F, the minimum of E[|G|^2 |F - c|^2]. A
-    plain mean would be that of the patches, to which a head that reads CLS hardly listens.
+    Their quotient over all batches is the constant c that replaces F best, the minimum of E[|G|^2 |F - c|^2]. A plain
+    mean would be dominated by patch tokens, which hardly matter to a head that reads CLS.
     """
     weight_T = wide(g_TA).square().sum(1)
     return weight_T.sum(dtype=torch.float64), exact(weight_T @ wide(f_TA))
@@ -157,11 +157,13 @@ def collect(
     Costs a forward pass and a backward pass without weight gradients; `covariance` adds the second moments.
 
     Raises:
-        DataError: no images, or labels that are none.
-        VitrimError: no sub-layer is left, what was found is not finite, or gradients are forbidden here.
+        DataError: no images, or labels that are no classes.
+        VitrimError: no sub-layer is left, a sum is not finite, or gradients are switched off here.
     """
     if torch.is_inference_mode_enabled():
-        raise VitrimError("importance takes gradients, which torch.inference_mode() forbids; call this outside of it")
+        raise VitrimError(
+            "importance needs gradients, which torch.inference_mode() switches off; call this outside of it"
+        )
     objective = objective_of(model, labels)
     with elastic(model) as layers, frozen(model):
         device = exact_device(next(model.parameters()).device)
@@ -186,12 +188,12 @@ def collect(
                 layer.vitrim_tap = None
     parts = [getattr(each, option.name) for each in sums.values() for option in fields(each)]
     if not all(all_reduce(part).isfinite().all() for part in parts):
-        raise VitrimError("activations or gradients are not finite; look at the weights of the model and at the images")
+        raise VitrimError("activations or gradients are not finite; check the weights of the model and the images")
     return sums
 
 
 def _tap(sums: Sums, covariance: bool) -> Callable[[str, Tensor], None]:
-    # All on the way back, since activation checkpointing comes forward twice.
+    # Everything is added in the backward pass, since activation checkpointing runs the forward pass twice.
     def tap(name: str, x: Tensor) -> None:
         flat = x.detach().flatten(0, 1)
         if name == "mixed":

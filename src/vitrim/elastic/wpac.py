@@ -1,8 +1,8 @@
-"""WPAC: put the dimensions of every head and the units of every MLP in order of weight, without changing the function.
+"""WPAC (SKD): order the dimensions of every head and the units of every MLP by importance, with the same function.
 
 Values are rotated onto the principal axes of their saliency-weighted covariance, queries and keys of a head together
-onto theirs; hidden units are permuted. Stratified super-networks (SKD) then cut from the end. Other orderings that a
-study compares with stand in the same table.
+onto theirs; hidden units are permuted. Super-networks are then cut from the end. The table `ORDERINGS` holds WPAC and
+the orderings that studies compare it with.
 """
 
 import itertools
@@ -30,9 +30,9 @@ ORDERINGS: dict[str, tuple[Callable[[Elastic, HeadSums], Axes], Callable[[Elasti
 class Ordered:
     """What an ordering did.
 
-    max_difference: largest change of any output on a batch of images.
+    max_difference: largest change of any output on a batch of images; rounding only.
     means: per sub-layer the mean of every input to its last projection, in the new order.
-    shares: per sub-layer how much each unit of width counts, in the new order.
+    shares: per sub-layer the importance of each unit of width, in the new order.
     """
 
     max_difference: float
@@ -49,19 +49,19 @@ def wpac(
     ordering: str = "wpac",
     say: Callable[[str], None] = print,
 ) -> Ordered:
-    """Order all sub-layers of the model in place and prove on images that its function is the same.
+    """Order all sub-layers of the model in place, and check on images that its outputs are the same.
 
     Args:
         model: any model that an adapter serves.
         data: an iterable of batches of images (B, 3, height, width), or of (images, labels).
-        num_images: images to look at, over all processes together.
-        labels: weigh by the true class's logit instead of by the model's own first choice.
+        num_images: number of images to use, over all processes together.
+        labels: use the logit of the true class instead of that of the predicted class.
         ordering: a name in `ORDERINGS`.
         say: called with one line about the largest difference.
 
     Raises:
         UnsupportedModelError: a gate or a norm forbids the rotation.
-        VitrimError: the outputs moved by more than rounding explains; the model is spoilt then.
+        VitrimError: the outputs changed by more than rounding; the model must not be used then.
     """
     if ordering not in ORDERINGS:
         raise UnknownNameError("ordering", ordering, ORDERINGS)
@@ -83,7 +83,7 @@ def wpac(
 
 @contextmanager
 def _exact_products() -> Iterator[None]:
-    """Matrix products in full float32 for a while, where TensorFloat-32 would round to three digits."""
+    """Matrix products in full float32 while this is entered, where TensorFloat-32 would round to three digits."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:

@@ -1,4 +1,4 @@
-"""What a measurement was made on: versions, processor, accelerator. Nothing in it names a person, a host or a path."""
+"""Where a measurement was made: versions, processor, accelerator. It names no person, no host and no path."""
 
 import os
 import platform
@@ -12,9 +12,9 @@ _PACKAGES = ("vitrim", "torch", "torchvision", "timm", "accelerate")
 
 
 def environment() -> dict[str, str | int | None]:
-    """Versions and hardware, to be kept beside every number. `gpu` is None without CUDA.
+    """Versions and hardware, to be stored with every result. `gpu` is None without CUDA.
 
-    `processes` work together, started by accelerate or torchrun; `threads` are those of each.
+    `processes` is the number of processes that accelerate or torchrun started together, `threads` that in each.
     """
     return {
         "date": datetime.now(UTC).date().isoformat(),
@@ -40,7 +40,7 @@ def _version(package: str) -> str | None:
 
 
 def _cpu() -> str:
-    """Model name as Linux states it; the standard library knows it on other systems alone."""
+    """The name of the processor; the standard library does not know it on Linux."""
     info = Path("/proc/cpuinfo")
     if info.exists():
         for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -51,5 +51,5 @@ def _cpu() -> str:
 
 
 def _cores() -> int | None:
-    """Cores this process may use, which a container can limit below what the machine has."""
+    """Cores that this process may use; a container can allow fewer than the machine has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

@@ -1,4 +1,4 @@
-"""Draw what a cut left of one image, patch by patch.
+"""Draw which tokens of one image are left after a cut, patch by patch.
 
 Shapes: N input patch tokens on a grid of (rows, columns), M tokens now. A canvas is an array of bytes
 (rows, patch height, columns, patch width, 3), so that one index picks a patch and another a strip of it.
@@ -34,7 +34,7 @@ def to_image(canvas: Canvas) -> Image.Image:
 
 
 def draw_tokens(canvas: Canvas, origin_N: NDArray[np.int64], fused_M: NDArray[np.bool_]) -> Image.Image:
-    """What is left after a cut.
+    """Draw the tokens that are left after a cut.
 
     A token of one patch shows its pixels. Merged patches take the mean colour of their group, inside a border.
     Dropped patches fade to grey, or to blue where the image itself is grey. So do patches behind a fused token,
@@ -61,7 +61,7 @@ def draw_tokens(canvas: Canvas, origin_N: NDArray[np.int64], fused_M: NDArray[np
 
 
 def draw_scores(canvas: Canvas, score_N: NDArray[np.floating]) -> Image.Image:
-    """Scores as a heat map over the faint image, bright = high; NaN where no token was left to score."""
+    """Scores as a heat map over the faint image, bright = high; NaN where there was no token left."""
     rows, columns = canvas.shape[0], canvas.shape[2]
     known = score_N[np.isfinite(score_N)]
     low, high = (known.min(), np.quantile(known, 0.99)) if len(known) else (0.0, 1.0)
@@ -85,7 +85,7 @@ def slot_colours(canvas: Canvas, origin_N: NDArray[np.int64], num_slots: int) ->
 
 
 def _veil(canvas: Canvas) -> NDArray[np.int64]:
-    """The colour over lost patches, one that the image itself does not have."""
+    """The colour of dropped patches, one that the image itself does not have."""
     return BLUE_VEIL if (canvas.max(axis=4) == canvas.min(axis=4)).all() else GREY_VEIL
 
 

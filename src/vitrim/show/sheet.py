@@ -1,4 +1,4 @@
-"""Lay pictures out on a sheet, with captions and a heading."""
+"""Arrange pictures on a sheet, with captions and a heading."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ _COLUMNS = 7
 
 @dataclass(frozen=True)
 class Tile:
-    """One picture of a sheet with its caption; `swatch` is the colour of a token that has no place of its own."""
+    """One picture of a sheet with its caption; `swatch` is the colour of a fused token."""
 
     picture: Image.Image
     title: str = ""
@@ -27,7 +27,7 @@ class Tile:
 
 
 def wrap_rows(tiles: list[Tile], heat: list[Tile | None]) -> list[list[Tile]]:
-    """The tiles of one image in rows of a few, heat maps below the cuts that they decided."""
+    """The tiles of one image in rows, each heat map below its cut."""
     rows: list[list[Tile]] = []
     columns = ceil(len(tiles) / ceil(len(tiles) / _COLUMNS))
     for start in range(0, len(tiles), columns):
@@ -37,7 +37,7 @@ def wrap_rows(tiles: list[Tile], heat: list[Tile | None]) -> list[list[Tile]]:
 
 
 def montage_rows(name: str, tiles: list[Tile], heat: list[Tile | None], first: bool) -> list[list[Tile]]:
-    """The tiles of one image as a row of a montage; only the first row says which cut is which."""
+    """The tiles of one image as a row of a montage; only the first row names the cuts."""
     row = [Tile(tiles[0].picture, tiles[0].title if first else "", name.rpartition("/")[2])]
     row += tiles[1:] if first else [Tile(t.picture, "", "fused" if t.swatch else "", t.swatch) for t in tiles[1:]]
     return [row, *_heat_row(tiles, heat)]

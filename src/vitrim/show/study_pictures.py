@@ -1,4 +1,4 @@
-"""The pictures that a study asks for: which tokens the models of its rows keep, all on the same test images."""
+"""The pictures of a study: which tokens the models of its rows keep, on the same test images."""
 
 from pathlib import Path
 
@@ -18,10 +18,10 @@ def draw_study(study: Study, out: str | Path) -> list[Path]:
 
     Args:
         study: the study.
-        out: its folder, in which the pictures are put, too: one sheet for each row, an image in a line.
+        out: its folder, where the pictures are written: one sheet for each row, one line for each image.
 
     Returns:
-        The pictures, none where the study asks for none.
+        The pictures; empty where the study has no part `pictures`.
     """
     if study.pictures is None:
         return []

@@ -1,4 +1,4 @@
-"""How a model sees images, and how to show what its cuts did to them."""
+"""Read images as a model takes them, and draw what its cuts do to them."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,14 +24,14 @@ Images = str | Path | Sequence[str | Path] | Tensor
 
 @dataclass(frozen=True)
 class Source:
-    """One image to come: its name, and how to get it as the model wants it, (C, H, W)."""
+    """One image that is not read yet: its name, and how to read it as the model takes it, (C, H, W)."""
 
     name: str
     load: Callable[[], Tensor]
 
 
 class View:
-    """How a model sees images, and how to show what it did to them."""
+    """Reads images as a model takes them, and draws what its cuts do to them."""
 
     def __init__(self, model: nn.Module, handle: Handle) -> None:
         self.model, self.handle = model, handle
@@ -40,7 +40,7 @@ class View:
         self.mean, self.std = (torch.tensor(values)[:, None, None] for values in (self.form.mean, self.form.std))
 
     def sources(self, images: Images) -> list[Source]:
-        """All images on offer, none of them read yet."""
+        """All images, none of them read yet."""
         if isinstance(images, Tensor):
             if images.ndim != 4:
                 raise DataError(f"a batch of images has shape (B, C, H, W), not {tuple(images.shape)}")

@@ -29,9 +29,11 @@ class StopSignals:
         self._before = {number: signal.signal(number, self._note) for number in numbers}
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if self.number and kind is None:  # It arrived after the last place at which the run could have stopped.
+            raise Stopped(self.number, "the end of the run")
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.number = number
