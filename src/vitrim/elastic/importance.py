@@ -39,8 +39,13 @@ def probe_loss(model: nn.Module, labels: bool) -> Loss:
     if num_classes(model) == 1:
         return lambda out, _, full: (1 + (out - full).square().sum(1)).sum()
     if labels:
-        return lambda out, target, _: F.cross_entropy(out, target, reduction="sum")
+        return _cross_entropy
     return lambda out, _, full: F.cross_entropy(out, full.softmax(1), reduction="sum")
+
+
+def _cross_entropy(out: Tensor, target: Tensor | None, full: Tensor) -> Tensor:
+    assert target is not None
+    return F.cross_entropy(out, target, reduction="sum")
 
 
 @torch.no_grad()

@@ -160,8 +160,7 @@ class Stratifier:
             last = position == len(drawn) - 1
             with narrowed(self.model, self.chain.widths(index)), nullcontext() if last else hold():
                 out = output_of(model or self.model, images)
-                taught = target_of_students is not None and (self.teacher is not None or position > 0)
-                if taught:
+                if target_of_students is not None and (self.teacher is not None or position > 0):
                     loss = imitation_loss(out, target_of_students, c.temperature, is_headless(self.model))
                 elif targets is not None:
                     loss = self.criterion(out, targets)

@@ -6,11 +6,13 @@ two processes add up to the sums of one, and memory does not grow with the numbe
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import VitrimError
+from ..models.elastic_layers import ElasticHeads
 from ..models.sublayers import elastic
 from ..tokens.precision import exact, exact_device, wide
 from .probing import Batch, all_reduce, batches, frozen, objective_of, output_of
@@ -172,7 +174,7 @@ def collect(
             width = layer.vitrim_width
             if width == 0:
                 continue
-            if layer.kind == "attention":
+            if isinstance(layer, ElasticHeads):
                 sums[name] = HeadSums.zeros(layer.num_heads, width, device)
             else:
                 sums[name] = UnitSums.zeros(width, device)
@@ -196,14 +198,12 @@ def _tap(sums: Sums, covariance: bool) -> Callable[[str, Tensor], None]:
     # Everything is added in the backward pass, since activation checkpointing runs the forward pass twice.
     def tap(name: str, x: Tensor) -> None:
         flat = x.detach().flatten(0, 1)
-        if name == "mixed":
-            x.register_hook(lambda g: sums.add_mixed(flat, g.flatten(0, 1)))
-            return
         if not x.requires_grad:
             x.requires_grad_()
-        if isinstance(sums, HeadSums):
-            x.register_hook(lambda g: sums.add(flat, g.flatten(0, 1), covariance))
+        if isinstance(sums, UnitSums):
+            add: Callable[[Tensor, Tensor], None] = sums.add
         else:
-            x.register_hook(lambda g: sums.add(flat, g.flatten(0, 1)))
+            add = sums.add_mixed if name == "mixed" else partial(sums.add, covariance=covariance)
+        x.register_hook(lambda g: add(flat, g.flatten(0, 1)))
 
     return tap

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UnknownNameError, VitrimError
-from ..models.sublayers import Elastic, elastic
+from ..models.elastic_layers import ElasticHeads, ElasticHidden
+from ..models.sublayers import elastic
 from ..tokens.precision import exact
 from .probing import Batch, batches, batches_in, frozen, output_of, world_size
 from .statistics import HeadSums, Sums, UnitSums, collect
@@ -22,7 +23,9 @@ from .statistics import HeadSums, Sums, UnitSums, collect
 Axes = tuple[Tensor, Tensor]
 """Orthogonal matrices (H, h, h) for the values and for queries and keys, new axes in columns, best first."""
 
-ORDERINGS: dict[str, tuple[Callable[[Elastic, HeadSums], Axes], Callable[[Elastic, UnitSums], Tensor]]] = {}
+Heads = Callable[[ElasticHeads, HeadSums], Axes]
+Units = Callable[[ElasticHidden, UnitSums], Tensor]
+ORDERINGS: dict[str, tuple[Heads, Units]] = {}
 """Name -> (axes of an attention layer, order of the units of an MLP, best first)."""
 
 
@@ -101,10 +104,12 @@ def apply(model: nn.Module, sums: Mapping[str, Sums], ordering: str) -> tuple[di
         for name, each in sums.items():
             layer = layers[name]
             if isinstance(each, UnitSums):
+                assert isinstance(layer, ElasticHidden)
                 order = order_of(layer, each)
                 layer.order_units(order)
                 means[name], shares[name] = each.mean[order], each.taylor[order]
                 continue
+            assert isinstance(layer, ElasticHeads)
             value, query_key = axes_of(layer, each)
             if layer.rotates_query_key:
                 layer.rotate(value, query_key)
@@ -132,8 +137,10 @@ def permutation(score_Hh: Tensor) -> Tensor:
     return exact(nn.functional.one_hot(order, order.shape[-1]).mT)
 
 
-def _register(name: str, heads: Callable[[Elastic, HeadSums], tuple[Tensor, Tensor]], units: Callable) -> None:
-    def axes(layer: Elastic, sums: HeadSums) -> Axes:
+def _register(name: str, heads: Heads, units: Units) -> None:
+    """Enter an ordering that permutes: scores of values and of queries with keys (H, h), and scores of units."""
+
+    def axes(layer: ElasticHeads, sums: HeadSums) -> Axes:
         value, query_key = heads(layer, sums)
         return permutation(value), permutation(query_key)
 

@@ -4,6 +4,8 @@ Shapes: N input patch tokens on a grid of (rows, columns), M tokens now. A canva
 (rows, patch height, columns, patch width, 3), so that one index picks a patch and another a strip of it.
 """
 
+from typing import Any
+
 import matplotlib
 import numpy as np
 from numpy.typing import NDArray
@@ -89,7 +91,7 @@ def _veil(canvas: Canvas) -> NDArray[np.int64]:
     return BLUE_VEIL if (canvas.max(axis=4) == canvas.min(axis=4)).all() else GREY_VEIL
 
 
-def _fade(patches: NDArray[np.generic], towards: NDArray[np.floating]) -> NDArray[np.uint8]:
+def _fade(patches: NDArray[np.generic], towards: NDArray[Any]) -> NDArray[np.uint8]:
     grey = patches.mean(axis=-1, keepdims=True)
     return (0.86 * towards + 0.14 * grey).astype(np.uint8)
 

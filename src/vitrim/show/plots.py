@@ -9,6 +9,7 @@ from warnings import catch_warnings, filterwarnings
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from ..text import printable, shortened
@@ -154,7 +155,7 @@ def _is_dense(row: Row) -> bool:
     return bool(row.get("dense")) or _series(row) == "dense"
 
 
-def _style(index: int) -> dict[str, str]:
+def _style(index: int) -> dict[str, Any]:
     return {
         "color": _COLOURS[index % len(_COLOURS)],
         "linestyle": _DASHES[index // len(_COLOURS) % len(_DASHES)],
@@ -166,7 +167,7 @@ def _curve(run: Sequence[Row], key: str) -> tuple[list[float], list[float]]:
     xs: list[float] = []
     ys: list[float] = []
     for at, epoch in enumerate(run):
-        value = epoch.get(key)
+        value: Any = epoch.get(key)
         value = value[-1] if isinstance(value, list) and value else value
         if _number({key: value}, key):
             xs.append((epoch["epoch"] if _number(epoch, "epoch") else at) + 1)
@@ -176,9 +177,12 @@ def _curve(run: Sequence[Row], key: str) -> tuple[list[float], list[float]]:
 
 def _figure(panels: int, width: float) -> Figure:
     columns, rows = _layout(panels)
-    figure = Figure(figsize=(width * columns, 3.6 * rows), layout="constrained", facecolor="white")
+    figure = Figure(
+        figsize=(width * columns, 3.6 * rows),
+        layout=ConstrainedLayoutEngine(wspace=0.06, hspace=0.06),
+        facecolor="white",
+    )
     FigureCanvasAgg(figure)
-    figure.get_layout_engine().set(wspace=0.06, hspace=0.06)  # pyright: ignore[reportOptionalMemberAccess]
     return figure
 
 

@@ -193,7 +193,7 @@ def _mean(epochs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Values that are equal in all of these, and the mean of every other figure that is a number in all of them."""
     found: dict[str, Any] = {}
     for name, first in epochs[0].items():
-        values = [epoch.get(name) for epoch in epochs]
+        values: list[Any] = [epoch.get(name) for epoch in epochs]
         if all(value == first for value in values):
             found[name] = first
         elif all(type(value) in (int, float) for value in values):

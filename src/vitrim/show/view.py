@@ -84,7 +84,7 @@ class View:
                     draw_tokens(canvas, origin, fused),
                     f"{place.get(block, 'after')} block {block}",
                     left,
-                    None if swatch is None else tuple(int(value) for value in swatch),
+                    None if swatch is None else (int(swatch[0]), int(swatch[1]), int(swatch[2])),
                 ))  # fmt: skip
                 heat.append(_heat_tile(canvas, before[block], state, at) if scores else None)
             yield tiles, heat if scores else []

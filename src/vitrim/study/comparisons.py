@@ -16,7 +16,7 @@ def compare_with_trained_alone(rows: Sequence[dict[str, Any]], trained_on: Colle
     alone = sorted((row["gmacs"], row["accuracy"]) for row in rows if row["budget"] is None)
     for row in rows:
         within = len(alone) > 1 and alone[0][0] <= row["gmacs"] <= alone[-1][0]
-        other = float(np.interp(row["gmacs"], *zip(*alone, strict=True))) if within else None
+        other = float(np.interp(row["gmacs"], [at for at, _ in alone], [of for _, of in alone])) if within else None
         row["over_alone"] = None if other is None or row["budget"] is None else row["accuracy"] - other
     known = [row for row in rows if row["over_alone"] is not None]
     if not known:

@@ -13,7 +13,7 @@ The part `curve` of a study file names the lines to draw through rows of the stu
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..elastic import ORDERINGS
@@ -75,7 +75,7 @@ class Curve:
             raise RecipeError(f"curve.budgets is {curve.budgets}; it must list fractions of the MACs, such as [1, 0.5]")
         if min(curve.images, curve.width_multiple) < 1:
             raise RecipeError("curve.images and curve.width_multiple are 1 or more")
-        return cls(**vars(curve) | {"lines": {str(name): _line(name, line) for name, line in curve.lines.items()}})
+        return replace(curve, lines={str(name): _line(name, line) for name, line in curve.lines.items()})
 
     def check(self, recipes: Mapping[str, Recipe]) -> None:
         """Check all names before anything is trained.

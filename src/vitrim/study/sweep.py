@@ -122,9 +122,10 @@ def _search(
     ranges: dict[str, Any] = {}
     for option, values in vary.items():
         low, high = min(values), max(values)
-        whole = _counts(method, vary, option)
-        kind = optuna.distributions.IntDistribution if whole else optuna.distributions.FloatDistribution
-        ranges[option] = kind(int(low), int(high)) if whole else kind(low, high)
+        if _counts(method, vary, option):
+            ranges[option] = optuna.distributions.IntDistribution(int(low), int(high))
+        else:
+            ranges[option] = optuna.distributions.FloatDistribution(low, high)
     study = optuna.create_study(directions=["maximize", "minimize"])
     steps = finished.steps(name)
     for _, row in steps[:trials]:
