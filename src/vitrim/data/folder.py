@@ -52,9 +52,9 @@ class FolderImages:
             nested += others
         outside = sum(not entry.is_dir() and not entry.name.startswith(".") for entry in os.scandir(root))
         self.notes = [f"{root}: {note}" for note in (
-            f"not read: {_counted(left_out)}" if left_out else "",
-            f"not read: {_number(outside, 'file')} outside of class folders" if outside else "",
-            f"in folders inside of class folders: {_number(nested, 'image')}, taken for that class" if nested else "",
+            f"files not read ({_counted(left_out)})" if left_out else "",
+            f"files not read (outside of class folders: {outside})" if outside else "",
+            f"images in folders inside of class folders are taken for that class ({nested})" if nested else "",
             f"classes {renamed} are taken for those of the training images, which differ in case" if renamed else "",
         ) if note]  # fmt: skip
 
@@ -78,20 +78,22 @@ def natural_key(name: str) -> tuple[list[str | int], str]:
 
 
 def _files_below(
-    folder: Path | str, left_out: Counter[str], seen: frozenset[tuple[int, int]] = frozenset()
+    folder: Path | str, left_out: Counter[str], above: frozenset[tuple[int, int]] = frozenset()
 ) -> Iterator[os.DirEntry[str]]:
-    """All entries below a folder that are no folders; links are followed, but not in a circle."""
+    """All entries below a folder that are no folders; links are followed, but not back to a folder above."""
+    status = os.stat(folder)
+    identity = status.st_dev, status.st_ino
+    if identity in above:
+        left_out["links to a folder above"] += 1
+        return
     with os.scandir(folder) as entries:
         for entry in entries:
             if not entry.is_dir():
                 yield entry
-                continue
-            status = entry.stat()
-            identity = status.st_dev, status.st_ino
-            if entry.name.startswith(".") or identity in seen:
-                left_out["hidden folders" if identity not in seen else "links in a circle"] += 1
-                continue
-            yield from _files_below(entry.path, left_out, seen | {identity})
+            elif entry.name.startswith("."):
+                left_out["hidden folders"] += 1
+            else:
+                yield from _files_below(entry.path, left_out, above | {identity})
 
 
 def _not_read(entry: os.DirEntry[str]) -> str:
@@ -118,9 +120,5 @@ def _folded(name: str) -> str:
     return unicodedata.normalize("NFC", name).casefold()
 
 
-def _number(count: int, what: str) -> str:
-    return f"{count} {what}" if count == 1 else f"{count} {what}s"
-
-
 def _counted(left_out: Counter[str]) -> str:
-    return ", ".join(f"{count} {reason}" for reason, count in left_out.most_common(8))
+    return ", ".join(f"{reason}: {count}" for reason, count in left_out.most_common(8))

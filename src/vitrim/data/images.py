@@ -230,12 +230,18 @@ def _open_by_reader(spec: DataSpec, train: bool) -> Images:
         raise DataError(f"cannot open data set {spec.name!r} in {spec.root}: {reason}{hint}") from None
     if isinstance(source, IterableDataset):
         return _gather(spec.name, source)
-    if hasattr(source, "loader"):  # torchvision's data sets of files
-        source.loader = partial(read_image, mode="RGB")
+    source = through_one_door(source)
     classes = getattr(source, "classes", None) or getattr(getattr(source, "reader", None), "class_to_idx", None)
     if not classes:
         raise DataError(f"data set {spec.name!r} does not name its classes")
     return Images(source, list(classes))
+
+
+def through_one_door(source: Any) -> Any:
+    """The data set of torchvision, with its files decoded as all others are."""
+    if hasattr(source, "loader"):
+        source.loader = partial(read_image, mode="RGB")
+    return source
 
 
 def _gather(name: str, stream: Any) -> Images:

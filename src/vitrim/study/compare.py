@@ -94,7 +94,8 @@ def compare(
         VitrimError: a model that cannot be opened or reduced, or a name given twice.
     """
     opened = {name: open_model(name) for name in models}
-    classes = open_images(data, False).classes
+    images = open_images(data, False)
+    classes = images.classes
     for name, model in opened.items():
         if num_classes(model) != len(classes):
             raise DataError(
@@ -107,7 +108,7 @@ def compare(
     variants = {(name, method): variant(model, method) for name, model in opened.items() for method in methods}
     rows = evaluate_variants(variants, data, batch_size=batch_size, device=device, tick=tick)
     title = f"{data.name} test images, {rows[0]['num_images']} of them"
-    return Table(title, COLUMNS, rows, notes=_notes(rows), environment=environment())
+    return Table(title, COLUMNS, rows, notes=[*_notes(rows), *images.notes], environment=environment())
 
 
 def evaluate_variants(
