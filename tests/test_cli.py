@@ -105,7 +105,7 @@ def test_version(capsys: pytest.CaptureFixture[str]):
         ("train --out x --cache.top_k foo", "vitrim train: cache.top_k is 'foo'; it must be a whole number"),
         ("train --out x --teacher.checkpoint [3]", "vitrim train: teacher.checkpoint is '[3]'; it must be text or nu"),
         ("train --out x --data.name foo/bar", "vitrim train: unknown data set 'foo/bar'; known: digits, folder, hfds"),
-        ("train --out x --data.name wds/a", "vitrim train: wds/a needs data.root, the folder to find it in"),
+        ("train --out x --data.name wds/a", "vitrim train: wds/a needs data.root, the folder that holds it"),
         ("train --out x --data.name wds/a --data.root .", "vitrim train: cannot open data set 'wds/a' in .: "),
         (
             "train --out x --distill Logits() --teacher.name saved --augment.views 2 --cache.folder ./x",

@@ -305,7 +305,7 @@ def test_mistakes_in_a_study(study_file: Path):
         ({"rows": {"a": {}, "b": {"data": {"image_size": 9}, "model": {"args": {"img_size": 8}}}}}, "row 'b': .*8 px"),
         ({"rows": {"a": {}, "b": {"model": {"args": {"depht": 3}}}}}, "row 'b': .*depht"),
         ({"rows": {"a": {}, "b": {"model": {"checkpoint": "no/such.safetensors"}}}}, "row 'b': no weights at no/such"),
-        ({"rows": {"a": {}, "b": {"data": {"name": "folder"}}}}, "row 'b': a folder of images needs data.root"),
+        ({"rows": {"a": {}, "b": {"data": {"name": "folder"}}}}, "row 'b': folder needs data.root"),
         ({"rows": {"a": {}, "b": {"data": {"name": "folder", "root": "no/such"}}}}, "row 'b': no/such is not a folder"),
         ({"rows": {"a": {}, "b": {"model": {"name": "{row:a}", "args": {}},
                                   "reduction": "TopK() @ KeepRate(0.5, at=[5])"}}}, "row 'b': .*block 5, but"),

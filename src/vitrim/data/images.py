@@ -142,8 +142,7 @@ def open_images(spec: DataSpec, train: bool) -> Images:
     """
     spec.check()
     if spec.name == "digits":
-        if (spec.train_split, spec.test_split) not in (("train", None), ("train", "test")):
-            raise DataError("digits come with splits of their own; leave data.train_split and data.test_split out")
+        _check_digits(spec)
         return Images(_Digits(train), [str(digit) for digit in range(10)])
     images = _open_folder(spec, train) if _is_folder(spec) else _open_by_reader(spec, train)
     for note in images.notes:
@@ -172,15 +171,27 @@ def open_both(spec: DataSpec) -> tuple[Images, Images]:
 
 
 def look_for(spec: DataSpec) -> None:
-    """Check that the folders of a recipe exist, without listing the images. Other data sets are not checked.
+    """Check that the folders of a recipe exist, without listing the images. What readers of timm find is not checked.
 
     Raises:
         DataError: folder missing, split missing, or no class in it.
     """
+    if spec.name == "digits":
+        _check_digits(spec)
     if _is_folder(spec):
         for train in (True, False):
             if not class_folders(found := _split_of(spec, train)):
                 raise DataError(f"{found} has no class folders; expected {found}/CLASS/image.jpg")
+
+
+def _check_digits(spec: DataSpec) -> None:
+    if spec.root is not None:
+        raise DataError(
+            f"data.root is {spec.root}, but data.name is digits, which come with scikit-learn; set data.name, for "
+            "example to folder, or leave data.root out"
+        )
+    if (spec.train_split, spec.test_split) not in (("train", None), ("train", "test")):
+        raise DataError("digits come with splits of their own; leave data.train_split and data.test_split out")
 
 
 def _is_folder(spec: DataSpec) -> bool:

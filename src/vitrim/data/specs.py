@@ -17,18 +17,19 @@ class DataSpec:
     """Which images.
 
     Args:
-        name: "digits" (scikit-learn's, built in), "folder" (one folder per split, in it one per class), or any
-            data set name of timm's reader, such as torch/cifar10, hfds/uoft-cs/cifar10 or wds/....
+        name: "digits" (scikit-learn's, built in), "folder" (ROOT/SPLIT/CLASS/image.jpg), or the name of a data set
+            for timm's readers, such as torch/cifar10, hfds/uoft-cs/cifar10 or wds/NAME.
         root: folder of the data set, or where to download it to.
         download: fetch the data set if the reader can.
         train_split: name of the training split.
         test_split: name of the test split; by default test, val or validation, whichever exists.
-        holdout: fraction of the training images set aside to choose the epoch; the test images are read once.
-        limit: use so many training images at most, the same for a given seed.
-        image_size: side of the square input in pixels; by default the model's own.
-        crop_pct: centre crop at evaluation; by default the model's own.
-        workers: processes that read images; 0 reads them in the training process.
-        on_corrupt: "skip" replaces an unreadable image by the next one and counts it, "refuse" stops.
+        holdout: fraction of the training images, below 0.9, that is held out to choose the epoch on; 0 holds none out
+            and keeps the last epoch.
+        limit: use at most so many training images, held-out ones included; the same seed chooses the same ones.
+        image_size: side of square images in pixels; by default the model's own.
+        crop_pct: share of the resized image that evaluation crops out; by default the model's own.
+        workers: processes that read images; 0 reads them in the process that computes.
+        on_corrupt: "refuse" stops at an image that cannot be read; "skip" takes the next one instead and counts it.
     """
 
     name: str = "digits"
@@ -59,16 +60,17 @@ class AugmentSpec:
     """How training images are varied.
 
     Args:
-        crop: "none", "pad" (shift by up to an eighth, zeros come in), or "resized" (random resized crop).
-        scale: smallest area of a "resized" crop.
-        flip: mirror every second image.
+        crop: "none" (resized and cropped as in evaluation), "pad" (the same, then shifted by up to an eighth; the
+            border is black), or "resized" (random resized crop).
+        scale: smallest area of a "resized" crop, as a fraction of the image.
+        flip: mirror images with probability 1/2.
         randaugment: timm's configuration string, such as rand-m9-n2-mstd0.5.
         erasing: probability of random erasing.
-        mixup: alpha of mixup, 0 = off.
-        cutmix: alpha of cutmix, 0 = off.
-        mix_prob: probability that a batch is mixed at all.
+        mixup: alpha of mixup; 0 switches it off.
+        cutmix: alpha of CutMix; 0 switches it off.
+        mix_prob: probability that a batch is mixed.
         smoothing: label smoothing.
-        views: forms of each image that the epochs show in turn; by default every epoch has one of its own.
+        views: random forms per image, shown in turn by the epochs; by default every epoch shows a new one.
     """
 
     crop: Literal["none", "pad", "resized"] = "none"

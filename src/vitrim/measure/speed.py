@@ -105,7 +105,7 @@ def bench_methods(
         methods: "dense", "dense+cls_only", "own" (what is attached already), or reductions such as
             "TopK() @ KeepRate(0.7)". Reductions run with the last block on prefix tokens alone where the head reads
             nothing else. The first is the reference of its model.
-        options: of `bench`.
+        options: of `bench`; models named by text are opened at `input_size`, if it is one number.
     """
     given = [model] if isinstance(model, (str, nn.Module)) else list(model)
     if not given or not methods:
@@ -113,7 +113,8 @@ def bench_methods(
     models: dict[str, nn.Module] = {}
     references: dict[str, str] = {}
     for one in given:
-        dense = open_model(one) if isinstance(one, str) else one
+        side = options.get("input_size")
+        dense = open_model(one, side if isinstance(side, int) else None) if isinstance(one, str) else one
         prefix = f"{one if isinstance(one, str) else type(one).__name__}: " if len(given) > 1 else ""
         for method in methods:
             name = prefix + method

@@ -182,6 +182,10 @@ class Adapter:
             f"what images this {type(model).__name__} expects is not known; give their size, mean and std"
         )
 
+    def resize(self, model: nn.Module, side: int) -> None:
+        """Make the model take square images of this side, in place; position embeddings are resampled."""
+        raise UnsupportedModelError(f"the image size of this {type(model).__name__} is fixed")
+
     def classifier(self, model: nn.Module) -> Classifier:
         """Its classifier."""
         config = getattr(model, "config", None)

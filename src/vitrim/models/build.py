@@ -65,22 +65,27 @@ def build_model(
     return model
 
 
-def open_model(spec: str) -> nn.Module:
+def open_model(spec: str, image_size: int | None = None) -> nn.Module:
     """A model by what people have of it.
 
     A run folder, a folder written by `vitrim.save`, a file of torchvision weights, a timm name, `NAME@FILE` (that
     architecture with weights from a file), `NAME@pretrained` (with timm's published weights, which it downloads), or
     timm's own `hf-hub:NAME` and `local-dir:FOLDER`, with the weights that lie there.
+
+    Args:
+        spec: one of these.
+        image_size: side of square images in pixels; by default the model's own. Position embeddings are resampled.
     """
+    args = {} if image_size is None else {"img_size": image_size}
     if (folder := saved_folder(spec)) is not None:
-        return load(folder)
+        return load(folder, image_size=image_size)
     weights = weights_in(spec)
     name = spec if weights is None else spec.partition("@")[0]
     if weights == "":
         raise CheckpointError(f"{spec} names no weights; write {name}@FILE or {name}@pretrained, or {name} alone")
     if weights == "pretrained":
-        return build_model(name, pretrained=True)
-    return build_model(name, checkpoint=weights, pretrained=spec.startswith(SOURCES))
+        return build_model(name, pretrained=True, **args)
+    return build_model(name, checkpoint=weights, pretrained=spec.startswith(SOURCES), **args)
 
 
 def weights_in(spec: str) -> str | None:

@@ -36,8 +36,10 @@ class InputFormat:
         from .adapter import adapter_of  # Here, since adapters return this class.
 
         form = adapter_of(model).input_format(model)
-        if image_size not in (None, form.size[1]):
-            raise DataError(f"the model takes images of {form.size[1]} px, but data.image_size is {image_size}")
+        _, height, width = form.size
+        if image_size is not None and (image_size, image_size) != (height, width):
+            size = f"{height}" if height == width else f"{height} x {width}"
+            raise DataError(f"the model takes images of {size} px, but data.image_size is {image_size}")
         return form
 
     @property

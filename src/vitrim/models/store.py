@@ -67,11 +67,13 @@ def check_place(folder: str | Path, *, overwrite: bool = False) -> None:
         raise CheckpointError(f"{folder} holds a model already; choose another folder or pass overwrite=True")
 
 
-def load(folder: str | Path, **args: Any) -> nn.Module:
+def load(folder: str | Path, *, image_size: int | None = None, **args: Any) -> nn.Module:
     """The model that `save` wrote, in eval mode on the CPU, with its reduction attached.
 
     Args:
         folder: what `save` wrote, or the `model.safetensors` in it.
+        image_size: side of square images in pixels; by default that of the saved model. Position embeddings are
+            resampled.
         args: arguments for the architecture that change no weight, such as `drop_path_rate`.
 
     Raises:
@@ -90,6 +92,9 @@ def load(folder: str | Path, **args: Any) -> nn.Module:
             f"{record['architecture']} as the name and this file as checkpoint, whose position embedding is resampled"
         )
     model.load_state_dict(state, assign=True)
+    family = adapter_of(model)
+    if image_size is not None and family.input_format(model).size[1:] != (image_size, image_size):
+        family.resize(model, image_size)
     if (cut := record["reduction"]) is not None:
         reduction = None if cut["text"] is None else Reduction.parse(cut["text"], cut["phase"])
         attach(model, reduction, cls_only=cut["cls_only"]).set_strength(cut["strength"])

@@ -51,10 +51,12 @@ CLS_ONLY_NOTE = (
 def data_of(models: Sequence[str], given: Mapping[str, Any]) -> DataSpec:
     """The images of the first run, if the first model is a run folder, with the `given` options of `DataSpec` instead.
 
-    Where `given` names another data set, folder and splits of the run do not apply.
+    Where `given` names another data set, folder and splits of the run do not apply. Its image size does not apply
+    either: each model has its own.
     """
     path = Path(models[0]) / "recipe.yaml"
-    return override_data(Recipe.read(path).data if path.exists() else DataSpec(), given)
+    own = replace(Recipe.read(path).data, image_size=None) if path.exists() else DataSpec()
+    return override_data(own, given)
 
 
 def override_data(own: DataSpec, given: Mapping[str, Any]) -> DataSpec:
@@ -84,7 +86,7 @@ def compare(
     device: str = "auto",
     tick: Callable[[int, int], None] | None = None,
 ) -> Table:
-    """Evaluate every model under every method on the test images of `data`.
+    """Evaluate every model under every method on the test images of `data`, at `data.image_size` if it is set.
 
     The first model and method are the reference of the ratios. Reduced models leave out what the head does not read;
     "dense" is the model as its own library runs it.
@@ -93,7 +95,7 @@ def compare(
         DataError: a model has another number of classes, or other classes, than the images.
         VitrimError: a model that cannot be opened or reduced, or a name given twice.
     """
-    opened = {name: open_model(name) for name in models}
+    opened = {name: open_model(name, data.image_size) for name in models}
     images = open_images(data, False)
     classes = images.classes
     for name, model in opened.items():

@@ -63,7 +63,7 @@ def sweep(
         raise ScheduleError(f"trials is 1 or more, not {trials}")
     if len({*models}) < len(models):
         raise VitrimError("a model is named twice; every row needs its own")
-    opened = {name: open_model(name) for name in models}
+    opened = {name: open_model(name, data_for(name, data).image_size) for name in models}
     finished = Trials(kept, {
         "method": method, "vary": {name: list(values) for name, values in vary.items()}, "search": search,
         "seed": seed if search == "tpe" else None, "batch size": batch_size, "device": device,

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from .delivery import DataOptions, Device, check_table, deliver
+from .delivery import TRAINING_ONLY, DataOptions, Device, check_table, check_used, deliver
 
 
 def evaluate(
@@ -17,13 +17,14 @@ def evaluate(
 
     Args:
         model: timm names, folders written by vitrim, or run folders.
-        data: the images; what is not given is taken from the recipe of the first run, if it is one.
+        data: the test images; by default those of the first model, if it is a run folder.
         method: reductions to put in at test time, such as "TopK() @ KeepRate(0.7)"; "dense" takes any out.
         batch_size: images at a time.
         device: where to run.
         out: file to write the table to (.md, .csv, .json or .html).
     """
     check_table(out)
+    check_used("eval", data, TRAINING_ONLY, "the test images")
     from ..study.compare import compare, data_of
 
     deliver(compare(model, data_of(model, data), method or ["dense"], batch_size=batch_size, device=device), out)
@@ -37,6 +38,7 @@ def bench(
     compile: bool = False,
     threads: int | None = None,
     rounds: int = 10,
+    image_size: int | None = None,
     device: Device = "auto",
     out: str | None = None,
 ) -> None:
@@ -50,6 +52,7 @@ def bench(
         compile: time torch.compile'd models.
         threads: CPU threads.
         rounds: rounds in which every model runs once.
+        image_size: side of square images in pixels; by default each model's own.
         device: where to run.
         out: file to write the table to (.md, .csv, .json or .html).
     """
@@ -58,7 +61,8 @@ def bench(
 
     table = bench_methods(
         model, method or ["dense", "TopK() @ KeepRate(0.7)"], batch_sizes=tuple(batch_size), dtype=dtype,
-        compile=compile, threads=threads, rounds=rounds, device=None if device == "auto" else device,
+        compile=compile, threads=threads, rounds=rounds, input_size=image_size,
+        device=None if device == "auto" else device,
     )  # fmt: skip
     deliver(table, out)
 
@@ -78,7 +82,7 @@ def sweep(
 
     Args:
         model: timm names, folders written by vitrim, or run folders.
-        data: the images; what is not given is taken from the recipe of the first run, if it is one.
+        data: the test images; by default those of the first model, if it is a run folder.
         method: a reduction with names in braces, such as "TopK() @ PowerLaw({r_max}, {alpha})".
         vary: values for each name ({"alpha": [1.0, 1.5, 2.0]}); with tpe, the lowest and highest value.
         search: "grid" tries all, "tpe" (Bayesian) looks for the frontier of accuracy and MACs in so many trials.
@@ -88,6 +92,7 @@ def sweep(
         out: file to write the table to (.md, .csv, .json or .html).
     """
     check_table(out)
+    check_used("sweep", data, TRAINING_ONLY, "the test images")
     from ..study.compare import data_of
     from ..study.sweep import sweep as run
     from ..study.trials import kept_trials

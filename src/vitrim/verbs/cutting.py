@@ -6,7 +6,7 @@ from pathlib import Path
 from ..errors import DataError, RecipeError, VitrimError
 from ..train.recipe import Recipe
 from ..train.specs import ElasticSpec, OptimSpec
-from .delivery import DataOptions, Device, command_line
+from .delivery import DataOptions, Device, check_used, command_line
 
 PUBLISHED = Recipe(optim=OptimSpec(lr=2.5e-4, min_lr=1e-5), elastic=ElasticSpec(), epochs=300)
 """What `stratify --epochs` does without a recipe: published rates and growth, without augmentation."""
@@ -57,15 +57,16 @@ def stratify(
     from ..study.compare import data_of
 
     check_place(out, overwrite=overwrite)
-    network = open_model(model).to(make_accelerator(cpu=device == "cpu").device)
+    check_used("stratify", data, ("test_split", "holdout"), "training images only, unless it trains (--epochs)")
+    spec = data_of([model], data)
+    network = open_model(model, spec.image_size).to(make_accelerator(cpu=device == "cpu").device)
     if not has_weights(model):
         raise VitrimError(f"weights are random; write {model}@pretrained or {model}@FILE, or train it with --epochs")
-    spec = data_of([model], data)
     stream = plain_stream(network, spec, train=True)
     if labels and (fault := other_classes(model, stream.images.classes)):
         raise DataError(fault)
     loader, _ = make_loader(stream, 64, spec.workers, shuffle=True)
-    batches = ((images, classes) for images, classes, _ in loader)
+    batches = ((images[index >= 0], classes[index >= 0]) for images, classes, index in loader)  # Readable ones.
     number = ElasticSpec().images if num_images is None else num_images
     widths = {} if width_multiple is None else {"width_multiple": width_multiple}
     supernet = run(network, batches, num_images=number, labels=bool(labels), **widths)

@@ -4,8 +4,11 @@ import sys
 from typing import Annotated, Any, Literal
 
 from ..data.specs import DataSpec
+from ..errors import RecipeError
 
 Device = Literal["auto", "cpu", "cuda"]
+TRAINING_ONLY = ("train_split", "holdout", "limit")
+"""Options of `DataSpec` that do not concern test images."""
 DataOptions = Annotated[dict[str, Any], DataSpec]
 """The options of a `DataSpec` that were given, even if only to say their default, by name."""
 
@@ -15,6 +18,12 @@ def command_line() -> str:
     import shlex
 
     return shlex.join(["vitrim", *sys.argv[1:]])
+
+
+def check_used(verb: str, data: dict[str, Any], unused: tuple[str, ...], images: str) -> None:
+    """Raise `RecipeError` for options of images that were given and have no effect on what the verb does."""
+    if given := [f"--data.{name}" for name in unused if name in data]:
+        raise RecipeError(f"vitrim {verb} reads {images}; {' and '.join(given)} would have no effect: leave it out")
 
 
 def hide_password(command: str, url: str | None) -> str:

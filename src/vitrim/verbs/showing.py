@@ -17,6 +17,7 @@ def show(
     scores: bool = False,
     limit: int = 16,
     blocks: list[int] | None = None,
+    image_size: int | None = None,
     overwrite: bool = False,
     device: Device = "auto",
 ) -> None:
@@ -31,6 +32,7 @@ def show(
         scores: add a heat map of the scores on which each cut was decided.
         limit: images at most.
         blocks: show these blocks instead of every cut.
+        image_size: side of square images in pixels; by default the model's own.
         overwrite: replace pictures that exist.
         device: where to run.
     """
@@ -38,7 +40,7 @@ def show(
     from ..models import attached, has_weights, open_model, variant
     from ..show.pictures import show as draw
 
-    network = variant(open_model(model), method)
+    network = variant(open_model(model, image_size), method)
     if attached(network) is None:
         raise VitrimError(f"{model} reduces no tokens by itself; give a --method, such as 'TopK() @ KeepRate(0.7)'")
     if not has_weights(model):

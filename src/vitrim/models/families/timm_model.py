@@ -79,6 +79,18 @@ class TimmModel(Adapter, cuts=False):
         mean, std = (per_channel(tuple(config[name]), size[0]) for name in ("mean", "std"))
         return InputFormat(size, mean, std, config["interpolation"], config["crop_pct"], config["crop_mode"])
 
+    def resize(self, model: Any, side: int) -> None:
+        if not hasattr(model, "set_input_size"):
+            super().resize(model, side)
+        patch = getattr(getattr(model, "patch_embed", None), "patch_size", (1, 1))
+        if side < max(patch):
+            raise UnsupportedModelError(f"images of {side} px are smaller than one patch of {max(patch)} px")
+        try:
+            model.set_input_size(img_size=(side, side))
+        except (AssertionError, ValueError, RuntimeError, TypeError) as error:
+            reason = " ".join(str(error).split())
+            raise UnsupportedModelError(f"{_name(model)} cannot take images of {side} px: {reason}") from None
+
     def classifier(self, model: Any) -> Classifier:
         config = getattr(model, "pretrained_cfg", None) or {}
         names = _names(config.get("classifier"))
