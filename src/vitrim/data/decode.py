@@ -94,12 +94,12 @@ def _converted(image: Image.Image, mode: str) -> Image.Image:
     return eight if upright is None else eight.transpose(upright)
 
 
-def _orientation(image: Image.Image) -> int | None:
-    """The orientation in the EXIF data; None without them, and where they are damaged, as in many photographs."""
+def _orientation(image: Image.Image) -> int:
+    """The orientation in the EXIF data; 1, upright, without them and where they are damaged, as in many photographs."""
     try:
-        return image.getexif().get(_ORIENTATION)
+        return int(image.getexif().get(_ORIENTATION, 1))
     except Exception:
-        return None
+        return 1
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:

@@ -81,8 +81,10 @@ def evaluate_all(
     own = streams if isinstance(streams, Mapping) else dict.fromkeys(models, streams)
     loaders = {id(stream): make_loader(stream, batch_size, workers)[0] for stream in own.values()}
     # `accelerator.prepare` would keep each loader, with its workers, until the accelerator itself is deleted.
-    how = {"split_batches": True, "put_on_device": True, "non_blocking": True}
-    ready = [prepare_data_loader(one, device, **how) for one in loaders.values()]
+    ready = [
+        prepare_data_loader(one, device, split_batches=True, put_on_device=True, non_blocking=True)
+        for one in loaders.values()
+    ]
     which = {name: list(loaders).index(id(stream)) for name, stream in own.items()}
     tallies = {name: _Tally() for name in models}
     for model in models.values():  # Outside of inference mode: weights that are moved in it cannot be trained later.
@@ -102,7 +104,8 @@ def evaluate_all(
                     logits = models[name](images)
                 tallies[name].seconds += _clock(device) - start
                 with torch.inference_mode():
-                    found[name] = accelerator.gather_for_metrics((logits.float(), targets, index))
+                    gathered: Any = accelerator.gather_for_metrics((logits.float(), targets, index))
+                found[name] = gathered
             for name in names:
                 original = found[originals[name]][0] if originals and name in originals else None
                 with torch.inference_mode():

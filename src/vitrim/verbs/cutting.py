@@ -68,8 +68,8 @@ def stratify(
     loader, _ = make_loader(stream, 64, spec.workers, shuffle=True)
     batches = ((images[index >= 0], classes[index >= 0]) for images, classes, index in loader)  # Readable ones.
     number = ElasticSpec().images if num_images is None else num_images
-    widths = {} if width_multiple is None else {"width_multiple": width_multiple}
-    supernet = run(network, batches, num_images=number, labels=bool(labels), **widths)
+    multiple = ElasticSpec().width_multiple if width_multiple is None else width_multiple
+    supernet = run(network, batches, num_images=number, labels=bool(labels), width_multiple=multiple)
     supernet.save(out, overwrite=overwrite, **kept_classes(model))
     chain = supernet.chain
     print(_told(len(chain), chain.macs_at(-1) / chain.macs, min(number, len(stream)), out))
