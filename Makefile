@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test fuzz lint clean
+.PHONY: demo test fuzz lint docs clean
 .DEFAULT_GOAL := demo
 
 $(STAMP): pyproject.toml
@@ -26,6 +26,9 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+docs: $(STAMP)
+	$(BIN)/python -m vitrim.show.listing docs/list.md
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache

@@ -49,9 +49,8 @@ class Table(Mapping[Key, Entry], Generic[Key, Entry]):
         home = home_of(entry if source is None else source)
         if self._homes.get(name, home) != home:
             shown = getattr(name, "__qualname__", name)
-            raise DuplicateNameError(
-                f"there is a {self.kind} named {shown!r} already, {self._homes[name]}; rename {home}"
-            )
+            fact = f"there is a {self.kind} named {shown!r} already, {self.home(name)}"
+            raise DuplicateNameError(f"{fact}; rename {home}")
         self._entries[name], self._homes[name] = entry, home
         return entry
 
@@ -60,6 +59,10 @@ class Table(Mapping[Key, Entry], Generic[Key, Entry]):
         if name not in self._entries:
             raise UnknownNameError(self.kind, str(name), map(str, self))
         return self._entries[name]
+
+    def home(self, name: Key) -> str:
+        """Module and qualified name of the class or function that entered a name."""
+        return self._homes[name]
 
     def __getitem__(self, name: Key) -> Entry:
         return self._entries[name]

@@ -1,11 +1,31 @@
 """What can be named on the command line, in recipes and in Python."""
 
+import re
+import sys
 from collections.abc import Iterable
-from dataclasses import fields
+from dataclasses import MISSING, fields, is_dataclass
+from pathlib import Path
+from typing import Any
 
 from ..distill import LOSSES, TERMS, WEIGHTS
 from ..models import ADAPTERS
-from ..tokens import CURRICULA, REDUCERS, SCHEDULES, SCORES, Schedule
+from ..notation import render
+from ..tables import Table, first_line
+from ..tokens import CURRICULA, REDUCERS, SCHEDULES, SCORES, Curriculum, Schedule
+
+METHODS: dict[str, Table[str, Any]] = {
+    "reducers": REDUCERS,
+    "scores": SCORES,
+    "schedules": SCHEDULES,
+    "curricula": CURRICULA,
+    "terms": TERMS,
+    "weights": WEIGHTS,
+    "losses": LOSSES,
+}
+"""The tables of the notation by their heading."""
+SHARED = {"schedules": Schedule, "curricula": Curriculum}
+"""Classes whose options every entry of a table takes."""
+_BLOCK = re.compile(r"(<!-- methods, written by `make docs` -->\n).*(<!-- end of methods -->)", re.DOTALL)
 
 
 def listing(kind: str = "all") -> str:
@@ -13,21 +33,12 @@ def listing(kind: str = "all") -> str:
     import timm
 
     tables: dict[str, Iterable[tuple[str, str]]] = {
-        "reducers": ((name, _first(c)) for name, c in REDUCERS.items()),
-        "scores": ((name, score.summary) for name, score in SCORES.items()),
-        "schedules": ((name, _first(c)) for name, c in SCHEDULES.items()),
-        "curricula": ((name, _first(c)) for name, c in CURRICULA.items()),
-        "terms": ((name, _first(c)) for name, c in TERMS.items()),
-        "weights": ((name, _first(c)) for name, c in WEIGHTS.items()),
-        "losses": ((name, _first(function)) for name, function in LOSSES.items()),
-        "adapters": ((adapter.name, adapter.covers) for adapter in ADAPTERS.values()),
-        "models": ((name, "") for name in timm.list_models("vitrim_*")),
+        heading: ((name, _summary(entry)) for name, entry in table.items()) for heading, table in METHODS.items()
     }
-    shared = ", ".join(option.name for option in fields(Schedule))
-    notes = {
-        "schedules": f"  each takes {shared} too: see help(vitrim.tokens.Schedule)",
-        "models": "  and every timm model that an adapter covers, by its timm name",
-    }
+    tables["adapters"] = ((name, adapter.covers) for name, adapter in ADAPTERS.items())
+    tables["models"] = ((name, "") for name in timm.list_models("vitrim_*"))
+    notes = {heading: f"  each also takes {_shared(heading)}" for heading in SHARED}
+    notes["models"] = "  and every timm model that an adapter covers, by its timm name"
     lines: list[str] = []
     for name, rows in tables.items():
         if kind in (name, "all"):
@@ -37,5 +48,50 @@ def listing(kind: str = "all") -> str:
     return "\n".join(lines)
 
 
-def _first(entry: object) -> str:
-    return (entry.__doc__ or "").strip().splitlines()[0]
+def methods_table() -> str:
+    """The methods of the package in Markdown, with their options and defaults; a user's own are left out."""
+    lines: list[str] = []
+    for heading, table in METHODS.items():
+        lines += [f"### {heading.capitalize()}", "", "| name | options | what it does |", "|---|---|---|"]
+        for name, entry in table.items():
+            if not table.home(name).startswith("vitrim."):
+                continue
+            options = _options(entry, SHARED.get(heading))
+            summary = _summary(entry).replace("|", "\\|")
+            lines.append(f"| `{name}` | `{options}` | {summary} |".replace(" `` |", " |"))
+        lines += ["", f"Each also takes `{_shared(heading)}`.", ""] if heading in SHARED else [""]
+    return "\n".join(lines)
+
+
+def with_methods_table(page: str) -> str:
+    """The text of a page with the present tables between its marks."""
+    return _BLOCK.sub(lambda found: f"{found[1]}\n{methods_table()}\n{found[2]}", page)
+
+
+def _summary(entry: Any) -> str:
+    return entry.summary if hasattr(entry, "summary") else first_line(entry)
+
+
+def _options(entry: Any, base: type | None) -> str:
+    """The options of a class as in a call, without those that it shares with its base."""
+    if not is_dataclass(entry) or not isinstance(entry, type):
+        return ""
+    shared = {(option.name, option.default) for option in fields(base)} if base is not None else set()
+    return ", ".join(
+        option.name if option.default is MISSING else f"{option.name}={_default(option.default)}"
+        for option in sorted(fields(entry), key=lambda option: option.kw_only)
+        if (option.name, option.default) not in shared
+    )
+
+
+def _shared(heading: str) -> str:
+    return ", ".join(f"{option.name}={_default(option.default)}" for option in fields(SHARED[heading]))
+
+
+def _default(value: Any) -> str:
+    return render(value) if is_dataclass(value) else repr(value)
+
+
+if __name__ == "__main__":  # Writes the tables of methods into pages of documentation.
+    for name in sys.argv[1:]:
+        Path(name).write_text(with_methods_table(Path(name).read_text()))

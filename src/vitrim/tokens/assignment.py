@@ -1,6 +1,6 @@
-"""Where every token goes at one cut, and where every input token is after many.
+"""Where every token goes at one cut, and where every input token is after several.
 
-Shapes: B images, N patch tokens entering a cut, K tokens that keep a slot, R tokens that join another
+Shapes: B images, N patch tokens entering a cut, K tokens that keep a slot of their own, R tokens that join another
 slot, M tokens leaving, C channels. Prefix tokens are never part of an assignment.
 """
 
@@ -36,7 +36,7 @@ class Assignment:
 
     @classmethod
     def drop(cls, num_in: int, kept_BK: Tensor, score_BN: Tensor | None = None) -> "Assignment":
-        """Keep `kept_BK` (ascending) and lose the rest."""
+        """Keep `kept_BK` (ascending) and drop the rest."""
         return cls(num_in, kept_BK.shape[1], kept_BK, score_BN=score_BN)
 
     @classmethod
@@ -53,7 +53,7 @@ class Assignment:
         return cls(num_in, kept_BK.shape[1], kept_BK, moved_BR, slot_BR)
 
     def detach(self) -> "Assignment":
-        """The same cut without the graph of its weights."""
+        """The same cut, with weights that carry no gradient."""
         return self if self.weight_BR is None else replace(self, weight_BR=self.weight_BR.detach())
 
     def rows(self, num_prefix: int) -> Tensor:
@@ -62,9 +62,9 @@ class Assignment:
         return torch.cat([prefix, self.kept_BK + num_prefix], dim=1)
 
     def apply(self, x_BNC: Tensor, size_BN: Tensor | None = None, num_prefix: int = 0) -> Tensor:
-        """Carry out the cut on tokens of shape (B, P + N, C); returns (B, P + M, C).
+        """Apply the cut to tokens of shape (B, P + N, C); returns (B, P + M, C).
 
-        `size_BN` counts the input tokens behind each token (None: one each); only merging reads it.
+        `size_BN` is the number of input tokens in each token (None: one each); only merging uses it.
         Merging sums and divides by size, because a mean scatter exports to ONNX as a wrong answer.
         """
         kept = take(x_BNC, self.rows(num_prefix))
@@ -76,26 +76,26 @@ class Assignment:
             return torch.cat([kept, fused], dim=1)
         if size_BN is None:
             size_BN = torch.ones(x_BNC.shape[0], self.num_in, device=x_BNC.device)
-        # Half precision cannot count above 256, nor add up many small shares: merge in float32 at least.
+        # Half precision cannot count above 256 or add up many small shares: merge in float32 at least.
         size_BN = size_BN.to(torch.promote_types(x_BNC.dtype, torch.float32))
         new_size = self.size(size_BN)
         share = size_BN.gather(1, self.moved_BR) / new_size.gather(1, self.slot_BR)
-        # Each joined token moves by its share of the way to what joins it; one that nothing joins stays bit-equal.
+        # A token that others join moves towards them by their share; one that none joins stays bit-equal.
         slot = self.slot_BR + num_prefix
         step = (take(x_BNC, self.moved_BR + num_prefix) - take(kept, slot)) * share.unsqueeze(2)
         return kept.to(step.dtype).scatter_add(1, slot.unsqueeze(2).expand_as(step), step).to(x_BNC.dtype)
 
     @property
     def merges(self) -> bool:
-        """Whether the tokens that lose their slot are averaged into others."""
+        """Whether removed tokens are averaged into kept ones."""
         return self.moved_BR is not None and self.weight_BR is None
 
     def undo(self, x_BMC: Tensor, before_BNC: Tensor | None = None, num_prefix: int = 0) -> Tensor:
-        """Take the cut back on tokens of shape (B, P + M, C); returns (B, P + N, C), in the order before the cut.
+        """Undo the cut on tokens of shape (B, P + M, C); returns (B, P + N, C), in the order before the cut.
 
-        Kept tokens are as they are now, dropped and fused ones as they were in `before_BNC`, the (B, P + N, C) tokens
-        that the cut was applied to. Merged ones all get what their common token is now, so that merging needs no
-        `before_BNC`. A fused token goes.
+        Kept tokens have their present values. Dropped and fused ones have those of `before_BNC`, the (B, P + N, C)
+        tokens that the cut was applied to. Merged ones all get the present value of their common token, so that
+        merging needs no `before_BNC`. A fused token is removed.
         """
         num_images, device = x_BMC.shape[0], x_BMC.device
         prefix = torch.arange(num_prefix, device=device).expand(num_images, -1)
@@ -108,7 +108,7 @@ class Assignment:
         return torch.where(stays.unsqueeze(2), now, before_BNC)
 
     def size(self, size_BN: Tensor) -> Tensor:
-        """Input tokens behind each outgoing token, (B, M), from those behind each incoming one."""
+        """Number of input tokens in each outgoing token, (B, M), from the numbers of the incoming ones."""
         kept = size_BN.gather(1, self.kept_BK)
         if self.moved_BR is None or self.slot_BR is None:
             return kept
@@ -116,7 +116,7 @@ class Assignment:
         return grown.scatter_add(1, self.slot_BR, size_BN.gather(1, self.moved_BR))
 
     def carry(self, value_BN: Tensor) -> Tensor:
-        """A per-token number followed through the cut, (B, M): kept as it is, a fused token gets the mean."""
+        """A number per token after the cut, (B, M): that of each kept token, and the mean for a fused token."""
         kept = value_BN.gather(1, self.kept_BK)
         if self.moved_BR is None or self.weight_BR is None:
             return kept
@@ -135,11 +135,11 @@ class Assignment:
 
 @dataclass(frozen=True, eq=False)
 class TokenState:
-    """What became of the input tokens up to some block.
+    """Where the input tokens are after some block.
 
     origin: (B, N) long, slot of every input patch token among the patch tokens now, -1 = dropped.
-    size: (B, M), number of input patch tokens behind each token now.
-    score: (B, n) the scores on which the latest cut of the block was decided, None if there was none.
+    size: (B, M), number of input patch tokens in each token now.
+    score: (B, n) scores by which the last cut of the block chose its tokens; None without a cut or without scores.
     """
 
     origin: Tensor
@@ -153,7 +153,7 @@ class TokenState:
         return cls(slots, torch.ones(num_images, num_tokens, device=device))
 
     def after(self, assignments: Iterable[Assignment]) -> "TokenState":
-        """The state once these cuts, in order, have been carried out."""
+        """The state after these cuts, in order."""
         origin, size, score = self.origin, self.size, None
         for assignment in assignments:
             moved = assignment.target().gather(1, origin.clamp(min=0))
@@ -162,6 +162,6 @@ class TokenState:
         return TokenState(origin, size, score)
 
     def spread(self, x_BMC: Tensor, fill: float = 0.0) -> Tensor:
-        """Tokens (B, M, C) put back at the places of their input tokens, (B, N, C); dropped places get `fill`."""
+        """Tokens (B, M, C) copied to the places of their input tokens, (B, N, C); dropped places get `fill`."""
         full = take(x_BMC, self.origin.clamp(min=0))
         return torch.where((self.origin < 0).unsqueeze(2), torch.full_like(full, fill), full)

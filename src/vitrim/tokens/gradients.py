@@ -1,10 +1,10 @@
-"""What the loss listens to at a cut: the squared gradient of every channel, averaged over the latest training steps.
+"""The squared gradient of every channel at a cut, averaged over the latest training steps, for gradient scores.
 
-The gradient of a batch is not known yet when its tokens are chosen, and a dense pass to find out costs more than the
-cut saves. What is known is the gradient of earlier steps at the tokens that survived the same cut. Its mean square per
-channel is the diagonal of the empirical Fisher information (as in Fisher pruning, arXiv 1801.05787), with which the
-first-order change of the loss that leaving a token x out makes, <dL/dx, x>, is in expectation the square root of
-`sum_c F_c x_c^2`. Costs one pass over a gradient that is computed anyway, and C numbers per cut.
+The gradient of a batch is not known yet when its tokens are chosen, and a dense pass that computes it costs more than
+the cut saves. Known is the gradient of earlier steps at the tokens that were kept by the same cut. Its mean square per
+channel, F, is the diagonal of the empirical Fisher information (as in Fisher pruning, arXiv 1801.05787). Removing a
+token x changes the loss, to first order, by <dL/dx, x>; the root mean square of that is the square root of
+`sum_c F_c x_c^2`. The cost is one pass over a gradient that is computed anyway, and C numbers per cut.
 """
 
 # pyright: reportUnknownMemberType=false
@@ -20,17 +20,17 @@ from ..errors import ScoreError
 from .precision import wide
 
 MOMENTUM = 0.9
-"""Weight of what earlier steps said."""
+"""Weight of the earlier steps in the average."""
 Method = TypeVar("Method", bound=Callable[..., object])
 
 
 def _outside_of_graphs(method: Method) -> Method:
-    """A method that a compiled model calls as it is, since hooks and what they note are no part of a graph."""
+    """A method that a compiled model calls outside its graph, since hooks cannot be part of a graph."""
     return cast("Method", torch.compiler.disable(method))
 
 
 class GradientMemory:
-    """F of every block that cuts, (C,) with mean 1, and what the backward passes since then have added."""
+    """F of every block that cuts, (C,) with mean 1, and the sums of the backward passes since it was updated."""
 
     def __init__(self) -> None:
         self._mean: dict[int, Tensor] = {}
@@ -38,9 +38,9 @@ class GradientMemory:
 
     @_outside_of_graphs
     def watch(self, block: int, x_BTC: Tensor, first: int, last: int) -> None:
-        """Take note of the gradient that will reach rows `first` to `last` (exclusive) of these tokens."""
+        """Record the gradient that will reach rows `first` to `last` (exclusive) of these tokens."""
         if not x_BTC.requires_grad:
-            raise ScoreError(f"no gradient reaches the cut at block {block}, since nothing before it learns")
+            raise ScoreError(f"no gradient reaches the cut at block {block}, since no parameter before it is trained")
 
         def note(gradient_BTC: Tensor) -> None:
             rows = gradient_BTC[:, first:last].detach()
@@ -51,13 +51,13 @@ class GradientMemory:
 
     @_outside_of_graphs
     def known(self) -> Mapping[int, Tensor]:
-        """F by block, with all that has been noted; the same in all processes, which must call this together."""
+        """F by block, from everything recorded; the same in all processes, which must call this together."""
         for block in sorted(self._fresh):
             total_C = self._fresh.pop(block)
             if distributed.is_available() and distributed.is_initialized():
                 distributed.all_reduce(total_C)
             old_C = self._mean.get(block, torch.ones_like(total_C)).to(total_C)
-            # Only proportions count, whatever the scale of the loss. An overflow in half precision says nothing.
+            # Only ratios matter, so the scale of the loss does not. A sum that overflowed is not used.
             middle = total_C.mean()
             new_C = total_C / middle
             if block in self._mean:
@@ -66,9 +66,9 @@ class GradientMemory:
         return dict(self._mean)
 
     def state_dict(self) -> dict[int, Tensor]:
-        """All that must be kept to continue with the same numbers; all processes call this together."""
+        """What a checkpoint must hold to continue with the same numbers; all processes call this together."""
         return dict(self.known())
 
     def load_state_dict(self, state_dict: Mapping[int, Tensor]) -> None:
-        """Continue from what `state_dict` gave."""
+        """Continue from what `state_dict` returned."""
         self._mean, self._fresh = dict(state_dict), {}

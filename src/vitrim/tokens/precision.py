@@ -1,4 +1,4 @@
-"""Where half precision is too coarse: scores that would tie, sums over a thousand channels, squares of saliencies."""
+"""Computing in float32 where half precision is too coarse: equal scores, sums over a thousand channels, squares."""
 
 from contextlib import AbstractContextManager, nullcontext
 

@@ -75,7 +75,8 @@ class Reducer:
 
 def ranking(score_BN: Tensor) -> Tensor:
     """Indices of (B, N) scores from the highest to the lowest; ties go to the lower index."""
-    if torch.compiler.is_exporting() or (torch.jit.is_tracing() and torch.onnx.is_in_onnx_export()):
+    tracing = torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]  (torch documents it.)
+    if torch.compiler.is_exporting() or (tracing and torch.onnx.is_in_onnx_export()):
         # ONNX has no stable sort, but its own operator breaks ties by index.
         return score_BN.sort(dim=1, descending=True).indices
     return score_BN.sort(dim=1, descending=True, stable=True).indices

@@ -1,7 +1,7 @@
 """How much each patch token matters: one function per score, higher = keep, never negative.
 
-A score reads an `Evidence` and returns (B, N). Its `needs` says what the block must compute for it, so
-that nothing else is computed. To add one, write the function under `@score(...)`; nothing else changes.
+A score is computed from an `Evidence` and has shape (B, N). Its `needs` says what the block must compute for it, so
+that nothing else is computed. To add one, write the function under `@score(...)`, in any file. Scores have no options.
 """
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
@@ -24,11 +24,20 @@ Needs = Literal["nothing", "key", "cls_row", "attention", "hidden"]
 
 @dataclass(frozen=True, eq=False)
 class Evidence:
-    """What a block can tell about its tokens at a cut. Shapes: B images, T = P + N tokens, H heads, D head dims.
+    """What a block supplies about its tokens at a cut. Shapes: B images, T = P + N tokens, H heads, D head dimensions.
 
-    hidden_BTC: residual stream at the place of the cut. cls_query_BH1D, query_BHTD, key_BHTD: after q/k norm.
-    bias_B11T: added to the attention logits (log of token sizes). previous_BN: score carried from earlier cuts.
-    gradient_C: mean squared gradient of each channel at this cut in earlier steps; None before the first one.
+    Args:
+        num_prefix: P, the prefix tokens, which come first.
+        block: index of the block.
+        training: mode of the model.
+        scale: factor of the attention logits.
+        hidden_BTC: residual stream at the place of the cut.
+        cls_query_BH1D: query of CLS, after q/k norm as all queries and keys; None unless `needs` is "cls_row".
+        query_BHTD: all queries; None unless `needs` is "attention".
+        key_BHTD: all keys; None if `needs` is "nothing" or "hidden".
+        bias_B11T: added to the attention logits (log of token sizes), or None.
+        previous_BN: scores carried from earlier cuts, or None.
+        gradient_C: mean squared gradient of each channel at this cut in earlier steps; None before the first one.
     """
 
     num_prefix: int
@@ -45,7 +54,7 @@ class Evidence:
 
     @property
     def num_patches(self) -> int:
-        """N, the patch tokens that reach the cut."""
+        """N, the patch tokens that enter the cut."""
         return self.hidden_BTC.shape[1] - self.num_prefix
 
     @property
@@ -56,7 +65,7 @@ class Evidence:
         return self.key_BHTD
 
     def cls_attention(self) -> Tensor:
-        """Attention of CLS to all tokens, (B, H, T): one extra query row beside fused attention."""
+        """Attention of CLS to all tokens, (B, H, T), from one more row of queries than fused attention."""
         if self.cls_query_BH1D is None:
             raise ScoreError("this score reads the CLS query, which the block did not supply; declare needs='cls_row'")
         return self._softmax(self.cls_query_BH1D, self.key).squeeze(2)
@@ -87,8 +96,16 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Score:
-    """A named score: the function, what it needs, whether its values are attention probabilities, and whether it
-    lives on gradients, which there are in training steps alone."""
+    """A named score.
+
+    Args:
+        name: as in `TopK(name)`.
+        needs: what the block must supply, one of "nothing", "key", "cls_row", "attention" and "hidden".
+        is_probability: whether the values are attention probabilities, which `fuse="sum"` can add up.
+        compute: the function.
+        summary: one line for `vitrim list`.
+        training_only: whether it uses gradients, which exist only in training steps.
+    """
 
     name: str
     needs: Needs
@@ -104,7 +121,13 @@ SCORES: Table[str, Score] = Table("score")
 def score(
     needs: Needs, is_probability: bool = False, training_only: bool = False
 ) -> Callable[[Callable[[Evidence], Tensor]], Score]:
-    """Enter a function in the table of scores under its own name."""
+    """Add a function to the table of scores under its own name; see `Score` for the options.
+
+    >>> @score(needs="hidden")
+    ... def brightest(e: Evidence) -> Tensor:
+    ...     "Largest entry of the hidden state."
+    ...     return e.hidden_BTC[:, e.num_prefix :].amax(-1).clamp(min=0)
+    """
 
     def enter(function: Callable[[Evidence], Tensor]) -> Score:
         made = Score(function.__name__, needs, is_probability, function, first_line(function), training_only)
@@ -121,7 +144,7 @@ def cls_attention(e: Evidence) -> Tensor:
 
 @score(needs="attention", is_probability=True)
 def mean_attention(e: Evidence) -> Tensor:
-    """Attention each patch receives from all other patches, mean over heads and queries."""
+    """Attention that the patch receives from all other patches, mean over heads and queries."""
 
     def received(attention_BTT: Tensor) -> Tensor:
         patches = attention_BTT[:, e.num_prefix :, e.num_prefix :]
@@ -133,7 +156,7 @@ def mean_attention(e: Evidence) -> Tensor:
 
 @score(needs="attention")
 def attention_entropy(e: Evidence) -> Tensor:
-    """How far the entropy of the patch's attention row stays below uniform, in nats, mean over heads."""
+    """How far the entropy of the patch's attention row is below that of uniform attention, in nats, mean over heads."""
 
     def negentropy(attention_BTT: Tensor) -> Tensor:
         rows = attention_BTT[:, e.num_prefix :]
@@ -157,16 +180,20 @@ def attention_sharpness(e: Evidence) -> Tensor:
 
 @score(needs="hidden")
 def norm(e: Evidence) -> Tensor:
-    """L2 norm of the patch's hidden state (PTP-FAKD)."""
+    """L2 norm of the patch's hidden state (as in PTP-FAKD)."""
     return wide(e.hidden_BTC[:, e.num_prefix :]).norm(dim=-1)
 
 
 @score(needs="hidden", training_only=True)
 def gradient(e: Evidence) -> Tensor:
-    """First-order change of the loss without the patch, expected from the gradients of earlier steps; phase train."""
+    """Expected first-order change of the loss without the patch, from gradients of earlier steps; only for phase train.
+
+    The square root of `sum_c F_c x_c^2`, where F is the mean squared gradient per channel, the diagonal of the Fisher
+    information (arXiv 1801.05787); see `tokens/gradients.py`.
+    """
     if not e.training or not torch.is_grad_enabled():
         raise ScoreError(
-            "the score 'gradient' works in training steps alone, which record gradients; choose another score here "
+            "the score 'gradient' works only in training steps, which record gradients; choose another score here "
             "(with activation checkpointing, pass use_reentrant=False)"
         )
     patches = e.hidden_BTC[:, e.num_prefix :]
@@ -183,12 +210,12 @@ def key_norm(e: Evidence) -> Tensor:
 
 @score(needs="nothing")
 def random(e: Evidence) -> Tensor:
-    """Uniform noise: fresh per image in training; in evaluation one fixed draw per block, the same for all images."""
+    """Uniform noise: new for each image in training, in evaluation one fixed draw per block for all images."""
     like = e.hidden_BTC
     if e.training:
         return torch.rand(like.shape[0], e.num_patches, device=like.device)
-    # A draw that depends on the image's place in the batch would make results depend on the batch size.
-    # Whole numbers give the same draw on every device and in ONNX: squares modulo a prime.
+    # If the draw depended on the position in the batch, results would depend on the batch size.
+    # Squares modulo a prime are the same on every device and in ONNX.
     prime = 2**31 - 1
     index = torch.arange(e.num_patches, device=like.device) + 7919 * (e.block + 1)
     spread = index * 48271 % prime
