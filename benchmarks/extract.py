@@ -1,9 +1,9 @@
-"""How long cutting a network out of a super-network takes, beside building the full model.
+"""How long cutting a network out of a super-network takes, compared with building the full model.
 
     python benchmarks/extract.py --threads 2 --out results/extract-deit-b-cpu
 
 The cut is measured from a super-network in memory to a network ready to run. Its widths are chosen at random, since the
-time does not depend on what is worth more. Both take turns in interleaved rounds; the process should have the machine
+time does not depend on importance. Both are timed in turns in interleaved rounds; the process should have the machine
 to itself.
 """
 

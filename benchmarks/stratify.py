@@ -1,5 +1,5 @@
-"""What ordering the units of a network costs (WPAC), by itself and with judging its sub-layers (stratify), beside
-forward passes over the same images, and its memory.
+"""What ordering the units of a network costs (WPAC), by itself and with the importance of sub-layers (stratify),
+compared with forward passes over the same images, and its memory.
 
     python benchmarks/stratify.py --threads 2 --out results/stratify-deit-s-cpu
 
@@ -19,7 +19,7 @@ from vitrim.elastic import stratify
 from vitrim.elastic.wpac import wpac
 from vitrim.measure.environment import environment
 from vitrim.measure.table import Column, Table
-from vitrim.models import build_model
+from vitrim.models import build_model, find_adapter
 
 COLUMNS = (
     Column("what", "what"),
@@ -52,7 +52,7 @@ def main(
     """Measure, print, and write OUT.md, OUT.csv and OUT.json."""
     torch.set_num_threads(threads or torch.get_num_threads())
     network = build_model(model).eval()
-    size = network.pretrained_cfg["input_size"]
+    size = find_adapter(network).geometry(network).input_size
 
     def forward(count: int) -> float:
         start = time.perf_counter()

@@ -203,7 +203,7 @@ def test_worth_that_is_not_finite_is_refused(broken):
         rises["blocks.1.mlp"] = float("nan")
     else:
         shares["blocks.1.mlp"][3] = float("inf")
-    with pytest.raises(VitrimError, match=r"what blocks\.1\.mlp is worth is not finite"):
+    with pytest.raises(VitrimError, match=r"the importance of blocks\.1\.mlp is not finite"):
         grow(chain, shares, rises, 0.5)
 
 

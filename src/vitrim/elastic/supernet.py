@@ -36,9 +36,9 @@ CHAIN, MEANS = "chain.json", "means.safetensors"
 
 @dataclass(frozen=True)
 class SuperNet:
-    """The full network with its units in order, its chain, and the means that can make up for lost units.
+    """The full network with its units in order, its chain, and the means that compensate for removed units.
 
-    means: None after training with PIAD, where sub-networks have learnt to do without.
+    means: None after training with PIAD, where sub-networks were trained without compensation.
     """
 
     model: nn.Module
@@ -53,15 +53,15 @@ class SuperNet:
         latency: float | str | None = None,
         compensate: bool = True,
     ) -> nn.Module:
-        """The largest sub-network within one budget, as a model of its own in eval mode; needs no data and no training.
+        """The largest sub-network within one budget, as an independent model in eval mode; needs no training.
 
         Args:
             macs: most multiply-accumulates per image, attention products included.
             params: most parameters.
             latency: longest forward pass at batch size 1, in milliseconds, measured where the model is; "0.5ms" where
                 that is not more than 1.
-            compensate: add what lost units contribute on average to the biases, where the means are known: not after
-                training as a super-network, by which the sub-networks have learnt to do without.
+            compensate: add the mean contribution of removed units to the biases, where the means are known: not after
+                training as a super-network.
 
         Any number in (0, 1] is a fraction of the full network's cost.
 
@@ -72,12 +72,12 @@ class SuperNet:
         return self.cut(index, compensate)
 
     def cut(self, index: int, compensate: bool = True) -> nn.Module:
-        """Sub-network `index` of the chain as a model of its own (0: full, -1: smallest), see `extract`."""
+        """Sub-network `index` of the chain as an independent model (0: full, -1: smallest), see `extract`."""
         return cut(self.model, self.chain, index, self.means if compensate else None)
 
     @contextmanager
     def at(self, index: int) -> Iterator[nn.Module]:
-        """Run the super-network itself as sub-network `index`, without compensation, until the context ends."""
+        """Run the super-network itself as sub-network `index`, without compensation, while this is entered."""
         with narrowed(self.model, self.chain.widths(index)):
             yield self.model
 
@@ -127,7 +127,7 @@ class SuperNet:
 
 
 def _differences(one: Chain, other: Chain) -> list[str]:
-    """In what the full networks of two chains differ: sub-layers, what their units cost, or costs of the whole."""
+    """The names in which the full networks of two chains differ: sub-layers with their unit costs, and total costs."""
     ours, theirs = ({n: replace(unit, step=1) for n, unit in chain.units.items()} for chain in (one, other))
     names = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
     return names + [n for n in ("macs", "macs_linear_only", "params") if getattr(one, n) != getattr(other, n)]
@@ -162,21 +162,20 @@ def stratify(
     even: bool = False,
     say: Callable[[str], None] = print,
 ) -> SuperNet:
-    """Turn a trained model into a super-network without training it; the model given stays as it is.
+    """Turn a trained model into a super-network without training; the given model is not changed.
 
     Args:
-        model: any model that an adapter serves, with nothing attached, at the input size whose cost counts.
+        model: any model that an adapter supports, without a reduction, at the input size for which costs are counted.
         data: an iterable of batches of images (B, channels, height, width), or of (images, labels).
-        labels: whether the labels are classes of this model's head; without, its own first choice takes their place.
-        num_images: images to look at. A sixteenth of them also judges which sub-layers can go.
+        labels: use the labels, which must be classes of this model; otherwise its predictions are used.
+        num_images: number of images to use; a sixteenth of them also measures the importance of sub-layers.
         groups: into how many groups the widths of "attention" and "mlp" are cut.
-        width_multiple: every width but the full one is a multiple of it.
-        max_saving: fraction of the MACs that the smallest network of the chain saves.
-        rounds: how often the sub-layers are judged anew, each time on the smallest network found so far.
+        width_multiple: every width except the full one is a multiple of it.
+        max_saving: fraction of the MACs that the smallest network of the chain saves, in (0, 1).
+        rounds: how often the importance of sub-layers is measured, each time on the smallest network so far.
         ordering: how units are ordered; see `wpac.ORDERINGS`.
-        even: every sub-layer loses the same fraction of its units, as where orderings alone are compared; none is
-            judged.
-        say: called with lines to show.
+        even: every sub-layer loses the same fraction of its units; importance plays no role.
+        say: called with lines for the user.
 
     Raises:
         UnsupportedModelError: no adapter knows the model, or a part of it forbids changing widths.
@@ -186,7 +185,7 @@ def stratify(
         raise VitrimError("token reduction is attached to this model; stratify after handle.remove()")
     check_counts(num_images=num_images, rounds=rounds)
     if not isinstance(max_saving, Real) or not 0 < max_saving < 1:
-        raise VitrimError(f"max_saving lies in (0, 1), not at {max_saving!r}")
+        raise VitrimError(f"max_saving must be between 0 and 1, not {max_saving!r}")
     # Before the long pass over the images, since it needs no order and refuses what cannot be cut.
     chain = start_chain(model, groups=groups, width_multiple=width_multiple)
     model = copy.deepcopy(model)

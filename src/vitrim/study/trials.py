@@ -22,7 +22,7 @@ class Trials:
     """The finished steps of a sweep, by model.
 
     Args:
-        path: the file, written anew in one step after every step of the sweep; None keeps them in memory.
+        path: the file, replaced after every step of the sweep; None keeps the steps in memory.
         settings: everything that decides the result, as plain data. A file of other settings is refused.
 
     Raises:
