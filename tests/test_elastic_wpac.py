@@ -94,7 +94,7 @@ def test_headless_model_is_weighed_by_its_squared_feature():
     hook.remove()
     expected = (kept["a"].grad * kept["a"]).abs().flatten(0, 1).mean(0).detach()
     assert torch.allclose(collect(model, [x], 4)["blocks.0.mlp"].taylor, expected, rtol=1e-9)
-    with pytest.raises(VitrimError, match="no head"):
+    with pytest.raises(VitrimError, match="no classifier"):
         collect(model, [(x, torch.zeros(4, dtype=torch.long))], 4, labels=True)
 
 
