@@ -160,9 +160,9 @@ def test_notes_say_where_curves_fall_below_networks_trained_alone_and_which_had_
         *ALONE,
     ]
     notes = compare_with_trained_alone(rows, trained_on=["on"])
-    assert notes[0].startswith("Over trained alone: accuracy less that of networks trained alone")
+    assert notes[0].startswith("Over trained alone: accuracy minus that of networks trained alone")
     assert notes[1].startswith("No equal comparison with networks trained alone")
-    assert notes[1].endswith("trained on: c.")
+    assert notes[1].endswith("trained longer: c.")
     assert notes[2].endswith("the largest budget at which they are: a, even (0.75) | c (0.50); never below them: b.")
     assert len(notes) == 3
     assert len(compare_with_trained_alone(rows)) == len(compare_with_trained_alone(rows, ["on", "full", "small"])) == 2
