@@ -1,9 +1,9 @@
-"""Teacher outputs on disk: computed once for fixed augmentations, read by the data loader's workers ever after.
+"""Teacher outputs on disk: computed once for fixed augmentations, then read by the data loader's workers.
 
-A folder holds `manifest.json`, one array per output with a row for every (view, image), and `done.npy`, which rows are
-written. Arrays are memory-mapped and rows are read by the workers that read the images, so a step costs the student
-alone. Features are float16. Of many classes the k largest logits are kept, and with them, for each temperature of the
-terms, the logsumexp of all the others, so that no probability is lost or made up.
+A folder holds `manifest.json`, one array per output with a row for every (view, image), and `done.npy`, which marks the
+rows that are written. Arrays are memory-mapped, and the workers that read the images read the rows too, so a training step
+costs no more than the student. Features are float16. Of many classes only the k largest logits are kept, and with them,
+for each temperature of the terms, the logsumexp of all the others, so that the probabilities still sum to one.
 """
 
 from pathlib import Path
@@ -47,16 +47,16 @@ class TeacherCache:
         workers: int = 0,
         tick: Tick | None = None,
     ) -> "TeacherCache":
-        """Compute what is missing, and open. An interrupted call is continued by the same call.
+        """Compute the missing rows, and open the cache. An interrupted call is continued by the same call.
 
         Several processes may call it at once: one works, the others wait. A finished cache is only read.
 
         Args:
             folder: new, empty, or of the same teacher, data, augmentation and terms.
-            teacher: on the device where it shall run.
+            teacher: on the device where it runs.
             stream: the images, with a limited number of views. Set its `known` to the cache, and its items end with the
                 teacher's outputs.
-            terms: the objective whose questions the cache will answer.
+            terms: the objective whose outputs of the teacher are kept.
             grid: the student's (rows, columns) of patch tokens, for terms on tokens; see `student_grid`.
             top_k: logits kept of each image; all of them where there are no more classes than that.
             tick: called with (rows done, rows in all), also while another process does them; what it raises ends the

@@ -21,7 +21,7 @@ from .manifest import MANIFEST, Manifest
 from .teacher import Teacher
 
 DONE, LOCK = "done", "lock"
-FLUSH_EVERY = 32  # Batches that a power cut can cost.
+FLUSH_EVERY = 32  # Batches that can be lost when the power fails.
 LOOK_EVERY = 0.5  # Seconds.
 
 Tick = Callable[[int, int], None]
@@ -92,7 +92,7 @@ def _compute(
     finished, pending = kept.rows - len(missing), list[np.ndarray]()
 
     def flush() -> None:
-        # Rows first, then the marks that vouch for them.
+        # Rows first, then the marks that say they are complete.
         for array in arrays.values():
             array.flush()
         for rows in pending:
@@ -166,7 +166,7 @@ def _encode(found: Mapping[str, Tensor], wanted: Wanted, top_k: int) -> dict[str
 
 
 def _create(folder: Path, manifest: Manifest) -> None:
-    """Lay out empty arrays. The manifest comes last, because it vouches for them."""
+    """Lay out empty arrays. The manifest is written last, so that it is never there without them."""
     need, free = manifest.num_bytes, shutil.disk_usage(folder).free
     if need > free:
         raise DistillError(

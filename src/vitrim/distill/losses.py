@@ -1,4 +1,4 @@
-"""Distances between what a student and a teacher say, each a pure function of tensors.
+"""Distances between outputs of a student and a teacher, each a pure function of tensors.
 
 Shapes: B images, K classes, k of them kept by a cache, C channels. `...` is any number of leading dimensions.
 To add a feature loss, write the function under `@feature_loss`; it appears in the table and in every term.
@@ -41,7 +41,7 @@ def smooth_l1(student: Tensor, target: Tensor) -> Tensor:
 
 
 def distance(student: Tensor, target: Tensor, loss: str, normalise: bool) -> Tensor:
-    """A feature loss of vectors (..., C), on request of their directions alone; returns (...)."""
+    """A feature loss of vectors (..., C), of their directions only if `normalise`; returns (...)."""
     student, target = wide(student), wide(target)
     if normalise:
         student, target = F.normalize(student, dim=-1), F.normalize(target, dim=-1)
@@ -51,7 +51,7 @@ def distance(student: Tensor, target: Tensor, loss: str, normalise: bool) -> Ten
 def mean_where(value_BM: Tensor, mask_BM: Tensor) -> Tensor:
     """Mean over the marked tokens of each image, then over images; an image without any counts as 0.
 
-    Images weigh the same however many of their tokens are marked, so that a batch may be split over processes.
+    All images have the same weight, however many of their tokens are marked, so that processes can share a batch.
     """
     number_B = mask_BM.sum(1).clamp(min=1)
     return ((value_BM * mask_BM).sum(1) / number_B).mean()

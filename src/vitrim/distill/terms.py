@@ -195,7 +195,7 @@ class _Patches(_Vectors):
         handle = attached(student)
         if handle is not None and handle.cls_only:
             raise DistillError(
-                "the student's last block computes prefix tokens alone; attach the reduction with cls_only=False"
+                "the student's last block computes only prefix tokens; attach the reduction with cls_only=False"
             )
 
     def compare(self, batch: Batch, project: nn.Module | None) -> Tensor:

@@ -121,7 +121,7 @@ class ElasticHeads(Elastic):
                 if bias is not None:
                     bias[part] = torch.einsum("hij,hi->hj", matrix, bias[part])
             store(linear.weight, weight.flatten(0, 2))
-            if bias is not None:
+            if bias is not None and linear.bias is not None:
                 store(linear.bias, bias.flatten())
         columns = exact(self.last.weight).view(-1, heads, dim)
         store(self.last.weight, torch.einsum("chi,hij->chj", columns, value_Hhh.to(columns)).flatten(1))

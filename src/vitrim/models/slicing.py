@@ -1,5 +1,7 @@
 """The leading part of a layer: at run time as views of its weights, and for good as weights of their own."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -26,7 +28,7 @@ def cut_linear(linear: nn.Linear, width: int, parts: int = 1, dim: int = 0) -> N
         linear.in_features = width * parts
 
 
-def cut_norm(norm: nn.Module, width: int) -> None:
+def cut_norm(norm: Any, width: int) -> None:
     """Make a norm over the inner width a norm over its leading part."""
     if isinstance(norm, nn.Identity):
         return
@@ -35,7 +37,7 @@ def cut_norm(norm: nn.Module, width: int) -> None:
     norm.normalized_shape = (width,)
 
 
-def narrow_norm(norm: nn.Module, x: Tensor) -> Tensor:
+def narrow_norm(norm: Any, x: Tensor) -> Tensor:
     """A norm over the last dimension applied to a tensor that is narrower than the norm's own width."""
     if isinstance(norm, nn.Identity) or x.shape[-1] == norm.normalized_shape[0]:
         return norm(x)

@@ -43,7 +43,8 @@ class ConvStem(PatchEmbed):
         """Another image size; the patch size is tied to the strides of the convolutions."""
         if patch_size is not None and to_2tuple(patch_size) != self.patch_size:
             raise ValueError(f"the patches of a convolutional stem stay {self.patch_size} px")
-        super().set_input_size(img_size=None if img_size is None else to_2tuple(img_size))
+        height_width: Any = None if img_size is None else to_2tuple(img_size)
+        super().set_input_size(img_size=height_width)
 
 
 def _cfg(size: tuple[int, int, int], first_conv: str, **data: Any) -> dict[str, Any]:

@@ -51,7 +51,7 @@ class ReducedTimmBlock(ReducedBlock, Block):
         return tuple(norm(stream) for norm, stream in zip(norms, streams, strict=True))
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, normed_BQC: Tensor) -> Tensor:
-        attn = self.attn
+        attn: Any = self.attn
         if isinstance(attn, RemovedBranch):
             return self.drop_path1(self.ls1(attn(normed_BQC)))
         if attn.fused_attn:
