@@ -1,7 +1,7 @@
 """Teacher outputs on disk: computed once for fixed augmentations, then read by the data loader's workers.
 
 A folder holds `manifest.json`, one array per output with a row for every (view, image), and `done.npy`, which marks the
-rows that are written. Arrays are memory-mapped, and the workers that read the images read the rows too, so a training step
+rows that are written. Arrays are memory-mapped, and the workers that read the images read the rows too, so a step
 costs no more than the student. Features are float16. Of many classes only the k largest logits are kept, and with them,
 for each temperature of the terms, the logsumexp of all the others, so that the probabilities still sum to one.
 """
