@@ -1,9 +1,11 @@
-"""The ten laws of a reduction, for every reducer and schedule on every model that an adapter covers."""
+"""The laws of a reduction, for every reducer and schedule on every model that an adapter covers."""
 
 import copy
 import pickle
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from threading import Barrier
 
 import pytest
 import torch
@@ -357,3 +359,84 @@ def test_law_10_scores_carried_over_depth(reducer: Reducer) -> None:
 @pytest.mark.parametrize("name", ["deit_distilled", "dinov2_registers"])
 def test_law_10_prefix_only(name: str, case: Case) -> None:
     agrees_with_reference(build("timm-vit", name).double(), case.reducer, case.cuts(0, 1, 2), cls_only=True)
+
+
+@torch.no_grad()
+def in_threads(model: nn.Module, batches: list[Tensor], count: int = 4) -> list[list[Tensor]]:
+    """What each of `count` threads that use the model at the same time gives for these batches."""
+    start = Barrier(count)
+
+    def run(_: int) -> list[Tensor]:
+        start.wait()
+        with torch.no_grad():
+            return [model(x) for x in batches]
+
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(run, range(count)))
+
+
+def head_or_refusal(model: nn.Module, tokens: Tensor) -> Tensor | None:
+    """Logits, or None where the head refuses because it cannot know how to weigh these tokens."""
+    try:
+        return model.forward_head(tokens)
+    except VitrimError as error:
+        if "from which forward pass these features come" not in str(error):
+            raise
+        return None
+
+
+def unchanged(x: Tensor) -> Tensor:
+    return x
+
+
+def first_image(x: Tensor) -> Tensor:
+    return x[:1]
+
+
+def cast_and_back(x: Tensor) -> Tensor:
+    return x.to(torch.float64).to(x.dtype)
+
+
+@each_pair
+def test_law_11_passes_share_nothing(adapter: str, name: str, case: Case) -> None:
+    model, batches = build(adapter, name), [images(2, seed=seed) for seed in (1, 2)]
+    with vitrim.attach(model, case.suited(model), case.cuts(0, 2)), torch.no_grad():
+        alone = [model(x) for x in batches]
+        for results in in_threads(model, batches):
+            for logits, expected in zip(results, alone, strict=True):
+                torch.testing.assert_close(logits, expected)
+        features = [model.forward_features(x) for x in batches]  # One batch, then another, then the heads.
+        for change in (unchanged, Tensor.detach, Tensor.clone, cast_and_back, first_image):
+            for tokens, expected in zip(features, alone, strict=True):
+                logits = head_or_refusal(model, change(tokens))
+                if logits is None:
+                    assert change not in (unchanged, Tensor.detach), "these are the tokens of the pass"
+                else:
+                    torch.testing.assert_close(logits, expected[: len(logits)])
+
+
+@each_case
+@pytest.mark.parametrize("name", ["gap_with_cls", "dinov2_registers"])
+def test_law_11_blocks_of_several_passes_in_turns(name: str, case: Case) -> None:
+    model, batches = build("timm-vit", name), [images(2, seed=seed) for seed in (1, 2)]
+    with vitrim.attach(model, case.suited(model), case.cuts(0, 1)), torch.no_grad():
+        alone = [model(x) for x in batches]
+        tokens = [model.norm_pre(model._pos_embed(model.patch_embed(x))) for x in batches]
+        for block in model.blocks:
+            tokens = [block(x) for x in tokens]
+        for x, expected in zip(tokens, alone, strict=True):
+            features = model.norm(x)
+            vitrim.models.trace.mark(features, vitrim.models.trace_of(x))
+            torch.testing.assert_close(model.forward_head(features), expected)
+
+
+@each_case
+def test_law_11_threads_where_hooks_make_new_tensors(case: Case) -> None:
+    model, batches = build("timm-vit", "gap_with_cls"), [images(2, seed=seed) for seed in range(3)]
+    with vitrim.attach(model, case.suited(model), case.cuts(0, 1)), torch.no_grad():
+        alone = [model(x) for x in batches]
+        for module in (*model.blocks, model.norm):
+            module.register_forward_hook(lambda _, args, out: out.clone())
+        for results in in_threads(model, batches):
+            for logits, expected in zip(results, alone, strict=True):
+                torch.testing.assert_close(logits, expected)

@@ -11,13 +11,21 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
-from ..errors import CheckpointError, DuplicateNameError, ScoreError, UnknownNameError, UnsupportedModelError
+from ..errors import (
+    CheckpointError,
+    DuplicateNameError,
+    ScoreError,
+    UnknownNameError,
+    UnsupportedModelError,
+    VitrimError,
+)
 from ..tables import Table, home_of
 from ..tokens import Plan, Reducer
 from .input_format import InputFormat
 from .macs import Macs, needed
 from .outputs import Features, ModelInfo, Wanted
 from .removed_branch import RemovedBranch
+from .wrapped import name_inside
 
 Head = Literal["prefix", "tokens"]
 State = dict[str, Tensor]
@@ -257,10 +265,12 @@ def find_adapter(model: nn.Module) -> Adapter:
     if ADAPTERS.get(adapter.name) is adapter:
         adapter.check(model)
         return adapter
-    known = "; ".join(f"{adapter.name} ({adapter.covers})" for adapter in ADAPTERS.values())
-    wrapped = type(model).__name__ in ("OptimizedModule", "DistributedDataParallel", "FullyShardedDataParallel")
-    hint = "attach to the model before wrapping or compiling it" if wrapped else f"adapters: {known}"
-    raise UnsupportedModelError(f"no adapter for {type(model).__module__}.{type(model).__qualname__}; {hint}")
+    name = f"{type(model).__module__}.{type(model).__qualname__}"
+    if inner := name_inside(model, _reducible):
+        hint = f"use the model inside it, before wrapping or compiling it: vitrim.attach({inner}, ...)"
+    else:
+        hint = "adapters: " + "; ".join(f"{adapter.name} ({adapter.covers})" for adapter in ADAPTERS.values())
+    raise UnsupportedModelError(f"no adapter for {name}; {hint}")
 
 
 def num_classes(model: nn.Module) -> int:
@@ -295,6 +305,17 @@ def as_tensor(out: Any) -> Tensor:
     if not isinstance(out, Tensor):
         out = out.logits if getattr(out, "logits", None) is not None else out.pooler_output
     return out
+
+
+def _reducible(model: nn.Module) -> bool:
+    adapter = adapter_of(model)
+    if ADAPTERS.get(adapter.name) is not adapter:
+        return False
+    try:
+        adapter.check(model)
+    except VitrimError:
+        return False
+    return True
 
 
 def _tried() -> list[Adapter]:

@@ -122,9 +122,9 @@ class _ReducedModel(ReducedModel):
         policy, maps = self.vitrim_policy, output_fmt == "NCHW"
         if maps and self.vitrim_handle.cls_only:
             raise VitrimError("cls_only computes no map of patch tokens; attach again without it")
-        if maps and self.training and self.patch_drop_rate > 0:
+        if maps and _left_by_patch_drop(self, 100, self.patch_drop.training) < 100:
             raise VitrimError(
-                "patch_drop_rate drops patches in training, which leaves no whole map; use output_fmt='NLC' or "
+                "patch_drop_rate drops patches in training, so there is no whole map; use output_fmt='NLC' or "
                 "model.eval()"
             )
         with self.open_call(x) as call:

@@ -1,0 +1,434 @@
+"""What a forward pass shares with others (nothing), who else sees its calls, and which tokens it refuses."""
+
+import copy
+import functools
+import io
+import pickle
+
+import pytest
+import torch
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+from timm.layers import LayerScale
+from timm.models.vision_transformer import Block, VisionTransformer
+from timm.utils import AttentionExtract
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
+
+import vitrim
+from test_contract import in_threads
+from vitrim.errors import UnsupportedModelError, VitrimError
+from vitrim.models import reduced, trace_of
+from zoo import SMALL, build, images
+
+TOME, TOPK = "ToMe() @ KeepRate(0.6, at=(0, 1))", "TopK() @ KeepRate(0.6, at=(0, 1))"
+
+
+# What a head may assume.
+
+
+def test_a_head_on_cls_needs_no_trace() -> None:
+    model, x = build("timm-vit", "vit"), images(2)
+    with vitrim.attach(model, TOME):
+        assert torch.equal(model.forward_head(model.forward_features(x).clone()), model(x))
+
+
+def test_a_head_that_pools_takes_dense_features_from_anywhere() -> None:
+    model, x = build("timm-vit", "gap"), images(2)
+    features, dense = model.forward_features(x), model(x)
+    with vitrim.attach(model, TOME):
+        assert torch.equal(model.forward_head(features.clone()), dense)
+    with vitrim.attach(model, "TopK(norm) @ KeepRate(0.6)"):  # Dropped tokens leave nothing to weigh.
+        assert torch.equal(model.forward_head(model.forward_features(x).clone()), model(x))
+
+
+def test_features_that_are_saved_hold_plain_tensors() -> None:
+    model, file = build("timm-vit", "gap"), io.BytesIO()
+    with vitrim.attach(model, TOME):
+        features = model.forward_features(images(2))
+        torch.save(features, file)
+        file.seek(0)
+        loaded = torch.load(file, weights_only=True)
+        assert torch.equal(loaded, features)
+        assert trace_of(loaded) is None
+        with torch.no_grad():
+            features = model.forward_features(images(2))
+            assert torch.equal(model.forward_head(copy.deepcopy(features)), model.forward_head(features))
+
+
+def test_forward_features_set_on_the_instance_reach_the_head_of_the_same_call() -> None:
+    model, x = build("timm-vit", "gap"), images(2)
+    with vitrim.attach(model, TOME):
+        expected = model(x)
+        ours = model.forward_features
+        model.forward_features = lambda x, **masks: ours(x, **masks).clone()
+        assert torch.equal(model(x), expected)
+        model.forward_features = lambda x, **masks: (ours(x, **masks) + ours(x.flip(3), **masks)) / 2
+        with pytest.raises(VitrimError, match="from which forward pass"):
+            model(x)
+
+
+# Copies.
+
+
+def replica(model: nn.Module) -> nn.Module:
+    """As `DataParallel` makes them for each device."""
+    copies = {module: module._replicate_for_data_parallel() for module in model.modules()}
+    for module, twin in copies.items():
+        for name, child in module._modules.items():
+            twin._modules[name] = None if child is None else copies[child]
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                setattr(twin, name, parameter.detach().clone())
+    return copies[model]
+
+
+def test_replicas_of_data_parallel_share_no_pass() -> None:
+    model, x = build("timm-vit", "gap_with_cls"), images(2)
+    with vitrim.attach(model, TOME):
+        alone = model(x)
+        one, other = replica(model), replica(model)
+        turns = [m.norm_pre(m._pos_embed(m.patch_embed(y))) for m, y in ((one, x), (other, x.flip(0)))]
+        for pair in zip(one.blocks, other.blocks, strict=True):
+            turns = [block(tokens) for block, tokens in zip(pair, turns, strict=True)]
+        assert not torch.equal(*turns)
+        for results in in_threads(one, [x]):
+            assert torch.equal(results[0], alone)
+
+
+def test_a_copied_block_brings_no_model_and_works() -> None:
+    model, x = build("timm-vit", "vit"), images(2)
+    with vitrim.attach(model, TOPK):
+        tokens = model._pos_embed(model.patch_embed(x))
+        expected = model.blocks[0](tokens.clone())
+        for block in (copy.deepcopy(model.blocks[0]), pickle.loads(pickle.dumps(model.blocks[0]))):
+            assert torch.equal(block(tokens.clone()), expected)
+        assert len(pickle.dumps(model.blocks[0])) < len(pickle.dumps(model)) / 2
+
+
+def test_what_changes_between_a_pass_and_its_recomputation_does_not_act_on_it() -> None:
+    model, x = build("timm-vit", "vit").double(), images(2, dtype=torch.float64)
+    with vitrim.attach(model, TOPK) as handle:
+        model(x).square().sum().backward()
+        plain = [parameter.grad.clone() for parameter in model.parameters()]
+        model.set_grad_checkpointing()
+        model.zero_grad()
+        waiting = model(x).square().sum()
+        handle.set_strength(0.3)
+        model(x)
+        waiting.backward()
+        for parameter, expected in zip(model.parameters(), plain, strict=True):
+            torch.testing.assert_close(parameter.grad, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_backward_hooks_and_aliases_keep_the_trace() -> None:
+    model, x = build("timm-vit", "gap_with_cls"), images(2)
+    with vitrim.attach(model, TOME):
+        expected = model(x)
+        for block in model.blocks:
+            block.register_full_backward_hook(lambda *_: None)
+        out = model(x)
+        assert torch.equal(out, expected)
+        out.sum().backward()
+
+
+def test_a_trace_moves_with_its_tokens_to_another_device() -> None:
+    model, x = build("timm-vit", "gap_with_cls"), images(2)
+    with vitrim.attach(model, "ToMe() @ KeepRate(0.6, at=0, reinstate=2)"):
+        trace = trace_of(model.blocks[0](model._pos_embed(model.patch_embed(x)))).to(torch.device("meta"))
+        assert trace.state().origin.is_meta
+        assert trace.bias(torch.float32).is_meta
+
+
+def test_maps_where_nothing_is_cut_are_on_the_device_of_the_tokens() -> None:
+    model = build("timm-vit", "vit").to("meta")
+    with vitrim.attach(model, TOPK, phase="train"):  # Cuts nothing in eval mode.
+        maps = model.forward_intermediates(images(2).to("meta"), intermediates_only=True)
+        assert [each.device.type for each in maps] == ["meta"] * 3
+
+
+# Who else sees calls.
+
+
+@pytest.mark.parametrize("place", ["mlp.fc1", "norm2", "mlp.act", "forward", "everywhere"])
+def test_whoever_sees_calls_inside_a_block_sees_whole_batches(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reduced, "_SLICE_BYTES", 1 << 14)
+    model, seen = build("timm-vit", "vit"), []
+
+    def see(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+        seen.append(len(args[0]))
+
+    handle, remove = vitrim.attach(model, TOPK), None
+    if place == "everywhere":
+        remove = register_module_forward_hook(see).remove
+    elif place == "forward":
+        mlp = model.blocks[1].mlp
+        own = mlp.forward
+        mlp.forward = lambda x: (seen.append(len(x)), own(x))[1]
+    else:
+        remove = model.blocks[1].get_submodule(place).register_forward_hook(see).remove
+    with handle, torch.no_grad():
+        model(images(8))
+    if remove is not None:
+        remove()
+    assert set(seen) == {8}
+
+
+def test_a_batch_is_computed_in_parts_only_in_eval_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reduced, "_SLICE_BYTES", 1 << 14)
+    model, x, seen = build("timm-vit", "vit"), images(8), []
+    with vitrim.attach(model, TOPK), torch.no_grad():
+        expected = torch.cat([model(x[:4]), model(x[4:])])
+        ours = type(model.blocks[0]).feed_forward
+        monkeypatch.setattr(
+            type(model.blocks[0]), "feed_forward", lambda self, x: (seen.append(len(x)), ours(self, x))[1]
+        )
+        torch.testing.assert_close(model(x), expected)
+        assert max(seen) < 8
+        seen.clear()
+        model.train()(x)
+        assert set(seen) == {8}
+
+
+@pytest.mark.parametrize("append", [False, True])
+def test_hooks_of_accelerate_before_and_after_attach(append: bool) -> None:
+    model, x = build("timm-vit", "vit"), images(2)
+    dense = model(x)
+    with vitrim.attach(model, TOPK):
+        reduced = model(x)
+    for block in model.blocks:
+        add_hook_to_module(block, ModelHook(), append=append)
+    forwards = [(block.forward, block._old_forward) for block in model.blocks]
+    with vitrim.attach(model, TOPK) as handle:  # Hooks first.
+        assert torch.equal(model(x), reduced)
+        assert handle.states[-1].origin.min() == -1
+    assert torch.equal(model(x), dense)
+    assert [(block.forward, block._old_forward) for block in model.blocks] == forwards
+    for block in model.blocks:
+        remove_hook_from_module(block)
+    handle = vitrim.attach(model, TOPK)  # accelerate has left `forward` on each block.
+    assert torch.equal(model(x), reduced)
+    for module in model.modules():
+        if isinstance(module, Block | VisionTransformer):
+            add_hook_to_module(module, ModelHook())
+    assert torch.equal(model(x), reduced)
+    handle.remove()  # Hooks last.
+    assert torch.equal(model(x), dense)
+    for module in model.modules():
+        remove_hook_from_module(module)
+    assert torch.equal(model(x), dense)
+
+
+def test_a_forward_set_on_a_block_is_refused_before_attach_and_acts_after() -> None:
+    model, x = build("timm-vit", "vit"), images(2)
+    dense = model(x)
+
+    def halve(block: nn.Module) -> None:
+        own = block.forward
+        block.forward = lambda x, **masks: own(x, **masks) * 0.5
+
+    halve(model.blocks[1])
+    with pytest.raises(UnsupportedModelError, match=r"block 1 has a forward of its own.*attach first"):
+        vitrim.attach(model, TOPK)
+    assert vitrim.attached(model) is None
+    assert type(model.blocks[1]) is Block
+    del model.blocks[1].forward
+    handle = vitrim.attach(model, TOPK)
+    reduced = model(x)
+    halve(model.blocks[2])
+    assert not torch.equal(model(x), reduced)
+    assert [len(state.size[0]) for state in handle.states] == [15, 9, 9]
+    handle.remove()
+    changed = model(x)
+    del model.blocks[2].forward
+    assert torch.equal(model(x), dense)
+    assert not torch.equal(changed, dense)
+
+
+@pytest.mark.parametrize("name", ["pool", "forward_intermediates"])
+def test_methods_that_a_reduction_needs_are_not_hidden_by_those_of_the_instance(name: str) -> None:
+    model, x = build("timm-vit", "gap"), images(2)
+    own = getattr(model, name)
+    setattr(model, name, lambda *args, **options: own(*args, **options))
+    with pytest.raises(UnsupportedModelError, match=f"the model has a {name} of its own"):
+        vitrim.attach(model, TOME)
+    setattr(model, name, own)  # Only bound to the instance, which changes nothing.
+    dense = model(x)
+    with vitrim.attach(model, TOME):
+        assert not torch.equal(model(x), dense)
+    assert vars(model)[name] is own
+    model.forward = functools.partial(VisionTransformer.forward, model)  # As accelerate prepares models.
+    with vitrim.attach(model, TOME) as handle:
+        reduced = model(x)
+        assert handle.states[-1].size.max() > 1
+        del model.forward
+        assert torch.equal(model(x), reduced)
+
+
+def test_what_is_put_on_attention_acts_or_is_refused() -> None:
+    model, halved, x = build("timm-vit", "vit"), build("timm-vit", "vit"), images(2)
+    for block in halved.blocks:
+        for parameter in block.attn.qkv.parameters():
+            parameter.data *= 0.5
+    for block in model.blocks:
+        own = block.attn.qkv.forward
+        block.attn.qkv.forward = lambda x, own=own: own(x) * 0.5
+    with vitrim.attach(model, TOPK), vitrim.attach(halved, TOPK):
+        torch.testing.assert_close(model(x), halved(x))
+    own = model.blocks[1].attn.forward
+    model.blocks[1].attn.forward = lambda x, **masks: own(x, **masks)
+    with vitrim.attach(model, TOPK), pytest.raises(VitrimError, match=r"blocks\.1\.attn has a forward of its own"):
+        model(x)
+
+
+def test_attention_maps_come_from_every_block_where_attention_is_not_fused() -> None:
+    model, x = build("timm-vit", "vit"), images(2)
+    for block in model.blocks:
+        block.attn.fused_attn = False
+    with vitrim.attach(model, "TopK(fuse=sum) @ KeepRate(0.6, at=(0, 1))"):
+        maps = AttentionExtract(model, method="hook")(x)
+        assert [tuple(each.shape) for each in maps.values()] == [(2, 3, n, n) for n in (26, 17, 12)]
+        assert all(torch.allclose(each.sum(-1), torch.ones(())) for each in maps.values())
+
+
+@pytest.mark.parametrize("text", [TOME, TOPK, "TopK(fuse=sum) @ KeepRate(0.6, at=(0, 1))"])
+def test_attention_that_is_not_fused_gives_the_same_and_can_be_differentiated_twice(text: str) -> None:
+    model, x = build("timm-vit", "vit").double(), images(2, dtype=torch.float64).requires_grad_()
+    with vitrim.attach(model, text):
+        fused = model(x)
+        for block in model.blocks:
+            block.attn.fused_attn = False
+        assert (model(x) - fused).abs().max() < 1e-12
+        (first,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+        assert first.square().sum().requires_grad
+        first.square().sum().backward()
+
+
+# Tokens and blocks that are not what the reduction was planned for.
+
+
+def with_prompts(x: Tensor) -> Tensor:
+    return torch.cat([x, torch.zeros(len(x), 4, x.shape[2])], 1)
+
+
+def test_tokens_added_before_the_blocks_are_refused() -> None:
+    for name in ("vit", "dynamic_size"):
+        model, x = build("timm-vit", name), images(2)
+        hook = model.patch_drop.register_forward_hook(lambda _, args, out: with_prompts(out))
+        with vitrim.attach(model, TOPK), pytest.raises(VitrimError, match=r"30 tokens reach .* images give 26"):
+            model(x)
+        hook.remove()
+    model = build("timm-vit", "vit")
+    with vitrim.attach(model, TOPK, curriculum=None), pytest.raises(VitrimError, match="prompt tuning"):
+        model.blocks(with_prompts(model._pos_embed(model.patch_embed(x))))
+
+
+def test_tokens_added_between_blocks_are_refused() -> None:
+    model, x = build("timm-vit", "vit"), images(2)
+    model.blocks[0].register_forward_hook(lambda _, args, out: with_prompts(out))
+    with vitrim.attach(model, TOPK), pytest.raises(VitrimError, match="2 x 20 reach block 1"):
+        model(x)
+
+
+def test_patches_dropped_in_training_are_counted() -> None:
+    model, x = VisionTransformer(**SMALL, patch_drop_rate=0.4), images(2)
+    whole = vitrim.cost(model.eval())
+    assert vitrim.cost(model.train()).token_counts == (16, 16, 16)
+    assert vitrim.cost(model).macs < whole.macs
+    lengths: list[int] = []
+    for block in model.blocks:
+        block.register_forward_hook(lambda _, args, out: lengths.append(out.shape[1]))
+    with vitrim.attach(model, "TopK(fuse=sum) @ KeepRate(0.6, at=(0, 1))") as handle:
+        for mode in (True, False):
+            lengths.clear()
+            model.train(mode)(x)
+            assert handle.token_counts == vitrim.cost(model).token_counts == tuple(lengths)
+        model.train()
+        tokens = model.forward_intermediates(x, output_fmt="NLC", intermediates_only=True)
+        assert [each.shape[1] + 1 for each in tokens] == list(handle.token_counts)
+        with pytest.raises(VitrimError, match="patch_drop_rate drops patches in training"):
+            model.forward_intermediates(x)
+
+
+@pytest.mark.parametrize("change", ["removed", "replaced", "moved"])
+def test_blocks_that_change_after_attach_are_named(change: str) -> None:
+    model, x = build("timm-vit", "gap_with_cls"), images(2)
+    handle = vitrim.attach(model, TOME)
+    blocks = list(model.blocks)
+    if change == "replaced":
+        model.blocks[1] = Block(24, 3)
+    else:
+        model.blocks = nn.Sequential(*(blocks[:2] if change == "removed" else (blocks[0], blocks[2], blocks[1])))
+    for use in (lambda: handle.token_counts, lambda: vitrim.cost(model), lambda: model(x)):
+        with pytest.raises(VitrimError, match=r"call handle.remove\(\), then attach again"):
+            use()
+    handle.remove()
+    assert {type(block) for block in (*blocks, *model.blocks)} == {Block}
+    with vitrim.attach(model, TOME) as handle:
+        model(x)
+        assert len(handle.token_counts) == len(model.blocks)
+
+
+def test_blocks_inside_wrappers_are_still_those_of_the_reduction() -> None:
+    model, x = build("timm-vit", "gap_with_cls"), images(2)
+    with vitrim.attach(model, TOME) as handle:
+        expected = model(x)
+        model.blocks = nn.Sequential(*(nn.Sequential(block) for block in model.blocks))
+        assert torch.equal(model(x), expected)
+        assert handle.token_counts == (17, 11, 11)
+
+
+def test_one_block_in_two_places_is_refused() -> None:
+    model = build("timm-vit", "vit")
+    model.blocks[2] = model.blocks[0]
+    with pytest.raises(UnsupportedModelError, match="two blocks of this model are the same module"):
+        vitrim.attach(model, TOPK)
+    assert {type(block) for block in model.blocks} == {Block}
+
+
+def test_a_class_changed_after_attach_is_not_overwritten() -> None:
+    model = build("timm-vit", "vit")
+    handle = vitrim.attach(model, TOPK)
+    nn.utils.parametrize.register_parametrization(model, "cls_token", LayerScale(24), unsafe=True)
+    with pytest.raises(VitrimError, match=r"was changed to Parametrized.* after attach"):
+        handle.remove()
+    nn.utils.parametrize.remove_parametrizations(model, "cls_token")
+    handle.remove()
+    assert type(model) is VisionTransformer
+
+
+# What users hold.
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Identity(), build("timm-vit", "vit")])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers[1](x)
+
+
+@pytest.mark.parametrize(
+    ("wrap", "inner"),
+    [
+        (lambda: Net(), r"vitrim.attach\(model.layers\[1\], ...\)"),
+        (lambda: nn.DataParallel(build("timm-vit", "vit")), r"model\.module,"),
+        (lambda: torch.optim.swa_utils.AveragedModel(build("timm-vit", "vit")), r"model\.module,"),
+        (lambda: torch.compile(build("timm-vit", "vit"), backend="eager"), r"model\._orig_mod,"),
+        (lambda: nn.DataParallel(Net()), r"model\.module\.layers\[1\],"),
+    ],
+)
+def test_the_model_inside_a_wrapper_is_named(wrap, inner: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=inner):
+        vitrim.attach(wrap(), TOPK)
+
+
+def test_a_handle_is_not_a_model_and_says_so() -> None:
+    model, x = build("timm-vit", "vit"), images(2)
+    handle = vitrim.attach(model, TOPK)
+    for use in (lambda: handle(x), lambda: handle.parameters(), lambda: handle.train(), lambda: handle.to("cpu"),
+                lambda: vitrim.attach(handle, TOPK)):  # fmt: skip
+        with pytest.raises(VitrimError, match=r"attach returns a handle .* go on using the model"):
+            use()
+    assert not hasattr(handle, "parameters")
+    assert not hasattr(handle, "nonsense")
