@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import vitrim
 from references import REDUCER_REFERENCES, SCORE_REFERENCES, reduced_vit
 from vitrim.errors import ScoreError, VitrimError
-from vitrim.models import ADAPTERS, RemovedBranch, find_adapter, narrow
+from vitrim.models import ADAPTERS, Adapter, RemovedBranch, find_adapter, narrow
 from vitrim.tokens import REDUCERS, SCHEDULES, SCORES, Reducer, Schedule, render
 from zoo import MODELS, ZOO, build, images
 
@@ -375,10 +375,10 @@ def in_threads(model: nn.Module, batches: list[Tensor], count: int = 4) -> list[
         return list(pool.map(run, range(count)))
 
 
-def head_or_refusal(model: nn.Module, tokens: Tensor) -> Tensor | None:
+def head_or_refusal(port: Adapter, model: nn.Module, tokens: Tensor) -> Tensor | None:
     """Logits, or None where the head refuses because it cannot know how to weigh these tokens."""
     try:
-        return model.forward_head(tokens)
+        return port.head(model, tokens)
     except VitrimError as error:
         if "from which forward pass these features come" not in str(error):
             raise
@@ -400,15 +400,16 @@ def cast_and_back(x: Tensor) -> Tensor:
 @each_pair
 def test_law_11_passes_share_nothing(adapter: str, name: str, case: Case) -> None:
     model, batches = build(adapter, name), [images(2, seed=seed) for seed in (1, 2)]
+    port = find_adapter(model)
     with vitrim.attach(model, case.suited(model), case.cuts(0, 2)), torch.no_grad():
         alone = [model(x) for x in batches]
         for results in in_threads(model, batches):
             for logits, expected in zip(results, alone, strict=True):
                 torch.testing.assert_close(logits, expected)
-        features = [model.forward_features(x) for x in batches]  # One batch, then another, then the heads.
+        features = [port.features(model, x, ())[0] for x in batches]  # One batch, then another, then the heads.
         for change in (unchanged, Tensor.detach, Tensor.clone, cast_and_back, first_image):
             for tokens, expected in zip(features, alone, strict=True):
-                logits = head_or_refusal(model, change(tokens))
+                logits = head_or_refusal(port, model, change(tokens))
                 if logits is None:
                     assert change not in (unchanged, Tensor.detach), "these are the tokens of the pass"
                 else:
