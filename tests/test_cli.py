@@ -289,4 +289,4 @@ def test_train_then_eval_takes_the_images_of_the_run(tmp_path: Path, capsys: pyt
     assert code == 2
     assert "exists; choose another name" in err
     code, _, err = call(capsys, "eval", run, "vit_tiny_patch16_224", "--data.name", "digits")
-    assert (code, "tells 1000 classes apart, but the images have 10" in err) == (2, True)
+    assert (code, "has 1000 classes, but the images have 10" in err) == (2, True)
