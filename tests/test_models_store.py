@@ -13,6 +13,7 @@ import vitrim
 from vitrim.errors import CheckpointError, OutputError, UnknownNameError
 from vitrim.models import BlockWidths, set_widths, widths_of
 from vitrim.models import store as store_module
+from vitrim.models.description import SCHEMA
 
 SIZES = {"img_size": 32, "depth": 3, "embed_dim": 32, "num_heads": 2, "num_classes": 5}
 MODELS = {
@@ -155,7 +156,7 @@ def test_arguments_at_loading(tmp_path):
 def test_description_is_readable_and_the_weights_are_enough(tmp_path):
     vitrim.save(tiny(), tmp_path, accuracy=0.5, note="held out")
     described = json.loads((tmp_path / "vitrim.json").read_text())
-    assert described["schema"] == store_module.SCHEMA
+    assert described["schema"] == SCHEMA
     assert described["architecture"] == "vit_tiny_patch16_224"
     assert described["extra"] == {"accuracy": 0.5, "note": "held out"}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.safetensors", "vitrim.json"]
@@ -218,7 +219,7 @@ def test_folders_that_are_not_what_they_should_be(tmp_path):
     with pytest.raises(CheckpointError, match="no model at"):
         vitrim.load(tmp_path / "absent")
     vitrim.save(tiny(), tmp_path)
-    rewrite(tmp_path, schema=store_module.SCHEMA + 1)
+    rewrite(tmp_path, schema=SCHEMA + 1)
     with pytest.raises(CheckpointError, match="update vitrim"):
         vitrim.load(tmp_path)
     rewrite(tmp_path, schema=1, architecture="vit_tiny_patch16_2244")

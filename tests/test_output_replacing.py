@@ -3,42 +3,16 @@
 import os
 import stat
 import threading
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from killing import killed
 from vitrim import output
 from vitrim.errors import OutputError
 from vitrim.output import is_leftover, recover, remove_leftovers, replacing, replacing_files
-
-
-def killed(action: Callable[[], object], at: int, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Run this in a child that dies without any clean-up at its renaming number `at`; whether it died there."""
-    child = os.fork()
-    if child == 0:
-        left = [at]
-
-        def dying(name: str) -> Callable[..., None]:
-            real = getattr(os, name)
-
-            def call(*args: object) -> None:
-                if left[0] == 0:
-                    os._exit(9)
-                left[0] -= 1
-                real(*args)
-
-            return call
-
-        for name in ("replace", "rename", "rmdir"):
-            monkeypatch.setattr(output.os, name, dying(name))
-        try:
-            action()
-        finally:
-            os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
 
 
 def write_pair(folder: Path, text: str) -> None:

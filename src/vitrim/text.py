@@ -43,3 +43,12 @@ def short(value: object, most: int = 80) -> str:
 def message(text: object) -> str:
     """A message for the terminal: lines stay lines, and each is printable and of bounded length."""
     return "\n".join(shortened(printable(line), LONGEST_LINE) for line in str(text).split("\n"))
+
+
+def short(text: object, most: int = 80) -> str:
+    """A name from outside for one place in a message: printable, on one line, and short.
+
+    >>> short("two\\nlines")
+    'two\\\\nlines'
+    """
+    return shortened(printable(text), most)

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from ..errors import CheckpointError, VitrimError
 from ..models import attached
 from ..models.build import saved_folder
-from ..models.store import load, save
+from ..models.store import load, save_with
 from ..models.sublayers import Kind, elastic
-from ..output import replacing
+from ..output import recover
 from .chain import GROUPS, Chain, hash_of, start_chain
 from .extract import choose, cut
 from .growth import grow, grow_evenly
@@ -90,17 +90,16 @@ class SuperNet:
             extra: kept with the model, see `vitrim.save`.
         """
         chain = replace(self.chain, weights=hash_of(self.model))
-        folder = save(self.model, folder, overwrite=overwrite, **extra)
-        # The chain comes last: whatever a crash leaves, the hash in it belongs to all that was written before.
-        if self.means is None:
-            (folder / MEANS).unlink(missing_ok=True)
-        else:
+
+        def write(staged: Path) -> None:
+            (staged / CHAIN).write_text(chain.to_json() + "\n", encoding="utf-8")
+            if self.means is None:
+                (staged / MEANS).touch()  # Removes those of an earlier super-network.
+                return
             means = {name: mean.cpu().contiguous() for name, mean in self.means.items()}
-            with replacing(folder / MEANS) as part:
-                save_file(means, part, metadata={"weights": chain.weights})
-        with replacing(folder / CHAIN) as part:
-            part.write_text(chain.to_json() + "\n")
-        return folder
+            save_file(means, staged / MEANS, metadata={"weights": chain.weights})
+
+        return save_with(self.model, folder, write, overwrite=overwrite, **extra)
 
     @classmethod
     def load(cls, folder: str | Path) -> "SuperNet":
@@ -113,6 +112,7 @@ class SuperNet:
             CheckpointError: no super-network there, a damaged one, or a chain or means of other weights.
         """
         folder = saved_folder(str(folder)) or Path(folder)
+        recover(folder)
         if not (folder / CHAIN).is_file():
             raise CheckpointError(f"{folder} holds no {CHAIN}, so no super-network; make one with vitrim.stratify")
         chain = Chain.from_json((folder / CHAIN).read_text(encoding="utf-8", errors="replace"))

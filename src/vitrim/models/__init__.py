@@ -15,12 +15,12 @@ from .adapter import (
 )
 from .attach import Handle, attach, attached, handles_inside, set_epoch
 from .build import build_model, has_weights, open_model
+from .checkpoints import read_weights
 from .compiling import compile, without_limit
 from .removed_branch import RemovedBranch
 from .store import check_place, load, save
 from .trace import Trace, trace_of
 from .variants import DENSE, OWN, attached_instead, detached, reads_prefix_only, variant
-from .weights import read_weights
 from .widths import BlockWidths, narrow, set_widths, widths_of
 
 __all__ = [

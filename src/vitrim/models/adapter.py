@@ -190,8 +190,8 @@ class Adapter:
             f"what images this {type(model).__name__} expects is not known; give their size, mean and std"
         )
 
-    def resize(self, model: nn.Module, side: int) -> None:
-        """Make the model take square images of this side, in place; position embeddings are resampled."""
+    def resize(self, model: nn.Module, size: int | tuple[int, int]) -> None:
+        """Make the model take images of (height, width), or square ones, in place; positions are resampled."""
         raise UnsupportedModelError(f"the image size of this {type(model).__name__} is fixed")
 
     def classifier(self, model: nn.Module) -> Classifier:
@@ -245,8 +245,40 @@ class Adapter:
         """Names of the modules that give class logits in an architecture, before there is a model."""
         return ("head",)
 
-    def fit_weights(self, model: nn.Module, state: State) -> State:
-        """Weights of the same architecture, possibly of another input size, in the names and shapes of this model."""
+    def trained_size(
+        self, model: nn.Module, state: State, trained_at: tuple[int, int] | None
+    ) -> tuple[int, int] | None:
+        """(height, width) of the images that weights were trained on; None where it is the model's own, or unknown.
+
+        Args:
+            model: of the same architecture.
+            state: the weights.
+            trained_at: the size, if it is known from elsewhere.
+
+        Raises:
+            CheckpointError: the weights leave open which size it was.
+        """
+        return None
+
+    def fit_weights(
+        self,
+        model: nn.Module,
+        state: State,
+        trained_at: tuple[int, int] | None = None,
+        *,
+        resample_patches: bool = False,
+    ) -> State:
+        """Weights of the same architecture, possibly of another input size, in the names and shapes of this model.
+
+        Args:
+            model: the model.
+            state: the weights; they stay as they are.
+            trained_at: (height, width) of the images that they were trained on, where it is known.
+            resample_patches: change the size of the patches too, if it differs.
+
+        Raises:
+            CheckpointError: they do not fit, or it is not known how their positions lie.
+        """
         return state
 
 

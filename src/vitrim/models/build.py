@@ -5,14 +5,16 @@ import re
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..errors import CheckpointError, ClassCountError, UnknownNameError
 from .adapter import adapter_of, architectures, build_architecture, builder_of
+from .checkpoints import SUFFIXES, read_weights
 from .create import SOURCES
-from .store import DESCRIPTION, WEIGHTS, check_heads, load, weights_path
+from .store import DESCRIPTION, WEIGHTS, check_heads, known_size, load, weights_path
 from .torchvision_weights import Converted, convert_torchvision, is_torchvision
-from .weights import SUFFIXES, class_count, load_weights, read_weights
+from .weights import aligned, class_count, load_weights
 
 
 def build_model(
@@ -22,6 +24,7 @@ def build_model(
     checkpoint: str | Path | None = None,
     reset_head: bool = False,
     pretrained: bool = False,
+    checkpoint_size: int | tuple[int, int] | None = None,
     **args: Any,
 ) -> nn.Module:
     """A model from any of the things that people have.
@@ -33,7 +36,10 @@ def build_model(
         checkpoint: weights for the named architecture: a file (timm's names or torchvision's), or a folder by `save`.
         reset_head: take everything but the classifier from the checkpoint.
         pretrained: let timm download its weights.
-        args: further arguments of the architecture, such as `img_size` or `drop_path_rate`.
+        checkpoint_size: (height, width) of the images that the checkpoint was trained on, where that is in doubt:
+            positions of a grid that is not square do not say how they lie.
+        args: further arguments of the architecture, such as `img_size` or `drop_path_rate`. Without `img_size` the
+            model takes images of the size that its checkpoint was trained on.
 
     Raises:
         UnknownNameError: no such architecture.
@@ -52,17 +58,7 @@ def build_model(
         return _from_file(path, num_classes, reset_head, args)
     if checkpoint is None:
         return build_architecture(name, {"num_classes": num_classes, **args}, pretrained=pretrained)
-    file = weights_path(checkpoint) if Path(checkpoint).is_dir() else Path(checkpoint)
-    state = read_weights(file)
-    if is_torchvision(state):
-        state = convert_torchvision(state).state
-    if num_classes is None and not reset_head:
-        builder = builder_of(name)
-        num_classes = None if builder is None else class_count(state, builder.classifiers_of(name)[0])
-    model = build_architecture(name, {"num_classes": num_classes, **args})
-    load_weights(model, state, checkpoint, reset_head=reset_head or num_classes == 0)
-    check_heads(model, file)
-    return model
+    return _from_checkpoint(name, checkpoint, num_classes, reset_head, checkpoint_size, args)
 
 
 def open_model(spec: str, image_size: int | None = None) -> nn.Module:
@@ -107,6 +103,34 @@ def has_weights(spec: str) -> bool:
 def is_architecture(name: str) -> bool:
     """Whether a name for `build_model` brings no weights along unless asked to: no saved folder, no file of them."""
     return name.startswith(SOURCES) or not (Path(name).is_dir() or Path(name).suffix in SUFFIXES)
+
+
+def _from_checkpoint(
+    name: str,
+    checkpoint: str | Path,
+    num_classes: int | None,
+    reset_head: bool,
+    size: int | tuple[int, int] | None,
+    args: dict[str, Any],
+) -> nn.Module:
+    file = weights_path(checkpoint) if Path(checkpoint).is_dir() else Path(checkpoint)
+    state = read_weights(file)
+    if is_torchvision(state):
+        state = convert_torchvision(state).state
+    with torch.device("meta"):
+        names = build_architecture(name, args).state_dict().keys()
+    state = aligned(state, names, file)
+    if num_classes is None and not reset_head:
+        builder = builder_of(name)
+        num_classes = None if builder is None else class_count(state, builder.classifiers_of(name)[0])
+    model = build_architecture(name, {"num_classes": num_classes, **args})
+    trained_at = known_size(file) if size is None else (size, size) if isinstance(size, int) else size
+    given = {option for option, value in args.items() if value is not None}
+    load_weights(
+        model, state, checkpoint, reset_head=reset_head or num_classes == 0, given=given, trained_at=trained_at
+    )
+    check_heads(model, file)
+    return model
 
 
 def _from_file(path: Path, num_classes: int | None, reset_head: bool, args: dict[str, Any]) -> nn.Module:

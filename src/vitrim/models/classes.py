@@ -14,7 +14,7 @@ def classes_of(spec: str | Path) -> list[str] | None:
     """
     path = Path(spec if Path(spec).exists() else weights_in(str(spec)) or spec)
     folder = saved_folder(str(path.parent if path.name == WEIGHTS else path))
-    return None if folder is None else read_description(weights_path(folder))["extra"].get("classes")
+    return None if folder is None else read_description(weights_path(folder)).classes
 
 
 def kept_classes(spec: str | Path) -> dict[str, list[str]]:

@@ -1,4 +1,4 @@
-"""One door to timm's factory: whatever it stumbles over is told in one line."""
+"""Calling timm's factory: whatever goes wrong in it becomes one line."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,9 +7,11 @@ import timm
 from torch import nn
 
 from ..errors import CheckpointError, VitrimError
+from ..text import short
 
 SOURCES = ("hf-hub:", "local-dir:")
-"""How names begin that stand for a model which timm saved, with its weights."""
+"""How the names of models begin that timm saved together with their weights."""
+_FILES = ("checkpoint_path", "pretrained_cfg", "cache_dir", "pretrained_model_args")
 
 
 def create(name: str, args: Mapping[str, Any], *, pretrained: bool = False) -> nn.Module:
@@ -27,11 +29,10 @@ def create(name: str, args: Mapping[str, Any], *, pretrained: bool = False) -> n
         raise VitrimError(f"{name} does not take these arguments: {_line(error)}") from error
     except Exception as error:
         if not pretrained and not name.startswith(SOURCES):
-            # timm builds with what it is given and stumbles later, over an assertion or in torch.
-            raise VitrimError(f"{name} cannot be built with {given}: {_line(error)}") from error
+            # timm builds with what it is given and fails later, in an assertion or in torch.
+            raise VitrimError(f"{name} cannot be built with {short(given, 150)}: {_line(error)}") from error
         # Hubs and mirrors fail in many ways; all of them leave the user without weights.
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"no pretrained weights for {name}: {reason}; give a file as checkpoint") from error
+        raise CheckpointError(f"no pretrained weights for {name}: {_line(error)}; give a file as checkpoint") from error
     embed = getattr(model, "patch_embed", None)
     if getattr(embed, "num_patches", None) == 0:
         raise VitrimError(f"images of {embed.img_size} px are smaller than one patch of {embed.patch_size} px")
@@ -39,8 +40,10 @@ def create(name: str, args: Mapping[str, Any], *, pretrained: bool = False) -> n
 
 
 def _check(args: Mapping[str, Any]) -> None:
-    """What timm takes without a word, and what then fails in training."""
+    """What timm accepts, and what then fails in training or reads a file that nobody checked."""
     for name, value in args.items():
+        if name in _FILES:
+            raise VitrimError(f"{name} is not an argument of an architecture; give a file of weights as checkpoint")
         if not isinstance(value, int | float):
             continue
         if name.endswith("_rate") and not 0 <= value <= 1:
@@ -50,4 +53,4 @@ def _check(args: Mapping[str, Any]) -> None:
 
 
 def _line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    return short(" ".join(str(error).split()) or type(error).__name__, 200)

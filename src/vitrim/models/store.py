@@ -1,30 +1,32 @@
 """Models on disk: `model.safetensors`, which holds all that is needed, and `vitrim.json`, the same description to read.
 
-The description travels in the header of the weights, so that one atomic replacement swaps both at once.
+The description is in the header of the weights, so that the weights alone are enough to load the model.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors.torch import load as parse_safetensors
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import CheckpointError, VitrimError
-from ..output import check_folder, replacing
+from ..output import check_folder, recover, replacing_files, write_errors
+from ..text import short
 from ..tokens import Reduction
-from .adapter import adapter_of, build_architecture
+from .adapter import ADAPTERS, OTHERS, adapter_of, build_architecture
 from .attach import attach, attached
-from .weights import misfits, read_weights
+from .checkpoints import opened, read_header
+from .description import Cut, Record, check_args, parse
+from .weights import check_values, misfits, shape_misfits
 from .widths import BlockWidths, set_widths, widths_of
 
-SCHEMA = 1
 WEIGHTS, DESCRIPTION = "model.safetensors", "vitrim.json"
 _KEY = "vitrim"
 
@@ -42,19 +44,31 @@ def save(model: nn.Module, folder: str | Path, *, overwrite: bool = False, **ext
         CheckpointError: a model is there already, or this one cannot be rebuilt from a description.
         VitrimError: the folder cannot be written to.
     """
+    return save_with(model, folder, lambda staged: None, overwrite=overwrite, **extra)
+
+
+def save_with(
+    model: nn.Module, folder: str | Path, write: Callable[[Path], None], *, overwrite: bool = False, **extra: Any
+) -> Path:
+    """Save a model together with other files: however the process ends, all of them are the new ones or the old ones.
+
+    Args:
+        model, folder, overwrite, extra: see `save`.
+        write: writes the other files into the folder that it is given; an empty file removes one of this name.
+    """
     folder = Path(folder)
     check_place(folder, overwrite=overwrite)
     _check_plain(extra)
-    text = json.dumps(describe(model) | {"extra": extra}, indent=2)
+    text = replace(describe(model), extra=extra).to_json()
     # Copies, because safetensors refuses tensors that share memory.
     state = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in model.state_dict().items()}
     folder.mkdir(parents=True, exist_ok=True)
-    for name, write in (
-        (WEIGHTS, lambda path: save_file(state, path, metadata={_KEY: text})),
-        (DESCRIPTION, lambda path: path.write_text(text + "\n")),
-    ):
-        with replacing(folder / name) as part:
-            write(part)
+    with replacing_files(folder) as staged:
+        check_place(folder, overwrite=overwrite)  # Another process may have saved a model here in the meantime.
+        with write_errors(folder / WEIGHTS):
+            save_file(state, staged / WEIGHTS, metadata={_KEY: text})
+        (staged / DESCRIPTION).write_text(text + "\n", encoding="utf-8")
+        write(staged)
     return folder
 
 
@@ -82,29 +96,30 @@ def load(folder: str | Path, *, image_size: int | None = None, **args: Any) -> n
     """
     path = weights_path(folder)
     record = read_description(path)
+    _check_fit(record, path)
     model = _rebuild(record, args)
-    state = read_weights(path)
+    state = _read(path)
     if faults := misfits(model.state_dict(), state):
-        if not args:
-            raise CheckpointError(f"{path} does not fit its own description: {faults}")
         raise CheckpointError(
             f"{path} does not fit a model with {args}: {faults}; give no arguments that change weights, or "
-            f"{record['architecture']} as the name and this file as checkpoint, whose position embedding is resampled"
+            f"{record.architecture} as the name and this file as checkpoint, whose position embedding is resampled"
         )
+    check_values(model.state_dict(), state, path)
     model.load_state_dict(state, assign=True)
     family = adapter_of(model)
     if image_size is not None and family.input_format(model).size[1:] != (image_size, image_size):
         family.resize(model, image_size)
-    if (cut := record["reduction"]) is not None:
-        reduction = None if cut["text"] is None else Reduction.parse(cut["text"], cut["phase"])
-        attach(model, reduction, cls_only=cut["cls_only"]).set_strength(cut["strength"])
+    if (cut := record.reduction) is not None:
+        reduction = None if cut.text is None or cut.phase is None else Reduction.parse(cut.text, cut.phase)
+        attach(model, reduction, cls_only=cut.cls_only).set_strength(cut.strength)
     return model.eval()
 
 
 def weights_path(folder: str | Path) -> Path:
-    """The file of weights that a folder written by `save` holds."""
+    """The file of weights in a folder that `save` wrote."""
     folder = Path(folder)
     path = folder if folder.name == WEIGHTS else folder / WEIGHTS
+    recover(path.parent)
     if not path.is_file():
         run = folder / "model" / WEIGHTS
         hint = f"; its model is the folder {run.parent}" if run.is_file() else ""
@@ -112,8 +127,8 @@ def weights_path(folder: str | Path) -> Path:
     return path
 
 
-def read_description(path: Path) -> dict[str, Any]:
-    """What `save` wrote of the model in this file of weights; CheckpointError if it was written by something else."""
+def read_description(path: Path) -> Record:
+    """The description in a file of weights; `CheckpointError` if `save` did not write it, or it was altered."""
     record = _description(path)
     if record is None:
         raise CheckpointError(
@@ -123,33 +138,93 @@ def read_description(path: Path) -> dict[str, Any]:
     return record
 
 
-def check_heads(model: nn.Module, path: Path) -> None:
-    """Raise `CheckpointError` if the weights in this file were learnt with other attention heads, as no shape tells.
+def known_size(path: Path) -> tuple[int, int] | None:
+    """(height, width) of the images of the model in this file, where it has a description that says so."""
+    record = _description(path)
+    return None if record is None else record.image_size
 
-    Only files that `save` wrote say so.
+
+def check_heads(model: nn.Module, path: Path) -> None:
+    """Raise `CheckpointError` if the weights in this file were trained with another number of attention heads.
+
+    No shape shows it; only the descriptions in files that `save` wrote do.
     """
-    record = _description(path) if path.suffix == ".safetensors" else None
+    record = _description(path)
     if record is None:
         return
+    _check_fit(record, path)
     with torch.device("meta"):
-        learnt = _heads(_rebuild(record, {}))
+        trained = _heads(_rebuild(record, {}))
     for name, own in _heads(model).items():
-        if (heads := learnt.get(name, own)) != own:
+        if (heads := trained.get(name, own)) != own:
             raise CheckpointError(
-                f"{path} was learnt with {heads} attention heads, the model has {own}; ask for num_heads={heads}"
+                f"{path} was trained with {heads} attention heads, the model has {own}; ask for num_heads={heads}"
             )
 
 
-def _description(path: Path) -> dict[str, Any] | None:
+def describe(model: nn.Module) -> Record:
+    """All that `load` needs to build the model again, its weights aside."""
+    handle, adapter = attached(model), adapter_of(model)
+    found = adapter.describe(model)
+    _check_plain(found.args)
+    check_args(found.args)
+    record = Record(
+        architecture=found.architecture,
+        args=found.args,
+        images=found.images,
+        num_classes=adapter.classifier(model).classes,
+        family=adapter.name,
+        versions={name: version(name) for name in ("vitrim", "timm", "torch")},
+    )
+    record = replace(record, widths=_uneven_widths(model, record))
+    if handle is None:
+        return record
+    # The schedule as it acts, so that another version does not solve a budget again.
+    reduction = None if handle.reduction is None else replace(handle.reduction, schedule=handle.schedule)
+    text, phase = (None, None) if reduction is None else (str(reduction), reduction.phase)
+    return replace(record, reduction=Cut(text, phase, handle.strength, handle.cls_only))
+
+
+def _description(path: Path) -> Record | None:
+    with opened(path) as file:
+        if file.read(9)[8:] != b"{":
+            return None  # No safetensors.
+    text = read_header(path)[0].get(_KEY)
+    return None if text is None else parse(text, path)
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    """The tensors as copies: memory that is mapped to the file would change, or end the process, with the file."""
+    with opened(path) as file:
+        content = file.read()
     try:
-        with safe_open(path, "pt") as file:
-            text = (file.metadata() or {}).get(_KEY)
-    except SafetensorError as error:
+        return parse_safetensors(content)
+    except Exception as error:  # Readers of foreign bytes fail in many ways.
         raise CheckpointError(f"{path} is damaged or cut short; copy or download it again") from error
-    record = None if text is None else json.loads(text)
-    if record is not None and record["schema"] > SCHEMA:
-        raise CheckpointError(f"{path} has schema {record['schema']}, this vitrim reads up to {SCHEMA}; update vitrim")
-    return record
+
+
+def _check_fit(record: Record, path: Path) -> None:
+    """Raise `CheckpointError` unless the description builds a model of the weights' shapes, before memory is taken."""
+    shapes = read_header(path)[1]
+    if any(number > len(shapes) for number in _depths(record.args)):
+        raise CheckpointError(f"the description of the model in {path} has more layers than the weights; save it again")
+    with torch.device("meta"):
+        model = _rebuild(record, {})
+    own = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    if faults := shape_misfits(own, shapes):
+        raise CheckpointError(f"{path} does not fit its own description: {faults}")
+    tables = sum(value.nbytes for name, value in model.named_buffers() if name not in own)
+    if tables > (1 << 28) + 4 * path.stat().st_size:
+        raise CheckpointError(f"the description of the model in {path} asks for {tables >> 20} MB of tables")
+
+
+def _depths(args: Mapping[str, Any]) -> list[int]:
+    found: list[int] = []
+    for name, value in args.items():
+        if any(part in name for part in ("depth", "layers", "blocks", "stages")):
+            numbers = [part for part in (value if isinstance(value, tuple) else (value,)) if isinstance(part, int)]
+            found.append(sum(numbers))
+    return found
 
 
 def _heads(model: nn.Module) -> dict[str, int]:
@@ -157,48 +232,19 @@ def _heads(model: nn.Module) -> dict[str, int]:
     return {name: int(module.num_heads) for name, module in model.named_modules() if hasattr(module, "num_heads")}
 
 
-def describe(model: nn.Module) -> dict[str, Any]:
-    """All that `load` needs to build the model again, weights excepted, as plain JSON values."""
-    handle, adapter = attached(model), adapter_of(model)
-    found = adapter.describe(model)
-    record: dict[str, Any] = {
-        "schema": SCHEMA,
-        "family": adapter.name,
-        "architecture": found.architecture,
-        "args": dict(found.args),
-        "num_classes": adapter.classifier(model).classes,
-        "data": dict(found.images),  # They belong to the weights and not to the architecture.
-        "widths": None,
-        "reduction": None,
-        "versions": {name: version(name) for name in ("vitrim", "timm", "torch")},
-    }
-    _check_plain(record["args"])
-    record["widths"] = _uneven_widths(model, record)
-    if handle is not None:
-        reduction = handle.reduction
-        # The schedule as it acts, so that a budget is not solved anew by another version.
-        fixed = None if reduction is None else replace(reduction, schedule=handle.schedule)
-        record["reduction"] = {
-            "text": None if fixed is None else str(fixed),
-            "phase": None if fixed is None else fixed.phase,
-            "strength": handle.strength,
-            "cls_only": handle.cls_only,
-        }
-    return record
-
-
-def _rebuild(record: Mapping[str, Any], args: Mapping[str, Any]) -> nn.Module:
+def _rebuild(record: Record, args: Mapping[str, Any]) -> nn.Module:
     """The described model with fresh weights, without reduction."""
-    name = record["architecture"]
-    stored = {key: tuple(value) if isinstance(value, list) else value for key, value in record["args"].items()}
-    data = {key: tuple(value) if isinstance(value, list) else value for key, value in record["data"].items()}
-    model = build_architecture(name, {**stored, **args}, images=data)
-    if record["widths"] is not None:
-        set_widths(model, [BlockWidths(**widths) for widths in record["widths"]])
+    if record.family is not None and all(adapter.name != record.family for adapter in (*ADAPTERS, *OTHERS)):
+        raise CheckpointError(
+            f"this model is of the family {record.family!r}, which is not known here; give its file with --import"
+        )
+    model = build_architecture(record.architecture, {**record.args, **args}, images=record.images)
+    if record.widths is not None:
+        set_widths(model, record.widths)
     return model
 
 
-def _uneven_widths(model: nn.Module, record: Mapping[str, Any]) -> list[dict[str, int]] | None:
+def _uneven_widths(model: nn.Module, record: Record) -> tuple[BlockWidths, ...] | None:
     """Widths of the blocks where they differ from the architecture's own; proves that the model can be rebuilt."""
     own = model.state_dict()
     with torch.device("meta"):
@@ -211,15 +257,15 @@ def _uneven_widths(model: nn.Module, record: Mapping[str, Any]) -> list[dict[str
             set_widths(stock, widths)
         if faults := misfits(stock.state_dict(), own):
             raise CheckpointError(
-                f"the model differs from the {record['architecture']} that its description builds: {faults}; "
-                "undo the change, or write model.state_dict() with safetensors yourself"
+                f"the model differs from the {record.architecture} that its description builds: {faults}; for another "
+                "number of classes use model.reset_classifier(CLASSES), or write model.state_dict() with safetensors"
             )
-    return None if widths is None else [asdict(block) for block in widths]
+    return widths
 
 
 def _check_plain(values: Mapping[str, object]) -> None:
     for name, value in values.items():
         try:
             json.dumps(value)
-        except TypeError as error:
-            raise CheckpointError(f"JSON cannot hold {name}={value!r}; give a plain value or a name") from error
+        except (TypeError, ValueError, RecursionError) as error:
+            raise CheckpointError(f"JSON cannot hold {name}={short(value)}; give a plain value or a name") from error

@@ -62,8 +62,8 @@ class Converted:
 
 
 def is_torchvision(state: Mapping[str, Tensor]) -> bool:
-    """Whether these are weights of a torchvision `vit_*`, plain or pruned."""
-    return any(name.removeprefix("base.") == "encoder.pos_embedding" for name in state)
+    """Whether these are weights of a torchvision `vit_*`, plain or pruned, maybe under a prefix."""
+    return any(f".{name}".endswith(".encoder.pos_embedding") for name in state)
 
 
 def convert_torchvision(state: Mapping[str, Tensor], *, num_heads: int | None = None) -> Converted:
@@ -77,7 +77,7 @@ def convert_torchvision(state: Mapping[str, Tensor], *, num_heads: int | None = 
         CheckpointError: a convolutional stem, a hidden layer in the head, names that are not torchvision's,
             blocks that are missing, or copies of a block that differ.
     """
-    plain = {name.removeprefix("base."): value for name, value in state.items()}
+    plain = {name.removeprefix("base."): value for name, value in _without_prefix(state).items()}
     blocks, outside = _gather(plain)
     out = {_rename_outside(name): value for name, value in outside.items()}
     for index, block in enumerate(blocks):
@@ -104,6 +104,17 @@ def convert_torchvision(state: Mapping[str, Tensor], *, num_heads: int | None = 
     }
     name = _NAMES.get((width, len(blocks), patch), "vit_base_patch16_224")
     return Converted(name, sizes, out["head.weight"].shape[0] if "head.weight" in out else 0, out)
+
+
+def _without_prefix(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The part of the names that training code put in front of a whole model is removed, with all that it is not of."""
+    names = [name for name in state if f".{name}".endswith(".encoder.pos_embedding")]
+    prefix = names[0].removesuffix("encoder.pos_embedding").removesuffix("base.") if names else ""
+    if len(names) > 1:
+        raise CheckpointError(
+            "the weights of several torchvision models are in one file; save the one to use by itself"
+        )
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
 
 def _gather(plain: Mapping[str, Tensor]) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:

@@ -1,90 +1,104 @@
-"""Reading files of weights safely, and putting weights into a model with every misfit told in one line."""
+"""Putting the weights of a file into a model: which part of the file is this model, and does it fit."""
 
-import argparse
-from collections.abc import Mapping
+import logging
+from collections import Counter
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, ClassCountError
+from ..text import printable, short
 from .adapter import adapter_of
+from .checkpoints import AVERAGED, State
 
-State = dict[str, Tensor]
-SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".tar", ".ckpt")
-_NESTS = ("model_ema", "state_dict_ema", "state_dict", "model")
-_WRAPPERS = ("module.", "_orig_mod.")
+log = logging.getLogger(__name__)
+_HUGGING_FACE = ("embeddings.patch_embeddings.projection.weight", "embeddings.patch_embedding.weight")
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
-def read_weights(path: str | Path) -> State:
-    """The tensors of a safetensors file or of a PyTorch checkpoint, on the CPU; no code in the file is ever run.
+def aligned(state: State, names: Collection[str], source: str | Path) -> State:
+    """The part of a state dict that has the names of a model, after one common prefix (`model.`, `backbone.net.`).
 
-    Usual nestings (`model`, `state_dict`, averaged weights first) and the prefixes of wrappers are taken off.
+    Training code keeps the model inside a larger module. Where the names agree as they are, nothing changes. What is
+    removed is reported; of averaged and plain weights side by side the averaged ones are taken.
+
+    Args:
+        state: names to tensors.
+        names: of the model's own state dict.
+        source: where the weights are from, for messages.
 
     Raises:
-        CheckpointError: the file is missing, damaged, holds code, or is no file of weights.
+        CheckpointError: two parts fit equally well, or the names are those of Hugging Face transformers.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"no file of weights at {path}")
-    with path.open("rb") as file:
-        start = file.read(64)
-    if not start:
-        raise CheckpointError(f"{path} is empty; copy or download it again")
-    if start.lstrip()[:1] == b"<":
-        raise CheckpointError(f"{path} is a web page, not weights; download the file itself")
-    if start.startswith(b"version https://git-lfs"):
-        raise CheckpointError(f"{path} is a Git LFS pointer, not weights; run git lfs pull")
-    try:
-        content = load_file(path) if path.suffix == ".safetensors" else _unpickle(path)
-    except Exception as error:  # Readers of foreign bytes fail in many ways.
-        # torch.save writes pickles of protocol 2; it says which global a pickle must not name.
-        foreign_pickle = start[:1] == b"\x80" and start[1:2] > b"\x02"
-        if foreign_pickle or "GLOBAL" in str(error):
-            raise CheckpointError(
-                f"{path} holds code, refused; convert it to safetensors, or save its state dict alone, if you trust it"
-            ) from error
-        raise CheckpointError(f"{path} is damaged, cut short or no file of weights; get it again") from error
-    return _unwrap(content, path)
+    if any(name.endswith(_HUGGING_FACE) for name in state):
+        raise CheckpointError(
+            f"{source} has the names of Hugging Face transformers, which cannot be read yet; use the timm model of the "
+            "same weights, such as NAME@pretrained"
+        )
+    found = _prefixes(state, set(names))
+    most = max(found.values(), default=0)
+    if not most or found[""] == most:
+        return state
+    best = [prefix for prefix, number in found.items() if number == most]
+    averaged = [prefix for prefix in best if any(part in AVERAGED for part in prefix.split("."))]
+    chosen = averaged or best
+    if len(chosen) > 1:
+        both = ", ".join(short(prefix) for prefix in sorted(chosen)[:3])
+        raise CheckpointError(f"{source} holds the weights of several models ({both}); save the one to use by itself")
+    prefix = chosen[0]
+    part = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    others = sorted({name.split(".")[0] for name in state if not name.startswith(prefix)})
+    besides = f", without {_few(others)}" if others else ""
+    log.warning("%s: took the weights under %s%s", printable(source), short(prefix), besides)
+    return part
 
 
-def _unpickle(path: Path) -> object:
-    # Training scripts of the timm family keep their argparse.Namespace beside the weights; it holds plain values.
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def _unwrap(content: object, path: Path) -> State:
-    while isinstance(content, Mapping):
-        nest = next((name for name in _NESTS if isinstance(content.get(name), Mapping)), None)
-        if nest is None:
-            break
-        content = content[nest]
-    state = dict(content) if isinstance(content, Mapping) else {}
-    if not state or not all(isinstance(value, Tensor) for value in state.values()):
-        raise CheckpointError(f"{path} holds no state dict (names to tensors); save model.state_dict()")
-    while prefix := next((p for p in _WRAPPERS if all(name.startswith(p) for name in state)), None):
-        state = {name.removeprefix(prefix): value for name, value in state.items()}
-    return state
+def _prefixes(state: State, wanted: set[str]) -> Counter[str]:
+    """What stands before names of the model in the names of the state dict, and how often; "" for those as they are."""
+    found: Counter[str] = Counter()
+    for name in state:
+        parts = name.split(".")[:12]
+        found.update(
+            "".join(f"{part}." for part in parts[:number])
+            for number in range(len(parts))
+            if ".".join(parts[number:]) in wanted
+        )
+    return found
 
 
 def class_count(state: Mapping[str, Tensor], head: str = "head") -> int | None:
     """Classes of the checkpoint's classifier named `head`; None where it has none."""
     weight = state.get(f"{head}.weight")
-    return None if weight is None else weight.shape[0]
+    return None if weight is None or not weight.ndim else weight.shape[0]
 
 
-def load_weights(model: nn.Module, state: State, source: str | Path, *, reset_head: bool = False) -> None:
-    """Put a state dict into the model, in place; timm resamples position and patch embeddings of another size.
+def load_weights(
+    model: nn.Module,
+    state: State,
+    source: str | Path,
+    *,
+    reset_head: bool = False,
+    given: Collection[str] = ("img_size",),
+    trained_at: tuple[int, int] | None = None,
+) -> None:
+    """Put a state dict into the model, in place.
 
     Args:
+        model: of the architecture that the weights are of.
+        state: names to tensors, see `aligned`.
         source: where the weights are from, for messages.
-        reset_head: leave the model's own, fresh classifier in place.
+        reset_head: keep the model's own, fresh classifier.
+        given: arguments that were chosen for the model. Without `img_size` among them the model takes the input size
+            that the weights were trained at, else positions are resampled to the size of the model; without
+            `patch_size` weights for patches of another size are refused, else they are resampled.
+        trained_at: (height, width) of the images that the weights were trained on, where that is known.
 
     Raises:
         ClassCountError: another number of classes.
-        CheckpointError: names missing, left over, or of another shape.
+        CheckpointError: names missing, left over, or of another shape; positions of an unknown grid; weights that are
+            quantised or not finite.
     """
     adapter = adapter_of(model)
     head = adapter.classifier(model)
@@ -95,7 +109,12 @@ def load_weights(model: nn.Module, state: State, source: str | Path, *, reset_he
             f"ask for num_classes={classes}, or reset_head=True to start a new head",
         )
     try:
-        state = adapter.fit_weights(model, state)
+        size = None if "img_size" in given else adapter.trained_size(model, state, trained_at)
+        if size is not None:
+            adapter.resize(model, size)
+            trained_at = size
+            log.warning("%s: the model takes images of %s x %s px, as its weights do", printable(source), *size)
+        state = adapter.fit_weights(model, state, trained_at, resample_patches="patch_size" in given)
     except CheckpointError as error:
         raise CheckpointError(f"{source}: {error}") from error
     own = model.state_dict()
@@ -105,23 +124,45 @@ def load_weights(model: nn.Module, state: State, source: str | Path, *, reset_he
         state |= {name: value for name, value in own.items() if name.startswith(prefixes)}
     if faults := misfits(own, state):
         raise CheckpointError(f"{source} does not fit {adapter.info(model).name}: {faults}")
+    check_values(own, state, source)
     model.load_state_dict(state)
+
+
+def check_values(own: Mapping[str, Tensor], state: Mapping[str, Tensor], source: str | Path) -> None:
+    """Raise `CheckpointError` if tensors of fitting shapes hold what cannot be the weights: integers, or NaN."""
+    for name, value in state.items():
+        if own[name].is_floating_point() and value.dtype not in _DTYPES:
+            kind = str(value.dtype).removeprefix("torch.")
+            raise CheckpointError(
+                f"{source} holds {kind} values for {short(name)}; convert them to float weights first"
+            )
+        if not own[name].is_floating_point() and value.dtype != own[name].dtype:
+            raise CheckpointError(f"{source} holds {value.dtype} values for {short(name)}, which is {own[name].dtype}")
+        if not value.isfinite().all() and own[name].isfinite().all():
+            raise CheckpointError(f"{source} holds values that are not finite (in {short(name)}); use an earlier one")
 
 
 def misfits(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
     """How the names and shapes of `state` differ from the model's own, in one line; empty if they agree."""
-    shapes = [
-        f"{name} {tuple(state[name].shape)} in place of {tuple(own[name].shape)}"
-        for name in own
-        if name in state and state[name].shape != own[name].shape
-    ]
+    return shape_misfits(
+        {name: tuple(value.shape) for name, value in own.items()},
+        {name: tuple(value.shape) for name, value in state.items()},
+    )
+
+
+def shape_misfits(own: Mapping[str, tuple[int, ...]], others: Mapping[str, tuple[int, ...]]) -> str:
+    """The same of names and shapes."""
     lists = {
-        "missing": [name for name in own if name not in state],
-        "left over": [name for name in state if name not in own],
-        "of another shape": shapes,
+        "missing": [name for name in own if name not in others],
+        "left over": [name for name in others if name not in own],
+        "of another shape": [
+            f"{name} {others[name]} in place of {shape}"
+            for name, shape in own.items()
+            if name in others and others[name] != shape
+        ],
     }
     return "; ".join(f"{len(names)} {kind} ({_few(names)})" for kind, names in lists.items() if names)
 
 
 def _few(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    return ", ".join(short(name) for name in names[:3]) + (", ..." if len(names) > 3 else "")

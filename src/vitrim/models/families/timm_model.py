@@ -79,22 +79,24 @@ class TimmModel(Adapter, cuts=False):
         mean, std = (per_channel(tuple(config[name]), size[0]) for name in ("mean", "std"))
         return InputFormat(size, mean, std, config["interpolation"], config["crop_pct"], config["crop_mode"])
 
-    def resize(self, model: Any, side: int) -> None:
+    def resize(self, model: Any, size: int | tuple[int, int]) -> None:
         if not hasattr(model, "set_input_size"):
-            super().resize(model, side)
+            super().resize(model, size)
+        height, width = (size, size) if isinstance(size, int) else size
+        shown = f"{height} px" if height == width else f"{height} x {width} px"
         patch = getattr(getattr(model, "patch_embed", None), "patch_size", (1, 1))
-        if side < max(patch):
-            raise UnsupportedModelError(f"images of {side} px are smaller than one patch of {max(patch)} px")
+        if height < patch[0] or width < patch[1]:
+            raise UnsupportedModelError(f"images of {shown} are smaller than one patch of {max(patch)} px")
         try:
-            model.set_input_size(img_size=(side, side))
+            model.set_input_size(img_size=(height, width))
         except (AssertionError, ValueError, RuntimeError, TypeError) as error:
             reason = " ".join(str(error).split())
-            raise UnsupportedModelError(f"{_name(model)} cannot take images of {side} px: {reason}") from None
+            raise UnsupportedModelError(f"{_name(model)} cannot take images of {shown}: {reason}") from None
 
     def classifier(self, model: Any) -> Classifier:
         config = getattr(model, "pretrained_cfg", None) or {}
         names = _names(config.get("classifier"))
-        return Classifier(names, int(getattr(model, "num_classes", 0)), config.get("num_classes"))
+        return Classifier(names, _classes(model, names), config.get("num_classes"))
 
     def reset_classifier(self, model: Any, classes: int) -> None:
         model.reset_classifier(classes)
@@ -119,7 +121,8 @@ class TimmModel(Adapter, cuts=False):
             return super().describe(model)
         dropout = {name: value for name, value in model._model_args.items() if name.endswith("_rate")}
         images = {name: config[name] for name in _IMAGES if config.get(name) is not None}
-        return Description(config["architecture"], get_model_args(model, dropout), images)
+        args = {**get_model_args(model, dropout), "num_classes": self.classifier(model).classes}
+        return Description(config["architecture"], args, images)
 
     def classifiers_of(self, name: str) -> tuple[str, ...]:
         config = get_pretrained_cfg(split_model_name_tag(name)[0])
@@ -132,6 +135,14 @@ def _name(model: Any) -> str:
 
 def _names(classifier: str | Sequence[str] | None) -> tuple[str, ...]:
     return (classifier,) if isinstance(classifier, str) else tuple(classifier or ("head",))
+
+
+def _classes(model: Any, names: Sequence[str]) -> int:
+    """Classes of the classifier as it is: `model.head = nn.Linear(...)` leaves timm's own number as it was."""
+    head = getattr(model, names[0], None)
+    if type(head) is nn.Linear:
+        return head.out_features
+    return int(getattr(model, "num_classes", 0))
 
 
 def _input_size(model: Any) -> tuple[int, int, int]:

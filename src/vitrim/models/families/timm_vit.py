@@ -7,11 +7,11 @@ import torch
 from timm.layers import Attention, PatchEmbed
 from timm.models._features import feature_take_indices
 from timm.models.deit import VisionTransformerDistilled
-from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_filter_fn
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...errors import CheckpointError, UnsupportedModelError, VitrimError
+from ...errors import UnsupportedModelError, VitrimError
 from ...tokens import Plan, Reducer
 from ..adapter import Geometry, State
 from ..exchange import intercepted, while_attached
@@ -22,6 +22,7 @@ from ..reduced_model import ReducedModel
 from ..removed_branch import RemovedBranch
 from ..sublayers import Elastic
 from .timm_model import TimmModel
+from .timm_weights import fit_weights, trained_size
 
 
 class ReducedTimmBlock(ReducedBlock, Block):
@@ -236,12 +237,18 @@ class TimmViT(TimmModel):
     def reduced_class(self, module: nn.Module) -> type[nn.Module]:
         return self._reduced[type(module)]
 
-    def fit_weights(self, model: Any, state: State) -> State:
-        try:
-            return checkpoint_filter_fn(state, model, adapt_layer_scale=True)
-        except (RuntimeError, KeyError, ValueError, AttributeError, AssertionError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise CheckpointError(f"the weights do not fit {type(model).__name__}: {reason}") from error
+    def trained_size(self, model: Any, state: State, trained_at: tuple[int, int] | None) -> tuple[int, int] | None:
+        return trained_size(model, state, trained_at)
+
+    def fit_weights(
+        self,
+        model: Any,
+        state: State,
+        trained_at: tuple[int, int] | None = None,
+        *,
+        resample_patches: bool = False,
+    ) -> State:
+        return fit_weights(model, state, trained_at, resample_patches)
 
     def macs(self, model: Any, plan: Plan, reducer: Reducer | None) -> Macs:
         total = self._patch_macs(model) + self._head_macs(model, plan.token_counts[-1])
