@@ -45,10 +45,10 @@ def message(text: object) -> str:
     return "\n".join(shortened(printable(line), LONGEST_LINE) for line in str(text).split("\n"))
 
 
-def short(text: object, most: int = 80) -> str:
+def short_name(text: object, most: int = 80) -> str:
     """A name from outside for one place in a message: printable, on one line, and short.
 
-    >>> short("two\\nlines")
+    >>> short_name("two\\nlines")
     'two\\\\nlines'
     """
     return shortened(printable(text), most)

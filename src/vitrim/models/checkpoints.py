@@ -11,7 +11,7 @@ from safetensors.torch import load as parse_safetensors
 from torch import Tensor
 
 from ..errors import CheckpointError
-from ..text import printable, short
+from ..text import printable, short_name
 from .pickles import BombError, CodeError, Entry, Unusable
 from .torch_files import read_legacy, read_zip
 
@@ -47,7 +47,7 @@ def read_weights(path: str | Path) -> State:
         state = {name.removeprefix(prefix): value for name, value in state.items()}
     if taken:
         log.warning("%s: took the weights under %s", printable(path), taken)
-    faults = [f"{short(name)} is {value.kind}" for name, value in state.items() if isinstance(value, Unusable)]
+    faults = [f"{short_name(name)} is {value.kind}" for name, value in state.items() if isinstance(value, Unusable)]
     if faults:
         raise CheckpointError(f"{path} holds tensors that cannot be weights ({faults[0]}); save plain dense ones")
     try:
@@ -77,7 +77,7 @@ def read_content(path: Path) -> object:
             raise
         except CodeError as error:
             raise CheckpointError(
-                f"{path} holds code ({short(error)}), refused; convert it to safetensors, or save only its "
+                f"{path} holds code ({short_name(error)}), refused; convert it to safetensors, or save only its "
                 "state dict, if you trust it"
             ) from error
         except BombError as error:
@@ -132,7 +132,7 @@ def _choose(content: object, path: Path) -> tuple[dict[str, Any], str]:
             # No known name: the only mapping with tensors, if there is only one.
             nests = [name for name, value in content.items() if isinstance(name, str) and _holds_weights(value)]
             if len(nests) > 1:
-                names = ", ".join(short(name) for name in nests[:4])
+                names = ", ".join(short_name(name) for name in nests[:4])
                 raise CheckpointError(f"{path} holds several state dicts ({names}); save the one to use by itself")
             taken += nests
         if not nests:
@@ -145,7 +145,7 @@ def _choose(content: object, path: Path) -> tuple[dict[str, Any], str]:
     tensors = _named_tensors(content)
     if not tensors:
         raise CheckpointError(f"{path} holds no state dict (names to tensors); save model.state_dict()")
-    return tensors, "; in it ".join(short(text, 200) for text in taken)
+    return tensors, "; in it ".join(short_name(text, 200) for text in taken)
 
 
 def _preferred(content: Mapping[Any, Any], nests: list[str]) -> str:

@@ -7,7 +7,7 @@ import timm
 from torch import nn
 
 from ..errors import CheckpointError, VitrimError
-from ..text import short
+from ..text import short_name
 
 SOURCES = ("hf-hub:", "local-dir:")
 """How the names of models begin that timm saved together with their weights."""
@@ -30,7 +30,7 @@ def create(name: str, args: Mapping[str, Any], *, pretrained: bool = False) -> n
     except Exception as error:
         if not pretrained and not name.startswith(SOURCES):
             # timm builds with what it is given and fails later, in an assertion or in torch.
-            raise VitrimError(f"{name} cannot be built with {short(given, 150)}: {_line(error)}") from error
+            raise VitrimError(f"{name} cannot be built with {short_name(given, 150)}: {_line(error)}") from error
         # Hubs and mirrors fail in many ways; all of them leave the user without weights.
         raise CheckpointError(f"no pretrained weights for {name}: {_line(error)}; give a file as checkpoint") from error
     embed = getattr(model, "patch_embed", None)
@@ -53,4 +53,4 @@ def _check(args: Mapping[str, Any]) -> None:
 
 
 def _line(error: Exception) -> str:
-    return short(" ".join(str(error).split()) or type(error).__name__, 200)
+    return short_name(" ".join(str(error).split()) or type(error).__name__, 200)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
-from ..text import short
+from ..text import short_name
 from .widths import BlockWidths
 
 SCHEMA = 1
@@ -105,7 +105,7 @@ def parse(text: str, source: str | Path) -> Record:
     except (_Misfit, ValueError, RecursionError) as error:
         if isinstance(error, CheckpointError):
             raise
-        reason = short(error, 200) if isinstance(error, _Misfit) else "it is no JSON"
+        reason = short_name(error, 200) if isinstance(error, _Misfit) else "it is no JSON"
         raise CheckpointError(f"the description of the model in {source} is damaged: {reason}; save it again") from None
 
 
@@ -173,7 +173,7 @@ def _images(values: Mapping[str, Any]) -> dict[str, Any]:
         "crop_mode": _word,
     }
     if unknown := [name for name in values if name not in checks]:
-        raise _Misfit(f"data.{short(unknown[0])} is not known")
+        raise _Misfit(f"data.{short_name(unknown[0])} is not known")
     return {name: checks[name](f"data.{name}", value) for name, value in values.items()}
 
 
@@ -247,4 +247,4 @@ def _optional(check: Callable[..., Any]) -> Callable[..., Any]:
 def _shown(value: Any) -> str:
     """A value for a message; a large or deep one by its type, since writing it out may take for ever."""
     small = isinstance(value, str | float | bool | None) or (isinstance(value, int) and abs(value) < 10**20)
-    return short(repr(value[:50] if isinstance(value, str) else value)) if small else f"a {type(value).__name__}"
+    return short_name(repr(value[:50] if isinstance(value, str) else value)) if small else f"a {type(value).__name__}"

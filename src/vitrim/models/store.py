@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError, VitrimError
 from ..output import check_folder, recover, replacing_files, write_errors
-from ..text import short
+from ..text import short_name
 from ..tokens import Reduction
 from .adapter import ADAPTERS, OTHERS, adapter_of, build_architecture
 from .attach import attach, attached
@@ -234,7 +234,7 @@ def _heads(model: nn.Module) -> dict[str, int]:
 
 def _rebuild(record: Record, args: Mapping[str, Any]) -> nn.Module:
     """The described model with fresh weights, without reduction."""
-    if record.family is not None and all(adapter.name != record.family for adapter in (*ADAPTERS, *OTHERS)):
+    if record.family not in (None, *ADAPTERS, *OTHERS):
         raise CheckpointError(
             f"this model is of the family {record.family!r}, which is not known here; give its file with --import"
         )
@@ -268,4 +268,6 @@ def _check_plain(values: Mapping[str, object]) -> None:
         try:
             json.dumps(value)
         except (TypeError, ValueError, RecursionError) as error:
-            raise CheckpointError(f"JSON cannot hold {name}={short(value)}; give a plain value or a name") from error
+            raise CheckpointError(
+                f"JSON cannot hold {name}={short_name(value)}; give a plain value or a name"
+            ) from error

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, ClassCountError
-from ..text import printable, short
+from ..text import printable, short_name
 from .adapter import adapter_of
 from .checkpoints import AVERAGED, State
 
@@ -45,13 +45,13 @@ def aligned(state: State, names: Collection[str], source: str | Path) -> State:
     averaged = [prefix for prefix in best if any(part in AVERAGED for part in prefix.split("."))]
     chosen = averaged or best
     if len(chosen) > 1:
-        both = ", ".join(short(prefix) for prefix in sorted(chosen)[:3])
+        both = ", ".join(short_name(prefix) for prefix in sorted(chosen)[:3])
         raise CheckpointError(f"{source} holds the weights of several models ({both}); save the one to use by itself")
     prefix = chosen[0]
     part = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
     others = sorted({name.split(".")[0] for name in state if not name.startswith(prefix)})
     besides = f", without {_few(others)}" if others else ""
-    log.warning("%s: took the weights under %s%s", printable(source), short(prefix), besides)
+    log.warning("%s: took the weights under %s%s", printable(source), short_name(prefix), besides)
     return part
 
 
@@ -131,15 +131,16 @@ def load_weights(
 def check_values(own: Mapping[str, Tensor], state: Mapping[str, Tensor], source: str | Path) -> None:
     """Raise `CheckpointError` if tensors of fitting shapes hold what cannot be the weights: integers, or NaN."""
     for name, value in state.items():
-        if own[name].is_floating_point() and value.dtype not in _DTYPES:
-            kind = str(value.dtype).removeprefix("torch.")
-            raise CheckpointError(
-                f"{source} holds {kind} values for {short(name)}; convert them to float weights first"
-            )
-        if not own[name].is_floating_point() and value.dtype != own[name].dtype:
-            raise CheckpointError(f"{source} holds {value.dtype} values for {short(name)}, which is {own[name].dtype}")
-        if not value.isfinite().all() and own[name].isfinite().all():
-            raise CheckpointError(f"{source} holds values that are not finite (in {short(name)}); use an earlier one")
+        mine, where = own[name], short_name(name)
+        kind = str(value.dtype).removeprefix("torch.")
+        if value.dtype not in _DTYPES if mine.is_floating_point() else value.dtype != mine.dtype:
+            raise CheckpointError(f"{source} holds {kind} values for {where}; convert them to {_words(mine)} first")
+        if not value.isfinite().all() and mine.isfinite().all():
+            raise CheckpointError(f"{source} holds values that are not finite (in {where}); use an earlier one")
+
+
+def _words(tensor: Tensor) -> str:
+    return "float" if tensor.is_floating_point() else str(tensor.dtype).removeprefix("torch.")
 
 
 def misfits(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
@@ -165,4 +166,4 @@ def shape_misfits(own: Mapping[str, tuple[int, ...]], others: Mapping[str, tuple
 
 
 def _few(names: list[str]) -> str:
-    return ", ".join(short(name) for name in names[:3]) + (", ..." if len(names) > 3 else "")
+    return ", ".join(short_name(name) for name in names[:3]) + (", ..." if len(names) > 3 else "")
