@@ -18,7 +18,7 @@ from vitrim.data.splits import make_splits, plain_stream
 from vitrim.data.streams import Stream
 from vitrim.errors import DataError, UnsupportedModelError
 from vitrim.models import attached, open_model
-from vitrim.train import task
+from vitrim.train import figures
 from vitrim.train.loop import train
 from vitrim.train.recipe import Recipe
 
@@ -185,7 +185,7 @@ def test_attention_entropy_is_measured_on_images_of_all_classes(tmp_path: Path, 
         seen.append(images)
         return 0.5
 
-    monkeypatch.setattr(task, "attention_entropy", record)
+    monkeypatch.setitem(figures._MEASURES, "attention_entropy", record)
     data = {"name": "folder", "root": f"{tmp_path}/images", "workers": 0, "holdout": 0.5}
     given = {"model": {"name": "vitrim_digits_vit", "args": SIZES}, "data": data, "epochs": 3, "batch_size": 50}
     text = "TopK() @ KeepRate(0.5) @ Adaptive(entropy)"
