@@ -8,9 +8,11 @@ import pytest
 import timm
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 from torch.utils.flop_counter import FlopCounterMode
 
 import vitrim
+from vitrim.errors import VitrimError
 from vitrim.measure.speed import bench
 from zoo import build, images
 
@@ -104,6 +106,117 @@ def test_foreign_linear_layers_count_as_they_are_executed(text: str, where: str)
     assert vitrim.cost(model).macs == executed(model)
     with vitrim.attach(model, text):
         assert vitrim.cost(model).macs == pytest.approx(executed(model), rel=1e-3)
+
+
+class Bilinear(nn.Module):
+    """A token-wise layer of weights that says no sizes."""
+
+    def __init__(self, width: int, out: int) -> None:
+        super().__init__()
+        self.kernel = nn.Parameter(torch.zeros(out, width))
+        self.seen: list[torch.Size] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.append(x.shape)
+        return x @ self.kernel.T
+
+
+@pytest.mark.parametrize("where", ["attn.qkv", "mlp"])
+def test_layers_without_sizes_are_counted_on_an_empty_copy(where: str) -> None:
+    model, width = tiny(), 192
+    for block in model.blocks:
+        block.set_submodule(where, Bilinear(width, 3 * width if where == "attn.qkv" else width))
+    for text in (None, *REDUCTIONS):
+        if text is not None:
+            vitrim.attach(model, text)
+        assert vitrim.cost(model).macs == pytest.approx(executed(model), rel=1e-3)
+        if text is not None:
+            vitrim.attached(model).remove()
+    assert all(block.get_submodule(where).seen == [] for block in model.blocks)
+
+
+def test_a_layer_that_reads_values_is_refused_in_one_line() -> None:
+    model = tiny()
+    model.head = type("Reads", (Bilinear,), {"forward": lambda self, x: x if x.sum().item() > 0 else -x})(192, 7)
+    with pytest.raises(
+        VitrimError, match="MACs of this Reads cannot be counted, since it does not run on tensors"
+    ) as e:
+        vitrim.cost(model)
+    assert "\n" not in str(e.value)
+    vitrim.attach(model, "TopK() @ KeepRate(0.5)")  # Only a budget needs the count.
+
+
+def test_counting_hooks_no_call_of_other_models() -> None:
+    seen: list[bool] = []
+
+    class Spy(Bilinear):
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append(bool(torch_module._has_any_global_hook()))
+            return super().forward(x)
+
+    model = tiny()
+    model.head = Spy(192, 7)
+    vitrim.cost(model)
+    assert seen == [False]
+
+
+def test_packed_weights_of_quantised_layers_are_parameters() -> None:
+    assert vitrim.cost(quantised(tiny())).params == vitrim.cost(tiny()).params
+
+
+def test_cost_can_be_asked_for_either_mode() -> None:
+    model = tiny(patch_drop_rate=0.5)
+    assert (
+        vitrim.cost(model, training=True).macs
+        < vitrim.cost(model).macs
+        == vitrim.cost(model.train(), training=False).macs
+    )
+
+
+class Int8Weight(Tensor):
+    """A weight-only quantised tensor, as torchao has them, which cannot be sliced."""
+
+    @staticmethod
+    def __new__(cls, values: Tensor, scale: Tensor) -> "Int8Weight":
+        return Tensor._make_wrapper_subclass(cls, values.shape, dtype=scale.dtype)
+
+    def __init__(self, values: Tensor, scale: Tensor) -> None:
+        self.values, self.step = values, scale
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["values", "step"], None
+
+    @classmethod
+    def __tensor_unflatten__(cls, parts: dict[str, Tensor], *_: object) -> "Int8Weight":
+        return cls(parts["values"], parts["step"])
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        packet = func.overloadpacket if hasattr(func, "overloadpacket") else func
+        if packet in (torch.ops.aten.detach, torch.ops.aten.alias):
+            return cls(func(args[0].values), args[0].step)
+        if packet in (torch.ops.aten.t, torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.linear):
+            plain = [a.values * a.step if isinstance(a, Int8Weight) else a for a in args]
+            return func(*plain, **(kwargs or {}))
+        raise NotImplementedError(f"{func} of a quantised weight")
+
+
+@pytest.mark.parametrize("text", REDUCTIONS)
+def test_weights_that_are_tensor_subclasses_are_counted_and_not_sliced(text: str) -> None:
+    plain, model = tiny(), tiny()
+    model.load_state_dict(plain.state_dict())
+    for block, other in zip(model.blocks, plain.blocks, strict=True):
+        for layer, own in ((block.attn.qkv, other.attn.qkv), (block.mlp.fc1, other.mlp.fc1)):
+            step = own.weight.detach().abs().max() / 127
+            values = (own.weight.detach() / step).round()
+            layer.weight = nn.Parameter(Int8Weight(values.to(torch.int8), step), requires_grad=False)
+            own.weight.data = values * step
+    dense = vitrim.cost(plain)
+    assert (vitrim.cost(model).macs, vitrim.cost(model).params) == (dense.macs, dense.params)
+    with vitrim.attach(model, text), vitrim.attach(plain, text), torch.no_grad():
+        assert vitrim.cost(plain).macs <= vitrim.cost(model).macs < dense.macs
+        x = torch.randn(2, 3, 64, 64)
+        torch.testing.assert_close(model(x), plain(x), rtol=1e-4, atol=1e-5)
 
 
 def test_layers_with_hooks_count_as_they_are_executed() -> None:

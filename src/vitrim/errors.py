@@ -43,6 +43,10 @@ class UnsupportedModelError(VitrimError):
     """A model that no adapter can change."""
 
 
+class UncountableError(VitrimError):
+    """A module whose MACs cannot be counted without running it on real values."""
+
+
 class CheckpointError(VitrimError):
     """A file of weights that is missing, unsafe or made for another model."""
 

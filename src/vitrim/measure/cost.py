@@ -6,6 +6,7 @@ from torch import nn
 
 from ..models.adapter import find_adapter
 from ..models.attach import attached
+from ..models.foreign_macs import num_parameters
 from ..tokens import Plan
 
 
@@ -15,7 +16,7 @@ class Cost:
 
     macs: multiply-accumulates of everything that is executed, attention products included.
     macs_linear_only: the same without products of activations, as some papers count.
-    params: parameters, shared ones once.
+    params: parameters, shared ones once; packed weights of quantised layers included.
     token_counts: tokens leaving each block, prefix included.
     """
 
@@ -46,10 +47,10 @@ def cost(model: nn.Module, *, training: bool | None = None) -> Cost:
     adapter, handle = find_adapter(model), attached(model)
     if handle is None:
         g = adapter.geometry(model)
-        patches = adapter.patches_entering(model, training=model.training)
+        training = model.training if training is None else training
+        patches = adapter.patches_entering(model, training=training)
         plan, reducer = Plan(patches, g.num_prefix, g.depth, ()), None
     else:
         plan, reducer = handle.plan(training=training), handle.reduction.reducer if handle.reduction else None
     macs = adapter.macs(model, plan, reducer)
-    params = sum(parameter.numel() for parameter in model.parameters())
-    return Cost(macs.total, macs.linear, params, plan.token_counts)
+    return Cost(macs.total, macs.linear, num_parameters(model), plan.token_counts)

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import benchmark
 
-from ..errors import UnknownNameError, UnsupportedModelError, VitrimError
+from ..errors import UncountableError, UnknownNameError, UnsupportedModelError, VitrimError
 from ..models import adapter_of, find_adapter, open_model, variant, without_limit
-from ..models.macs import counted
+from ..models.foreign_macs import counted
 from .bench_table import BenchRow, BenchTable, ratios
 from .cost import cost
 from .environment import environment
@@ -184,9 +184,9 @@ def _macs(model: nn.Module, size: Size) -> int | None:
     except UnsupportedModelError:
         pass
     try:
-        return counted(model, torch.empty(1, *size, device="meta")).total
-    except (NotImplementedError, RuntimeError):
-        return None  # A forward pass that reads values cannot run without them.
+        return counted(model, (1, *size)).total
+    except UncountableError:
+        return None
 
 
 def _input_size(model: nn.Module, given: Size | int | None) -> Size:

@@ -1,15 +1,6 @@
-"""Counting: multiply-accumulates as a reduced model executes them, from the sizes of its layers.
+"""Counting: multiply-accumulates as a reduced model executes them, by arithmetic on the sizes of its blocks."""
 
-The model itself is never called, so that its hooks do not run and another thread may use it meanwhile.
-"""
-
-import copy
 from dataclasses import dataclass
-from typing import Any
-
-import torch
-from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from ..tokens import Cut, Reducer
 from ..tokens.scores import Needs
@@ -103,41 +94,3 @@ def _scoring(shape: BlockShape, tokens: int, needs: Needs) -> int:
 def _deciding(shape: BlockShape, reducer: Reducer, cut: Cut) -> Macs:
     fused = (cut.num_in - cut.keep) * shape.width if reducer.extra_tokens else 0
     return Macs(0, reducer.macs(cut.num_in, shape.head_dim) + fused)
-
-
-def macs_per_row(layer: nn.Module) -> int:
-    """MACs of a linear layer, or of all linear layers inside this module, for one row of input.
-
-    Counts what has `in_features` and `out_features`: plain, quantised and low-rank (LoRA) layers alike. Low-rank parts
-    that are merged or disabled do not count.
-    """
-    if getattr(layer, "merged", False) is True or getattr(layer, "disable_adapters", False) is True:
-        layer = getattr(layer, "base_layer", layer)
-    inner = sum(macs_per_row(child) for child in layer.children())
-    sizes = getattr(layer, "in_features", None), getattr(layer, "out_features", None)
-    if inner == 0 and all(isinstance(size, int) for size in sizes):
-        return int(sizes[0]) * int(sizes[1])  # pyright: ignore[reportArgumentType]
-    return inner
-
-
-def counted(module: nn.Module, *inputs: Tensor) -> Macs:
-    """MACs of one call of a module whose inside is not known, by PyTorch's own counter.
-
-    The call is made on a copy without storage and without hooks.
-
-    Args:
-        module: stays as it is.
-        inputs: on the meta device.
-    """
-    memo: dict[int, Any] = {id(tensor): tensor.to("meta") for tensor in module.buffers()}
-    memo |= {id(p): nn.Parameter(p.detach().to("meta"), requires_grad=False) for p in module.parameters()}
-    hollow = copy.deepcopy(module, memo).eval()
-    for part in hollow.modules():
-        vars(part).pop("forward", None)
-        for hooks in (part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks):
-            hooks.clear()
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        hollow(*inputs)
-    counts = counter.get_flop_counts().get("Global", {})
-    products = sum(flops for op, flops in counts.items() if "bmm" in str(op) or "attention" in str(op))
-    return Macs((counter.get_total_flops() - products) // 2, products // 2)

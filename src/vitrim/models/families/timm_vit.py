@@ -10,13 +10,15 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ...errors import UnsupportedModelError, VitrimError
 from ...tokens import Plan, Reducer
 from ..adapter import Geometry, State
 from ..exchange import intercepted, while_attached
+from ..foreign_macs import counted, macs_per_row
 from ..forward_pass import CHANGED, finish, trace_at_head
-from ..macs import BlockShape, Macs, block_macs, counted, macs_per_row
+from ..macs import BlockShape, Macs, block_macs
 from ..reduced import ReducedBlock
 from ..reduced_model import ReducedModel
 from ..removed_branch import RemovedBranch
@@ -41,7 +43,7 @@ class ReducedTimmBlock(ReducedBlock, Block):
                 "its attention in parts; put hooks on the block, on attn.qkv or on attn.proj"
             )
         part = slice(first * attn.attn_dim, last * attn.attn_dim)
-        if type(attn.qkv) is nn.Linear and not intercepted(attn.qkv):
+        if _splits(attn.qkv):
             bias = attn.qkv.bias
             out = F.linear(normed_BTC, attn.qkv.weight[part], None if bias is None else bias[part])
         else:  # Another layer put in its place (LoRA, quantised), or hooks: call it, which computes everything.
@@ -262,35 +264,40 @@ class TimmViT(TimmModel):
         embed = model.patch_embed
         if type(embed) is PatchEmbed and type(embed.proj) is nn.Conv2d:
             return Macs(embed.num_patches * embed.proj.weight[0].numel() * embed.proj.out_channels)
-        dtype = next(model.parameters()).dtype
-        return counted(embed, torch.empty(1, *self.geometry(model).input_size, device="meta", dtype=dtype))
+        return counted(embed, (1, *self.geometry(model).input_size))
 
     def _head_macs(self, model: Any, tokens: int) -> Macs:
         pool, rows = model.attn_pool, 1
         total = Macs()
         if pool is not None:
             read = tokens - (0 if model.pool_include_prefix else model.num_prefix_tokens)
-            latents = pool.latent_len * sum(
-                macs_per_row(part) for part in (pool.q, pool.proj, pool.mlp or pool.proj_drop)
-            )
-            total += Macs(latents + read * macs_per_row(pool.kv), 2 * pool.latent_len * read * pool.kv.in_features)
+            width = pool.num_heads * pool.head_dim
+            parts = [(pool.q, pool.latent_dim), (pool.proj, width), (pool.mlp, pool.out_features)]
+            latents = pool.latent_len * sum(macs_per_row(part, size) for part, size in parts if part is not None)
+            total += Macs(latents + read * macs_per_row(pool.kv, width), 2 * pool.latent_len * read * width)
         elif model.global_pool == "":
             rows = tokens
         heads = [model.head, *([model.head_dist] if hasattr(model, "head_dist") else [])]
-        return total + Macs(rows * sum(macs_per_row(head) for head in heads))
+        return total + Macs(rows * sum(macs_per_row(head, model.num_features) for head in heads))
 
 
 def _shape(block: Any, width: int) -> BlockShape:
-    attn, mlp = block.attn, macs_per_row(block.mlp)
+    attn, mlp = block.attn, macs_per_row(block.mlp, width)
     if isinstance(attn, RemovedBranch):
         return BlockShape(width, 0, 0, 0, 0, mlp)
     return BlockShape(
         width=width,
         attn_dim=attn.attn_dim,
         head_dim=attn.head_dim,
-        qkv_macs=macs_per_row(attn.qkv),
-        proj_macs=macs_per_row(attn.proj),
+        qkv_macs=macs_per_row(attn.qkv, width),
+        proj_macs=macs_per_row(attn.proj, attn.attn_dim),
         mlp_macs=mlp,
-        gate_macs=0 if attn.gate is None else macs_per_row(attn.gate),
-        whole_qkv=type(attn.qkv) is not nn.Linear or bool(intercepted(attn.qkv)),
+        gate_macs=0 if attn.gate is None else macs_per_row(attn.gate, width),
+        whole_qkv=not _splits(attn.qkv),
     )
+
+
+def _splits(qkv: Any) -> bool:
+    """Whether queries, keys and values can be computed apart, from slices of the weights of this layer."""
+    # A weight that is a subclass of Tensor (quantised, distributed) has no slices that every exporter understands.
+    return type(qkv) is nn.Linear and not intercepted(qkv) and not is_traceable_wrapper_subclass(qkv.weight)

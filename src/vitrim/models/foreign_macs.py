@@ -1,0 +1,136 @@
+"""MACs of modules: from the sizes of their layers, or by PyTorch's own counter on an empty copy.
+
+The modules of a model are never called, moved or changed: a copy shares no tensor with them, holds no data and runs no
+hook, so that another thread may use the model meanwhile.
+"""
+
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..errors import UncountableError
+from .macs import Macs
+
+_HOOKS = (
+    "_backward_hooks", "_backward_pre_hooks", "_forward_hooks", "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called", "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs",
+)  # fmt: skip
+
+
+def macs_per_row(layer: nn.Module, width: int) -> int:
+    """MACs of a layer, or of all linear layers inside a module, for one row of input of this width.
+
+    What has `in_features` and `out_features` is counted from these sizes: plain, quantised and low-rank (LoRA) layers
+    alike. Low-rank parts that are merged or disabled do not count. A module with other weights is counted by PyTorch.
+
+    Raises:
+        UncountableError: see `counted`.
+    """
+    sized = list(_sized(layer))
+    weights = sum(parameter.ndim > 1 for parameter in layer.parameters())
+    if weights > sum(any(p.ndim > 1 for p in one.parameters()) for one in _all_sized(layer)):
+        return counted(layer, (1, 1, width)).linear
+    return sum(one.in_features * one.out_features for one in sized)
+
+
+def num_parameters(model: nn.Module) -> int:
+    """Parameters of a model, shared ones once; the weights of quantised layers that hide them count by their sizes."""
+    packed = [one for one in _all_sized(model) if not any(True for _ in one.parameters())]
+    hidden = sum((one.in_features + (getattr(one, "bias", None) is not None)) * one.out_features for one in packed)
+    return sum(parameter.numel() for parameter in model.parameters()) + hidden
+
+
+def counted(module: nn.Module, *shapes: Sequence[int]) -> Macs:
+    """MACs of one call in eval mode on tensors of these shapes, by PyTorch's own counter on an empty copy.
+
+    Raises:
+        UncountableError: the module cannot run on tensors without values.
+    """
+    counter = FlopCounterMode(display=False)
+    # PyTorch's tracker of modules hooks every call of every module in the process, those of other threads too.
+    counter.mod_tracker = _NoTracker()  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        hollow = empty_copy(module)
+        dtype = next((p.dtype for p in hollow.parameters() if p.is_floating_point()), torch.get_default_dtype())
+        with torch.no_grad(), counter:
+            hollow(*(torch.empty(tuple(shape), device="meta", dtype=dtype) for shape in shapes))
+    except Exception as error:  # Foreign code may raise anything where tensors hold no values.
+        reason = str(error).strip().partition("\n")[0][:200]
+        raise UncountableError(
+            f"the MACs of this {type(module).__qualname__} cannot be counted, since it does not run on tensors without "
+            f"values ({type(error).__name__}: {reason})"
+        ) from error
+    counts = counter.get_flop_counts().get("Global", {})
+    products = sum(flops for op, flops in counts.items() if "bmm" in str(op) or "attention" in str(op))
+    return Macs((counter.get_total_flops() - products) // 2, products // 2)
+
+
+def empty_copy(module: nn.Module) -> nn.Module:
+    """A copy in eval mode with every tensor on the meta device, without hooks and without patched `forward` methods.
+
+    No code of the module runs. Lists and dicts among its attributes are copied; other objects are shared.
+    """
+    return _empty(module, {})
+
+
+class _NoTracker:
+    """Counts everything under one name, without hooks."""
+
+    parents = frozenset({"Global"})
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *error: object) -> None: ...
+
+
+def _has_sizes(module: Any) -> bool:
+    sizes = (getattr(module, "in_features", None), getattr(module, "out_features", None))
+    return all(isinstance(size, int) for size in sizes)
+
+
+def _all_sized(module: nn.Module) -> Iterator[Any]:
+    """The innermost layers that say their sizes."""
+    inner = [one for child in module.children() for one in _all_sized(child)]
+    if inner or not _has_sizes(module):
+        yield from inner
+    else:
+        yield module
+
+
+def _sized(layer: Any) -> Iterator[Any]:
+    """The same without low-rank parts that are merged or disabled, which do not run."""
+    if getattr(layer, "merged", False) is True or getattr(layer, "disable_adapters", False) is True:
+        layer = getattr(layer, "base_layer", layer)
+    inner = [one for child in layer.children() for one in _sized(child)]
+    if inner or not _has_sizes(layer):
+        yield from inner
+    else:
+        yield layer
+
+
+def _empty(value: Any, memo: dict[int, Any]) -> Any:
+    if id(value) in memo:
+        return memo[id(value)]
+    if isinstance(value, Tensor):
+        tensor = torch.empty(value.shape, dtype=value.dtype, device="meta")
+        copy = nn.Parameter(tensor, requires_grad=False) if isinstance(value, nn.Parameter) else tensor
+    elif isinstance(value, nn.Module):
+        copy = memo[id(value)] = value.__class__.__new__(value.__class__)
+        state = {name: _empty(part, memo) for name, part in vars(value).items() if name not in _HOOKS}
+        state.update({name: OrderedDict() for name in _HOOKS}, training=False)
+        for patched in ("forward", "_compiled_call_impl"):
+            state.pop(patched, None)
+        copy.__dict__.update(state)
+        return copy
+    elif type(value) in (dict, OrderedDict):
+        copy = type(value)((name, _empty(part, memo)) for name, part in value.items())
+    elif type(value) in (list, tuple, set):
+        copy = type(value)(_empty(part, memo) for part in value)
+    else:
+        return value
+    memo[id(value)] = copy
+    return copy
