@@ -23,7 +23,8 @@ from vitrim.models.elastic_layers import ElasticHeads, ElasticHidden, Parts
 from vitrim.models.exchange import while_attached
 from vitrim.models.forward_pass import finish
 from vitrim.models.input_format import InputFormat
-from vitrim.models.macs import BlockShape, Macs, block_macs, macs_per_row
+from vitrim.models.foreign_macs import macs_per_row
+from vitrim.models.macs import BlockShape, Macs, block_macs
 from vitrim.models.outputs import Features, ModelInfo, Output
 from vitrim.models.reduced import ReducedBlock
 from vitrim.models.reduced_model import ReducedModel
@@ -156,14 +157,15 @@ class ToyFamily(Adapter):
         return {Layer: ReducedLayer, ToyViT: ReducedToyViT}[type(module)]
 
     def macs(self, model: Any, plan: Plan, reducer: Reducer | None) -> Macs:
-        total = Macs(plan.num_patches * model.stem.weight.numel() + macs_per_row(model.classes))
+        width = model.sizes["width"]
+        total = Macs(plan.num_patches * model.stem.weight.numel() + macs_per_row(model.classes, width))
         for index, (layer, tokens) in enumerate(zip(model.layers, plan.entering, strict=True)):
-            heads, mlp, width = layer.heads, macs_per_row(layer.units), model.sizes["width"]
+            heads, mlp = layer.heads, macs_per_row(layer.units, width)
             shape = BlockShape(width, 0, 0, 0, 0, mlp)
             if not isinstance(heads, RemovedBranch):
-                qkv = sum(macs_per_row(part) for part in (heads.query, heads.key, heads.value))
+                qkv = sum(macs_per_row(part, width) for part in (heads.query, heads.key, heads.value))
                 dims = heads.num_heads * heads.head_dim
-                shape = BlockShape(width, dims, heads.head_dim, qkv, macs_per_row(heads.out), mlp)
+                shape = BlockShape(width, dims, heads.head_dim, qkv, macs_per_row(heads.out, dims), mlp)
             cuts = plan.cut(index, "before"), plan.cut(index, "inside")
             prefix_only = plan.prefix_only and index == plan.depth - 1
             total += block_macs(shape, tokens, plan.num_prefix, *cuts, prefix_only, reducer)
