@@ -21,9 +21,9 @@ from vitrim.models import RemovedBranch
 from vitrim.models.adapter import Adapter, Classifier, Description, Geometry
 from vitrim.models.elastic_layers import ElasticHeads, ElasticHidden, Parts
 from vitrim.models.exchange import while_attached
+from vitrim.models.foreign_macs import macs_per_row
 from vitrim.models.forward_pass import finish
 from vitrim.models.input_format import InputFormat
-from vitrim.models.foreign_macs import macs_per_row
 from vitrim.models.macs import BlockShape, Macs, block_macs
 from vitrim.models.outputs import Features, ModelInfo, Output
 from vitrim.models.reduced import ReducedBlock
