@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import timm
 import torch
-from jsonargparse import auto_cli
 from PIL import Image
 from timm.data import create_transform
 from torch.utils.data import DataLoader
 
 import vitrim
+from vitrim import arguments
 from vitrim.data.streams import Stream
 from vitrim.distill import Distiller, Teacher, TeacherCache, student_grid
 from vitrim.measure.bench_table import Quartiles, ratios
@@ -125,4 +125,4 @@ def main(
 
 
 if __name__ == "__main__":
-    auto_cli(main, as_positional=False)
+    arguments.run(main, "benchmarks/distill_cache.py")

@@ -11,8 +11,8 @@ import time
 from collections.abc import Callable
 
 import torch
-from jsonargparse import auto_cli
 
+from vitrim import arguments
 from vitrim.elastic.chain import start_chain
 from vitrim.elastic.growth import grow
 from vitrim.elastic.supernet import SuperNet
@@ -70,4 +70,4 @@ def main(
 
 
 if __name__ == "__main__":
-    auto_cli(main, as_positional=False)
+    arguments.run(main, "benchmarks/extract.py")

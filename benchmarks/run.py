@@ -8,9 +8,8 @@ The process should have the machine to itself.
 from collections.abc import Sequence
 from pathlib import Path
 
-from jsonargparse import auto_cli
-
 from baselines import evit_materialised, tome_materialised
+from vitrim import arguments
 from vitrim.measure.bench_table import BenchTable
 from vitrim.measure.speed import bench
 from vitrim.models import build_model, variant
@@ -39,7 +38,7 @@ def compare(table: BenchTable, batch_sizes: Sequence[int]) -> str:
 
 def main(
     model: str = "deit_small_patch16_224",
-    batch_sizes: tuple[int, ...] = (32, 1),
+    batch_sizes: list[int] = [32, 1],  # noqa: B006 (never changed)
     threads: int | None = 2,
     rounds: int = 20,
     dtype: str = "float32",
@@ -61,4 +60,4 @@ def main(
 
 
 if __name__ == "__main__":
-    auto_cli(main, as_positional=False)
+    arguments.run(main, "benchmarks/run.py")

@@ -12,9 +12,9 @@ import time
 from collections.abc import Iterator
 
 import torch
-from jsonargparse import auto_cli
 from torch import Tensor
 
+from vitrim import arguments
 from vitrim.elastic import stratify
 from vitrim.elastic.wpac import wpac
 from vitrim.measure.environment import environment
@@ -90,4 +90,4 @@ def main(
 
 
 if __name__ == "__main__":
-    auto_cli(main, as_positional=False)
+    arguments.run(main, "benchmarks/stratify.py")

@@ -13,12 +13,12 @@ from timeit import Timer
 from typing import Any
 
 import torch
-from jsonargparse import auto_cli
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils import benchmark
 from torch.utils.flop_counter import FlopCounterMode
 
+from vitrim import arguments
 from vitrim.measure.bench_table import Quartiles, ratios
 from vitrim.measure.environment import environment
 from vitrim.measure.table import Column, Table
@@ -105,7 +105,7 @@ def compare(model: str, batch_size: int, rounds: int, precision: str, device: st
 
 def main(
     model: str = "vitrim_hybrid_vit",
-    batch_sizes: tuple[int, ...] = (32, 128),
+    batch_sizes: list[int] = [32, 128],  # noqa: B006 (never changed)
     threads: int | None = 2,
     rounds: int = 12,
     precision: str = "no",
@@ -123,4 +123,4 @@ def main(
 
 
 if __name__ == "__main__":
-    auto_cli(main, as_positional=False)
+    arguments.run(main, "benchmarks/train_step.py")

@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import fields
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -323,7 +324,7 @@ def test_mistakes_are_told_before_the_first_training(
 def test_the_scale_is_the_file_as_it_is_unless_given(study_file: Path, tmp_path: Path):
     for text in (study_file.read_text(), study_file.read_text().split("scales:")[0]):
         study_file.write_text(text)
-        assert cli.build_parser().parse_args(["study", str(study_file), "--out", "x"])["study"]["scale"] == "full"
+        assert signature(cli.VERBS["study"]).parameters["scale"].default == "full"
         assert Study.read(study_file, "full").seeds == [0, 1]
 
 

@@ -2,13 +2,14 @@
 
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 from ..errors import RecipeError
-from ..options import check_ranges
+from ..options import Range, check_options
 
 _RANDAUGMENT = re.compile(
-    r"rand(-(m\d+|n[1-9]\d*|p(0|0\.\d+|1|1\.0+)|mstd\d+(\.\d+)?|mmax[1-9]\d*|inc[01]|t(weights|3aw|3a)))*"
+    r"rand(-(m\d{1,2}|n[1-9]\d?|p(0|0\.\d{1,9}|1|1\.0+)|mstd\d{1,3}(\.\d{1,9})?|mmax[1-9]\d{0,2}|inc[01]"
+    r"|t(weights|3aw|3a)))*"
 )
 
 
@@ -37,22 +38,16 @@ class DataSpec:
     download: bool = False
     train_split: str = "train"
     test_split: str | None = None
-    holdout: float = 0.1
-    limit: int | None = None
-    image_size: int | None = None
-    crop_pct: float | None = None
-    workers: int = 2
+    holdout: Annotated[float, Range(0, 0.9)] = 0.1
+    limit: Annotated[int, Range(1, 10**12)] | None = None
+    image_size: Annotated[int, Range(1, 16_384)] | None = None
+    crop_pct: Annotated[float, Range(0.01, 1)] | None = None
+    workers: Annotated[int, Range(0, 256)] = 2
     on_corrupt: Literal["skip", "refuse"] = "refuse"
 
     def check(self) -> None:
-        """Raise `RecipeError` for numbers that make no sense."""
-        check_ranges(
-            ("data.holdout", self.holdout, 0, 0.9),
-            ("data.limit", self.limit, 1, None),
-            ("data.image_size", self.image_size, 1, None),
-            ("data.crop_pct", self.crop_pct, 0.01, 1),
-            ("data.workers", self.workers, 0, None),
-        )
+        """Raise `RecipeError` for values of a wrong type or out of range."""
+        check_options(self, "data.")
 
 
 @dataclass
@@ -74,27 +69,22 @@ class AugmentSpec:
     """
 
     crop: Literal["none", "pad", "resized"] = "none"
-    scale: float = 0.08
+    scale: Annotated[float, Range(0, 1)] = 0.08
     flip: bool = False
     randaugment: str | None = None
-    erasing: float = 0.0
-    mixup: float = 0.0
-    cutmix: float = 0.0
-    mix_prob: float = 1.0
-    smoothing: float = 0.0
-    views: int | None = None
+    erasing: Annotated[float, Range(0, 1)] = 0.0
+    mixup: Annotated[float, Range(0, 1000)] = 0.0
+    cutmix: Annotated[float, Range(0, 1000)] = 0.0
+    mix_prob: Annotated[float, Range(0, 1)] = 1.0
+    smoothing: Annotated[float, Range(0, 0.999)] = 0.0
+    views: Annotated[int, Range(1, 1_000_000)] | None = None
 
     def check(self) -> None:
-        """Raise `RecipeError` for numbers that make no sense."""
-        check_ranges(
-            ("augment.scale", self.scale, 0, 1),
-            ("augment.erasing", self.erasing, 0, 1),
-            ("augment.mixup", self.mixup, 0, None),
-            ("augment.cutmix", self.cutmix, 0, None),
-            ("augment.mix_prob", self.mix_prob, 0, 1),
-            ("augment.smoothing", self.smoothing, 0, 0.999),
-            ("augment.views", self.views, 1, None),
-        )
+        """Raise `RecipeError` for values of a wrong type or out of range."""
+        check_options(self, "augment.")
+        for name, alpha in (("mixup", self.mixup), ("cutmix", self.cutmix)):
+            if 0 < alpha < 1e-3:  # No sampler of the Beta distribution is sound there.
+                raise RecipeError(f"augment.{name} is {alpha}; it must be 0 (off), or 0.001 to 1000")
         if self.randaugment is not None and not _RANDAUGMENT.fullmatch(self.randaugment):
             raise RecipeError(
                 f"augment.randaugment is {self.randaugment!r}; it must be rand-, then parts such as m9, n2, p0.5, "

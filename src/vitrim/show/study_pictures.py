@@ -7,7 +7,7 @@ import torch
 from ..data.specs import DataSpec
 from ..data.splits import plain_stream
 from ..models import open_model
-from ..options import fill
+from ..options import from_dict
 from ..study.study import Study, run_folder
 from .files import spread_evenly
 from .pictures import show
@@ -25,7 +25,7 @@ def draw_study(study: Study, out: str | Path) -> list[Path]:
     """
     if study.pictures is None:
         return []
-    data, drawn = fill(DataSpec, study.base.get("data", {}), "data"), []
+    data, drawn = from_dict(DataSpec, study.base.get("data", {}), "data"), []
     for row in study.pictures.rows:
         folder = run_folder(Path(out), row, study.seeds[0])
         model = open_model(str(folder))

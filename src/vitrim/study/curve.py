@@ -18,7 +18,7 @@ from typing import Any
 
 from ..elastic import ORDERINGS
 from ..errors import RecipeError, UnknownNameError
-from ..options import check_ranges, fill
+from ..options import check_ranges, from_dict
 from ..train.recipe import Recipe
 
 
@@ -68,7 +68,7 @@ class Curve:
         """
         if not isinstance(data, dict):
             raise RecipeError("the curve of the study is a mapping of options, with lines in it")
-        curve: Curve = fill(cls, data, "curve")
+        curve: Curve = from_dict(cls, data, "curve")
         if not curve.lines:
             raise RecipeError("the curve of the study has no lines; name one, such as WPAC: {row: ..., ordering: wpac}")
         if not curve.budgets or not all(type(b) in (int, float) and 0 < b <= 1 for b in curve.budgets):
@@ -132,4 +132,4 @@ def _line(name: object, line: Any) -> Line | list[str]:
         return line
     if not isinstance(line, dict):
         raise RecipeError(f"curve {name!r} is {line!r}; it must be {{row: ..., ordering: ...}} or a list of rows")
-    return fill(Line, line, f"curve {name!r}")
+    return from_dict(Line, line, f"curve {name!r}")

@@ -6,7 +6,7 @@ from typing import Any
 
 from ..errors import RecipeError
 from ..measure.table import Column, Table
-from ..options import check_ranges, fill
+from ..options import check_ranges, from_dict
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def read_published(data: Any, where: str) -> dict[str, Published]:
     found: dict[str, Published] = {}
     for name, figures in mapping(data, where).items():
         what = f"{where} {name!r}"
-        found[name] = fill(Published, mapping(figures, what, required=True), what)
+        found[name] = from_dict(Published, mapping(figures, what, required=True), what)
         for key, figure in found[name].known.items():
             check_ranges((f"{what}: {key}", figure, 0, 1 if key == "accuracy" else None))
     return found

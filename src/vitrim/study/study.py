@@ -16,7 +16,7 @@ from typing import Any
 
 from ..errors import RecipeError, UnknownNameError
 from ..models import OWN
-from ..options import fill, flatten, merge, read_yaml
+from ..options import flatten, from_dict, merge, read_yaml
 from ..train.checkpoint import RunFolder
 from ..train.recipe import Recipe
 from .curve import Curve
@@ -118,7 +118,7 @@ class Study:
             seeds=seeds,
             sweep=SweepSpec.parse(data["sweep"]) if data.get("sweep") is not None else None,
             curve=Curve.parse(data["curve"]) if data.get("curve") is not None else None,
-            pictures=fill(PictureSpec, data["pictures"], "pictures") if data.get("pictures") is not None else None,
+            pictures=from_dict(PictureSpec, data["pictures"], "pictures") if data.get("pictures") is not None else None,
             published=read_published(data.get("published"), "published"),
         )
 

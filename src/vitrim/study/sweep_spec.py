@@ -6,7 +6,7 @@ from typing import Any
 
 from ..errors import RecipeError, UnknownNameError
 from ..measure.table import Table
-from ..options import fill
+from ..options import from_dict
 from .compare import COLUMNS
 from .published import Published, add_published_columns, read_published
 from .template import check_sweep, settings_of
@@ -33,7 +33,7 @@ class SweepSpec:
             RecipeError: an option of the wrong kind.
             UnknownNameError: an option that does not exist.
         """
-        part = fill(cls, data, "sweep")
+        part = from_dict(cls, data, "sweep")
         return replace(part, published=read_published(part.published, "sweep.published"))
 
     def check(self, rows: Sequence[str]) -> None:

@@ -2,20 +2,21 @@
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
-
-import yaml
+from typing import Annotated, Any, Literal
 
 from ..data.specs import AugmentSpec, DataSpec
 from ..errors import RecipeError, UnknownNameError
-from ..options import check_ranges, fill, flatten, plain, read_yaml
+from ..options import Range, check_options, flatten, from_dict, plain, read_yaml
+from ..yaml_text import dump_yaml, parse_yaml
 from .specs import CacheSpec, ElasticSpec, ModelSpec, OptimSpec
 
 
 @dataclass
 class Recipe:
-    """Everything that determines a run. The same recipe gives the same numbers, interrupted or not; on CUDA, whose
-    kernels add up in no fixed order, up to rounding.
+    """Everything that determines a run.
+
+    The same recipe gives the same numbers, interrupted or not. On CUDA it does so up to rounding, since kernels there
+    add up in no fixed order.
 
     Args:
         model: the network.
@@ -52,22 +53,21 @@ class Recipe:
     teacher: ModelSpec | None = None
     shard_teacher: bool = False
     cache: CacheSpec | None = None
-    epochs: int = 10
-    batch_size: int = 128
-    seed: int = 0
+    epochs: Annotated[int, Range(1, 1_000_000)] = 10
+    batch_size: Annotated[int, Range(1, 1_000_000)] = 128
+    seed: Annotated[int, Range(0, 10**15)] = 0
     compile: bool = False
     checkpointing: bool = False
     track: str | None = None
 
     def check(self) -> None:
-        """Raise `RecipeError` for numbers that make no sense."""
-        check_ranges(
-            ("epochs", self.epochs, 1, None), ("batch_size", self.batch_size, 1, None), ("seed", self.seed, 0, None)
-        )
+        """Raise `RecipeError` for values of a wrong type, out of range, or that contradict each other."""
+        check_options(self)
         for part in (self.data, self.augment, self.optim):
             part.check()
-        if self.cache is not None:
-            check_ranges(("cache.top_k", self.cache.top_k, 1, None))
+        self.model.check("model")
+        if self.teacher is not None:
+            self.teacher.check("teacher")
         if self.batch_size % self.optim.accumulate:
             raise RecipeError(f"batch_size {self.batch_size} is not a multiple of accumulate {self.optim.accumulate}")
         if self.optim.warmup_epochs > self.epochs:
@@ -91,20 +91,8 @@ class Recipe:
                 raise RecipeError(f"the tracker {self.track} is not installed here; install it, or leave track out")
 
     def _check_elastic(self, spec: ElasticSpec) -> None:
-        for name, value, fine, must in (
-            ("max_saving", spec.max_saving, 0 < spec.max_saving < 1, "lie between 0 and 1"),
-            ("temperature", spec.temperature, spec.temperature > 0, "be positive"),
-            ("images", spec.images, spec.images >= 1, "be 1 or more"),
-            ("width_multiple", spec.width_multiple, spec.width_multiple >= 1, "be 1 or more"),
-            (
-                "grow_epochs",
-                spec.grow_epochs,
-                1 <= spec.grow_epochs <= self.epochs,
-                f"be 1 to {self.epochs} (epochs)",
-            ),
-        ):
-            if not fine:
-                raise RecipeError(f"elastic.{name} is {value}; it must {must}")
+        if spec.grow_epochs > self.epochs:
+            raise RecipeError(f"elastic.grow_epochs is {spec.grow_epochs}; it must be 1 to {self.epochs} (epochs)")
         for given, what in (
             (self.reduction, "reduction changes tokens, elastic widths; reduce the tokens of what is extracted"),
             (self.distill, "distill has terms for one network; elastic.distill and teacher are for all of them"),
@@ -160,12 +148,12 @@ class Recipe:
 
     def to_yaml(self) -> str:
         """The recipe as a complete file, options in the order of their definition."""
-        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+        return dump_yaml(self.to_dict())
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "Recipe":
         """A recipe from nested plain data; unknown names are errors with the nearest known one."""
-        return fill(cls, data, "recipe", prefix="")
+        return from_dict(cls, data, "recipe", prefix="")
 
     @classmethod
     def read(cls, path: str | Path) -> "Recipe":
@@ -174,6 +162,6 @@ class Recipe:
 
     def differences(self, other: "Recipe") -> list[str]:
         """Options in which two recipes differ once they are written down, as `name: this -> other`."""
-        mine, theirs = (flatten(yaml.safe_load(recipe.to_yaml())) for recipe in (self, other))
+        mine, theirs = (flatten(parse_yaml(recipe.to_yaml(), "the recipe")) for recipe in (self, other))
         names = [name for name in {**mine, **theirs} if mine.get(name) != theirs.get(name)]
         return [f"{name}: {mine.get(name)!r} -> {theirs.get(name)!r}" for name in names]

@@ -1,10 +1,13 @@
 """The parts of a recipe: which network, how it learns, how weights are changed. Plain data."""
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from ..errors import RecipeError, UnknownNameError
-from ..options import check_ranges
+from ..options import Range, check_options
+
+_FILES = ("checkpoint_path", "cache_dir", "model_name", "pretrained_cfg", "pretrained_cfg_overlay", "spec")
+"""Arguments of model builders that choose another model or other weights."""
 
 
 @dataclass
@@ -16,7 +19,7 @@ class ModelSpec:
         pretrained: start from timm's published weights (downloaded by timm).
         checkpoint: weights to start from: a model folder, a .safetensors or .pth file.
         reset_head: take everything but the classifier from the checkpoint.
-        args: further arguments of the timm constructor.
+        args: further arguments of the timm constructor: plain values, by name.
     """
 
     name: str = "vitrim_digits_vit"
@@ -24,6 +27,21 @@ class ModelSpec:
     checkpoint: str | None = None
     reset_head: bool = False
     args: dict[str, Any] = field(default_factory=dict)
+
+    def check(self, where: str) -> None:
+        """Raise `RecipeError` where `args` hold what is an option of its own; `where` is "model" or "teacher"."""
+        check_options(self, f"{where}.")
+        for name in self.args:
+            if name in ("pretrained", "checkpoint", "reset_head"):
+                raise RecipeError(f"{where}.args holds {name}; set {where}.{name} instead")
+            if name in _FILES:
+                raise RecipeError(
+                    f"{where}.args holds {name}, which is no size of the network; set {where}.checkpoint for weights"
+                )
+            if not name.isidentifier():
+                raise RecipeError(
+                    f"{where}.args has an entry named {name[:60]!r}; write {{name: value}}, with a space after :"
+                )
 
 
 @dataclass
@@ -36,7 +54,7 @@ class CacheSpec:
     """
 
     folder: str = "teacher-cache"
-    top_k: int = 128
+    top_k: Annotated[int, Range(1, 1_000_000)] = 128
 
 
 @dataclass
@@ -55,13 +73,13 @@ class ElasticSpec:
         width_multiple: every width but the full one is a multiple of it.
     """
 
-    grow_epochs: int = 50
-    max_saving: float = 0.875
+    grow_epochs: Annotated[int, Range(1, 1_000_000)] = 50
+    max_saving: Annotated[float, Range(0, 0.999, above=True)] = 0.875
     rule: Literal["sandwich", "uniform", "original"] = "sandwich"
     distill: bool = True
-    temperature: float = 1.0
-    images: int = 1024
-    width_multiple: int = 8
+    temperature: Annotated[float, Range(0.01, 1000)] = 1.0
+    images: Annotated[int, Range(1, 10_000_000)] = 1024
+    width_multiple: Annotated[int, Range(1, 100_000)] = 8
 
 
 @dataclass
@@ -83,30 +101,22 @@ class OptimSpec:
     """
 
     name: str = "adamw"
-    lr: float = 1e-3
-    weight_decay: float = 0.05
-    layer_decay: float | None = None
-    warmup_epochs: float = 1.0
-    min_lr: float = 1e-6
-    clip: float = 1.0
-    ema: float = 0.0
+    lr: Annotated[float, Range(0, 1_000_000, above=True)] = 1e-3
+    weight_decay: Annotated[float, Range(0, 1_000_000)] = 0.05
+    layer_decay: Annotated[float, Range(1e-6, 1)] | None = None
+    warmup_epochs: Annotated[float, Range(0, 1_000_000)] = 1.0
+    min_lr: Annotated[float, Range(0, 1_000_000)] = 1e-6
+    clip: Annotated[float, Range(0, 1_000_000)] = 1.0
+    ema: Annotated[float, Range(0, 0.9999999)] = 0.0
     freeze: bool = False
-    accumulate: int = 1
+    accumulate: Annotated[int, Range(1, 100_000)] = 1
     precision: Literal["no", "bf16", "fp16"] = "no"
 
     def check(self) -> None:
-        """Raise `RecipeError` for numbers that make no sense, `UnknownNameError` for an unknown optimiser."""
-        if not self.lr > 0:
-            raise RecipeError(f"optim.lr is {self.lr}; it must be positive")
-        check_ranges(
-            ("optim.weight_decay", self.weight_decay, 0, None),
-            ("optim.layer_decay", self.layer_decay, 1e-6, 1),
-            ("optim.warmup_epochs", self.warmup_epochs, 0, None),
-            ("optim.min_lr", self.min_lr, 0, self.lr),
-            ("optim.clip", self.clip, 0, None),
-            ("optim.ema", self.ema, 0, 0.9999999),
-            ("optim.accumulate", self.accumulate, 1, None),
-        )
+        """Raise `RecipeError` for values of a wrong type or out of range, `UnknownNameError` for optimisers."""
+        check_options(self, "optim.")
+        if self.min_lr > self.lr:
+            raise RecipeError(f"optim.min_lr is {self.min_lr}; it must be at most optim.lr, {self.lr}")
         from timm.optim import list_optimizers  # Here, since it imports torch.
 
         if self.name.lower().removeprefix("lookahead_") not in (known := list_optimizers()):

@@ -2,14 +2,14 @@
 
 from typing import Literal
 
-from .delivery import TRAINING_ONLY, DataOptions, Device, check_table, check_used, deliver
+from .delivery import TRAINING_ONLY, Count, DataOptions, Device, Pixels, Threads, check_table, check_used, deliver
 
 
 def evaluate(
     model: list[str],
     data: DataOptions,
     method: list[str] | None = None,
-    batch_size: int = 128,
+    batch_size: Count = 128,
     device: Device = "auto",
     out: str | None = None,
 ) -> None:
@@ -18,7 +18,7 @@ def evaluate(
     Args:
         model: timm names, folders written by vitrim, or run folders.
         data: the test images; by default those of the first model, if it is a run folder.
-        method: reductions to put in at test time, such as "TopK() @ KeepRate(0.7)"; "dense" takes any out.
+        method: reductions to attach at test time, such as "TopK() @ KeepRate(0.7)"; "dense" removes any.
         batch_size: images at a time.
         device: where to run.
         out: file to write the table to (.md, .csv, .json or .html).
@@ -33,12 +33,12 @@ def evaluate(
 def bench(
     model: list[str],
     method: list[str] | None = None,
-    batch_size: list[int] = [32],  # noqa: B006 (jsonargparse shows the default; never changed)
+    batch_size: list[Count] = [32],  # noqa: B006 (shown as the default; never changed)
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     compile: bool = False,
-    threads: int | None = None,
-    rounds: int = 10,
-    image_size: int | None = None,
+    threads: Threads | None = None,
+    rounds: Count = 10,
+    image_size: Pixels | None = None,
     device: Device = "auto",
     out: str | None = None,
 ) -> None:
@@ -46,11 +46,11 @@ def bench(
 
     Args:
         model: timm names, folders written by vitrim, or run folders.
-        method: "dense", or reductions such as "ToMe() @ ConstantR(13)".
-        batch_size: one or several.
-        dtype: of weights and images.
-        compile: time torch.compile'd models.
-        threads: CPU threads.
+        method: "dense", or reductions such as "ToMe() @ ConstantR(13)"; by default dense and "TopK() @ KeepRate(0.7)".
+        batch_size: images at a time.
+        dtype: number format of weights and images.
+        compile: compile the models with torch.compile first.
+        threads: CPU threads; by default those that PyTorch takes.
         rounds: rounds in which every model runs once.
         image_size: side of square images in pixels; by default each model's own.
         device: where to run.
@@ -73,8 +73,8 @@ def sweep(
     method: str,
     vary: dict[str, list[float]],
     search: Literal["grid", "tpe"] = "grid",
-    trials: int = 20,
-    batch_size: int = 128,
+    trials: Count = 20,
+    batch_size: Count = 128,
     device: Device = "auto",
     out: str | None = None,
 ) -> None:
@@ -85,7 +85,7 @@ def sweep(
         data: the test images; by default those of the first model, if it is a run folder.
         method: a reduction with names in braces, such as "TopK() @ PowerLaw({r_max}, {alpha})".
         vary: values for each name ({"alpha": [1.0, 1.5, 2.0]}); with tpe, the lowest and highest value.
-        search: "grid" tries all, "tpe" (Bayesian) looks for the frontier of accuracy and MACs in so many trials.
+        search: "grid" tries all, "tpe" (Bayesian) searches the frontier of accuracy and MACs with a number of trials.
         trials: number of settings that tpe tries.
         batch_size: images at a time.
         device: where to run.

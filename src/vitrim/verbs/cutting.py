@@ -2,11 +2,13 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Annotated
 
 from ..errors import DataError, RecipeError, VitrimError
+from ..options import Range
 from ..train.recipe import Recipe
 from ..train.specs import ElasticSpec, OptimSpec
-from .delivery import DataOptions, Device, check_used, command_line
+from .delivery import Count, DataOptions, Device, check_used, command_line
 
 PUBLISHED = Recipe(optim=OptimSpec(lr=2.5e-4, min_lr=1e-5), elastic=ElasticSpec(), epochs=300)
 """What `stratify --epochs` does without a recipe: published rates and growth, without augmentation."""
@@ -16,10 +18,10 @@ def stratify(
     model: str,
     data: DataOptions,
     out: str,
-    epochs: int = 0,
+    epochs: Annotated[int, Range(0, 1_000_000)] = 0,
     recipe: str | None = None,
-    num_images: int | None = None,
-    width_multiple: int | None = None,
+    num_images: Count | None = None,
+    width_multiple: Count | None = None,
     labels: bool | None = None,
     overwrite: bool = False,
     device: Device = "auto",
@@ -28,15 +30,15 @@ def stratify(
 
     Args:
         model: a timm name with weights (NAME@FILE), a folder written by vitrim, or a run folder.
-        data: the images; those of the training split are looked at.
-        out: folder for the super-network; a run folder, which the same command continues, where it is trained.
-        epochs: train all sizes together so long; 0 trains nothing, or as long as the recipe says where there is one.
-        recipe: file of a recipe with `elastic`, for the training; its model gives way to this one.
-        num_images: images to look at, in training to order units and judge importance; by default 1024, or as the
-            recipe says.
+        data: the images; the training split is used.
+        out: folder for the super-network; with training, a run folder, which the same command continues.
+        epochs: train all sizes together for so many epochs; 0 trains nothing, or takes the epochs of --recipe.
+        recipe: recipe file with the section `elastic`, for the training; its model is replaced by this one.
+        num_images: images by which units are ordered and, in training, importance is judged; by default 1024, or as
+            the recipe says.
         width_multiple: every width but the full one is a multiple of it; by default 8, or as the recipe says.
-        labels: the labels are classes of this model's head; in training that goes without saying.
-        overwrite: replace a model that is there already; a run is continued instead.
+        labels: use the labels of the images, which must be classes of the model; training always uses them.
+        overwrite: replace an existing model; a run is continued instead.
         device: where to run.
     """
     if epochs or recipe:
@@ -72,7 +74,7 @@ def stratify(
     supernet = run(network, batches, num_images=number, labels=bool(labels), width_multiple=multiple)
     supernet.save(out, overwrite=overwrite, **kept_classes(model))
     chain = supernet.chain
-    print(_told(len(chain), chain.macs_at(-1) / chain.macs, min(number, len(stream)), out))
+    print(_summary(len(chain), chain.macs_at(-1) / chain.macs, min(number, len(stream)), out))
 
 
 def _recipe_for(
@@ -112,10 +114,10 @@ def _train(recipe: Recipe, out: str, device: Device) -> None:
         result = train(recipe, out, command=command_line(), report=report)
     assert recipe.elastic is not None
     seen = min(recipe.elastic.images, result["train_images"])
-    print(_told(result["networks"], 1 - result["saving"], seen, out))
+    print(_summary(result["networks"], 1 - result["saving"], seen, out))
 
 
-def _told(networks: int, least: float, seen: int, out: str) -> str:
+def _summary(networks: int, least: float, seen: int, out: str) -> str:
     return (
         f"{networks} networks, down to {least:.1%} of the MACs, ordered by {seen:,} images, in {out}; cut one with "
         "vitrim extract"
@@ -135,13 +137,15 @@ def extract(
     """Cut the largest network that fits a budget out of a super-network, in about a second.
 
     Args:
-        supernet: folder written by vitrim stratify, or a run that trained one.
+        supernet: folder written by vitrim stratify, or a run that trained a super-network.
         out: folder for the network.
-        macs: budget of MACs per image; up to 1 it is a fraction, as in the other budgets.
-        params: budget of parameters.
-        latency: budget of milliseconds at batch size 1, measured on the device; 0.5ms where that is not more than 1.
-        compensate: add what lost units contribute on average to the biases, where no training followed the order.
-        overwrite: replace a model that is there already, but never a super-network.
+        macs: budget of MACs per image; a number up to 1 is a fraction of those of the full network.
+        params: budget of parameters; a number up to 1 is a fraction.
+        latency: budget of milliseconds at batch size 1, measured on the device; a number up to 1 is a fraction, so
+            write 0.5ms for half a millisecond.
+        compensate: add what removed units contribute on average to the biases; it does nothing to a super-network that
+            was trained after its units were ordered.
+        overwrite: replace an existing model, but never a super-network.
         device: where latency is measured.
     """
     from ..elastic.supernet import CHAIN, SuperNet

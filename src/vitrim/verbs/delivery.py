@@ -5,12 +5,16 @@ from typing import Annotated, Any, Literal
 
 from ..data.specs import DataSpec
 from ..errors import RecipeError
+from ..options import Range
 
 Device = Literal["auto", "cpu", "cuda"]
+Count = Annotated[int, Range(1, 1_000_000)]
+Pixels = Annotated[int, Range(1, 16_384)]
+Threads = Annotated[int, Range(1, 1024)]
 TRAINING_ONLY = ("train_split", "holdout", "limit")
 """Options of `DataSpec` that do not concern test images."""
 DataOptions = Annotated[dict[str, Any], DataSpec]
-"""The options of a `DataSpec` that were given, even if only to say their default, by name."""
+"""The options of a `DataSpec` by name: only those that were given, also where a given value is the default."""
 
 
 def command_line() -> str:
@@ -35,7 +39,7 @@ def hide_password(command: str, url: str | None) -> str:
 
 
 def check_table(out: str | None) -> None:
-    """Refuse a file that `deliver` could not write, before the work."""
+    """Before the work, refuse a file that `deliver` could not write."""
     from ..measure.table import FORMS
     from ..output import check_file
 

@@ -1,11 +1,12 @@
-"""Verbs for the eye: pictures, reports, the demonstration, and the names there are."""
+"""Verbs that show something: pictures, reports, the demonstration, and lists of names."""
 
 import sys
-from typing import Literal
+from typing import Annotated, Literal
 
 from ..errors import VitrimError
+from ..options import Range
 from ..text import printable
-from .delivery import Device, command_line
+from .delivery import Count, Device, Pixels, command_line
 
 
 def show(
@@ -15,9 +16,9 @@ def show(
     method: str | None = None,
     montage: bool = False,
     scores: bool = False,
-    limit: int = 16,
-    blocks: list[int] | None = None,
-    image_size: int | None = None,
+    limit: Count = 16,
+    blocks: list[Annotated[int, Range(0, 10_000)]] | None = None,
+    image_size: Pixels | None = None,
     overwrite: bool = False,
     device: Device = "auto",
 ) -> None:
@@ -30,8 +31,8 @@ def show(
         method: reduction to show, such as "TopK() @ KeepRate(0.7)"; by default the model's own.
         montage: one picture for all images.
         scores: add a heat map of the scores on which each cut was decided.
-        limit: images at most.
-        blocks: show these blocks instead of every cut.
+        limit: draw so many images at most.
+        blocks: numbers of the blocks to show, from 0, in place of all that cut.
         image_size: side of square images in pixels; by default the model's own.
         overwrite: replace pictures that exist.
         device: where to run.
@@ -65,7 +66,7 @@ def report(folder: list[str], out: str | None = None) -> None:
     print(printable(write_report(folder if len(folder) > 1 else folder[0], out)))
 
 
-def demo(out: str = "runs/demo", epochs: int | None = None) -> None:
+def demo(out: str = "runs/demo", epochs: Count | None = None) -> None:
     """Everything in miniature on real images, offline, in under four minutes on two cores.
 
     Args:

@@ -2,7 +2,9 @@
 
 import os
 from contextlib import nullcontext
+from typing import Annotated
 
+from ..options import Range
 from ..train.recipe import Recipe
 from .delivery import command_line, hide_password
 
@@ -32,7 +34,7 @@ def study(
     scale: str = "full",
     root: str | None = None,
     database: str | None = None,
-    workers: int = 1,
+    workers: Annotated[int, Range(1, 256)] = 1,
 ) -> None:
     """Run the rows of a study under one recipe and tabulate them; finished rows are not run again.
 
