@@ -178,7 +178,7 @@ def test_state_after_several_cuts() -> None:
     first = Assignment.drop(4, torch.tensor([[0, 2, 3]]), torch.tensor([[4.0, 1.0, 3.0, 2.0]]))
     second = Assignment.merge(3, torch.tensor([[0, 2]]), torch.tensor([[1]]), torch.tensor([[1]]))
     third = Assignment.fuse(2, torch.tensor([[1]]), torch.tensor([[0]]), torch.ones(1, 1))
-    state = TokenState.start(1, 4).after([first, second, third])
+    state = TokenState.start(1, 4, torch.device("cpu")).after([first, second, third])
     assert state.origin.tolist() == [[1, -1, 0, 0]]
     assert state.size.tolist() == [[2.0, 1.0]]
     spread = checked_spread(state, torch.tensor([[[5.0], [7.0]]]), state.origin >= 0)

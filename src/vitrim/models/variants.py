@@ -14,11 +14,11 @@ from .adapter import find_adapter
 from .attach import Handle, attach, attached
 
 OWN, DENSE, DENSE_CLS_ONLY = "own", "dense", "dense+cls_only"
-"""Methods beside reductions: what is attached already; the plain model; the plain model with a CLS-only last block."""
+"""Methods that are no reduction: what is attached already; the plain model; that with a last block for CLS only."""
 
 
 def reads_prefix_only(model: nn.Module) -> bool:
-    """Whether the head reads prefix tokens alone, so that the last block need not compute patch tokens."""
+    """Whether the head reads only prefix tokens, so that the last block need not compute patch tokens."""
     return find_adapter(model).geometry(model).head == "prefix"
 
 
@@ -26,10 +26,13 @@ def variant(model: nn.Module, method: str | None) -> nn.Module:
     """A copy of the model that shares its weights, in eval mode, under a method.
 
     Args:
-        model: any model; only reductions ask for one that an adapter claims.
-        method: "own" (or None) leaves what is attached, "dense" takes it out, "dense+cls_only" or a reduction such as
-            `TopK() @ KeepRate(0.7)` takes its place, with the last block on prefix tokens alone where the head reads
-            nothing else.
+        model: any model; for a reduction, one that an adapter supports.
+        method: "own" (or None) keeps what is attached; "dense" removes it; "dense+cls_only" or a reduction such as
+            `TopK() @ KeepRate(0.7)` replaces it. A reduction computes only prefix tokens in the last block where the
+            head reads only those.
+
+    Raises:
+        VitrimError: the method has a curriculum, which only acts in training.
     """
     memo: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     other = copy.deepcopy(model, memo).eval()
@@ -42,7 +45,7 @@ def variant(model: nn.Module, method: str | None) -> nn.Module:
     elif method != DENSE:
         reduction = Reduction.parse(method or "")
         if reduction.curriculum != Constant():
-            raise VitrimError(f"{render(reduction.curriculum)} acts in training alone; leave it out of {method!r}")
+            raise VitrimError(f"{render(reduction.curriculum)} acts only in training; leave it out of {method!r}")
         attach(other, reduction, cls_only=reads_prefix_only(other))
     return other
 
@@ -51,14 +54,14 @@ def variant(model: nn.Module, method: str | None) -> nn.Module:
 def attached_instead(
     model: nn.Module, reduction: Reduction | str | None, *, cls_only: bool = False
 ) -> Iterator[Handle]:
-    """Attach this reduction for a while, in place of whatever is attached; the old handle comes back as it was."""
+    """Within this context the reduction is attached in place of whatever is; that is attached again afterwards."""
     with detached(model), attach(model, reduction, cls_only=cls_only) as handle:
         yield handle
 
 
 @contextmanager
 def detached(model: nn.Module) -> Iterator[None]:
-    """Take off whatever is attached for a while; the old handle comes back as it was."""
+    """Within this context nothing is attached; what was attached before is attached again afterwards."""
     before = attached(model)
     if before is not None:
         before.remove()

@@ -68,7 +68,7 @@ class View:
         if scores and all(states[block].score is None for block in shown):
             raise ScoreError("these cuts were not decided on scores (ToMe compares keys); leave the heat maps out")
         grid = adapter_of(self.model).grid(self.model, batch.shape[-2:])
-        before = [TokenState.start(len(batch), num_patches), *states]
+        before = [TokenState.start(len(batch), num_patches, torch.device("cpu")), *states]
         last = len(states) if plan.reinstate is None else plan.reinstate
         reduced = range(min(place, default=last), last)
         for at, image in enumerate(batch):

@@ -147,7 +147,7 @@ class TokenState:
     score: Tensor | None = None
 
     @classmethod
-    def start(cls, num_images: int, num_tokens: int, device: torch.device | None = None) -> "TokenState":
+    def start(cls, num_images: int, num_tokens: int, device: torch.device) -> "TokenState":
         """Before any cut: every token in its own slot, with size one."""
         slots = torch.arange(num_tokens, device=device).expand(num_images, -1)
         return cls(slots, torch.ones(num_images, num_tokens, device=device))
