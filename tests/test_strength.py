@@ -3,6 +3,7 @@
 import copy
 import io
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -46,6 +47,18 @@ def test_an_average_that_was_left_behind_says_so_once(make: Callable[[nn.Module]
     with pytest.warns(UserWarning, match=r"still reduces at strength 0, while .* vitrim.set_epoch\(model, copy"):
         average(x)
     average(x)
+
+
+def test_a_copy_that_was_left_behind_says_so_when_it_is_saved(tmp_path: Path) -> None:
+    model = vitrim.build_model("vitrim_digits_vit", depth=2)
+    handle = vitrim.attach(model, "TopK() @ KeepRate(0.6, at=(0, 1)) @ Delayed(2)")
+    average = ModelEmaV3(model)
+    handle.set_epoch(2)
+    with pytest.warns(UserWarning, match="still reduces at strength 0"):
+        vitrim.save(average.module, tmp_path / "average")
+    vitrim.set_epoch(model, average, epoch=2)
+    vitrim.save(average.module, tmp_path / "average", overwrite=True)
+    assert vitrim.attached(vitrim.load(tmp_path / "average")).strength == 1
 
 
 def test_a_copy_with_a_strength_of_its_own_keeps_it() -> None:

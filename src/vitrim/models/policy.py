@@ -122,7 +122,7 @@ class Policy:
                 "cannot be combined with token reduction; call handle.remove() first"
             )
         if not torch.compiler.is_compiling():
-            self._warn_if_left_behind()
+            self.warn_if_left_behind()
         plan = self.plan(num_patches, training)
         # What is known may change before this pass is recomputed, which must choose the same tokens again.
         gradients = self.gradients.known() if self.gradients is not None and plan.cuts else None
@@ -133,6 +133,18 @@ class Policy:
         """Keep this trace for the user to look at."""
         if not torch.compiler.is_exporting():  # The tensors of an export are not real.
             self.last = trace.summary()
+
+    def warn_if_left_behind(self) -> None:
+        """Warn, once, if the model that this one was copied from has moved on in its curriculum."""
+        origin = None if self._origin is None or self._moved else self._origin()
+        curriculum = Constant() if self.reduction is None else self.reduction.curriculum
+        if origin is not None and origin.strength != self.strength and curriculum != Constant():
+            self._moved = True  # Said once.
+            warnings.warn(
+                f"this copy of a model (an EMA?) still reduces at strength {self.strength:g}, while the model that it "
+                f"was copied from is at {origin.strength:g}; move both with vitrim.set_epoch(model, copy, epoch=...)",
+                stacklevel=3,
+            )
 
     def _make(self, num_patches: int, training: bool, strength: float) -> Plan:
         g = self.geometry
@@ -180,17 +192,6 @@ class Policy:
                     f"this {name} has no CLS token, which {figure.name} of {render(self.reduction.curriculum)} needs; "
                     "choose another curriculum"
                 )
-
-    def _warn_if_left_behind(self) -> None:
-        origin = None if self._origin is None or self._moved else self._origin()
-        curriculum = Constant() if self.reduction is None else self.reduction.curriculum
-        if origin is not None and origin.strength != self.strength and curriculum != Constant():
-            self._moved = True  # Said once.
-            warnings.warn(
-                f"this copy of a model (an EMA?) still reduces at strength {self.strength:g}, while the model that it "
-                f"was copied from is at {origin.strength:g}; move both with vitrim.set_epoch(model, copy, epoch=...)",
-                stacklevel=2,
-            )
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "last": None, "_origin": None}

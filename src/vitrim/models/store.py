@@ -179,6 +179,7 @@ def describe(model: nn.Module) -> Record:
     record = replace(record, widths=_uneven_widths(model, record))
     if handle is None:
         return record
+    handle.policy.warn_if_left_behind()
     # The schedule as it acts, so that another version does not solve a budget again.
     reduction = None if handle.reduction is None else replace(handle.reduction, schedule=handle.schedule)
     text, phase = (None, None) if reduction is None else (str(reduction), reduction.phase)
