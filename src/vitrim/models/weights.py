@@ -113,7 +113,6 @@ def load_weights(
         if size is not None:
             adapter.resize(model, size)
             trained_at = size
-            log.warning("%s: the model takes images of %s x %s px, as its weights do", printable(source), *size)
         state = adapter.fit_weights(model, state, trained_at, resample_patches="patch_size" in given)
     except CheckpointError as error:
         raise CheckpointError(f"{source}: {error}") from error
@@ -125,6 +124,8 @@ def load_weights(
     if faults := misfits(own, state):
         raise CheckpointError(f"{source} does not fit {adapter.info(model).name}: {faults}")
     check_values(own, state, source)
+    if size is not None:
+        log.warning("%s: the model takes images of %s x %s px, as its weights do", printable(source), *size)
     model.load_state_dict(state)
 
 

@@ -140,8 +140,8 @@ def _names(classifier: str | Sequence[str] | None) -> tuple[str, ...]:
 def _classes(model: Any, names: Sequence[str]) -> int:
     """Classes of the classifier as it is: `model.head = nn.Linear(...)` leaves timm's own number as it was."""
     head = getattr(model, names[0], None)
-    if type(head) is nn.Linear:
-        return head.out_features
+    if type(head) in (nn.Linear, nn.Identity):
+        return head.out_features if isinstance(head, nn.Linear) else 0
     return int(getattr(model, "num_classes", 0))
 
 

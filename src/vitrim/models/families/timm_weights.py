@@ -58,6 +58,7 @@ def fit_weights(model: Any, state: State, trained_at: Grid | None, resample_patc
 
 def _trained_grid(model: Any, state: State, trained_at: Grid | None, resample_patches: bool = False) -> Grid | None:
     """Rows and columns of the patches that the positions in these weights belong to; None where there are none."""
+    _check_registers(model, state)
     found, own = _positions(model, state), model.patch_embed.grid_size
     if found is None or model.pos_embed is None or own is None:
         return None
@@ -112,14 +113,17 @@ def _stem(state: State) -> Tensor | None:
     return next((state[name] for name in _PATCHES if name in state and state[name].ndim == 4), None)
 
 
-def _check_stem(model: Any, state: State, resample_patches: bool) -> None:
-    """Raise `CheckpointError` for what timm would adapt without a word, or with one that nobody understands."""
+def _check_registers(model: Any, state: State) -> None:
     registers = state.get("reg_token", state.get("register_tokens"))
     there = 0 if registers is None or registers.ndim != 3 else registers.shape[1]
     if there != model.num_reg_tokens and ("cls_token" in state or there):
         raise CheckpointError(
             f"the weights have {there} register tokens, the model {model.num_reg_tokens}; ask for reg_tokens={there}"
         )
+
+
+def _check_stem(model: Any, state: State, resample_patches: bool) -> None:
+    """Raise `CheckpointError` for patches that timm would adapt without a word, or with one that nobody understands."""
     theirs, ours = _stem(state), getattr(model.patch_embed.proj, "weight", None)
     if theirs is None or ours is None or ours.ndim != 4:
         return

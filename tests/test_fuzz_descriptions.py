@@ -1,0 +1,70 @@
+"""Fuzzed descriptions of saved models: each builds the model that was saved, or is refused in one line."""
+
+import json
+import random
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+import vitrim
+from fuzzing import altered_text, altered_value, fuzz
+from vitrim.models.classes import classes_of
+from vitrim.models.description import parse
+
+SIZES = {"depth": 2, "embed_dim": 8, "num_heads": 1}
+
+
+def saved(folder: Path) -> tuple[dict[str, torch.Tensor], str]:
+    torch.manual_seed(0)
+    model = vitrim.build_model("vitrim_digits_vit", **SIZES)
+    vitrim.attach(model, "TopK(score=norm) @ KeepRate(0.5, at=(1,))")
+    vitrim.save(model, folder, classes=[str(digit) for digit in range(10)])
+    return dict(model.state_dict()), (folder / "vitrim.json").read_text()
+
+
+def test_values_of_descriptions(tmp_path: Path):
+    """Whatever loads is of the saved shapes, takes images, and has the saved weights."""
+    state, text = saved(tmp_path / "m")
+    record = json.loads(text)
+
+    def surface(rng: random.Random) -> None:
+        altered = record
+        for _ in range(rng.choice((1, 1, 2))):
+            altered = altered_value(altered, rng)
+        save_file(state, tmp_path / "model.safetensors", metadata={"vitrim": json.dumps(altered)})
+        model = vitrim.load(tmp_path)
+        assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+        assert vitrim.cost(model).macs > 0
+        known = classes_of(tmp_path / "model.safetensors")
+        assert known is None or all(isinstance(name, str) for name in known)
+
+    outcomes = fuzz(surface)
+    assert min(outcomes["accepted"], outcomes["refused"]) > 20
+
+
+def test_texts_of_descriptions(tmp_path: Path):
+    _, text = saved(tmp_path / "m")
+
+    def surface(rng: random.Random) -> None:
+        record = parse(altered_text(text, rng), "a/file")
+        assert parse(record.to_json(), "a/file").to_json() == record.to_json()
+
+    fuzz(surface)
+
+
+def test_bytes_of_saved_models(tmp_path: Path):
+    """Headers and weights with flipped, missing and repeated bytes."""
+    saved(tmp_path / "m")
+    path = tmp_path / "m" / "model.safetensors"
+    data = path.read_bytes()
+    end = 8 + int.from_bytes(data[:8], "little")
+
+    def surface(rng: random.Random) -> None:
+        header = bytearray(data[:end])
+        header[rng.randrange(end)] ^= 1 << rng.randrange(8)
+        path.write_bytes(bytes(header) + data[end:] if rng.random() < 0.8 else data[: rng.randrange(len(data))])
+        model = vitrim.load(tmp_path / "m")
+        assert vitrim.cost(model).macs > 0
+
+    fuzz(surface)
