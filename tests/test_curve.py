@@ -119,7 +119,7 @@ def test_every_figure_is_that_of_the_network_cut_by_hand(seeds: Seeds):
             assert row["divergence"] == pytest.approx(sum(apart) / 2, rel=1e-3, abs=1e-5)
             assert row["gmacs"] <= row["budget"] * cost(load(seeds[0]["full"] / "model")).macs / 1e9 * (1 + 1e-9)
     # Else equal figures would say nothing.
-    assert len({row["accuracy"] for row in table.rows}) > 2
+    assert len({row["accuracy"] for row in table.rows}) > 4
     assert max(row["divergence"] or 0 for row in table.rows) > 1e-3
 
 

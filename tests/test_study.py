@@ -223,7 +223,7 @@ def test_every_row_is_tested_on_its_own_images(study_file: Path, tmp_path: Path)
     own = {row: json.loads((out / f"{row}-s0" / "result.json").read_text()) for row in content["rows"]}
     accuracies = {row: figures["test_accuracy"] for row, figures in own.items()}
     assert {row["row"]: row["accuracy"] for row in table.rows} == pytest.approx(accuracies)
-    assert len({*accuracies.values()}) > 1  # Else equal figures would say nothing.
+    assert len({*accuracies.values()}) >= 3  # Else equal figures would say nothing.
     assert (table.rows[0]["speed"], table.rows[3]["speed"]) == (1, 1)  # Each the first on its images.
     assert "24 to 54 images (140 to 364 test images)" in table.notes[0]
     said = f"Test images are not the same (digits: plain, few, cropped; folder {tmp_path / 'images'}: files)."
