@@ -1,13 +1,17 @@
 """Distillation inside the training loop: objective, teacher, projections, label-free students, resuming, processes."""
 
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,7 +27,7 @@ from torch.nn import functional as F
 from vitrim import load, save
 from vitrim.data.images import Images, open_both
 from vitrim.data.splits import make_splits
-from vitrim.errors import VitrimError
+from vitrim.errors import DataError, VitrimError
 from vitrim.measure.accelerator import make_accelerator
 from vitrim.measure.accuracy import mean_loss
 from vitrim.models import attach, attached
@@ -155,6 +159,40 @@ def test_held_out_loss_is_the_mean_over_single_images(teacher: str):
     assert len(single) == 16
     assert found["loss"] == pytest.approx(sum(float(one.loss) for one in single) / 16, rel=1e-5)
     assert found["tokens"] == pytest.approx(sum(float(one.terms["tokens"]) for one in single) / 16, rel=1e-5)
+
+
+@pytest.mark.parametrize(("processes", "batch", "unreadable"), [(2, 12, ()), (3, 4, ()), (2, 4, range(1, 25, 2))])
+def test_processes_evaluate_the_objective_in_equally_many_batches(
+    teacher: str, monkeypatch: pytest.MonkeyPatch, processes: int, batch: int, unreadable: Sequence[int]
+):
+    """Each batch gathers the weights of a teacher in shards; a process that has one less would leave others waiting."""
+    options = headless(teacher, data={"limit": 100, "holdout": 0.25, "on_corrupt": "skip"})
+    learner = prepare_learner(options, prepare_student(options, DIGITS))
+    splits = make_splits(*open_both(options.data), learner.student, options.data, options.augment, 0)
+    assert splits.select is not None
+    assert len(splits.select) == 25
+    broken, load_image = {splits.select.indices[place] for place in unreadable}, Images.load
+
+    def load_readable(self: Images, index: int) -> Any:
+        if index in broken:
+            raise DataError("truncated")
+        return load_image(self, index)
+
+    monkeypatch.setattr(Images, "load", load_readable)
+    calls, sums = Counter[tuple[int, int]](), dict[tuple[int, int], torch.Tensor]()
+    for key in [(0, 1), *((process, processes) for process in range(processes))]:
+        share: Any = SimpleNamespace(
+            process_index=key[0], num_processes=key[1], device=torch.device("cpu"), autocast=nullcontext,
+            reduce=lambda own, key=key: sums.setdefault(key, own).clamp_min(1),
+        )  # fmt: skip
+        with monkeypatch.context() as patch:
+            forward = learner.forward
+            patch.setattr(learner, "forward", lambda *a, key=key, **k: calls.update([key]) or forward(*a, **k))  # noqa: B023
+            mean_loss(learner, splits.select, terms=["cls"], batch_size=batch, workers=0, accelerator=share)
+    alone = sums.pop((0, 1))
+    assert alone[0] == 25 - len(broken)
+    assert torch.allclose(torch.stack([*sums.values()]).sum(0), alone, rtol=1e-5)
+    assert {calls[key] for key in sums} == {math.ceil(25 / (processes * batch))}
 
 
 @pytest.mark.parametrize("moment", [(0, 2), (1, 3)])
@@ -392,20 +430,21 @@ def test_two_processes_distil_as_one_and_share_the_teacher(tmp_path: Path):
     sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
     path = save(timm.create_model("vit_tiny_patch16_224", **{**sizes, "embed_dim": 36}), tmp_path / "teacher")
     model = {"name": "vit_tiny_patch16_224", "args": {**sizes, "num_classes": 0}}
-    data = {"workers": 0, "limit": 60, "holdout": 0.25}
+    data = {"workers": 0, "limit": 100, "holdout": 0.25}  # 13 and 12 held-out images: two batches and one.
     options = recipe(
         str(path), FEATURES, model=model, data=data, batch_size=12, epochs=2, optim={"ema": 0.9}, shard_teacher=True
     )
     (tmp_path / "recipe.yaml").write_text(options.to_yaml())
     script = tmp_path / "distil.py"
     script.write_text(
-        "import sys\nfrom vitrim.distill import Teacher\nfrom vitrim.train.loop import train\n"
+        "import os, sys\nfrom vitrim.distill import Teacher\nfrom vitrim.train.loop import train\n"
         "from vitrim.train.recipe import Recipe\n"
-        "def told(self, shard=Teacher.shard):\n"
+        "def noted(self, shard=Teacher.shard):\n"
         "    shard(self)\n"
         "    own, whole = (sum(n) for n in zip(*((p.to_local().numel(), p.numel()) for p in self.parameters())))\n"
-        "    print('share', own / whole)\n"
-        "Teacher.shard = told\n"
+        "    with open(f'{sys.argv[2]}.share{os.environ[\"RANK\"]}', 'w') as file:\n"
+        "        file.write(str(own / whole))\n"
+        "Teacher.shard = noted\n"
         "train(Recipe.read(sys.argv[1]), sys.argv[2])\n"
     )
     launchers = {
@@ -415,9 +454,9 @@ def test_two_processes_distil_as_one_and_share_the_teacher(tmp_path: Path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     for name, launcher in launchers.items():
         command = [*launcher, str(script), str(tmp_path / "recipe.yaml"), str(tmp_path / name)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
-        shares = [float(word) for word in done.stdout.split() if word != "share"]
+        shares = [float(path.read_text()) for path in tmp_path.glob(f"{name}.share*")]
         assert shares == pytest.approx([0.5, 0.5] if name == "two" else [], abs=0.02)
     one, two = (
         [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]

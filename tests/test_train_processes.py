@@ -60,7 +60,7 @@ def run(launcher: list[str], module: str, out: Path, options: str = "") -> subpr
     command = [str(BIN / launcher[0]), *launcher[1:], module, *words]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     environment["PYTHONPATH"] = os.pathsep.join([str(out.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
 
 def curve(folder: Path) -> list[list[float]]:

@@ -1,12 +1,14 @@
 """An interrupted run ends with the numbers of an uninterrupted one, whatever interrupted it, and loses nothing."""
 
 import json
+import math
 import multiprocessing
 import os
 import random
 import signal
 import threading
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +19,12 @@ from safetensors.torch import load_file
 from limits import no_file_above
 from vitrim.errors import CheckpointError, OutputError, RecipeError, VitrimError
 from vitrim.output import MARK, is_leftover
-from vitrim.train import checkpoint, task
+from vitrim.train import checkpoint, loop, task
 from vitrim.train.checkpoint import RunFolder
 from vitrim.train.loop import train
 from vitrim.train.recipe import Recipe
 from vitrim.train.state import Report
-from vitrim.train.stopping import Stopped
+from vitrim.train.stopping import RunAbandoned, Stopped, StopSignals
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 TIMINGS = ("seconds", "images_per_second", "train_seconds")
@@ -265,3 +267,192 @@ def test_a_checkpoint_with_code_is_refused(tmp_path: Path):
     folder.state_path.write_bytes(b"half a file")
     with pytest.raises(CheckpointError, match="cannot be read"):
         folder.load_state()
+
+
+SPELLINGS = {
+    "absolute": "{root}",
+    "relative": "images",
+    "with a slash": "images/",
+    "through a link": "link",
+    "through a folder": "link/../images/.",
+}
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS.values(), ids=SPELLINGS)
+def test_the_same_folder_written_otherwise_is_the_same_run(
+    spelling: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "images").mkdir()
+    (tmp_path / "link").symlink_to("images")
+    written, again = (
+        recipe(data__root=root, model__checkpoint=root, teacher={"name": root, "checkpoint": root}, distill="Cls()")
+        for root in ("images", spelling.format(root=tmp_path / "images"))
+    )
+    RunFolder("run").start(written, "", {})
+    RunFolder("run").check(again)
+    with pytest.raises(RecipeError, match=r"another recipe \(data\.root: 'images' -> 'other'\)"):
+        RunFolder("run").check(recipe(**{**vars_of(written), "data__root": "other"}))
+
+
+def vars_of(options: Recipe) -> dict[str, Any]:
+    return {
+        "model__checkpoint": options.model.checkpoint,
+        "teacher": {"name": "images", "checkpoint": "images"},
+        "distill": options.distill,
+    }
+
+
+def test_spaces_in_the_notation_make_no_other_run():
+    one = recipe(reduction="TopK() @ KeepRate(0.5, at=[1])", distill="Labels(0.5) + Logits(0.5)")
+    other = recipe(reduction="TopK()@KeepRate(0.5,at=[1])", distill="Labels(0.5)+Logits(0.5)")
+    assert one.differences(other) == []
+    other = recipe(reduction="TopK()@KeepRate(0.6,at=[1])", distill="Labels(0.5)+Logits(0.5)")
+    assert len(one.differences(other)) == 1
+
+
+def test_options_without_effect_may_change_in_the_middle_of_a_run(teacher: str, tmp_path: Path):
+    dropout = {"model__args": {"drop_path_rate": 0.2, "proj_drop_rate": 0.2}, "augment__views": 2, "epochs": 2}
+    distilled = {"teacher": {"name": teacher}, "distill": "Labels(0.5) + Logits(0.5)", **dropout}
+    options = recipe(**distilled, cache={"folder": str(tmp_path / "cache")})
+    changed = recipe(
+        **distilled, cache={"folder": str(tmp_path / "other")}, data__workers=1, data__download=True,
+        checkpointing=True, shard_teacher=True,
+    )  # fmt: skip
+    train(options, tmp_path / "whole")
+    with pytest.raises(Stopped):
+        train(options, tmp_path / "parts", report=At(0, 2, signal.SIGTERM))
+    train(changed, tmp_path / "parts")
+    assert_same(outcome(tmp_path / "whole"), outcome(tmp_path / "parts"))
+
+
+def test_the_recipe_after_a_kill_is_that_of_the_uninterrupted_run(
+    teacher: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Also where paths in it are relative."""
+    monkeypatch.chdir(tmp_path)
+    Path("teacher").symlink_to(teacher)
+    options = recipe(epochs=1, data__limit=30, teacher={"name": "teacher"}, distill="Logits()")
+    train(options, "whole")
+    for number in (1, 2, 5):
+        child = _in_child(options, Path("parts"), kill_at_replace=number)
+        child.join()
+        assert child.exitcode == -signal.SIGKILL
+    train(options, "parts")
+    assert Path("parts/recipe.yaml").read_bytes() == Path("whole/recipe.yaml").read_bytes()
+    assert_same(outcome(Path("whole")), outcome(Path("parts")))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("event", ["epoch", "done"])
+def test_a_signal_after_the_last_step_is_reported_once_the_run_is_complete(event: str, number: int, tmp_path: Path):
+    def signalled(name: str, figures: Mapping[str, Any]) -> None:
+        if name == event:
+            os.kill(os.getpid(), number)
+
+    options = recipe(epochs=1, data__limit=30)
+    with pytest.raises(Stopped, match="at the end of the run") as stopped:
+        train(options, tmp_path / "run", report=signalled)
+    assert stopped.value.code == 128 + number
+    assert train(options, tmp_path / "run") == RunFolder(tmp_path / "run").result
+
+
+def test_a_signal_is_not_lost_where_the_run_is_left_to_another_process(tmp_path: Path):
+    def leave(event: str, figures: Mapping[str, Any]) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise RunAbandoned
+
+    with pytest.raises(Stopped):
+        train(recipe(), tmp_path / "run", report=leave)
+
+
+def test_handlers_of_other_languages_do_not_break_the_end_of_a_run(monkeypatch: pytest.MonkeyPatch):
+    with StopSignals() as signals:
+        signals._before = dict.fromkeys(signals._before)  # As Python reports handlers that it did not set.
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.mark.parametrize("holdout", [0.0, 0.2])
+def test_weights_that_are_not_finite_are_never_kept(holdout: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The loss of the last step is that of the weights before it, so it does not show what the step did."""
+    options = recipe(epochs=1, data__holdout=holdout, batch_size=120)  # A single step.
+    step = torch.optim.AdamW.step
+
+    def broken(self: Any, *args: Any) -> None:
+        step(self, *args)
+        with torch.no_grad():
+            self.param_groups[0]["params"][0].fill_(float("inf"))
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", broken)
+    with pytest.raises(VitrimError, match=r"^weights are not finite at epoch 1, step 1; nothing was saved yet") as e:
+        train(options, tmp_path / "run")
+    assert "\n" not in str(e.value)
+    folder = RunFolder(tmp_path / "run")
+    assert (folder.state_path.exists(), folder.model_path.exists(), folder.result) == (False, False, None)
+
+
+def test_weights_that_are_not_finite_are_not_kept_on_a_signal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def broken(event: str, figures: Mapping[str, Any]) -> None:
+        if event == "step":
+            networks[0].head.weight.data.fill_(float("nan"))
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    networks: list[Any] = []
+    prepare = loop.prepare_student
+    monkeypatch.setattr(loop, "prepare_student", lambda *a: networks.append(prepare(*a)) or networks[0])
+    with pytest.raises(VitrimError, match="weights are not finite at epoch 1, step 1"):
+        train(recipe(), tmp_path / "run", report=broken)
+    assert not RunFolder(tmp_path / "run").state_path.exists()
+
+
+def test_a_run_without_held_out_images_whose_test_loss_is_not_finite_has_no_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    evaluate = loop.evaluate_all
+    infinite = lambda *a, **k: {name: replace(one, loss=math.inf) for name, one in evaluate(*a, **k).items()}  # noqa: E731
+    monkeypatch.setattr(loop, "evaluate_all", infinite)
+    with pytest.raises(VitrimError, match=r"^the loss on the test images is inf; lower optim\.lr"):
+        train(recipe(epochs=1, data__holdout=0.0), tmp_path / "run")
+    assert RunFolder(tmp_path / "run").result is None
+
+
+def test_of_equally_accurate_epochs_the_one_of_lower_loss_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    losses = iter([2.0, 1.5, 1.7])
+    evaluate = loop.evaluate_all
+
+    def tied(networks: Any, stream: Any, **options: Any) -> Any:
+        found = evaluate(networks, stream, **options)
+        held_out = len(stream) < 100
+        return (
+            {name: replace(one, accuracy=0.5, loss=next(losses)) for name, one in found.items()} if held_out else found
+        )
+
+    monkeypatch.setattr(loop, "evaluate_all", tied)
+    assert train(recipe(), tmp_path / "run")["best_epoch"] == 1
+
+
+FOREIGN = ["movie.mkv.part", "notes.lock", ".lock", ".tmpabc", ".vitrim-part-file"]
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_folder_that_holds_a_foreign_file_of_any_name_is_refused_and_left_alone(name: str, tmp_path: Path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).write_text("mine")
+    with pytest.raises(RecipeError, match="is not empty and holds no run"):
+        train(recipe(epochs=1, data__limit=30), tmp_path / "run")
+    assert [(path.name, path.read_text()) for path in (tmp_path / "run").iterdir()] == [(name, "mine")]
+
+
+def test_foreign_files_in_the_folder_of_a_run_outlive_it(tmp_path: Path):
+    options = recipe(epochs=1, data__limit=30)
+    with pytest.raises(Stopped):
+        train(options, tmp_path / "run", report=At(0, 1, signal.SIGTERM))
+    (tmp_path / "run" / "inner.part").mkdir()
+    (tmp_path / "run" / "x.lock").mkdir()
+    mine = [tmp_path / "run" / name for name in (*FOREIGN, "inner.part/movie.mkv.part")]
+    for path in mine:
+        path.write_text("mine")
+    train(options, tmp_path / "run")
+    assert [path.read_text() for path in mine] == ["mine"] * len(mine)
+    assert (tmp_path / "run" / "x.lock").is_dir()

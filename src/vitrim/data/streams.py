@@ -1,5 +1,6 @@
 """Streams of transformed images for training, evaluation and teacher caches. An image depends on its key alone."""
 
+import math
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
@@ -105,6 +106,24 @@ class Stream(Dataset[tuple[Any, ...]]):
         raise DataError(f"none of the {len(self.indices)} images can be read")
 
 
+class Share(Dataset[tuple[Any, ...]]):
+    """Every nth item of a stream, for one of n processes: equally many for each, so that some items are repeated.
+
+    The index of a repeated item is negative, as is that of an unreadable image, so that it can be left out of figures.
+    """
+
+    def __init__(self, stream: Stream, process: int, processes: int) -> None:
+        self.stream, self.process, self.processes = stream, process, processes
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.stream) / self.processes)
+
+    def __getitem__(self, position: int) -> tuple[Any, ...]:
+        place = position * self.processes + self.process
+        image, target, index, *known = self.stream[place % len(self.stream)]
+        return image, target, index if place < len(self.stream) else -1, *known
+
+
 class EpochSampler(Sampler[int]):
     """Keys of one epoch, in order or shuffled by (seed, epoch)."""
 
@@ -121,7 +140,7 @@ class EpochSampler(Sampler[int]):
 
 
 def make_loader(
-    stream: Stream | Subset[Any], batch_size: int, workers: int, seed: int = 0, shuffle: bool = False,
+    stream: Stream | Share, batch_size: int, workers: int, seed: int = 0, shuffle: bool = False,
     drop_last: bool = False,
 ) -> tuple[DataLoader[Any], EpochSampler]:  # fmt: skip
     """Batches of the stream's items, and their sampler: set its `epoch` before each pass."""

@@ -1,5 +1,6 @@
 """Where work runs: accelerate's view of devices and processes."""
 
+import atexit
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ def make_accelerator(*, cpu: bool = False, **options: Any) -> Accelerator:
     if PartialState._shared_state:
         AcceleratorState._reset_state(reset_partial_state=PartialState().num_processes == 1)
         GradientState._reset_state()
+    atexit.unregister(end_processes)  # So that it is registered once.
+    atexit.register(end_processes)
     # On a machine without a GPU, processes started by torchrun find each other only if `cpu` is set.
     accelerator = Accelerator(cpu=cpu or not torch.accelerator.is_available(), **options)
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
@@ -31,3 +34,9 @@ def make_accelerator(*, cpu: bool = False, **options: Any) -> Accelerator:
             "not support; launch without it and, for a teacher that fills the device, set shard_teacher"
         )
     return accelerator
+
+
+def end_processes() -> None:
+    """Leave the group of processes that were launched together; threads of it must not outlive the interpreter."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

@@ -13,9 +13,8 @@ from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import recursively_apply
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import Subset
 
-from ..data.streams import Stream, make_loader
+from ..data.streams import Share, Stream, make_loader
 from ..errors import DataError
 from ..models import attached_instead, find_adapter
 from ..models.evaluating import evaluating
@@ -127,21 +126,25 @@ def mean_loss(
 ) -> dict[str, float]:
     """Mean over a stream of the objective, and of these terms of it, in eval mode and with its final weights.
 
-    Every process looks at its share of the images, so that the figures do not depend on how many there are. The
-    teacher's outputs come with the images where they are cached. Images that cannot be read are left out.
+    Each process evaluates its share of the images, so that the figures do not depend on the number of processes. All
+    of them call the learner equally often, since a teacher in shards exchanges weights at every call. The teacher's
+    outputs come with the images where they are cached. Images that cannot be read are left out.
     """
-    own = range(accelerator.process_index, len(stream), accelerator.num_processes)
+    share = Share(stream, accelerator.process_index, accelerator.num_processes)
     names = ["loss", *terms]
     sums = torch.zeros(1 + len(names), device=accelerator.device)
     with evaluating(learner):
-        for images, targets, index, *known in make_loader(Subset(stream, own), batch_size, workers)[0] if own else ():
-            readable = partial(_rows, where=index >= 0, device=accelerator.device)
-            images, targets, *known = recursively_apply(readable, [images, targets, *known])
-            if len(images):
-                with accelerator.autocast():
-                    found = learner(images, targets, *known, progress=1.0)
+        for images, targets, index, *known in make_loader(share, batch_size, workers)[0] if len(share) else ():
+            counted = index >= 0
+            number = int(counted.sum())
+            used = counted if number else torch.arange(len(index)) == 0  # A call needs at least one image.
+            rows = partial(_rows, where=used, device=accelerator.device)
+            images, targets, *known = recursively_apply(rows, [images, targets, *known])
+            with accelerator.autocast():
+                found = learner(images, targets, *known, progress=1.0)
+            if number:
                 means = torch.stack([found.loss, *(found.terms[name] for name in names[1:])]).float()
-                sums += len(images) * torch.cat([torch.ones_like(means[:1]), means])
+                sums += number * torch.cat([torch.ones_like(means[:1]), means])
     number, *totals = accelerator.reduce(sums).tolist()
     if number == 0:
         raise DataError("there is no image to evaluate on")

@@ -15,16 +15,13 @@ from ..errors import BusyError, RecipeError
 from ..train.checkpoint import RunFolder
 from ..train.loop import train
 from ..train.state import Report
+from ..train.stopping import RunAbandoned
 from .leases import GRACE, Leases
 from .study import Study, run_folder
 from .study_folder import study_id
 
 POLL_SECONDS = 2.0
 """Pause between two looks at what the other workers do."""
-
-
-class _LeaseLost(Exception):
-    """Another worker has taken this one for dead, and has taken over its run."""
 
 
 def join_study(database: str, out: Path, report: Report, grace: float = GRACE) -> Leases:
@@ -75,11 +72,11 @@ def _train(
     folder = run_folder(out, row, seed)
     if not leases.acquire(folder.name):
         return False
-    with leases.held(folder.name) as lost, suppress(_LeaseLost):
+    with leases.held(folder.name) as lost, suppress(RunAbandoned):
 
         def report_unless_lost(event: str, figures: Mapping[str, Any]) -> None:
-            if lost.is_set():
-                raise _LeaseLost
+            if lost.is_set():  # Another worker has taken this one for dead, and has taken over its run.
+                raise RunAbandoned
             report(event, figures)
 
         try:

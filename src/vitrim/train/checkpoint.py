@@ -2,7 +2,7 @@
 
 `recipe.yaml`, `command.txt`, `environment.json`, `metrics.jsonl` (one line per epoch), `checkpoint/state.pt`,
 `model/` (the chosen weights, for `vitrim.load`) and `result.json` once the run is finished; of a super-network also
-`draws.jsonl`. `.lock` is an empty file.
+`draws.jsonl`. `.vitrim-lock` is an empty file.
 """
 
 import json
@@ -20,7 +20,7 @@ from ..models.store import WEIGHTS
 from ..output import is_leftover, remove_leftovers, replacing, write_errors
 from .recipe import Recipe
 
-_LOCK = ".lock"
+_LOCK = ".vitrim-lock"
 _PATIENCE = 2.0  # Seconds that the children of a process that was killed may take to die.
 
 

@@ -5,7 +5,7 @@ import time
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from accelerate import skip_first_batches
@@ -33,9 +33,11 @@ from .stopping import Stopped, StopSignals
 from .stratification import Stratification
 from .task import Task
 
-LOOK_EVERY = 20
-"""Steps between two looks at figures on an accelerator, which must be waited for, or up to the next update of weights;
-a CPU looks at every step."""
+CHECK_EVERY = 20
+"""Steps between two checks of the figures on an accelerator, which must be waited for, or up to the next update of
+weights; on a CPU every step is checked."""
+SLOWER = "lower optim.lr or set optim.clip, and start in another folder"
+"""What to do about a run that diverges."""
 
 
 def train(recipe: Recipe, out: str | Path, *, command: str = "", report: Report | None = None) -> dict[str, Any]:
@@ -122,8 +124,8 @@ class _Run:
                     self._close_epoch()
                 return self._finish()
             finally:
-                if self.recipe.track:
-                    self.accelerator.end_training()
+                for tracker in self.accelerator.trackers:
+                    tracker.finish()
 
     def _train_epoch(self) -> None:
         state = self.state
@@ -138,10 +140,10 @@ class _Run:
             state.step += 1
             self.meter.close_step(index, time.perf_counter() - start)
             start = time.perf_counter()
-            due = self.accelerator.sync_gradients and state.step % LOOK_EVERY < self.recipe.optim.accumulate
+            due = self.accelerator.sync_gradients and state.step % CHECK_EVERY < self.recipe.optim.accumulate
             if due or self.device.type == "cpu" or state.step == self.steps:
-                self._look()
-        self.meter.spend(time.perf_counter() - start)  # The last look waits for an accelerator to get there.
+                self._check_step()
+        self.meter.spend(time.perf_counter() - start)  # The last check waits for an accelerator to get there.
 
     def _train_step(self, images: Tensor, labels: Tensor, known: Outputs | None = None) -> None:
         recipe, accelerator, state, targets = self.recipe, self.accelerator, self.state, labels
@@ -164,8 +166,8 @@ class _Run:
             if self.ema is not None:
                 self.ema.update(self.student)
 
-    def _look(self) -> None:
-        """See whether all is well, tell how it goes, and stop if asked to."""
+    def _check_step(self) -> None:
+        """Check the loss, report the figures of the step, and stop where a signal has arrived."""
         self.meter.note(self.splits.train.images.name(-1 - i) for i in self.meter.take_indices() if i < 0)
         means = self.meter.means()
         if not math.isfinite(means["loss"]):
@@ -181,15 +183,20 @@ class _Run:
         if self.accelerator.sync_gradients:  # Gradients that are being accumulated are in no checkpoint.
             self._stop_if_asked()
 
-    def _refuse(self, what: str) -> None:
+    def _check_weights(self) -> None:
+        """Refuse weights that are not finite before they are kept; the loss is that of the weights before an update."""
+        learnt = (weight for weight in self.task.learner.parameters() if weight.requires_grad)
+        finite = [weight.detach().isfinite().all() for weight in {*learnt, *self.evaluated.parameters()}]
+        if not bool(torch.stack(finite).all()):
+            self._refuse("weights are not finite")
+
+    def _refuse(self, what: str) -> NoReturn:
         kept = "the last good checkpoint is kept" if self.folder.state_path.exists() else "nothing was saved yet"
-        raise VitrimError(
-            f"{what} at epoch {self.state.epoch + 1}, step {self.state.step}; {kept}; lower optim.lr or set "
-            "optim.clip, and start in another folder"
-        )
+        raise VitrimError(f"{what} at epoch {self.state.epoch + 1}, step {self.state.step}; {kept}; {SLOWER}")
 
     def _close_epoch(self) -> None:
         state = self.state
+        self._check_weights()
         figures = self._figures()
         if not all(math.isfinite(value) for value in figures.values() if isinstance(value, float)):
             self._refuse("a figure is not finite")
@@ -220,8 +227,10 @@ class _Run:
         return figures
 
     def _evaluate(self, networks: Mapping[str, nn.Module], stream: Stream) -> dict[str, Figures]:
-        sizes = {"batch_size": self.recipe.batch_size, "workers": self.recipe.data.workers}
-        found = evaluate_all(networks, stream, **sizes, accelerator=self.accelerator)
+        found = evaluate_all(
+            networks, stream, batch_size=self.recipe.batch_size, workers=self.recipe.data.workers,
+            accelerator=self.accelerator,
+        )  # fmt: skip
         self.meter.note(name for figures in found.values() for name in figures.unreadable)
         return found
 
@@ -242,6 +251,8 @@ class _Run:
             "unreadable": self.meter.all_unreadable(),
             "not_read": self.splits.notes,
         }
+        if not math.isfinite(result.get("test_loss", 0.0)):
+            raise VitrimError(f"the loss on the test images is {result['test_loss']}; {SLOWER}")
         if self.main:
             self.folder.write_result(result)
         self.accelerator.wait_for_everyone()
@@ -251,5 +262,6 @@ class _Run:
     def _stop_if_asked(self) -> None:
         asked = torch.tensor(self.signals.number, device=self.device)
         if number := int(self.accelerator.gather(asked).max()):  # All must save at the same step.
+            self._check_weights()
             self.state.save(self.folder, self.meter, self.parts)
             raise Stopped(number, f"epoch {self.state.epoch + 1}, step {self.state.step} of {self.steps}")

@@ -10,6 +10,13 @@ from ..options import Range, check_options, flatten, from_dict, plain, read_yaml
 from ..yaml_text import dump_yaml, parse_yaml
 from .specs import CacheSpec, ElasticSpec, ModelSpec, OptimSpec
 
+WITHOUT_EFFECT = ("data.workers", "data.download", "cache.folder", "shard_teacher", "checkpointing", "track")
+"""Options that change how a run is carried out, but none of its numbers."""
+PLACES = ("data.root", "model.name", "model.checkpoint", "teacher.name", "teacher.checkpoint")
+"""Options that may name a file or folder."""
+NOTATION = ("reduction", "distill")
+"""Options in which spaces have no meaning."""
+
 
 @dataclass
 class Recipe:
@@ -131,6 +138,10 @@ class Recipe:
         batch = self.batch_size // self.optim.accumulate
         if batch % number:
             raise RecipeError(f"a batch of {batch} images cannot be shared evenly among {number} processes")
+        if self.elastic is not None and self.elastic.images < number:
+            raise RecipeError(
+                f"elastic.images is {self.elastic.images}, too few for {number} processes; set it to {number} or more"
+            )
         if batch == number and (self.augment.mixup > 0 or self.augment.cutmix > 0):
             raise RecipeError(
                 "images are mixed in pairs, but one comes at a time (batch_size / optim.accumulate / processes); "
@@ -161,7 +172,19 @@ class Recipe:
         return cls.from_dict(read_yaml(path))
 
     def differences(self, other: "Recipe") -> list[str]:
-        """Options in which two recipes differ once they are written down, as `name: this -> other`."""
+        """Options by which two recipes describe different runs, as `name: this -> other`.
+
+        Options without effect on the result (`WITHOUT_EFFECT`) may differ, and a place may be written in two ways.
+        """
         mine, theirs = (flatten(parse_yaml(recipe.to_yaml(), "the recipe")) for recipe in (self, other))
-        names = [name for name in {**mine, **theirs} if mine.get(name) != theirs.get(name)]
-        return [f"{name}: {mine.get(name)!r} -> {theirs.get(name)!r}" for name in names]
+        names = [name for name in {**mine, **theirs} if name not in WITHOUT_EFFECT]
+        changed = [name for name in names if not _same(name, mine.get(name), theirs.get(name))]
+        return [f"{name}: {mine.get(name)!r} -> {theirs.get(name)!r}" for name in changed]
+
+
+def _same(name: str, one: Any, other: Any) -> bool:
+    if not (isinstance(one, str) and isinstance(other, str)):
+        return one == other
+    if name in PLACES:
+        return one == other or Path(one).resolve() == Path(other).resolve()
+    return "".join(one.split()) == "".join(other.split()) if name in NOTATION else one == other

@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop, and how it says that it did."""
+"""Signals that ask a run to stop, and the exceptions by which it ends early."""
 
 import signal
 import threading
@@ -17,13 +17,23 @@ class Stopped(SystemExit):
         return f"stopped by {self.name} at {self.where}; the state is saved, repeat the same command to continue"
 
 
+class RunAbandoned(Exception):
+    """A report function raises it to leave the run as it is, for example to another process."""
+
+
 class StopSignals:
-    """Notes SIGTERM and Ctrl-C while it is entered, so that the run can stop where its state is whole."""
+    """Notes SIGTERM and Ctrl-C while it is entered, so that the run can stop where its state is whole.
+
+    number: the signal that has arrived, 0 if none has.
+
+    A signal that no one has acted on by the end of the context raises `Stopped` there, also after `RunAbandoned`, so
+    that a caller with more to do stops too. Other exceptions have precedence, since they end the caller as well.
+    """
 
     number = 0
 
     def __enter__(self) -> Self:
-        # Python lets the main thread alone handle signals; elsewhere the caller must see to it.
+        # Python lets only the main thread handle signals; elsewhere the caller must do it.
         here = threading.current_thread() is threading.main_thread()
         numbers = (signal.SIGTERM, signal.SIGINT) if here else ()
         self._before = {number: signal.signal(number, self._note) for number in numbers}
@@ -31,9 +41,9 @@ class StopSignals:
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)
-        if self.number and kind is None:  # It arrived after the last place at which the run could have stopped.
-            raise Stopped(self.number, "the end of the run")
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: one that Python cannot know.
+        if self.number and (kind is None or issubclass(kind, RunAbandoned)):
+            raise Stopped(self.number, "the end of the run" if kind is None else "this point of the run") from None
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.number = number

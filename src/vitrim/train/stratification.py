@@ -117,11 +117,14 @@ class Stratification(Task):
         mean = sum(one.accuracy for one in found.values()) / len(found)
         return self._reach() | _named("val", found) | {"val_accuracy_mean": mean}
 
-    def rank(self, figures: Mapping[str, Any]) -> tuple[float, float]:
-        """What makes an epoch better: a longer chain, then the mean over the three networks."""
+    def rank(self, figures: Mapping[str, Any]) -> tuple[float, ...]:
+        """What makes an epoch better: a longer chain, then the mean accuracy, then the mean loss of the networks."""
         assert self.recipe.elastic is not None
         grown = min(figures["epoch"] + 1, self.recipe.elastic.grow_epochs)
-        return grown, figures["val_accuracy_mean"] if self.classifies else -figures["val_loss"]
+        if not self.classifies:
+            return grown, 0.0, -figures["val_loss"]
+        losses = [figures[name] for name in ("val_loss", "val_loss_middle", "val_loss_smallest")]
+        return grown, figures["val_accuracy_mean"], -sum(losses)
 
     def keep(self, folder: RunFolder, classes: Sequence[str]) -> None:
         """Write the super-network of this epoch in place of the one that was the best before."""

@@ -137,10 +137,14 @@ class Task:
             figures |= measure_figures(self.network, self._curriculum_reads, images)
         return figures
 
-    def rank(self, figures: Mapping[str, Any]) -> tuple[float, float]:
-        """What makes an epoch better. One before the reduction has grown to its strength is another network."""
+    def rank(self, figures: Mapping[str, Any]) -> tuple[float, ...]:
+        """What makes an epoch better: accuracy on held-out images, and at equal accuracy a lower loss.
+
+        Before them counts the strength of the reduction: an epoch in which it has not grown to its end belongs to
+        another network.
+        """
         strength = figures.get("strength", 0.0) if self.recipe.phase != "train" else 0.0
-        return strength, figures["val_accuracy"] if self.classifies else -figures["val_loss"]
+        return strength, figures["val_accuracy"] if self.classifies else 0.0, -figures["val_loss"]
 
     def keep(self, folder: RunFolder, classes: Sequence[str]) -> None:
         """Write the network of this epoch in place of the one that was the best before.
