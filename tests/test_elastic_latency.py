@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from torch.utils import benchmark
 
 import vitrim
+from clocks import Clock
 from test_elastic_extract import supernet
 from vitrim.elastic import SuperNet
 from vitrim.elastic.extract import choose
@@ -71,11 +73,14 @@ def test_drift_of_the_machine_meets_both(net):
     assert choose(net.model, net.chain, latency=0.8, clock=clock) == net.chain.largest("macs", 0.8 * net.chain.macs)
 
 
-def test_times_are_taken_in_turns(net):
-    net.model.train()
-    times = milliseconds(net.model, net.cut(-1))
+def test_times_are_taken_in_turns(net, monkeypatch):
+    clock, order = Clock(), list[int]()
+    monkeypatch.setattr(benchmark, "timer", clock.read)
+    models = [net.model.train(), net.cut(-1)]
+    for index, model in enumerate(models):
+        model.register_forward_hook(lambda *_, index=index: (order.append(index), clock.sleep(0.02 / (1 + index)))[0])
+    times = milliseconds(*models)
     assert net.model.training
     net.model.eval()
-    assert times.shape == (ROUNDS, 2)
-    assert (times > 0).all()
-    assert (times[:, 1] < times[:, 0]).double().mean() > 0.5
+    assert torch.allclose(times, torch.tensor([[20.0, 10.0]], dtype=times.dtype).expand(ROUNDS, 2), rtol=1e-4)
+    assert order[-2 * ROUNDS :] == [0, 1] * ROUNDS

@@ -46,7 +46,7 @@ def gone(pid: int) -> bool:
     ids=["process", "child"],
 )
 def test_a_loader_that_is_alive_at_the_end_does_not_hold_the_process(tail: str):
-    done = subprocess.run(script(tail=tail), capture_output=True, text=True, timeout=60)
+    done = subprocess.run(script(tail=tail), capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stderr) == (0, "")
     numbers, pids = done.stdout.split("] ")
     assert numbers == "[0, 1, 2, 3, 4"
@@ -66,4 +66,4 @@ def test_readers_work_on_when_the_group_is_signalled(number: int):
         os.killpg(process.pid, number)
         process.stdin.close()
         assert process.stdout.read().strip() == "50"
-        assert process.wait(60) == 0
+        assert process.wait(300) == 0

@@ -4,7 +4,6 @@ import csv
 import io
 import json
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +11,10 @@ import pytest
 import timm
 import torch
 from torch import nn
+from torch.utils import benchmark
 
 import vitrim
+from clocks import Clock
 from vitrim.errors import UnknownNameError, VitrimError
 from vitrim.measure.bench_table import BenchRow, BenchTable, Quartiles, ratios
 from vitrim.measure.environment import environment
@@ -30,6 +31,15 @@ def tiny(**options):
     return timm.create_model("vit_tiny_patch16_224", **args).eval()
 
 
+CLOCK = Clock()
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only models that are known to take time do."""
+    monkeypatch.setattr(benchmark, "timer", CLOCK.read)
+
+
 class Sleeper(nn.Module):
     """A model whose time is known, and that records when it is called."""
 
@@ -43,18 +53,19 @@ class Sleeper(nn.Module):
 
     def forward(self, x):
         if x.device.type != "meta":
-            time.sleep(self.seconds)
+            CLOCK.sleep(self.seconds)
             if self.log is not None:
                 self.log.append((self.name, tuple(x.shape), x.dtype, torch.is_inference_mode_enabled()))
         return x.mean() + self.weight
 
 
+@pytest.mark.usefixtures("clock")
 def test_ratio_of_known_times():
     table = bench({"slow": Sleeper(0.02), "fast": Sleeper(0.005)}, batch_sizes=(4,), input_size=8, rounds=5, warmup=1)
     slow, fast = table.row("slow", 4), table.row("fast", 4)
     assert slow.speedup == Quartiles(1.0, 1.0, 1.0)
-    assert slow.ms.median >= 20
-    assert 5 <= fast.ms.median < slow.ms.median
+    assert slow.ms.median == pytest.approx(20, rel=1e-4)
+    assert fast.ms.median == pytest.approx(5, rel=1e-4)
     assert fast.speedup.median == pytest.approx(np.median(np.divide(slow.seconds, fast.seconds)))
     assert fast.images_per_second == pytest.approx(4 / np.median(fast.seconds))
     assert table.speedup("fast", "slow", 4) == fast.speedup
@@ -81,10 +92,11 @@ def test_ratios_within_rounds_cancel_drift():
     assert Quartiles.of([1.0, 2.0, 3.0, 4.0, 5.0]) == Quartiles(3.0, 2.0, 4.0)
 
 
+@pytest.mark.usefixtures("clock")
 def test_latency_percentiles_at_batch_1_only():
     table = bench({"a": Sleeper(0.001)}, batch_sizes=(1, 2), input_size=4, rounds=2, warmup=0)
     p50, p95 = table.row("a", 1).latency_ms
-    assert 1 <= p50 <= p95
+    assert (p50, p95) == (pytest.approx(1, rel=1e-4), pytest.approx(1, rel=1e-4))
     assert table.row("a", 2).latency_ms is None
 
 

@@ -2,23 +2,26 @@
 
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Event
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from sqlalchemy.exc import OperationalError
 
+from clocks import Clock
 from vitrim.errors import VitrimError
 from vitrim.study import leases as module
 from vitrim.study.database_url import parse_url
 from vitrim.study.leases import GRACE, Leases
 
 
-class Outage:
-    """A database that is away in `range`, on a clock that only `sleep` moves."""
+class Outage(Clock):
+    """A database that is away from `start` to `end`, on a clock that only `sleep` moves."""
 
     def __init__(self, leases: Leases, start: float, end: float, patch: pytest.MonkeyPatch) -> None:
-        self.now, self.start, self.end, self.requests = 0.0, start, end, 0
+        super().__init__()
+        self.start, self.end, self.requests = start, end, 0
         engine = leases._engine
 
         def begin() -> Any:
@@ -28,11 +31,7 @@ class Outage:
             return engine.begin()
 
         leases._engine = SimpleNamespace(begin=begin)  # pyright: ignore
-        patch.setattr(module, "time", SimpleNamespace(monotonic=lambda: self.now, sleep=self.sleep))
-
-    def sleep(self, seconds: float) -> None:
-        assert seconds >= 0
-        self.now += seconds
+        self.replace_time_in(module, patch)
 
 
 @pytest.fixture
@@ -60,6 +59,41 @@ def test_a_database_that_stays_away_ends_the_worker_after_the_grace_period(
         worker.acquire("run")
     assert "\n" not in str(raised.value)
     assert GRACE <= outage.now < GRACE + 10
+
+
+def test_leases_exclude_each_other_and_pass_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    clock = Clock()
+    clock.replace_time_in(module, monkeypatch)
+    url = f"sqlite:///{tmp_path}/c.db"
+    one, two, other = Leases(url, "s"), Leases(url, "s"), Leases(url, "another study")
+    assert one.acquire("run")
+    assert other.acquire("run")
+    for _ in range(9):  # As long as it shows life, however long that is.
+        assert not two.acquire("run")
+        clock.sleep(0.9 * GRACE)
+        assert one.beat("run")
+    assert not two.acquire("run")
+    clock.sleep(1.1 * GRACE)
+    assert two.acquire("run")  # No more signs of life.
+    assert not one.beat("run")
+    with two.held("run"):
+        assert not one.acquire("run")
+    assert one.acquire("run")  # Given up.
+
+
+def test_a_lease_that_is_held_is_renewed_until_another_worker_takes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(module, "HEARTBEATS", 10_000)
+    one, two = (Leases(f"sqlite:///{tmp_path}/c.db", "s") for _ in range(2))
+    renewed, renew = Event(), two.beat
+    monkeypatch.setattr(two, "beat", lambda run: renew(run) and (renewed.set() or True))
+    assert two.acquire("run")
+    with two.held("run") as lost:
+        assert renewed.wait(300)
+        assert not lost.is_set()
+        with one._engine.begin() as database:
+            database.exec_driver_sql("UPDATE vitrim_leases SET worker = 'thief'")
+        assert lost.wait(300)
+    assert not two.acquire("run")  # What is another's is not given up.
 
 
 def test_a_lease_whose_answer_was_lost_is_still_held(worker: Leases, monkeypatch: pytest.MonkeyPatch):

@@ -5,17 +5,20 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
 import yaml
 
+from clocks import Clock
 from vitrim import cli
 from vitrim.errors import BusyError, RecipeError, VitrimError
-from vitrim.study.leases import Leases
+from vitrim.study import leases, workers
+from vitrim.study.leases import GRACE, Leases
 from vitrim.study.run_study import run_study
 from vitrim.train.checkpoint import RunFolder
 from vitrim.train.loop import train
@@ -82,7 +85,7 @@ def test_two_workers_run_everything_once_and_find_what_one_finds(file: Path):
     assert "| plain |" in Path("out/table.md").read_text()
 
 
-def test_the_run_of_a_dead_worker_goes_on_from_its_checkpoint(file: Path):
+def test_the_run_of_a_dead_worker_goes_on_from_its_checkpoint(file: Path, monkeypatch: pytest.MonkeyPatch):
     first = worker("log", kill="plain-s0")
     first.communicate(timeout=400)
     assert first.returncode == -signal.SIGKILL
@@ -96,50 +99,43 @@ def test_the_run_of_a_dead_worker_goes_on_from_its_checkpoint(file: Path):
         if event == "epoch":
             [*epochs.values()][-1].append(figures["epoch"])
 
-    start = time.monotonic()
-    run_study(file, "out", database="sqlite:///leases.db", grace=1, report=note)
-    assert time.monotonic() - start > 1  # Not before the grace period is over.
+    clock = Clock()
+    clock.replace_time_in(leases, monkeypatch)
+    monkeypatch.setattr(workers, "_pause", lambda leases: clock.sleep(50))
+    run_study(file, "out", database="sqlite:///leases.db", report=note)
+    assert clock.now > GRACE  # Not before the grace period is over.
     assert epochs.pop("plain-s0") == [1]
     assert set(epochs) == {f"{row}-s0" for row in ROWS} - finished - {"plain-s0"}
     assert all(numbers == [0, 1] for numbers in epochs.values())
 
 
-def test_leases_exclude_each_other_and_pass_on(tmp_path: Path):
-    url = f"sqlite:///{tmp_path}/c.db"
-    one, two, other = Leases(url, "s", 1), Leases(url, "s", 2), Leases(url, "another study", 2)
-    assert one.acquire("run")
-    assert other.acquire("run")
-    with one.held("run") as lost:
-        for _ in range(9):  # As long as it shows life, however long that is.
-            assert not two.acquire("run")
-            time.sleep(0.3)
-        assert not lost.is_set()
-    assert two.acquire("run")  # Given up.
-    assert not one.acquire("run")
-    time.sleep(1.1)
-    assert one.acquire("run")  # Never a sign of life.
-    with two.held("run") as lost:
-        assert lost.wait(30)
-    assert not two.acquire("run")  # What is another's is not given up.
-
-
-def test_a_run_that_is_taken_over_is_left_to_the_other(file: Path):
+def test_a_run_that_is_taken_over_is_left_to_the_other(file: Path, monkeypatch: pytest.MonkeyPatch):
     """A worker that was suspended for longer than the grace period."""
-    told: list[str] = []
+    monkeypatch.setattr(leases, "HEARTBEATS", 10_000)
+    monkeypatch.setattr(workers, "_pause", lambda leases: None)
+    held, lost, told = Leases.held, list[Event](), list[str]()
+
+    @contextmanager
+    def noted(self: Leases, run: str) -> Iterator[Event]:
+        with held(self, run) as event:
+            lost.append(event)
+            yield event
+
+    monkeypatch.setattr(Leases, "held", noted)
 
     def note(event: str, figures: Mapping[str, Any]) -> None:
         told.append(event)
         if told.count("step") == 1 and event == "step":
-            thief = Leases("sqlite:///leases.db", Path("out/.study").read_text(), 0.3)
+            thief = Leases("sqlite:///leases.db", Path("out/.study").read_text())
             with thief._engine.begin() as database:
                 database.exec_driver_sql("UPDATE vitrim_leases SET worker = 'thief'")
-            time.sleep(1)
+            assert lost[-1].wait(300)
         if event == "wait":
             raise InterruptedError
 
     file.write_text(yaml.safe_dump({"base": BASE, "rows": {"plain": {}}}))
     with pytest.raises(InterruptedError):
-        run_study(file, "out", database="sqlite:///leases.db", grace=0.3, report=note)
+        run_study(file, "out", database="sqlite:///leases.db", report=note)
     assert told.count("step") == 1
     assert not Path("out/plain-s0/result.json").exists()
 

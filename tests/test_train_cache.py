@@ -314,7 +314,7 @@ def test_two_processes_learn_as_one(teacher: str, tmp_path: Path):
     changes = {**HEADLESS, "reduction": None, "epochs": 2, "optim": {"ema": 0.9}}
     train(recipe(teacher, tmp_path / "kept-one", **changes), tmp_path / "one")
     (tmp_path / "two.yaml").write_text(recipe(teacher, tmp_path / "kept-two", **changes).to_yaml())
-    torchrun = [str(Path(sys.executable).parent / "torchrun"), "--nproc_per_node", "2"]
+    torchrun = [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc_per_node", "2"]
     command = [*torchrun, str(tmp_path / "learn.py"), str(tmp_path / "two.yaml"), str(tmp_path / "two")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)

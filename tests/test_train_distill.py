@@ -449,7 +449,7 @@ def test_two_processes_distil_as_one_and_share_the_teacher(tmp_path: Path):
     )
     launchers = {
         "one": [sys.executable],
-        "two": [str(Path(sys.executable).parent / "torchrun"), "--nproc_per_node", "2"],
+        "two": [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc_per_node", "2"],
     }
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     for name, launcher in launchers.items():

@@ -17,8 +17,9 @@ SIZES = "{img_size: 32, embed_dim: 24, depth: 2, num_heads: 2, patch_size: 8}"
 KEYS = ("train_loss", "train_accuracy", "val_loss", "val_accuracy")
 LAUNCHERS = {
     "accelerate": ["accelerate", "launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
-                   "--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", "1", "-m"],
-    "torchrun": ["torchrun", "--nproc_per_node", "2", "-m"],
+                   "--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no",
+                   "--num_cpu_threads_per_process", "1", "-m"],
+    "torchrun": ["torchrun", "--standalone", "--nproc_per_node", "2", "-m"],
 }  # fmt: skip
 
 STOPPER = """
@@ -41,12 +42,14 @@ main()
 
 
 COUNTED = """
+import os
+from pathlib import Path
 from vitrim.train import loop
 
 check = loop.Recipe.check_processes
 
 def counted(recipe, number):
-    print("processes", number)
+    Path(f"{__file__}.{os.environ['RANK']}").write_text(str(number))  # A stream of both could be interleaved.
     check(recipe, number)
 
 loop.Recipe.check_processes = counted
@@ -82,7 +85,7 @@ def test_two_processes_equal_one_and_continue(options: str, tmp_path: Path):
     assert len(curve(tmp_path / "parts")) == 1
     continued = run(LAUNCHERS["accelerate"], "counted", tmp_path / "parts", options)
     assert continued.returncode == 0, continued.stderr
-    assert "processes 2" in continued.stdout
+    assert [path.read_text() for path in tmp_path.glob("counted.py.*")] == ["2", "2"]
     assert (continued.stdout.count("test accuracy"), continued.stderr.count("epoch 3/3")) == (1, 1)
     for one, two in zip(whole, curve(tmp_path / "parts"), strict=True):
         assert two == pytest.approx(one, rel=2e-4)

@@ -90,6 +90,12 @@ class Leases:
             with suppress(VitrimError), self._transaction() as database:  # Else it ends with the grace period.
                 database.execute(delete(_TABLE).where(self._is_mine(run)))
 
+    def beat(self, run: str) -> bool:
+        """Count a lease up, by which others know that this worker is alive; False where another one has taken it."""
+        with self._transaction() as database:
+            counted = database.execute(update(_TABLE).where(self._is_mine(run)).values(beat=_TABLE.c.beat + 1))
+        return counted.rowcount == 1
+
     def _create_table(self) -> None:
         with self._transaction():
             _TABLE.create(self._engine, checkfirst=True)
@@ -139,10 +145,8 @@ class Leases:
         while not over.wait(pause):
             sent = time.monotonic()
             with suppress(VitrimError):  # An outage; the next heartbeat may get through.
-                with self._transaction() as database:
-                    beat = update(_TABLE).where(self._is_mine(run)).values(beat=_TABLE.c.beat + 1)
-                    if not database.execute(beat).rowcount:
-                        break
+                if not self.beat(run):
+                    break
                 alive = sent
             if time.monotonic() - alive > self.grace - pause:  # Before others may take this worker for dead.
                 break
