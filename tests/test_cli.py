@@ -14,6 +14,7 @@ from vitrim.errors import DataError, VitrimError
 from vitrim.models import build_model
 from vitrim.train.recipe import Recipe
 from vitrim.train.stopping import Stopped
+from vitrim.variables import check_variables
 
 
 def call(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int | None, str, str]:
@@ -301,3 +302,40 @@ def test_train_then_eval_takes_the_images_of_the_run(tmp_path: Path, capsys: pyt
     assert "exists; choose another name" in err
     code, _, err = call(capsys, "eval", run, "vit_tiny_patch16_224", "--data.name", "digits")
     assert (code, "has 1000 classes, but the images have 10" in err) == (2, True)
+
+
+LAUNCHED = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "line"),
+    [
+        ({"OMP_NUM_THREADS": "99999999999"}, "OMP_NUM_THREADS is '99999999999'; it must be a whole number, 1 to 1024"),
+        ({"OMP_NUM_THREADS": "0"}, "OMP_NUM_THREADS is '0'"),
+        ({"OMP_NUM_THREADS": "-1"}, "OMP_NUM_THREADS is '-1'"),
+        ({"OMP_NUM_THREADS": "4,many"}, "OMP_NUM_THREADS is '4,many'"),
+        ({"MKL_NUM_THREADS": "1e9"}, "MKL_NUM_THREADS is '1e9'"),
+        ({"OPENBLAS_NUM_THREADS": "5000"}, "OPENBLAS_NUM_THREADS is '5000'"),
+        ({"RANK": "first"}, "RANK is 'first'; it must be a whole number, 0 or more"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE is '0'; it must be a whole number, 1 or more"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2, but RANK is not set; start processes with torchrun"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}, "WORLD_SIZE is 2, but MASTER_ADDR is not set"),
+        ({"MASTER_PORT": "99999"}, "MASTER_PORT is '99999'"),
+    ],
+)
+def test_absurd_environment_variables_are_refused_in_one_line(
+    variables: dict[str, str], line: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", *LAUNCHED):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    code, out, err = call(capsys, "list")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert f"the environment variable {line}" in err
+
+
+def test_usual_environment_variables_are_accepted():
+    check_variables({})
+    check_variables({"OMP_NUM_THREADS": "", "MKL_NUM_THREADS": " 8 "})
+    check_variables({"OMP_NUM_THREADS": "4,2", **LAUNCHED, "WORLD_SIZE": "64", "RANK": "63"})

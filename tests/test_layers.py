@@ -15,6 +15,7 @@ RANK = {
     "tables": 2,
     "option_types": 2,
     "user_files": 2,
+    "variables": 2,
     "notation": 2,
     "output": 2,
     "yaml_text": 2,

@@ -1,13 +1,20 @@
 """What the bar of a run says while it goes on."""
 
+import os
+import signal
 from io import StringIO
+from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
 
+from clocks import Clock
 from vitrim.show import progress
+from vitrim.train.loop import train
+from vitrim.train.recipe import Recipe
 from vitrim.train.state import Report
+from vitrim.train.stopping import Stopped
 
 
 def test_the_time_left_is_that_of_the_run(monkeypatch: pytest.MonkeyPatch):
@@ -35,3 +42,74 @@ def test_the_time_left_is_that_of_the_run(monkeypatch: pytest.MonkeyPatch):
         report("run", {"name": "b-s0"})
         clock[0] += 99
         assert go_on(report, 3, 6, range(2, 5)) == 8  # An interrupted run that goes on where it was.
+
+
+STEP = {"steps": 900, "epochs": 2, "loss": 1.5, "accuracy": 0.25, "terms": {}, "images_per_second": 9.0, "tokens": None}
+START = {
+    "images": 60000, "held_out": 600, "epochs": 2, "steps": 900, "epoch": 0, "step": 0, "device": "cpu", "processes": 1,
+    "folder": "runs/[a]",
+}  # fmt: skip
+
+
+def lines_of(console: Console) -> list[str]:
+    return [" ".join(line.split()) for line in console.file.getvalue().splitlines() if line.strip()]  # pyright: ignore
+
+
+def test_the_first_line_says_how_much_work_there_is_and_where():
+    with progress.live(console := Console(file=StringIO(), width=200), "row-s0") as report:
+        report("start", START)
+        report("start", START | {"held_out": 0, "epoch": 1, "step": 8, "device": "cuda:0", "processes": 4})
+    assert lines_of(console) == [
+        "row-s0 60000 images, 600 held out 2 epochs of 900 steps cpu runs/[a]",
+        "row-s0 60000 images 2 epochs of 900 steps, continued at epoch 2, step 9 4 processes on cuda:0 runs/[a]",
+    ]
+
+
+def test_without_a_terminal_a_line_a_minute_takes_the_place_of_the_bar():
+    clock = Clock()
+    with progress.live(console := Console(file=StringIO(), width=200), clock=clock.read) as report:
+        report("start", START)
+        for step in range(1, 901):  # A quarter of an hour.
+            clock.sleep(1)
+            report("step", STEP | {"epoch": 0, "step": step})
+    lines = lines_of(console)[1:]
+    assert lines[0] == "epoch 1/2 step 60/900 loss 1.500 acc 25.0% 9 images/s"
+    assert len(lines) == 15
+
+
+def test_a_teacher_cache_without_a_terminal_is_not_silent():
+    clock = Clock()
+    with progress.live(console := Console(file=StringIO(), width=200), clock=clock.read) as report:
+        for done in range(0, 300, 30):
+            clock.sleep(30)
+            report("cache", {"name": "train", "done": done, "rows": 300})
+    assert lines_of(console)[0] == "teacher cache, train 30 of 300 images"
+    assert len(lines_of(console)) == 5
+
+
+def test_with_a_terminal_the_bar_is_enough():
+    clock = Clock()
+    console = Console(file=StringIO(), width=200, force_terminal=True)
+    with progress.live(console, clock=clock.read) as report:
+        for step in range(1, 901):
+            clock.sleep(1)
+            report("step", STEP | {"epoch": 0, "step": step})
+    assert "step 60/900" not in console.file.getvalue()  # pyright: ignore
+
+
+def test_a_run_reports_its_start_once_and_says_where_it_goes_on(tmp_path: Path):
+    model = {"args": {"depth": 1, "embed_dim": 24, "num_heads": 2}}
+    options = Recipe.from_dict({"model": model, "data": {"workers": 0, "limit": 60}, "epochs": 2, "batch_size": 16})
+    starts: list[Any] = []
+
+    def report(event: str, figures: Any) -> None:
+        starts.extend([figures] if event == "start" else [])
+        if len(starts) == 1 and event == "step" and (figures["epoch"], figures["step"]) == (1, 2):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Stopped):
+        train(options, tmp_path / "run", report=report)
+    train(options, tmp_path / "run", report=report)
+    expected = {"images": 54, "held_out": 6, "epochs": 2, "steps": 3, "processes": 1}
+    assert [{name: start[name] for name in expected} for start in starts] == [expected] * 2
+    assert [(start["epoch"], start["step"]) for start in starts] == [(0, 0), (1, 2)]

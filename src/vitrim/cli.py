@@ -17,6 +17,7 @@ from .output import FULL
 from .text import printable, shortened
 from .train.stopping import Stopped
 from .user_files import HELP, import_files, split_imports
+from .variables import check_variables
 from .verbs import VERBS
 
 LONGEST = 480
@@ -30,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     words, user_files = split_imports(sys.argv[1:] if argv is None else argv)
     verb = _verb(words)
     try:
+        check_variables()
         import_files(user_files)
         options = parse_words(VERBS[verb], f"vitrim {verb}", words[1:])
         if options.get("device") == "cuda":

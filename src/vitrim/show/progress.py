@@ -1,6 +1,10 @@
-"""Live progress of a run: one bar for the whole run, one line per finished epoch, and the same for a teacher cache."""
+"""Live progress of a run: a line at its start, one bar for the whole run, a line per epoch; also of a teacher cache.
 
-from collections.abc import Iterator, Mapping
+Without a terminal there is no bar; a line a minute takes its place, so that a long epoch is not silent.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,15 +19,23 @@ _PERIOD = 1800.0
 """Seconds over which speed is averaged, so that the time left does not jump where an epoch ends and is evaluated."""
 
 
+_LINE_PERIOD = 60.0
+"""Seconds between two lines where there is no bar."""
+
+
 @contextmanager
-def live(console: Console | None = None, label: str = "") -> Iterator[Report]:
-    """A function for the training loop to call; without a terminal, only finished epochs are printed.
+def live(
+    console: Console | None = None, label: str = "", clock: Callable[[], float] = time.monotonic
+) -> Iterator[Report]:
+    """A function for the training loop to call.
 
     Args:
-        console: where to print; by default standard error.
+        console: where to print; by default standard error. Without a terminal it gets a line a minute for the bar.
         label: printed in front of every line.
+        clock: gives the time in seconds.
     """
     console = console or Console(stderr=True)
+    last_line = clock()
     columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), TextColumn("{task.fields[figures]}"))
     with Progress(
         *columns, TimeRemainingColumn(), console=console, transient=True, speed_estimate_period=_PERIOD
@@ -31,7 +43,13 @@ def live(console: Console | None = None, label: str = "") -> Iterator[Report]:
         task, started = progress.add_task(escape(label), total=None, figures=""), False
 
         def say(line: str) -> None:
+            nonlocal last_line
+            last_line = clock()
             progress.console.print(printable(line), highlight=False, markup=False)
+
+        def say_without_bar(line: str) -> None:
+            if not progress.console.is_terminal and clock() - last_line >= _LINE_PERIOD:
+                say(line)
 
         def report(event: str, figures: Mapping[str, Any]) -> None:
             nonlocal started
@@ -43,6 +61,10 @@ def live(console: Console | None = None, label: str = "") -> Iterator[Report]:
                 if done == total:
                     say(f"{_cache(label, figures)}  {total} images")
                     progress.reset(task)
+                else:
+                    say_without_bar(f"{_cache(label, figures)}  {done} of {total} images")
+            elif event == "start":
+                say(_start(label, figures))
             elif event == "step":
                 epoch, steps = figures["epoch"], figures["steps"]
                 total, done = figures["epochs"] * steps, epoch * steps + figures["step"]
@@ -51,6 +73,7 @@ def live(console: Console | None = None, label: str = "") -> Iterator[Report]:
                     started = True
                 name = _plain(f"{label} epoch {epoch + 1}".strip())
                 progress.update(task, description=name, completed=done, total=total, figures=_plain(_now(figures)))
+                say_without_bar(f"{_epoch(label, figures)}  step {figures['step']}/{steps}  {_now(figures)}")
             elif event == "epoch":
                 say(_line(label, figures))
             elif event == "run":
@@ -75,6 +98,21 @@ def _cache(label: str, figures: Mapping[str, Any]) -> str:
     return f"{label} teacher cache, {figures['name']}".strip()
 
 
+def _start(label: str, figures: Mapping[str, Any]) -> str:
+    images = f"{figures['images']} images" + (f", {figures['held_out']} held out" if figures["held_out"] else "")
+    where = (
+        figures["device"] if figures["processes"] == 1 else f"{figures['processes']} processes on {figures['device']}"
+    )
+    epochs = f"{figures['epochs']} epochs of {figures['steps']} steps"
+    if figures["epoch"] or figures["step"]:
+        epochs += f", continued at epoch {figures['epoch'] + 1}, step {figures['step'] + 1}"
+    return f"{label} {images}  {epochs}  {where}  {figures['folder']}".strip()
+
+
+def _epoch(label: str, figures: Mapping[str, Any]) -> str:
+    return f"{label} epoch {figures['epoch'] + 1}/{figures['epochs']}".strip()
+
+
 def _now(figures: Mapping[str, Any]) -> str:
     text = f"loss {figures['loss']:.3f}{_terms(figures)}"
     if figures["accuracy"] is not None:
@@ -84,7 +122,7 @@ def _now(figures: Mapping[str, Any]) -> str:
 
 
 def _line(label: str, figures: Mapping[str, Any]) -> str:
-    parts = [f"{label} epoch {figures['epoch'] + 1}/{figures['epochs']}".strip()]
+    parts = [_epoch(label, figures)]
     parts.append(f"train loss {figures['train_loss']:.3f}{_terms(figures)}")
     if "val_accuracy" in figures:
         parts.append(f"held-out accuracy {figures['val_accuracy']:.2%}")

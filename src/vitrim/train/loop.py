@@ -118,6 +118,7 @@ class _Run:
             self.scheduler.step_update(self.state.update)
             if self.recipe.track:
                 self.accelerator.init_trackers("vitrim", config=self.recipe.flat())
+            self._report_start()
             try:
                 while self.state.epoch < self.recipe.epochs:
                     self._train_epoch()
@@ -126,6 +127,14 @@ class _Run:
             finally:
                 for tracker in self.accelerator.trackers:
                     tracker.finish()
+
+    def _report_start(self) -> None:
+        held_out = self.splits.select
+        self.report("start", {
+            "images": len(self.splits.train), "held_out": 0 if held_out is None else len(held_out),
+            "epochs": self.recipe.epochs, "steps": self.steps, "epoch": self.state.epoch, "step": self.state.step,
+            "device": str(self.device), "processes": self.accelerator.num_processes, "folder": str(self.folder.path),
+        })  # fmt: skip
 
     def _train_epoch(self) -> None:
         state = self.state

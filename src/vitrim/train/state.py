@@ -8,7 +8,10 @@ from .checkpoint import RunFolder
 from .meter import Meter
 
 Report = Callable[[str, Mapping[str, Any]], None]
-"""Called with ("cache" | "step" | "epoch" | "done", figures) as a run goes on; a study adds "run": name."""
+"""Called with the name of an event and its figures as a run goes on.
+
+The events of a run: "cache", "start", "step", "epoch", "done". A study adds "run", "wait" and "outage".
+"""
 
 
 class Stateful(Protocol):
