@@ -39,7 +39,7 @@ def test_each_model_sees_images_its_own_way(tmp_path: Path):
 
 
 def test_a_curriculum_has_no_place_at_test_time():
-    with pytest.raises(VitrimError, match=r"Delayed\(epoch=4\) acts in training alone"):
+    with pytest.raises(VitrimError, match=r"Delayed\(epoch=4\) acts only in training"):
         variant(tiny(0), "TopK() @ KeepRate(0.5) @ Delayed(4)")
 
 

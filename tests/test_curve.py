@@ -27,7 +27,7 @@ from vitrim.train.loop import train
 from vitrim.train.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
-DATA = {"workers": 0, "limit": 200}
+DATA = {"workers": 0, "limit": 200, "holdout": 0.0}
 LINES = {
     "WPAC": {"row": "full", "ordering": "wpac"},
     "WPAC + compensation": {"row": "full", "ordering": "wpac", "compensate": True},
@@ -260,8 +260,8 @@ def test_system_5_in_miniature(tmp_path: Path):
     table = run_study(ROOT / "recipes" / "system5" / "study.yaml", tmp_path, scale="smoke")
     written = json.loads((tmp_path / "curve.json").read_text())
     rows, said = written["rows"], " ".join(written["notes"])
-    assert "trained on: WPAC, trained on | PIAD original | PIAD sandwich + KD." in said
-    assert "Beside networks trained alone, where both are known, curves are " in said
+    assert "trained longer: WPAC, trained on | PIAD original | PIAD sandwich + KD." in said
+    assert "Compared with networks trained alone, where both are known, curves are " in said
     assert "Published figures" not in said
     assert (tmp_path / "curve.md").exists()
     assert (tmp_path / "curve.csv").exists()
@@ -282,4 +282,4 @@ def test_system_5_in_miniature(tmp_path: Path):
     assert {point["method"] for point in points(rows)} == {*cut, "trained alone"}
     report = write_report(tmp_path).read_text()
     assert "accuracy against cost: One super-network" in report
-    assert "Beside networks trained alone, where both are known, curves are " in report
+    assert "Compared with networks trained alone, where both are known, curves are " in report

@@ -212,7 +212,7 @@ def kept(teacher: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
             {"distill": None, "reduction": None, "elastic": {"grow_epochs": 1}},
             "cache serves the terms of distill; leave",
         ),
-        ({"distill": "Labels()"}, "no term of Labels() asks the teacher; leave teacher"),
+        ({"distill": "Labels()"}, "no term of Labels() reads the teacher; leave teacher"),
         ({"teacher": {"name": "{other}"}}, "cache/train is of another teacher (vitrim_digits_vit: other weights, s"),
         ({"seed": 1}, "was made with seed 0, not 1"),
         ({"augment": {"views": 3}}, "was made with views 2, not 3"),

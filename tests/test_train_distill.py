@@ -250,7 +250,7 @@ def test_interrupted_distillation_ends_with_the_same_numbers(teacher: str, tmp_p
         ),
         (
             {"distill": "Logits()", "teacher": {"name": "{teacher}"}, "model": {"args": {"num_classes": 0}}},
-            "the term Logits reads logits, but the student .* has no head",
+            "the term Logits reads logits of the student, but .* has no classifier",
         ),
     ],
 )
@@ -335,7 +335,7 @@ def test_classes_count_only_where_they_are_compared(foreign: str, tmp_path: Path
 
 
 def test_a_teacher_that_no_term_asks_is_refused(teacher: str, tmp_path: Path):
-    with pytest.raises(VitrimError, match=r"no term of Labels\(\) asks the teacher; leave teacher out"):
+    with pytest.raises(VitrimError, match=r"no term of Labels\(\) reads the teacher; leave teacher out"):
         train(recipe(teacher, "Labels()"), tmp_path / "run")
 
 

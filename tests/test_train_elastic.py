@@ -200,7 +200,7 @@ def test_a_teacher_teaches_without_labels_a_network_without_classifier(tmp_path:
         ({"optim": {"freeze": True}}, "freeze trains the classifier alone"),
         ({"compile": True}, "compile would start anew"),
         ({"elastic": {"grow_epochs": 4}}, r"elastic\.grow_epochs is 4; it must be 1 to 3 \(epochs\)"),
-        ({"elastic": {"max_saving": 1.0}}, "lie between 0 and 1"),
+        ({"elastic": {"max_saving": 1.0}}, "elastic.max_saving is 1.0; it must be more than 0, at most 0.999"),
         ({"elastic": {"rule": "uniform"}}, "never runs the full network"),
         ({"elastic": {"distill": False}, "teacher": {"name": "x"}}, "a teacher needs"),
     ],

@@ -179,7 +179,7 @@ def test_figures_cut_short_are_told(name: str, tmp_path: Path):
 
 
 def test_nan_stops_with_the_last_good_checkpoint(tmp_path: Path):
-    options = recipe(optim__lr=1e30, optim__clip=0.0, optim__name="sgd", optim__warmup_epochs=0, epochs=2)
+    options = recipe(optim__lr=1e6, optim__clip=0.0, optim__name="sgd", optim__warmup_epochs=0, epochs=2)
     with pytest.raises(VitrimError, match=r"nothing was saved yet; lower optim\.lr"):
         train(options, tmp_path / "bad")
     assert not RunFolder(tmp_path / "bad").state_path.exists()
