@@ -172,13 +172,22 @@ def _tabulate(
         f"{_span(result['train_images'] for result in results)} images "
         f"({_span(result['test_images'] for result in results)} test images), "
         f"{len(study.seeds)} seed{'s' if len(study.seeds) > 1 else ''}. "
-        "The epoch is chosen on held-out training images; test images are read once.",
+        f"{_choice_of_epoch(recipe.data.holdout for recipe in recipes.values())}; test images are read once.",
         "Test time is that inside the model; rows were timed in turns, batch by batch. Ratios are to the first row.",
         CLS_ONLY_NOTE,
         *different_images_note({row: recipe.data for row, recipe in recipes.items()}),
     ]
     table = Table(study.title, COLUMNS, rows, notes=notes, environment=environment())
     return add_published_columns(table, [study.published.get(f"{row['row']}, {row['test']}") for row in rows])
+
+
+def _choice_of_epoch(holdouts: Iterable[float]) -> str:
+    """How the epoch that is tested was chosen, in words."""
+    held_out = [bool(holdout) for holdout in holdouts]
+    if all(held_out):
+        return "The epoch is chosen on held-out training images"
+    rest = "the last epoch is tested" if not any(held_out) else "in rows without any, the last epoch is tested"
+    return f"The epoch is chosen on held-out training images; {rest}" if any(held_out) else rest.capitalize()
 
 
 def _span(numbers: Iterable[int]) -> str:
