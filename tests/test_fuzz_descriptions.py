@@ -12,13 +12,13 @@ from fuzzing import altered_text, altered_value, fuzz
 from vitrim.models.classes import classes_of
 from vitrim.models.description import parse
 
-SIZES = {"depth": 2, "embed_dim": 8, "num_heads": 1}
+SIZES = {"depth": 1, "embed_dim": 8, "num_heads": 1}
 
 
 def saved(folder: Path) -> tuple[dict[str, torch.Tensor], str]:
     torch.manual_seed(0)
     model = vitrim.build_model("vitrim_digits_vit", **SIZES)
-    vitrim.attach(model, "TopK(score=norm) @ KeepRate(0.5, at=(1,))")
+    vitrim.attach(model, "TopK(score=norm) @ KeepRate(0.5, at=(0,))")
     vitrim.save(model, folder, classes=[str(digit) for digit in range(10)])
     return dict(model.state_dict()), (folder / "vitrim.json").read_text()
 

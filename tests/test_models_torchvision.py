@@ -5,7 +5,8 @@ import torch
 from torchvision.models.vision_transformer import VisionTransformer as TorchvisionViT
 
 import vitrim
-from vitrim.errors import CheckpointError
+from fuzzing import fault_of
+from vitrim.errors import CheckpointError, VitrimError
 from vitrim.models.torchvision_weights import convert_torchvision, is_torchvision
 
 
@@ -155,3 +156,16 @@ def test_detection(theirs):
     assert is_torchvision(theirs.state_dict())
     assert is_torchvision(staged(theirs))
     assert not is_torchvision(vitrim.build_model("vitrim_digits_vit", depth=1).state_dict())
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (2, 2), (1, 0, 128), (4, 3, 2, 1)])
+@pytest.mark.parametrize(
+    "name",
+    ["encoder.pos_embedding", "conv_proj.weight", "heads.head.weight", "encoder.layers.encoder_layer_0.mlp.0.weight"],
+)
+def test_tensors_of_odd_shapes_are_refused_in_one_line(theirs, name, shape, tmp_path):
+    state = dict(theirs.state_dict()) | {name: torch.zeros(shape)}
+    torch.save(state, tmp_path / "vit.pth")
+    with pytest.raises(VitrimError) as refused:
+        vitrim.build_model(tmp_path / "vit.pth")
+    assert not fault_of(str(refused.value))

@@ -1,4 +1,4 @@
-"""The names of the classes that a saved model tells apart, in the order of its head."""
+"""The names of the classes of a saved model, in the order of its classifier."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,9 +8,9 @@ from .store import WEIGHTS, read_description, weights_path
 
 
 def classes_of(spec: str | Path) -> list[str] | None:
-    """The names that were saved with a model: a run folder, a folder written by `save`, the weights in it, or NAME@ it.
+    """The names that were saved with a model, given as a run folder, a saved folder, its weights or NAME@FOLDER.
 
-    None for everything else, and where none were saved.
+    None for everything else, and where no names were saved.
     """
     path = Path(spec if Path(spec).exists() else weights_in(str(spec)) or spec)
     folder = saved_folder(str(path.parent if path.name == WEIGHTS else path))
@@ -18,16 +18,13 @@ def classes_of(spec: str | Path) -> list[str] | None:
 
 
 def kept_classes(spec: str | Path) -> dict[str, list[str]]:
-    """What `save` is given with a model that is made from this one and has its head: its classes, if they are known."""
+    """For `save` of a model that is made from this one and keeps its classifier: its classes, if they are known."""
     known = classes_of(spec)
     return {} if known is None else {"classes": known}
 
 
 def other_classes(spec: str | Path, classes: Sequence[str]) -> str:
-    """Where a saved model knows its classes by other names, or in another order, than these: how, in words.
-
-    Empty where it agrees, and where no names are known.
-    """
+    """In which class, in words, a saved model differs from these; empty if names and order agree, or are not known."""
     known = classes_of(spec)
     if known is None or known == list(classes):
         return ""

@@ -13,6 +13,7 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
 from ..errors import CheckpointError
+from ..text import short_name
 
 _BLOCK = re.compile(r"encoder\.layers\.encoder_layer_(\d+)\.(.+)")
 _STAGE = re.compile(r"stage(\d+)\.(?:encoder_layer_)?(\d+)\.(.+)")
@@ -67,7 +68,7 @@ def is_torchvision(state: Mapping[str, Tensor]) -> bool:
 
 
 def convert_torchvision(state: Mapping[str, Tensor], *, num_heads: int | None = None) -> Converted:
-    """Rename and regroup a torchvision state dict; depth, width, patch, image and classes are read off the tensors.
+    """Rename and regroup a torchvision state dict; its tensors show depth, width, patch, image size and classes.
 
     Args:
         state: names to tensors, as torchvision or the pruned models write them.
@@ -85,19 +86,23 @@ def convert_torchvision(state: Mapping[str, Tensor], *, num_heads: int | None = 
             out[f"blocks.{index}.{_rename_inside(name)}"] = value
     if absent := [name for name in _OUTSIDE.values() if name not in out and not name.startswith("head.")]:
         raise CheckpointError(f"not a whole torchvision ViT: {', '.join(absent)} cannot be found in the file")
-    width, channels, patch, _ = out["patch_embed.proj.weight"].shape
-    grid = math.isqrt(out["pos_embed"].shape[1] - 1)
-    if grid * grid + 1 != out["pos_embed"].shape[1]:
-        raise CheckpointError(f"{out['pos_embed'].shape[1]} positions do not make a square grid and a class token")
+    stem, hidden = out["patch_embed.proj.weight"], out.get("blocks.0.mlp.fc1.weight")
+    shapes = stem.ndim == 4 and stem.shape[2] == stem.shape[3] and min(stem.shape) > 0 and out["pos_embed"].ndim == 3
+    if not shapes or hidden is None or hidden.ndim != 2 or ("head.weight" in out and out["head.weight"].ndim != 2):
+        raise CheckpointError("not a whole torchvision ViT: tensors are missing, or have other shapes than in any")
+    width, channels, patch, _ = stem.shape
+    grid = math.isqrt(max(0, out["pos_embed"].shape[1] - 1))
+    if not grid or grid * grid + 1 != out["pos_embed"].shape[1]:
+        raise CheckpointError(f"{out['pos_embed'].shape[1]} positions are no square grid and a class token")
     heads = num_heads or _HEADS.get(width) or width // 64
     if not heads or width % heads:
-        raise CheckpointError(f"cannot divide {width} dims into heads of 64; say how many with num_heads=")
+        raise CheckpointError(f"cannot divide {width} dims into heads of 64; pass num_heads=, the number of them")
     sizes = {
         "embed_dim": width,
         "depth": len(blocks),
         "num_heads": heads,
         # A step up, for timm takes int(ratio * width), which can fall one short of the hidden width.
-        "mlp_ratio": math.nextafter(out["blocks.0.mlp.fc1.weight"].shape[0] / width, math.inf),
+        "mlp_ratio": math.nextafter(hidden.shape[0] / width, math.inf),
         "patch_size": patch,
         "img_size": grid * patch,
         "in_chans": channels,
@@ -151,7 +156,7 @@ def _same(blocks: list[dict[str, Tensor]], copies: list[dict[str, Tensor]]) -> b
 
 def _rename_outside(name: str) -> str:
     if name not in _OUTSIDE:
-        what = "a convolutional stem" if name.startswith("conv_proj") else f"{name!r}"
+        what = "a convolutional stem" if name.startswith("conv_proj") else repr(short_name(name))
         raise CheckpointError(f"the torchvision loader cannot place {what} in a timm ViT")
     return _OUTSIDE[name]
 
@@ -160,4 +165,4 @@ def _rename_inside(name: str) -> str:
     for old, new in _INSIDE.items():
         if name.startswith(old):
             return new + name.removeprefix(old)
-    raise CheckpointError(f"the torchvision loader cannot place {name!r} of a block in a timm ViT")
+    raise CheckpointError(f"the torchvision loader cannot place {short_name(name)!r} of a block in a timm ViT")
