@@ -12,7 +12,8 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 import vitrim
-from vitrim.errors import VitrimError
+from vitrim.errors import ScoreError, VitrimError
+from vitrim.models import RemovedBranch
 from zoo import build, images
 
 CURRICULUM = "TopK() @ KeepRate(0.6, at=(0, 1)) @ Delayed(2)"
@@ -83,6 +84,26 @@ def test_what_cannot_be_moved_is_named() -> None:
         vitrim.attached(nn.ModuleList([reduced()[0], reduced()[0]]))
     with pytest.raises(VitrimError, match="between 0 and 1, not -1"):
         reduced()[1].set_strength(-1)
+
+
+@pytest.mark.parametrize("by", ["hand", "a state dict", "the state of a handle"])
+def test_a_strength_at_which_the_model_cannot_cut_is_refused_at_once(by: str) -> None:
+    """At full strength one token is left after the first block, so that only a weaker schedule cuts at the second."""
+    text = "TopK() @ KeepRate(0.01, at=(0, 1))"
+    model = build("timm-vit", "vit")
+    model.blocks[1].attn = RemovedBranch(model.embed_dim)  # It gives no scores.
+    handle = vitrim.attach(model, text)
+    other, whole = reduced(text)
+    whole.set_strength(0.5)
+    move = {
+        "hand": lambda: handle.set_strength(0.5),
+        "a state dict": lambda: model.load_state_dict(other.state_dict(), strict=False),
+        "the state of a handle": lambda: handle.load_state_dict(whole.state_dict()),
+    }
+    with pytest.raises(ScoreError, match="the attention of block 1 was removed"):
+        move[by]()
+    assert (handle.strength, handle.token_counts) == (1, (2, 2, 2))
+    model(images(2))
 
 
 @pytest.mark.parametrize("wrap", [lambda model: model, nn.DataParallel, lambda model: nn.Sequential(model)])

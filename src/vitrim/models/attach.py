@@ -107,8 +107,12 @@ class Handle:
         return self.strength
 
     def set_strength(self, strength: float) -> None:
-        """Apply this much of the schedule, in [0, 1], until the curriculum is moved again."""
-        self.policy.set_strength(strength)
+        """Apply this much of the schedule, in [0, 1], until the curriculum is moved again.
+
+        Raises:
+            VitrimError: the model cannot do this; the strength stays as it was.
+        """
+        self.policy.set_strength(strength, self.model, self.adapter)
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint must hold besides the weights: the strength, and what a gradient score has learnt.
@@ -134,13 +138,13 @@ class Handle:
         if attached(self.model) is not None:
             raise VitrimError("a reduction is attached to this model already; call handle.remove() first")
         self._exchange = Exchange.of(self.model, self.adapter, self.policy)
-        self.model.vitrim_handle = self
+        vars(self.model)["vitrim_handle"] = self
 
     def remove(self) -> None:
         """Make the model exactly what it was. Calling it twice does no harm."""
         if self._exchange is not None:
             self._exchange.undo()
-            del self.model.vitrim_handle
+            vars(self.model).pop("vitrim_handle", None)
         self._exchange = None
         self.policy.last = None
 

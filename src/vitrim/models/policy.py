@@ -3,7 +3,7 @@
 import copy
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
 
@@ -56,12 +56,11 @@ class Policy:
         """At full strength, with nothing left to solve."""
         self.entering = {mode: adapter.patches_entering(model, training=mode) for mode in (True, False)}
         """Patch tokens that reach the first block at the model's own input size, by training mode."""
-        self._prepare()
+        self._plans = self._plans_at(self.strength)
         if reduction is not None:
             # The curriculum will not reach some strengths for many epochs; what the model cannot do is refused now.
-            strengths = (self.strength, *reduction.curriculum.strengths)
-            for plan in dict.fromkeys(self._make(*key, strength) for strength in strengths for key in self._plans):
-                adapter.check_plan(model, plan, reduction.reducer)
+            for strength in (self.strength, *reduction.curriculum.strengths):
+                self._check_plans(self._plans_at(strength), model, adapter)
 
     @property
     def fuses(self) -> bool:
@@ -82,23 +81,28 @@ class Policy:
             plans[key] = self._make(num_patches, training, self.strength)
         return plans[key]
 
-    def set_strength(self, strength: float) -> None:
-        """Apply this much of the schedule from now on, in [0, 1]."""
+    def set_strength(self, strength: float, model: nn.Module, adapter: Adapter) -> None:
+        """Apply this much of the schedule from now on, in [0, 1].
+
+        Raises:
+            VitrimError: the model cannot do this; the strength stays as it was.
+        """
         if not 0 <= strength <= 1:
             raise VitrimError(f"strength is between 0 and 1, not {strength}")
-        self._moved = True
         if strength != self.strength:
-            self.strength = strength
-            self._prepare()
+            plans = self._plans_at(strength)
+            self._check_plans(plans, model, adapter)
+            self.strength, self._plans = strength, plans
+        self._moved = True
 
     def metadata(self) -> dict[str, object]:
         """What the metadata of a state dict says: how much of which reduction acts."""
         return {"reduction": self._text, "strength": self.strength}
 
-    def read_metadata(self, metadata: object) -> None:
-        """Take the strength from the metadata of a state dict, if it is that of the same reduction."""
-        if isinstance(metadata, dict) and self._text and metadata.get("reduction") == self._text:
-            self.set_strength(float(metadata["strength"]))
+    def strength_in(self, metadata: object) -> float | None:
+        """The strength in the metadata of a state dict; None if it is not that of the same reduction."""
+        same = isinstance(metadata, dict) and self._text and metadata.get("reduction") == self._text
+        return float(metadata["strength"]) if same and isinstance(metadata, dict) else None
 
     @property
     def _text(self) -> str:
@@ -152,14 +156,20 @@ class Policy:
             plan = Plan(num_patches, g.num_prefix, g.depth, ())
         else:
             schedule = self.schedule if strength == 1 else self.schedule.scaled(strength)
-            sizes = {"depth": g.depth, "num_patches": num_patches, "num_prefix": g.num_prefix}
-            plan = make_plan(schedule, self.reduction.reducer, **sizes)
+            plan = make_plan(
+                schedule, self.reduction.reducer, depth=g.depth, num_patches=num_patches, num_prefix=g.num_prefix
+            )
         return plan.for_prefix_only() if self.cls_only else plan
 
-    def _prepare(self) -> None:
+    def _plans_at(self, strength: float) -> dict[tuple[int, bool], Plan]:
         # Plans for the model's own size are made ahead, so that a compiled forward pass only looks them up.
-        modes = {(patches, mode) for mode in (True, False) for patches in (self.entering[mode],)}
-        self._plans: dict[tuple[int, bool], Plan] = {key: self._make(*key, self.strength) for key in modes}
+        keys = [(self.entering[mode], mode) for mode in (True, False)]
+        return {key: self._make(*key, strength) for key in keys}
+
+    def _check_plans(self, plans: Mapping[Any, Plan], model: nn.Module, adapter: Adapter) -> None:
+        if self.reduction is not None:
+            for plan in dict.fromkeys(plans.values()):
+                adapter.check_plan(model, plan, self.reduction.reducer)
 
     def _macs_of(self, model: nn.Module, adapter: Adapter, g: Geometry) -> Callable[[Schedule], int]:
         assert self.reduction is not None
@@ -171,8 +181,11 @@ class Policy:
             return adapter.macs(model, plan, reducer).total
 
         def of_schedule(schedule: Schedule) -> int:
-            sizes = {"depth": g.depth, "num_patches": g.num_patches, "num_prefix": g.num_prefix}
-            return of_plan(make_plan(schedule, reducer, **sizes, limits=False))
+            return of_plan(
+                make_plan(
+                    schedule, reducer, depth=g.depth, num_patches=g.num_patches, num_prefix=g.num_prefix, limits=False
+                )
+            )
 
         return of_schedule
 

@@ -44,4 +44,5 @@ class ReducedModel(Reduced):
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
-        self.vitrim_policy.read_metadata(local_metadata.get("vitrim"))
+        if (strength := self.vitrim_policy.strength_in(local_metadata.get("vitrim"))) is not None:
+            self.vitrim_handle.set_strength(strength)
