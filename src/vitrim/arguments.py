@@ -292,7 +292,7 @@ def _arguments(function: Callable[..., None], data: Mapping[str, Any], partly: b
     left, arguments = dict(data), dict[str, Any]()
     for name, parameter in signature(function, eval_str=True).parameters.items():
         kind = parameter.annotation
-        if is_dataclass(kind):
+        if isinstance(kind, type) and is_dataclass(kind):
             names = [field.name for field in fields(kind)]
             arguments[name] = from_dict(kind, {one: left.pop(one) for one in names if one in left}, name, prefix="")
         elif (part := _mapped(kind)) is not None:
@@ -312,7 +312,7 @@ def _complete(function: Callable[..., None], data: Mapping[str, Any]) -> dict[st
     arguments = _arguments(function, data, partly=True)
     printed: dict[str, Any] = {}
     for name, parameter in signature(function, eval_str=True).parameters.items():
-        value = arguments.get(name, None if parameter.default is Parameter.empty else parameter.default)
+        value: Any = arguments.get(name, None if parameter.default is Parameter.empty else parameter.default)
         if is_dataclass(parameter.annotation):
             printed |= asdict(value)
         elif name not in POSITIONAL and (name in arguments or parameter.default is not Parameter.empty):

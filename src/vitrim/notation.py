@@ -113,7 +113,7 @@ def _source(node: ast.AST) -> str:
 def render(part: Any) -> str:
     """The shortest clear expression that makes this part: options that differ from their defaults, or are `SHOWN`."""
     shown: list[str] = []
-    for option in sorted(fields(part), key=lambda option: option.kw_only):  # What all parts share comes last.
+    for option in sorted(fields(part), key=lambda option: option.kw_only is True):  # What all parts share comes last.
         value = getattr(part, option.name)
         default = option.default_factory() if option.default_factory is not MISSING else option.default
         if value != default or option.metadata.get("shown"):

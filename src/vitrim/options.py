@@ -161,7 +161,7 @@ def typed(hint: Any, value: Any, where: str) -> Any:
     """
     kinds = kinds_of(hint)
     for kind in kinds:
-        if is_dataclass(kind) and isinstance(value, dict):
+        if isinstance(kind, type) and is_dataclass(kind) and isinstance(value, dict):
             return from_dict(kind, value, where)
         found = _as(kind, value, where)
         if found is not _NO:

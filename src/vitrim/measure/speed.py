@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from timeit import Timer
+from typing import TypedDict, Unpack
 
 import numpy as np
 import torch
@@ -26,6 +27,20 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 _CALLS_AT_BATCH_1 = 10  # A single image is over too soon for one call per round, and p95 wants many.
 
 Size = tuple[int, int, int]
+
+
+class BenchOptions(TypedDict, total=False):
+    """Options of `bench`, which explains them."""
+
+    batch_sizes: Sequence[int]
+    input_size: Size | int | None
+    dtype: str
+    device: str | torch.device | None
+    compile: bool
+    threads: int | None
+    rounds: int
+    warmup: int
+    seed: int
 
 
 def bench(
@@ -95,7 +110,9 @@ def bench(
 
 
 def bench_methods(
-    model: str | nn.Module | Sequence[str | nn.Module], methods: Sequence[str] = ("dense",), **options: object
+    model: str | nn.Module | Sequence[str | nn.Module],
+    methods: Sequence[str] = ("dense",),
+    **options: Unpack[BenchOptions],
 ) -> BenchTable:
     """Compare methods on one or several models; each method gets its own copy of the model.
 

@@ -31,7 +31,7 @@ def build_model(
 
     Args:
         spec: a timm name (`deit_small_patch16_224`, `hf-hub:...`), a folder written by `save`, or a file of
-            torchvision weights, whose architecture is read off the tensors.
+            torchvision weights, whose tensors show the architecture.
         num_classes: classes of the head; by default those of the checkpoint, else the architecture's own. 0: no head.
         checkpoint: weights for the named architecture: a file (timm's names or torchvision's), or a folder by `save`.
         reset_head: take everything but the classifier from the checkpoint.
@@ -62,17 +62,18 @@ def build_model(
 
 
 def open_model(spec: str, image_size: int | None = None) -> nn.Module:
-    """A model by what people have of it.
+    """A model from one text, as the commands take it.
 
     A run folder, a folder written by `vitrim.save`, a file of torchvision weights, a timm name, `NAME@FILE` (that
     architecture with weights from a file), `NAME@pretrained` (with timm's published weights, which it downloads), or
-    timm's own `hf-hub:NAME` and `local-dir:FOLDER`, with the weights that lie there.
+    timm's own `hf-hub:NAME` and `local-dir:FOLDER`, with the weights in them.
 
     Args:
         spec: one of these.
-        image_size: side of square images in pixels; by default the model's own. Position embeddings are resampled.
+        image_size: side of square images in pixels; position embeddings are resampled. By default the size that the
+            weights were trained at, as far as they show it, else the architecture's own.
     """
-    args = {} if image_size is None else {"img_size": image_size}
+    args: dict[str, Any] = {} if image_size is None else {"img_size": image_size}
     if (folder := saved_folder(spec)) is not None:
         return load(folder, image_size=image_size)
     weights = weights_in(spec)
@@ -85,23 +86,23 @@ def open_model(spec: str, image_size: int | None = None) -> nn.Module:
 
 
 def weights_in(spec: str) -> str | None:
-    """What stands behind the @ in the spec of a model, None where there is no @."""
+    """What follows the @ in the text of a model; None without an @."""
     return spec.partition("@")[2] if "@" in spec and not spec.startswith(SOURCES) else None
 
 
 def saved_folder(spec: str) -> Path | None:
-    """Where the saved model lies that a run folder, or a folder written by `save`, stands for; None for other names."""
+    """The folder of the saved model in a run folder, or in a folder written by `save`; None for anything else."""
     places = (Path(spec) / "model", Path(spec))
     return next((place for place in places if (place / DESCRIPTION).exists()), None)
 
 
 def has_weights(spec: str) -> bool:
-    """Whether `open_model` finds weights that were learnt; a bare timm name stands for random ones."""
+    """Whether `open_model` finds trained weights; a timm name by itself gives random ones."""
     return Path(spec).exists() or "@" in spec or spec.startswith(SOURCES)
 
 
 def is_architecture(name: str) -> bool:
-    """Whether a name for `build_model` brings no weights along unless asked to: no saved folder, no file of them."""
+    """Whether this is the name of an architecture, and not a saved folder or a file of weights."""
     return name.startswith(SOURCES) or not (Path(name).is_dir() or Path(name).suffix in SUFFIXES)
 
 
@@ -161,11 +162,11 @@ def _with_classes(model: nn.Module, spec: str | Path, num_classes: int | None, r
 
 
 def check_name(name: str) -> None:
-    """Raise unless `build_model` has something to begin with: a folder, a file of weights, or an architecture.
+    """Raise unless this is what `build_model` takes: a folder, a file of weights, or an architecture.
 
     Raises:
         UnknownNameError: no such architecture.
-        CheckpointError: nothing lies at this path.
+        CheckpointError: there is nothing at this path.
     """
     if name.startswith(SOURCES) or not is_architecture(name):
         return

@@ -25,7 +25,9 @@ def compile(model: nn.Module, **options: Any) -> nn.Module:
         The model.
     """
     model.compile(**options)
-    model._compiled_call_impl = without_limit(model._compiled_call_impl)
+    compiled = model._compiled_call_impl
+    assert compiled is not None  # As `compile` has just set it.
+    model._compiled_call_impl = without_limit(compiled)
     return model
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from ..errors import CheckpointError
 from ..text import short_name
+from ..tokens.reduction import Phase
 from .widths import BlockWidths
 
 SCHEMA = 1
@@ -34,7 +35,7 @@ class Cut:
     """The reduction that is attached: its text (None: only `cls_only`), phase and strength."""
 
     text: str | None
-    phase: str | None
+    phase: Phase | None
     strength: float
     cls_only: bool
 

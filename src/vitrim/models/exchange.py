@@ -67,9 +67,9 @@ class Exchange:
             exchange.methods += _bound_again(module, reduced, name)
         for index, (module, _, reduced) in enumerate(exchange.classes):
             module.__class__ = reduced
-            module.vitrim_policy = policy
+            vars(module)["vitrim_policy"] = policy
             if index < len(blocks):
-                module.vitrim_index = index
+                vars(module)["vitrim_index"] = index
         for module, name, _, ours in exchange.methods:
             vars(module)[name] = ours
         return exchange

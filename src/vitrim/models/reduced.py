@@ -149,7 +149,8 @@ class ReducedBlock(Reduced):
             return self._evidence(x, trace)
         normed = self.norm_tokens(x)
         if needs == "attention":
-            return self._evidence(x, trace, *self.project(normed, 0, 2), bias)
+            query, key = self.project(normed, 0, 2)
+            return self._evidence(x, trace, query, key, bias)
         (key,) = self.project(normed, 1, 2)
         evidence = self._evidence(x, trace, key=key, bias=bias)
         if needs == "cls_row":

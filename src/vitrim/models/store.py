@@ -230,7 +230,11 @@ def _depths(args: Mapping[str, Any]) -> list[int]:
 
 def _heads(model: nn.Module) -> dict[str, int]:
     """Attention heads by the name of the layer."""
-    return {name: int(module.num_heads) for name, module in model.named_modules() if hasattr(module, "num_heads")}
+    return {
+        name: int(heads)
+        for name, module in model.named_modules()
+        if (heads := getattr(module, "num_heads", None)) is not None
+    }
 
 
 def _rebuild(record: Record, args: Mapping[str, Any]) -> nn.Module:

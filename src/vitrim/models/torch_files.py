@@ -94,7 +94,7 @@ def _reader_at(path: Path, start: int, nbytes: int) -> Callable[[], Tensor]:
 
 
 def _fill(content: Tensor, read: Callable[[int], bytes]) -> None:
-    view, start = memoryview(content.numpy()), 0
+    view, start = memoryview(content.numpy().data), 0
     while block := read(1 << 20):
         view[start : start + len(block)] = block[: len(view) - start]
         start += len(block)

@@ -79,7 +79,7 @@ def _options(entry: Any, base: type | None) -> str:
     shared = {(option.name, option.default) for option in fields(base)} if base is not None else set()
     return ", ".join(
         option.name if option.default is MISSING else f"{option.name}={_default(option.default)}"
-        for option in sorted(fields(entry), key=lambda option: option.kw_only)
+        for option in sorted(fields(entry), key=lambda option: option.kw_only is True)
         if (option.name, option.default) not in shared
     )
 

@@ -119,5 +119,6 @@ class OptimSpec:
             raise RecipeError(f"optim.min_lr is {self.min_lr}; it must be at most optim.lr, {self.lr}")
         from timm.optim import list_optimizers  # Here, since it imports torch.
 
-        if self.name.lower().removeprefix("lookahead_") not in (known := list_optimizers()):
+        known = [name for name in list_optimizers() if isinstance(name, str)]
+        if self.name.lower().removeprefix("lookahead_") not in known:
             raise UnknownNameError("optimiser", self.name, known)

@@ -85,6 +85,11 @@ class _ReducedModel(ReducedModel):
     """What changes outside the blocks: pooling weighs tokens by size, maps are spread over the whole grid."""
 
     vitrim_free = ("forward", "forward_features")
+    attn_pool: Any
+    blocks: Any
+    num_prefix_tokens: int
+    patch_embed: Any
+    pool_include_prefix: bool
 
     def expected_patches(self, images: Any) -> int | None:
         return _num_patches(self, images)
