@@ -1,13 +1,21 @@
 """Weights at another input size: the grid of their positions is known, or the file is refused; never guessed wrong."""
 
+import json
+
 import pytest
 import timm
 import torch
 from timm.layers.pos_embed import resample_abs_pos_embed
 
 import vitrim
-from vitrim.errors import CheckpointError
+from vitrim import cli
+from vitrim.errors import CheckpointError, VitrimError
 from vitrim.models import open_model
+from vitrim.models.build import split_spec
+from vitrim.train.learner import prepare_model
+from vitrim.train.recipe import Recipe
+from vitrim.train.specs import ModelSpec
+from vitrim.verbs.cutting import _recipe_for
 
 NAME = "vit_tiny_patch16_224"
 SIZES = {"depth": 1, "embed_dim": 32, "num_heads": 2, "num_classes": 3}
@@ -45,9 +53,9 @@ def test_a_saved_model_knows_its_grid_when_opened_at_another_size(name, tmp_path
 def test_a_grid_in_doubt_is_refused_unless_the_size_is_given(tmp_path):
     model = made(img_size=(128, 288))
     path = written(model, tmp_path)
-    with pytest.raises(CheckpointError, match=r"12 x 12 or 8 x 18 patches; pass checkpoint_size"):
+    with pytest.raises(CheckpointError, match=r"12 x 12 or 8 x 18 patches; say the size of the images"):
         build(path, img_size=(256, 576))
-    with pytest.raises(CheckpointError, match=r"12 x 12 or 8 x 18 patches; pass checkpoint_size"):
+    with pytest.raises(CheckpointError, match=r"12 x 12 or 8 x 18 patches; say the size of the images"):
         build(path, img_size=(128, 288))
     larger = build(path, img_size=(256, 576), checkpoint_size=(128, 288))
     assert torch.equal(larger.pos_embed, resampled(model, (8, 18), (16, 36)))
@@ -62,6 +70,63 @@ def test_a_grid_that_is_not_square_is_refused_unless_it_is_the_models_own(tmp_pa
     for size in (224, (64, 96), (64, 192)):
         with pytest.raises(CheckpointError, match="its 12 positions make no square grid"):
             build(path, img_size=size)
+
+
+DIGITS, HIGH = "vitrim_digits_vit", (8, 18)  # 144 patches.
+
+
+def high_digits(tmp_path):
+    torch.manual_seed(0)
+    model = vitrim.build_model(DIGITS, img_size=HIGH)
+    return model, written(model, tmp_path)
+
+
+def test_a_command_takes_the_size_of_the_images_that_weights_were_trained_on(tmp_path, capsys):
+    model, path = high_digits(tmp_path)
+    out = tmp_path / "table.json"
+    words = ["--method", "dense", "--rounds", "1", "--batch_size", "1", "--out", str(out)]
+    cli.main(["bench", f"{DIGITS}@{path}@8x18", *words])
+    capsys.readouterr()
+    assert json.loads(out.read_text())["rows"][0]["macs"] == vitrim.cost(model).macs
+    opened = open_model(f"{DIGITS}@{path}@8x18")
+    assert torch.equal(opened.pos_embed, model.pos_embed)
+    assert torch.equal(open_model(f"{DIGITS}@{path}@8x18", 8).pos_embed, resampled(model, (8, 18), (8, 8)))
+
+
+def test_a_recipe_takes_the_size_of_the_images_that_weights_were_trained_on(tmp_path):
+    model, path = high_digits(tmp_path)
+    spec = ModelSpec(name=DIGITS, checkpoint=str(path), checkpoint_size=[*HIGH])
+    assert torch.equal(prepare_model(spec, None, 8).pos_embed, resampled(model, (8, 18), (8, 8)))
+    recipe = _recipe_for(f"{DIGITS}@{path}@8x18", {"name": "digits"}, None, 3, None, None)
+    assert recipe.model == spec
+    recipe.check()
+    assert Recipe.from_dict(recipe.to_dict()) == recipe
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"checkpoint": "w.pth", "checkpoint_size": [16]}, r"must be the height and the width of the images of"),
+        ({"checkpoint_size": [16, 36]}, r"must be the height and the width of the images of model\.checkpoint"),
+        ({"checkpoint": "w.pth", "checkpoint_size": [0, 36]}, r"it must be 1 or more"),
+        ({"args": {"checkpoint_size": [16, 36]}}, r"set model\.checkpoint_size instead"),
+    ],
+)
+def test_sizes_that_belong_to_no_weights_are_refused(options, error):
+    with pytest.raises(VitrimError, match=error):
+        Recipe.from_dict({"model": options}).check()
+
+
+def test_texts_of_models_with_an_at_sign(tmp_path):
+    with pytest.raises(CheckpointError, match=f"{DIGITS}@ names no weights"):
+        _recipe_for(f"{DIGITS}@", {"name": "digits"}, None, 3, None, None)
+    with pytest.raises(CheckpointError, match="checkpoint_size is that of the images of a checkpoint"):
+        vitrim.build_model(DIGITS, checkpoint_size=8)
+    folder = vitrim.save(vitrim.build_model(DIGITS, depth=1), tmp_path / "a@8x8")
+    assert _recipe_for(str(folder), {"name": "digits"}, None, 3, None, None).model == ModelSpec(name=str(folder))
+    path = tmp_path / "w.pth@8x18"  # A file of that very name.
+    path.touch()
+    assert split_spec(f"{DIGITS}@{path}") == (DIGITS, str(path), None)
 
 
 def test_square_grids_are_resampled_to_any_other(tmp_path):

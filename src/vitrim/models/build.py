@@ -48,6 +48,8 @@ def build_model(
     """
     path, name = Path(spec), str(spec)
     check_name(name)
+    if checkpoint_size is not None and checkpoint is None:
+        raise CheckpointError("checkpoint_size is that of the images of a checkpoint; give checkpoint too, or neither")
     if path.is_dir() or (path.name == WEIGHTS and (path.parent / DESCRIPTION).exists()):
         if checkpoint is not None:
             raise CheckpointError(f"{spec} brings its own weights; leave checkpoint out, or name an architecture")
@@ -66,7 +68,8 @@ def open_model(spec: str, image_size: int | None = None) -> nn.Module:
 
     A run folder, a folder written by `vitrim.save`, a file of torchvision weights, a timm name, `NAME@FILE` (that
     architecture with weights from a file), `NAME@pretrained` (with timm's published weights, which it downloads), or
-    timm's own `hf-hub:NAME` and `local-dir:FOLDER`, with the weights in them.
+    timm's own `hf-hub:NAME` and `local-dir:FOLDER`, with the weights in them. `NAME@FILE@HEIGHTxWIDTH` says the size of
+    the images that the weights in the file were trained on, where positions do not show it.
 
     Args:
         spec: one of these.
@@ -76,18 +79,32 @@ def open_model(spec: str, image_size: int | None = None) -> nn.Module:
     args: dict[str, Any] = {} if image_size is None else {"img_size": image_size}
     if (folder := saved_folder(spec)) is not None:
         return load(folder, image_size=image_size)
-    weights = weights_in(spec)
-    name = spec if weights is None else spec.partition("@")[0]
-    if weights == "":
-        raise CheckpointError(f"{spec} names no weights; write {name}@FILE or {name}@pretrained, or {name} alone")
+    name, weights, size = split_spec(spec)
     if weights == "pretrained":
         return build_model(name, pretrained=True, **args)
-    return build_model(name, checkpoint=weights, pretrained=spec.startswith(SOURCES), **args)
+    return build_model(name, checkpoint=weights, pretrained=spec.startswith(SOURCES), checkpoint_size=size, **args)
 
 
-def weights_in(spec: str) -> str | None:
-    """What follows the @ in the text of a model; None without an @."""
-    return spec.partition("@")[2] if "@" in spec and not spec.startswith(SOURCES) else None
+def split_spec(spec: str) -> tuple[str, str | None, tuple[int, int] | None]:
+    """The parts of `NAME@WEIGHTS@HEIGHTxWIDTH`; None for those that are not there.
+
+    >>> split_spec("deit_tiny_patch16_224@best.pth@128x288")
+    ('deit_tiny_patch16_224', 'best.pth', (128, 288))
+    >>> split_spec("deit_tiny_patch16_224")
+    ('deit_tiny_patch16_224', None, None)
+
+    Raises:
+        CheckpointError: nothing follows the @.
+    """
+    if "@" not in spec or spec.startswith(SOURCES):
+        return spec, None, None
+    name, _, weights = spec.partition("@")
+    if not weights:
+        raise CheckpointError(f"{spec} names no weights; write {name}@FILE or {name}@pretrained, or {name} alone")
+    sized = re.fullmatch(r"(.+)@([0-9]{1,5})x([0-9]{1,5})", weights)
+    if sized is None or Path(weights).exists():
+        return name, weights, None
+    return name, sized[1], (int(sized[2]), int(sized[3]))
 
 
 def saved_folder(spec: str) -> Path | None:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from .build import saved_folder, weights_in
+from .build import saved_folder, split_spec
 from .store import WEIGHTS, read_description, weights_path
 
 
@@ -12,7 +12,7 @@ def classes_of(spec: str | Path) -> list[str] | None:
 
     None for everything else, and where no names were saved.
     """
-    path = Path(spec if Path(spec).exists() else weights_in(str(spec)) or spec)
+    path = Path(spec if Path(spec).exists() else split_spec(str(spec))[1] or spec)
     folder = saved_folder(str(path.parent if path.name == WEIGHTS else path))
     return None if folder is None else read_description(weights_path(folder)).classes
 

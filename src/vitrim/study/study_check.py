@@ -110,7 +110,7 @@ def _without_weights(recipe: Recipe, specs: Mapping[str, ModelSpec]) -> ModelSpe
     if (base := specs.get(spec.name)) is not None:
         spec = replace(base, args=base.args | spec.args)
     args = ({"img_size": size} if size else {}) | spec.args
-    return replace(spec, checkpoint=None, pretrained=False, args=args)
+    return replace(spec, checkpoint=None, checkpoint_size=None, pretrained=False, args=args)
 
 
 def _build(recipe: Recipe) -> nn.Module:

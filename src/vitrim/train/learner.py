@@ -36,10 +36,12 @@ def prepare_model(
         VitrimError: it cannot be built; `otherwise` is what to do where its weights are of other classes.
     """
     args = {"num_classes": num_classes} | ({"img_size": image_size} if image_size else {}) | spec.args
+    size = spec.checkpoint_size
     try:
         return build_model(
-            spec.name, checkpoint=spec.checkpoint, pretrained=spec.pretrained, reset_head=spec.reset_head, **args
-        )
+            spec.name, checkpoint=spec.checkpoint, pretrained=spec.pretrained, reset_head=spec.reset_head,
+            checkpoint_size=None if size is None else (size[0], size[1]), **args,
+        )  # fmt: skip
     except ClassCountError as error:
         raise ClassCountError(error.fact, otherwise) from None
 

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 
 from ..errors import RecipeError, UnknownNameError
 from ..options import Range, check_options
+from ..text import shortened
 
 _FILES = ("checkpoint_path", "cache_dir", "model_name", "pretrained_cfg", "pretrained_cfg_overlay", "spec")
 """Arguments of model builders that choose another model or other weights."""
@@ -18,6 +19,8 @@ class ModelSpec:
         name: a timm name, a folder written by `vitrim.save`, or a weights file.
         pretrained: start from timm's published weights (downloaded by timm).
         checkpoint: weights to start from: a model folder, a .safetensors or .pth file.
+        checkpoint_size: height and width of the images that these weights were trained on, where their positions do not
+            show it.
         reset_head: take everything but the classifier from the checkpoint.
         args: further arguments of the timm constructor: plain values, by name.
     """
@@ -25,14 +28,20 @@ class ModelSpec:
     name: str = "vitrim_digits_vit"
     pretrained: bool = False
     checkpoint: str | None = None
+    checkpoint_size: list[Annotated[int, Range(1, 16_384)]] | None = None
     reset_head: bool = False
     args: dict[str, Any] = field(default_factory=dict)
 
     def check(self, where: str) -> None:
         """Raise `RecipeError` where `args` hold what is an option of its own; `where` is "model" or "teacher"."""
         check_options(self, f"{where}.")
+        if self.checkpoint_size is not None and (len(self.checkpoint_size) != 2 or self.checkpoint is None):
+            raise RecipeError(
+                f"{where}.checkpoint_size is {shortened(str(self.checkpoint_size), 60)}; it must be the height and the "
+                f"width of the images of {where}.checkpoint, such as [128, 288]"
+            )
         for name in self.args:
-            if name in ("pretrained", "checkpoint", "reset_head"):
+            if name in ("pretrained", "checkpoint", "checkpoint_size", "reset_head"):
                 raise RecipeError(f"{where}.args holds {name}; set {where}.{name} instead")
             if name in _FILES:
                 raise RecipeError(

@@ -81,16 +81,18 @@ def _recipe_for(
     model: str, data: DataOptions, file: str | None, epochs: int, num_images: int | None, width_multiple: int | None
 ) -> Recipe:  # fmt: skip
     """The recipe of the training; where it is shortened, growth keeps its part of it."""
-    from ..models.build import saved_folder
+    from ..models.build import saved_folder, split_spec
     from ..study.compare import data_of, override_data
 
     base = Recipe.read(file) if file else PUBLISHED
     if base.elastic is None:
         raise RecipeError(f"{file} trains one network; a super-network needs the option elastic, such as elastic: {{}}")
-    name, _, weights = model.partition("@")
+    folder = saved_folder(model)
+    name, weights, size = split_spec(model) if folder is None else (str(folder), None, None)
     spec = replace(
-        base.model, name=str(saved_folder(model) or name), pretrained=weights == "pretrained",
-        checkpoint=None if weights in ("", "pretrained") else weights,
+        base.model, name=name, pretrained=weights == "pretrained",
+        checkpoint=None if weights == "pretrained" else weights,
+        checkpoint_size=None if size is None else [*size],
         args=base.model.args if base.model.name == name else {},
     )  # fmt: skip
     growth = max(1, round(base.elastic.grow_epochs * (epochs or base.epochs) / base.epochs))

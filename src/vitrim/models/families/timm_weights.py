@@ -22,7 +22,10 @@ _POSITIONS = (
 )  # fmt: skip
 """In timm's names, and in those that timm converts."""
 _PATCHES = ("patch_embed.proj.weight", "visual.conv1.weight", "visual.trunk.patch_embed.proj.weight")
-_TELL = "pass checkpoint_size=(HEIGHT, WIDTH), the images that they were trained on, to vitrim.build_model"
+_ADVICE = (
+    "say the size of the images that they were trained on: NAME@FILE@HEIGHTxWIDTH in a command, model.checkpoint_size "
+    "in a recipe, checkpoint_size=(HEIGHT, WIDTH) for vitrim.build_model"
+)
 
 
 def trained_size(model: Any, state: State, trained_at: Grid | None) -> Grid | None:
@@ -89,13 +92,13 @@ def _grid_of(count: int, own: Grid) -> Grid:
     similar = rows > 0 and rows * columns == count and rows * own[1] == columns * own[0]
     if square and similar:
         raise CheckpointError(
-            f"its {count} positions may be a grid of {root} x {root} or {rows} x {columns} patches; {_TELL}"
+            f"its {count} positions may be a grid of {root} x {root} or {rows} x {columns} patches; {_ADVICE}"
         )
     if count == own[0] * own[1]:
         return own
     if square:
         return root, root
-    raise CheckpointError(f"its {count} positions make no square grid, so how they lie is not known; {_TELL}")
+    raise CheckpointError(f"its {count} positions make no square grid, so how they lie is not known; {_ADVICE}")
 
 
 def _positions(model: Any, state: State) -> tuple[str, Tensor, int] | None:
