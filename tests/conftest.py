@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 
+import processes  # noqa: F401  (says what the processes of tests have imported)
 from vitrim import save
 
 

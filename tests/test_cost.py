@@ -23,14 +23,13 @@ MODELS = [
     "vit_medium_patch16_gap_240",
 ]
 REDUCTIONS = [
-    None,
-    "TopK() @ KeepRate(0.7)",
-    "TopK(fuse=sum) @ KeepRate(0.5, place=before)",
+    "TopK() @ KeepRate(0.7, at=(1, 3))",
+    "TopK(fuse=sum) @ KeepRate(0.5, place=before, at=(0, 2, 3))",
     "TopK(mean_attention) @ PowerLaw(0.6)",
-    "TopK(norm, fuse=mean) @ Stages({4: 0.85, 8: 0.5})",
+    "TopK(norm, fuse=mean) @ Stages({1: 0.85, 2: 0.5})",
     "ToMe() @ ConstantR(4)",
-    "TopK() @ KeepRate(0.5, at=(1, 2), reinstate=5)",
-    "ToMe() @ ConstantR(4, reinstate=8)",
+    "TopK() @ KeepRate(0.5, at=(0, 1), reinstate=2)",
+    "ToMe() @ ConstantR(4, reinstate=3)",
 ]
 
 
@@ -49,15 +48,18 @@ def counted(model: nn.Module) -> int:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_agrees_with_the_flop_counter(name: str) -> None:
+    """The whole model; and under reductions its first four blocks, since all that follow are like them."""
     model = meta(name)
+    assert vitrim.cost(model).macs == pytest.approx(counted(model), rel=1e-3)
+    model.blocks = model.blocks[:4]
     geometry = find_adapter(model).geometry(model)
-    for text in REDUCTIONS:
-        if text is None:
-            assert vitrim.cost(model).macs == pytest.approx(counted(model), rel=1e-3)
-            continue
+    backbone = hasattr(model.patch_embed, "backbone")  # It is slow to count, and no reduction changes it.
+    for number, text in enumerate(REDUCTIONS[:2] if backbone else REDUCTIONS):
         if not geometry.has_cls:
             text = text.replace("TopK()", "TopK(key_norm)").replace("TopK(fuse", "TopK(mean_attention, fuse")
-        for cls_only in {False, geometry.head == "prefix"}:
+        # With and without, in turns; of one model, all reductions both ways.
+        both = name == MODELS[0]
+        for cls_only in {False, geometry.head == "prefix"} if both else {geometry.head == "prefix" and number % 2 == 0}:
             with vitrim.attach(model, text, cls_only=cls_only):
                 assert vitrim.cost(model).macs == pytest.approx(counted(model), rel=1e-3), (text, cls_only)
 

@@ -328,7 +328,7 @@ def _worker(rank, folder, name, terms):
 )
 def test_two_processes_equal_one(tmp_path, name, terms):
     """DDP must not wait for parts of the student that no term reads, nor for the teacher."""
-    mp.spawn(_worker, (str(tmp_path), name, terms), nprocs=2)
+    mp.start_processes(_worker, (str(tmp_path), name, terms), nprocs=2, start_method="forkserver")
     distiller = _pair(name, terms)
     torch.manual_seed(1)
     distiller(torch.randn(4, 3, 64, 64)).loss.backward()

@@ -206,7 +206,8 @@ def _one_step(rank: int, file: str, out: str) -> None:
 
 
 def test_two_processes_train_the_same_networks_as_one(tmp_path):
-    torch.multiprocessing.spawn(_one_step, (str(tmp_path / "rendezvous"), str(tmp_path / "rank")), nprocs=2)
+    files = (str(tmp_path / "rendezvous"), str(tmp_path / "rank"))
+    torch.multiprocessing.start_processes(_one_step, files, nprocs=2, start_method="forkserver")
     (grads, chain), (_, other) = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
     assert chain == other
     model = small().train()

@@ -246,7 +246,8 @@ def _share(rank: int, file: str, out: str) -> None:
 
 
 def test_two_processes_sum_to_one_and_write_no_files(tmp_path):
-    torch.multiprocessing.spawn(_share, (str(tmp_path / "rendezvous"), str(tmp_path / "rank")), nprocs=2)
+    files = (str(tmp_path / "rendezvous"), str(tmp_path / "rank"))
+    torch.multiprocessing.start_processes(_share, files, nprocs=2, start_method="forkserver")
     (one, shares), (two, _) = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
     assert all(torch.equal(one[name], two[name]) for name in one)
     model = small()

@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +13,7 @@ import pytest
 import yaml
 
 from clocks import Clock
+from processes import Started, start
 from vitrim import cli
 from vitrim.errors import BusyError, RecipeError, VitrimError
 from vitrim.study import leases, workers
@@ -64,9 +63,8 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
-def worker(log: str, kill: str = "none") -> subprocess.Popen[str]:
-    words = [sys.executable, "-c", WORKER, "out", log, kill]
-    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def worker(log: str, kill: str = "none") -> Started:
+    return start(WORKER, "out", log, kill)
 
 
 def accuracies(folder: str) -> dict[str, float]:
@@ -74,21 +72,19 @@ def accuracies(folder: str) -> dict[str, float]:
 
 
 def test_two_workers_run_everything_once_and_find_what_one_finds(file: Path):
-    workers = [worker("log"), worker("log")]
-    ends = [process.communicate(timeout=400) for process in workers]
-    assert [process.returncode for process in workers] == [0, 0], ends
+    ends = [one.wait() for one in [worker("log"), worker("log")]]
+    assert [one.returncode for one in ends] == [0, 0], ends
     assert sorted(Path("log").read_text().split()) == sorted(f"{row}-s0" for row in ROWS)
     alone = run_study(file, "alone")
     assert accuracies("out") == pytest.approx(accuracies("alone"))
-    for out, _ in ends:  # One of them tabulated, both tell.
-        assert json.loads(out) == pytest.approx([row["accuracy"] for row in alone.rows])
+    for one in ends:  # One of them tabulated, both print.
+        assert json.loads(one.stdout) == pytest.approx([row["accuracy"] for row in alone.rows])
     assert "| plain |" in Path("out/table.md").read_text()
 
 
 def test_the_run_of_a_dead_worker_goes_on_from_its_checkpoint(file: Path, monkeypatch: pytest.MonkeyPatch):
-    first = worker("log", kill="plain-s0")
-    first.communicate(timeout=400)
-    assert first.returncode == -signal.SIGKILL
+    first = worker("log", kill="plain-s0").wait()
+    assert first.returncode == -signal.SIGKILL, first
     assert not Path("out/plain-s0/result.json").exists()
     finished = {path.parent.name for path in Path("out").glob("*/result.json")}
     epochs: dict[str, list[int]] = {}
@@ -148,16 +144,17 @@ def test_two_commands_in_one_run_folder(tmp_path: Path):
 
 
 def test_the_lock_dies_with_its_process(tmp_path: Path):
+    os.mkfifo("inside")
     script = (
-        "import os, sys, time\nfrom vitrim.train.checkpoint import RunFolder\n"
-        "with RunFolder(sys.argv[1]).locked():\n    print('in', flush=True)\n    time.sleep(60)"
+        "import sys, time\nfrom vitrim.train.checkpoint import RunFolder\n"
+        "with RunFolder(sys.argv[1]).locked():\n    open('inside', 'w').close()\n    time.sleep(600)"
     )
-    words = [sys.executable, "-c", script, str(tmp_path / "run")]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout.readline() == "in\n"
-        with pytest.raises(BusyError), RunFolder(tmp_path / "run").locked():
-            pass
-        process.kill()
+    other = start(script, str(tmp_path / "run"))
+    Path("inside").read_text()  # Waits until the other is.
+    with pytest.raises(BusyError), RunFolder(tmp_path / "run").locked():
+        pass
+    other.kill()
+    assert other.wait().returncode == -signal.SIGKILL
     with RunFolder(tmp_path / "run").locked():
         RunFolder(tmp_path / "run").check(Recipe())  # The lock alone makes it no foreign folder.
 

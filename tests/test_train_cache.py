@@ -5,8 +5,6 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 from collections.abc import Mapping
 from io import StringIO
 from pathlib import Path
@@ -22,6 +20,7 @@ from PIL import Image
 from rich.console import Console
 from sklearn.datasets import load_digits
 
+import processes
 from limits import no_file_above
 from vitrim import load, save
 from vitrim.cli import main
@@ -307,18 +306,15 @@ def test_one_process_fills_the_cache_and_the_others_wait(teacher: str, tmp_path:
 
 
 def test_two_processes_learn_as_one(teacher: str, tmp_path: Path):
-    (tmp_path / "learn.py").write_text(
+    code = (
         "import sys\nfrom vitrim.train.loop import train\nfrom vitrim.train.recipe import Recipe\n"
         "train(Recipe.read(sys.argv[1]), sys.argv[2])\n"
     )
     changes = {**HEADLESS, "reduction": None, "epochs": 2, "optim": {"ema": 0.9}}
     train(recipe(teacher, tmp_path / "kept-one", **changes), tmp_path / "one")
     (tmp_path / "two.yaml").write_text(recipe(teacher, tmp_path / "kept-two", **changes).to_yaml())
-    torchrun = [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc_per_node", "2"]
-    command = [*torchrun, str(tmp_path / "learn.py"), str(tmp_path / "two.yaml"), str(tmp_path / "two")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    ended = processes.together(2, code, str(tmp_path / "two.yaml"), str(tmp_path / "two"))
+    assert [one.returncode for one in ended] == [0, 0], ended
     for alone, both in zip(curve(tmp_path / "one"), curve(tmp_path / "two"), strict=True):
         assert both == pytest.approx(alone, rel=2e-3)
     one, two = (np.load(tmp_path / f"kept-{name}" / "train" / "tokens.npy") for name in ("one", "two"))

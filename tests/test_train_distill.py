@@ -4,8 +4,6 @@ import json
 import math
 import os
 import signal
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -24,6 +22,7 @@ from rich.console import Console
 from timm.models import save_for_hf
 from torch.nn import functional as F
 
+import processes
 from vitrim import load, save
 from vitrim.data.images import Images, open_both
 from vitrim.data.splits import make_splits
@@ -435,8 +434,7 @@ def test_two_processes_distil_as_one_and_share_the_teacher(tmp_path: Path):
         str(path), FEATURES, model=model, data=data, batch_size=12, epochs=2, optim={"ema": 0.9}, shard_teacher=True
     )
     (tmp_path / "recipe.yaml").write_text(options.to_yaml())
-    script = tmp_path / "distil.py"
-    script.write_text(
+    code = (
         "import os, sys\nfrom vitrim.distill import Teacher\nfrom vitrim.train.loop import train\n"
         "from vitrim.train.recipe import Recipe\n"
         "def noted(self, shard=Teacher.shard):\n"
@@ -447,20 +445,15 @@ def test_two_processes_distil_as_one_and_share_the_teacher(tmp_path: Path):
         "Teacher.shard = noted\n"
         "train(Recipe.read(sys.argv[1]), sys.argv[2])\n"
     )
-    launchers = {
-        "one": [sys.executable],
-        "two": [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc_per_node", "2"],
-    }
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    for name, launcher in launchers.items():
-        command = [*launcher, str(script), str(tmp_path / "recipe.yaml"), str(tmp_path / name)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr
+    words = str(tmp_path / "recipe.yaml")
+    alone = processes.start(code, words, str(tmp_path / "one"), CUDA_VISIBLE_DEVICES="").wait()
+    ended = {"one": [alone], "two": processes.together(2, code, words, str(tmp_path / "two"))}
+    for name, parts in ended.items():
+        assert {part.returncode for part in parts} == {0}, parts
         shares = [float(path.read_text()) for path in tmp_path.glob(f"{name}.share*")]
         assert shares == pytest.approx([0.5, 0.5] if name == "two" else [], abs=0.02)
     one, two = (
-        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-        for name in launchers
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()] for name in ended
     )
     for name in ("train_loss", "train_cls", "train_tokens", "val_loss", "val_cls", "val_tokens"):
         assert [line[name] for line in two] == pytest.approx([line[name] for line in one], rel=2e-4), name

@@ -1,10 +1,7 @@
 """Super-networks behind the recipe: growth, figures, what is kept, resuming, processes, and what is refused."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +10,7 @@ import pytest
 import torch
 import yaml
 
+import processes
 import vitrim
 from test_train_resume import At, assert_same, outcome
 from vitrim.cli import main
@@ -134,16 +132,12 @@ train(Recipe.read(sys.argv[1]), sys.argv[2], report=kill if len(sys.argv) > 3 el
 """
 
 
-def _environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-
-
 def test_killed_while_the_chain_grows(tmp_path: Path):
     options = recipe()
     train(options, tmp_path / "whole")
     (tmp_path / "recipe.yaml").write_text(options.to_yaml())
-    command = [sys.executable, "-c", KILLED, str(tmp_path / "recipe.yaml"), str(tmp_path / "parts"), "kill"]
-    assert subprocess.run(command, env=_environment(), timeout=600).returncode == -signal.SIGKILL
+    killed = processes.start(KILLED, str(tmp_path / "recipe.yaml"), str(tmp_path / "parts"), "kill").wait()
+    assert killed.returncode == -signal.SIGKILL, killed
     train(options, tmp_path / "parts")
     assert_same(outcome(tmp_path / "whole"), outcome(tmp_path / "parts"))
     assert draws(tmp_path / "whole") == draws(tmp_path / "parts")
@@ -153,11 +147,8 @@ def test_two_processes_equal_one(tmp_path: Path):
     options = recipe(augment={"mixup": 0.0}, data={"limit": 96}, batch_size=12, epochs=2)
     train(options, tmp_path / "alone")
     (tmp_path / "recipe.yaml").write_text(options.to_yaml())
-    (tmp_path / "both.py").write_text(KILLED)
-    torchrun = [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc_per_node", "2"]
-    command = [*torchrun, str(tmp_path / "both.py"), str(tmp_path / "recipe.yaml"), str(tmp_path / "both")]
-    done = subprocess.run(command, env=_environment(), capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
+    ended = processes.together(2, KILLED, str(tmp_path / "recipe.yaml"), str(tmp_path / "both"))
+    assert [one.returncode for one in ended] == [0, 0], ended
     assert draws(tmp_path / "alone") == draws(tmp_path / "both")
     alone, both = (RunFolder(tmp_path / name).metrics for name in ("alone", "both"))
     for one, two in zip(alone, both, strict=True):

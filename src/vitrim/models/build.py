@@ -5,13 +5,13 @@ import re
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..errors import CheckpointError, ClassCountError, UnknownNameError
 from .adapter import adapter_of, architectures, build_architecture, builder_of
 from .checkpoints import SUFFIXES, read_weights
 from .create import SOURCES
+from .shapes_only import shapes_only
 from .store import DESCRIPTION, WEIGHTS, check_heads, known_size, load, weights_path
 from .torchvision_weights import Converted, convert_torchvision, is_torchvision
 from .weights import aligned, class_count, load_weights
@@ -135,7 +135,7 @@ def _from_checkpoint(
     state = read_weights(file)
     if is_torchvision(state):
         state = convert_torchvision(state).state
-    with torch.device("meta"):
+    with shapes_only():
         names = build_architecture(name, args).state_dict().keys()
     state = aligned(state, names, file)
     if num_classes is None and not reset_head:

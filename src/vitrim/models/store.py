@@ -11,7 +11,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load as parse_safetensors
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -24,6 +23,7 @@ from .adapter import ADAPTERS, OTHERS, adapter_of, build_architecture
 from .attach import attach, attached
 from .checkpoints import opened, read_header
 from .description import Cut, Record, check_args, parse
+from .shapes_only import shapes_only
 from .weights import check_values, misfits, shape_misfits
 from .widths import BlockWidths, set_widths, widths_of
 
@@ -153,7 +153,7 @@ def check_heads(model: nn.Module, path: Path) -> None:
     if record is None:
         return
     _check_fit(record, path)
-    with torch.device("meta"):
+    with shapes_only():
         trained = _heads(_rebuild(record, {}))
     for name, own in _heads(model).items():
         if (heads := trained.get(name, own)) != own:
@@ -209,7 +209,7 @@ def _check_fit(record: Record, path: Path) -> None:
     shapes = read_header(path)[1]
     if any(number > len(shapes) for number in _depths(record.args)):
         raise CheckpointError(f"the description of the model in {path} has more layers than the weights; save it again")
-    with torch.device("meta"):
+    with shapes_only():
         model = _rebuild(record, {})
     own = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     if faults := shape_misfits(own, shapes):
@@ -252,7 +252,7 @@ def _rebuild(record: Record, args: Mapping[str, Any]) -> nn.Module:
 def _uneven_widths(model: nn.Module, record: Record) -> tuple[BlockWidths, ...] | None:
     """Widths of the blocks where they differ from the architecture's own; proves that the model can be rebuilt."""
     own = model.state_dict()
-    with torch.device("meta"):
+    with shapes_only():
         stock = _rebuild(record, {})
         if not misfits(stock.state_dict(), own):
             return None

@@ -36,18 +36,23 @@ def variant(model: nn.Module, method: str | None) -> nn.Module:
     """
     memo: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     other = copy.deepcopy(model, memo).eval()
+    put_under(other, method)
+    return other
+
+
+def put_under(model: nn.Module, method: str | None) -> None:
+    """Put a model itself under a method, see `variant`."""
     if method in (None, OWN):
-        return other
-    if (before := attached(other)) is not None:
+        return
+    if (before := attached(model)) is not None:
         before.remove()
     if method == DENSE_CLS_ONLY:
-        attach(other, cls_only=True)
+        attach(model, cls_only=True)
     elif method != DENSE:
         reduction = Reduction.parse(method or "")
         if reduction.curriculum != Constant():
             raise VitrimError(f"{render(reduction.curriculum)} acts only in training; leave it out of {method!r}")
-        attach(other, reduction, cls_only=reads_prefix_only(other))
-    return other
+        attach(model, reduction, cls_only=reads_prefix_only(model))
 
 
 @contextmanager

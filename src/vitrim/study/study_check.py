@@ -9,15 +9,16 @@ from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from ..data.images import look_for
 from ..distill import Terms
 from ..errors import CheckpointError, RecipeError, UnknownNameError, VitrimError
-from ..models import attach, attached, builder_of, find_adapter, num_classes, variant
+from ..models import attach, attached, builder_of, find_adapter, num_classes
 from ..models.build import check_name
 from ..models.input_format import InputFormat
+from ..models.shapes_only import shapes_only
+from ..models.variants import put_under
 from ..train.checkpoint import RunFolder
 from ..train.learner import prepare_model, reduction_of
 from ..train.recipe import Recipe
@@ -115,7 +116,7 @@ def _without_weights(recipe: Recipe, specs: Mapping[str, ModelSpec]) -> ModelSpe
 
 def _build(recipe: Recipe) -> nn.Module:
     """The network of a recipe with its reduction attached, which plans every cut."""
-    with torch.device("meta") if builder_of(recipe.model.name) else nullcontext():
+    with shapes_only() if builder_of(recipe.model.name) else nullcontext():
         model = prepare_model(recipe.model, None)
     find_adapter(model)
     InputFormat.of(model, recipe.data.image_size)
@@ -127,11 +128,11 @@ def _build(recipe: Recipe) -> nn.Module:
 
 
 def _check_tests(study: Study, networks: Mapping[str, nn.Module]) -> None:
-    """Plan all tests and the sweep in all networks, equal ones once."""
+    """Plan all tests and the sweep in all networks, equal ones once; the networks are left under the last of them."""
     tests = [(f"test {name!r}", method) for name, method in study.test.items()]
     if study.sweep is not None:
         tests += [("sweep", method) for method in methods_of(study.sweep.method or "", study.sweep.vary)]
     for row, model in networks.items():
         for where, method in dict.fromkeys(tests):
             with _prefix_errors(f"{where}, row {row!r}"):
-                variant(model, method)
+                put_under(model.eval(), method)
