@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,13 +17,16 @@ from clocks import Clock
 from processes import Started, start
 from vitrim import cli
 from vitrim.errors import BusyError, RecipeError, VitrimError
-from vitrim.study import leases, workers
+from vitrim.study import leases, local_workers, workers
+from vitrim.study import run_study as run_study_module
 from vitrim.study.leases import GRACE, Leases
 from vitrim.study.run_study import run_study
 from vitrim.train.checkpoint import RunFolder
 from vitrim.train.loop import train
 from vitrim.train.recipe import Recipe
+from vitrim.variables import DATABASE
 
+STUDY = Path(__file__).parents[1] / "recipes" / "system1" / "study.yaml"
 BASE = {
     "model": {"args": {"depth": 1, "embed_dim": 24, "num_heads": 2}},
     "data": {"workers": 0, "limit": 60},
@@ -214,3 +218,42 @@ def test_passwords_are_not_written_down(file: Path, monkeypatch: pytest.MonkeyPa
     assert command == "vitrim study s.yaml --database postgresql://***@host/name --out x"
     assert hide_password("vitrim study s.yaml", None) == "vitrim study s.yaml"
     assert os.environ.get("WORLD_SIZE") is None
+
+
+@pytest.mark.parametrize("given", ["option", "variable"])
+def test_the_password_of_the_database_is_on_no_command_line(
+    given: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Other users see the command lines of all processes."""
+    url, seen = "postgresql://user:secret@nowhere/db", []
+    words = ["study", str(STUDY), "--scale", "smoke", "--out", str(tmp_path / "out"), "--workers", "2"]
+    words += ["--database", url] if given == "option" else []
+    monkeypatch.setattr(sys, "argv", ["vitrim", *words])
+    if given == "variable":
+        monkeypatch.setenv(DATABASE, url)
+
+    def popen(command: list[str], env: dict[str, str], **options: object) -> None:
+        seen.append((command, env[DATABASE]))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(local_workers.subprocess, "Popen", popen)
+    with pytest.raises(SystemExit):
+        cli.main(words)
+    ((command, place),) = seen
+    assert "secret" not in " ".join(command)
+    assert place == url
+
+
+def test_a_worker_finds_the_database_in_its_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    seen: list[Any] = []
+
+    def run_study(*args: object, **options: object) -> None:
+        seen.append((options["database"], options["command"]))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run_study_module, "run_study", run_study)
+    for value in ("sqlite:///leases.db", ""):
+        monkeypatch.setenv(DATABASE, value)
+        with pytest.raises(SystemExit):
+            cli.main(["study", str(STUDY), "--out", str(tmp_path / "out")])
+    assert [place for place, _ in seen] == ["sqlite:///leases.db", None]

@@ -31,7 +31,7 @@ from vitrim.distill.cache_writer import LOCK
 from vitrim.show.progress import live
 from vitrim.study.run_study import run_study
 from vitrim.study.study import Study
-from vitrim.train import task
+from vitrim.train import single_network
 from vitrim.train.checkpoint import RunFolder
 from vitrim.train.learner import prepare_learner, prepare_student
 from vitrim.train.loop import train
@@ -126,7 +126,7 @@ def test_views_take_turns(teacher: str):
 
 def test_the_teacher_is_let_go(teacher: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     made: list[Any] = []
-    monkeypatch.setattr(task, "prepare_learner", lambda *a: made.append(prepare_learner(*a)) or made[-1])
+    monkeypatch.setattr(single_network, "prepare_learner", lambda *a: made.append(prepare_learner(*a)) or made[-1])
     train(recipe(teacher, tmp_path / "kept", epochs=1), tmp_path / "run")
     assert made[0].teacher is None
     assert not [name for name, _ in made[0].named_parameters() if name.startswith("teacher")]

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from limits import no_file_above
 from vitrim.errors import CheckpointError, OutputError, RecipeError, VitrimError
 from vitrim.output import MARK, is_leftover
-from vitrim.train import checkpoint, loop, task
+from vitrim.train import checkpoint, loop, single_network
 from vitrim.train.checkpoint import RunFolder
 from vitrim.train.loop import train
 from vitrim.train.recipe import Recipe
@@ -214,7 +214,7 @@ def test_full_disk_keeps_the_old_checkpoint(what: str, tmp_path: Path, monkeypat
                 path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint.torch if what == "state" else task, "save", full)
+    monkeypatch.setattr(checkpoint.torch if what == "state" else single_network, "save", full)
     with pytest.raises(OutputError, match=r"No space left on device\); the one before is kept; free some") as e:
         train(options, tmp_path / "run")
     assert "\n" not in str(e.value)

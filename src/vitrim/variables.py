@@ -10,6 +10,8 @@ from collections.abc import Mapping
 
 from .errors import VitrimError
 
+DATABASE = "VITRIM_DATABASE"
+"""The database that the workers of a study share; unlike a command line, no other user of the machine can read it."""
 MOST_THREADS = 1024
 _THREADS = (
     "OMP_NUM_THREADS",

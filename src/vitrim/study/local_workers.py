@@ -12,6 +12,7 @@ import torch
 
 from ..errors import RecipeError
 from ..user_files import import_options
+from ..variables import DATABASE
 from .interruption import stopping_on_sigterm
 from .study import Study
 from .study_check import check_study
@@ -46,7 +47,7 @@ def local_workers(
     mark_folder(Path(out))
     database = database or f"sqlite:///{Path(out).absolute()}/leases.db"
     command = [sys.executable, "-m", "vitrim", "study", file, "--out", out, "--scale", scale]
-    command += ["--database", database, *(["--root", root] if root is not None else []), *import_options()]
+    command += [*(["--root", root] if root is not None else []), *import_options()]
     with ExitStack() as stack:
         stack.enter_context(stopping_on_sigterm())
         processes = stack.enter_context(_stopping_together())
@@ -54,8 +55,8 @@ def local_workers(
             log = stack.enter_context((Path(out) / f"worker-{index}.log").open("ab"))
             processes.append(
                 subprocess.Popen(
-                    command, env={**os.environ, **_share(index, number)}, stdin=subprocess.DEVNULL, stdout=log,
-                    stderr=subprocess.STDOUT,
+                    command, env={**os.environ, **_share(index, number), DATABASE: database},
+                    stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
                 )
             )  # fmt: skip
         if "OMP_NUM_THREADS" in (own := _share(0, number)):

@@ -1,18 +1,31 @@
-"""Validation figures that a curriculum reads, beyond those that every run has."""
+"""Validation figures: the objective itself, and what a curriculum reads beyond the figures that every run has."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 
+from ..data.streams import Stream
 from ..errors import RecipeError
-from ..measure.accuracy import attention_entropy
+from ..measure.accuracy import attention_entropy, mean_loss
 from ..models import find_adapter
 from ..tokens import Figure
+from .recipe import Recipe
 
 ALWAYS = ("val_loss", "val_accuracy")
 _MEASURES: Mapping[str, Callable[[nn.Module, Tensor], float]] = {"attention_entropy": attention_entropy}
+
+
+def held_out_loss(
+    judge: nn.Module, stream: Stream, terms: Sequence[str], recipe: Recipe, accelerator: Accelerator
+) -> dict[str, float]:
+    """The mean of an objective and of its terms over all images of a stream, as "val_loss" and "val_" + term."""
+    means = mean_loss(
+        judge, stream, terms=terms, batch_size=recipe.batch_size, workers=recipe.data.workers, accelerator=accelerator
+    )
+    return {f"val_{name}": value for name, value in means.items()}
 
 
 def check_figures(model: nn.Module, figures: Iterable[Figure]) -> None:

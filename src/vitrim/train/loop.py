@@ -28,6 +28,7 @@ from .checkpoint import RunFolder
 from .learner import make_mixup, make_optimizer, make_scheduler, prepare_student
 from .meter import Meter
 from .recipe import Recipe
+from .single_network import SingleNetwork
 from .state import Report, RunState, Stateful
 from .stopping import Stopped, StopSignals
 from .stratification import Stratification
@@ -86,13 +87,10 @@ class _Run:
         )  # fmt: skip
         self.steps = len(loader)
         self.mixup = make_mixup(recipe.augment, len(self.splits.classes))
-        make_task, fresh = Task if recipe.elastic is None else Stratification, not folder.state_path.exists()
-        self.task = make_task(recipe, self.student, self.splits, self.accelerator, fresh=fresh)
+        self.task: Task = self._make_task()
         optimizer = make_optimizer(self.student, optim, self.task.extra)
         self.updates = math.ceil(self.steps / optim.accumulate)  # Of one epoch.
         self.scheduler = make_scheduler(optimizer, optim, recipe.epochs, self.updates)
-        if recipe.cache is not None:
-            self.task.cache_teacher(self.splits, self.device, report)
         if recipe.compile:
             self.task.learner.compile()
         self.learner, self.optimizer, self.loader = self.accelerator.prepare(self.task.learner, optimizer, loader)
@@ -108,6 +106,12 @@ class _Run:
             "gradients": handle.gradients if (handle := attached(self.student)) else None,
             "task": self.task.part,
         }
+
+    def _make_task(self) -> Task:
+        parts = self.recipe, self.student, self.splits, self.accelerator
+        if self.recipe.elastic is None:
+            return SingleNetwork(*parts, self.report)
+        return Stratification(*parts, fresh=not self.folder.state_path.exists())
 
     def run(self) -> dict[str, Any]:
         with self.folder.locked() if self.main else nullcontext(), StopSignals() as self.signals:

@@ -29,17 +29,19 @@ from ..measure.accuracy import Figures
 from ..models import adapter_of, attached
 from ..models.input_format import InputFormat
 from .checkpoint import RunFolder
+from .figures import held_out_loss
 from .learner import cross_entropy, prepare_teacher
 from .recipe import Recipe
-from .task import Evaluate, Task
+from .state import Stateful
+from .task import Evaluate
 
 log = logging.getLogger(__name__)
 BATCH = 64
 """Images at a time while importance is judged."""
 
 
-class Stratification(Task):
-    """All networks of a chain learn together; the full one and the chain are kept.
+class Stratification:
+    """See `Task`. All networks of a chain learn together; the full one and the chain are kept.
 
     Epochs are judged by the mean held-out accuracy of the full, a middle and the smallest network: a super-network is
     as good as what is cut out of it, at any size. One whose chain has not grown to its end is another super-network,
@@ -56,6 +58,10 @@ class Stratification(Task):
         UnsupportedModelError: no adapter knows the model, or a part of it forbids changing widths.
         VitrimError: tokens are reduced in the model, or nothing could teach a model without classifier.
     """
+
+    learner: nn.Module
+    extra: nn.Module | None
+    part: Stateful | None
 
     def __init__(
         self, recipe: Recipe, student: nn.Module, splits: Splits, accelerator: Accelerator, *, fresh: bool
@@ -82,12 +88,23 @@ class Stratification(Task):
         self.part = self.stratifier = Stratifier(student, config, teacher=self.teacher, criterion=criterion)
 
     def start(self, learner: nn.Module, network: nn.Module) -> None:
-        """Take what the run has made of the parts."""
+        """See `Task`."""
         self.wrapped, self.network = learner, network
 
     def start_epoch(self, epoch: int) -> None:
         """Let the chain grow as this epoch asks."""
         self.stratifier.start_epoch(epoch, self.probe)
+
+    def train_mode(self) -> None:
+        """See `Task`."""
+        self.wrapped.train()
+
+    def follow(self, epoch: int, passed: float, history: Sequence[Mapping[str, Any]]) -> None:
+        """No tokens are reduced."""
+
+    def strength(self) -> dict[str, Any]:
+        """No tokens are reduced."""
+        return {}
 
     def losses(
         self, images: Tensor, targets: Tensor, known: Outputs | None, *, progress: float, update: int
@@ -112,7 +129,8 @@ class Stratification(Task):
         """Figures of the full network without a name of their own, of the two others with theirs, and the mean."""
         networks = self._networks(self.network)
         if not self.classifies:
-            return self._reach() | self._objective(_Imitation(networks, self.teacher), stream, list(networks))
+            judge = _Imitation(networks, self.teacher)
+            return self._reach() | held_out_loss(judge, stream, [*networks], self.recipe, self.accelerator)
         found = evaluate(networks, stream)
         mean = sum(one.accuracy for one in found.values()) / len(found)
         return self._reach() | _named("val", found) | {"val_accuracy_mean": mean}

@@ -6,6 +6,7 @@ from typing import Annotated
 
 from ..options import Range
 from ..train.recipe import Recipe
+from ..variables import DATABASE
 from .delivery import command_line, hide_password
 
 
@@ -45,7 +46,8 @@ def study(
             file as it is.
         root: folder of the images, in place of the one in the file.
         database: URL of a database, such as postgresql://USER:PASSWORD@HOST/NAME; processes and machines that are
-            given the same command then share the runs. They must share the folder of the study too.
+            given the same command then share the runs. They must share the folder of the study too. Without it, the
+            environment variable VITRIM_DATABASE, which other users of the machine cannot read.
         workers: processes to start here; without --database they share the runs by a file in the folder of the study.
     """
     from ..show.progress import live
@@ -55,7 +57,8 @@ def study(
     from ..study.run_study import run_study
     from ..study.study import Study
 
-    with local_workers(workers, file, out, scale, root, database) as place, live() as report:
+    shared = database or os.environ.get(DATABASE) or None
+    with local_workers(workers, file, out, scale, root, shared) as place, live() as report:
         table = run_study(
             file, out, scale=scale, root=root, database=place, command=hide_password(command_line(), database),
             report=report,
