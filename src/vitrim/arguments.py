@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from difflib import get_close_matches
+from functools import cache
 from inspect import Parameter, signature
 from types import NoneType
 from typing import Annotated, Any, NoReturn, get_args, get_origin, get_type_hints
@@ -51,7 +52,8 @@ class Option:
         return any(get_origin(kind) is list for kind in kinds_of(self.hint))
 
 
-def options_of(function: Callable[..., None]) -> list[Option]:
+@cache
+def options_of(function: Callable[..., None]) -> Sequence[Option]:
     """The options of a function, in the order of its signature."""
     found: list[Option] = []
     texts = _texts(function)
@@ -83,6 +85,7 @@ def _fields_of(kind: Any, prefix: str, heading: str) -> Iterator[Option]:
         yield from group
 
 
+@cache
 def _texts(thing: Any) -> dict[str, str]:
     """What its docstring says of each argument."""
     found = docstring_parser.parse(thing.__doc__ or "").params

@@ -203,10 +203,10 @@ def _split_of(spec: DataSpec, train: bool) -> Path:
     if spec.root is None:
         raise DataError(f"{spec.name} needs data.root, the folder that holds {spec.train_split}/CLASS/image.jpg")
     root = Path(spec.root)
-    if not root.is_dir():
+    if not os.path.isdir(root):  # Also where no folder can have such a name.
         raise DataError(f"{root} is not a folder")
     wanted = [spec.train_split] if train else [spec.test_split] if spec.test_split else ["test", "val", "validation"]
-    found = next((root / name for name in wanted if (root / name).is_dir()), None)
+    found = next((root / name for name in wanted if os.path.isdir(root / name)), None)
     if found is None:
         have = ", ".join(sorted(p.name for p in root.iterdir() if p.is_dir())[:20]) or "none"
         raise DataError(f"{root} has no folder {' or '.join(wanted)}; folders there: {have}")
@@ -215,7 +215,7 @@ def _split_of(spec: DataSpec, train: bool) -> Path:
 
 def _open_folder(spec: DataSpec, train: bool) -> Images:
     reference: list[str] = []
-    if not train and (Path(spec.root or "") / spec.train_split).is_dir():
+    if not train and os.path.isdir(Path(spec.root or "") / spec.train_split):
         reference = [folder.name for folder in class_folders(_split_of(spec, True))]
     source = FolderImages(_split_of(spec, train), reference)
     return Images(source, source.classes, notes=source.notes)

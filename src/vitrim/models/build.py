@@ -1,6 +1,10 @@
-"""One door to models: a timm name, a folder written by `save`, or a file of weights."""
+"""One door to models: a timm name, a folder written by `save`, or a file of weights.
+
+A text that no file can have as its name (too long) is no file: `os.path` says so, `Path` raises `OSError`.
+"""
 
 import difflib
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -50,7 +54,7 @@ def build_model(
     check_name(name)
     if checkpoint_size is not None and checkpoint is None:
         raise CheckpointError("checkpoint_size is that of the images of a checkpoint; give checkpoint too, or neither")
-    if path.is_dir() or (path.name == WEIGHTS and (path.parent / DESCRIPTION).exists()):
+    if os.path.isdir(path) or (path.name == WEIGHTS and os.path.exists(path.parent / DESCRIPTION)):
         if checkpoint is not None:
             raise CheckpointError(f"{spec} brings its own weights; leave checkpoint out, or name an architecture")
         return _with_classes(load(path, **args), spec, num_classes, reset_head)
@@ -102,7 +106,7 @@ def split_spec(spec: str) -> tuple[str, str | None, tuple[int, int] | None]:
     if not weights:
         raise CheckpointError(f"{spec} names no weights; write {name}@FILE or {name}@pretrained, or {name} alone")
     sized = re.fullmatch(r"(.+)@([0-9]{1,5})x([0-9]{1,5})", weights)
-    if sized is None or Path(weights).exists():
+    if sized is None or os.path.exists(weights):
         return name, weights, None
     return name, sized[1], (int(sized[2]), int(sized[3]))
 
@@ -110,17 +114,17 @@ def split_spec(spec: str) -> tuple[str, str | None, tuple[int, int] | None]:
 def saved_folder(spec: str) -> Path | None:
     """The folder of the saved model in a run folder, or in a folder written by `save`; None for anything else."""
     places = (Path(spec) / "model", Path(spec))
-    return next((place for place in places if (place / DESCRIPTION).exists()), None)
+    return next((place for place in places if os.path.exists(place / DESCRIPTION)), None)
 
 
 def has_weights(spec: str) -> bool:
     """Whether `open_model` finds trained weights; a timm name by itself gives random ones."""
-    return Path(spec).exists() or "@" in spec or spec.startswith(SOURCES)
+    return os.path.exists(spec) or "@" in spec or spec.startswith(SOURCES)
 
 
 def is_architecture(name: str) -> bool:
     """Whether this is the name of an architecture, and not a saved folder or a file of weights."""
-    return name.startswith(SOURCES) or not (Path(name).is_dir() or Path(name).suffix in SUFFIXES)
+    return name.startswith(SOURCES) or not (os.path.isdir(name) or Path(name).suffix in SUFFIXES)
 
 
 def _from_checkpoint(
@@ -131,7 +135,7 @@ def _from_checkpoint(
     size: int | tuple[int, int] | None,
     args: dict[str, Any],
 ) -> nn.Module:
-    file = weights_path(checkpoint) if Path(checkpoint).is_dir() else Path(checkpoint)
+    file = weights_path(checkpoint) if os.path.isdir(checkpoint) else Path(checkpoint)
     state = read_weights(file)
     if is_torchvision(state):
         state = convert_torchvision(state).state

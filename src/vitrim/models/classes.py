@@ -1,5 +1,6 @@
 """The names of the classes of a saved model, in the order of its classifier."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,7 +13,7 @@ def classes_of(spec: str | Path) -> list[str] | None:
 
     None for everything else, and where no names were saved.
     """
-    path = Path(spec if Path(spec).exists() else split_spec(str(spec))[1] or spec)
+    path = Path(spec if os.path.exists(spec) else split_spec(str(spec))[1] or spec)
     folder = saved_folder(str(path.parent if path.name == WEIGHTS else path))
     return None if folder is None else read_description(weights_path(folder)).classes
 

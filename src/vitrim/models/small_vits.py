@@ -1,6 +1,6 @@
 """Small ViTs for small images, as ordinary timm models: system 1's ViT, system 3's hybrid, and one for 8 px digits.
 
-Importing this file enters them in timm's registry. A convolutional stem in place of the patch embedding follows "Early
+Importing this file registers them in timm. A convolutional stem in place of the patch embedding follows "Early
 Convolutions Help Transformers See Better" (Xiao et al., 2021): on few images it learns where a linear one does not.
 """
 
@@ -30,9 +30,11 @@ class ConvStem(PatchEmbed):
             raise ValueError(f"a convolutional stem has square patches of 1, 2, 4 or 8 px, not {self.patch_size}")
         plain: nn.Conv2d = self.proj  # pyright: ignore[reportAssignmentType]
         width, dd = plain.out_channels, {"device": plain.weight.device, "dtype": plain.weight.dtype}
+        if width < 4:
+            raise ValueError(f"a convolutional stem needs an embed_dim of 4 or more, not {width}")
         layers: list[nn.Module] = []
         for index, (old, new) in enumerate(pairwise((plain.in_channels, width // 4, width // 2, width))):
-            last = index == 2  # All others have a norm, which makes a bias useless.
+            last = index == 2  # All others have a norm, so that they need no bias.
             stride = 2 if self.patch_size[0] >= 2 ** (index + 1) else 1
             bias = last and plain.bias is not None
             layers.append(nn.Conv2d(old, new, kernel_size=3, stride=stride, padding=1, bias=bias, **dd))

@@ -1,5 +1,6 @@
 """Evaluate models and methods together on the same images: accuracy, time, tokens and cost."""
 
+import os
 import statistics
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -55,7 +56,7 @@ def data_of(models: Sequence[str], given: Mapping[str, Any]) -> DataSpec:
     either: each model has its own.
     """
     path = Path(models[0]) / "recipe.yaml"
-    own = replace(Recipe.read(path).data, image_size=None) if path.exists() else DataSpec()
+    own = replace(Recipe.read(path).data, image_size=None) if os.path.exists(path) else DataSpec()
     return override_data(own, given)
 
 

@@ -6,6 +6,7 @@
 """
 
 import json
+import os
 import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from filelock import FileLock, Timeout
 from ..errors import BusyError, CheckpointError, RecipeError
 from ..models.store import WEIGHTS
 from ..output import is_leftover, remove_leftovers, replacing, write_errors
+from ..text import shortened
 from .recipe import Recipe
 
 _LOCK = ".vitrim-lock"
@@ -44,22 +46,30 @@ class RunFolder:
         """Refuse a folder that holds another recipe, or something else; changes nothing.
 
         Raises:
-            RecipeError: names the options that differ, or the cache of the recipe, which belongs beside runs.
+            RecipeError: names the options that differ, or the cache of the recipe, which belongs outside of runs.
         """
+        try:
+            self.path.exists()
+        except OSError as error:  # No folder can have this name.
+            raise RecipeError(
+                f"{shortened(str(self.path), 160)} cannot be a folder ({error.strerror}); choose another with --out"
+            ) from None
         if recipe.cache is not None:
             place = Path(recipe.cache.folder)
-            if place.resolve() == self.path.resolve() or RunFolder(place)._recipe_path.exists():
+            if place.resolve() == self.path.resolve() or os.path.exists(RunFolder(place)._recipe_path):
                 raise RecipeError(f"cache.folder is {place}, the folder of a run; choose another for the cache")
-        if self._recipe_path.exists():
+        if os.path.exists(self._recipe_path):
             if changed := Recipe.read(self._recipe_path).differences(recipe):
                 more = f" and {len(changed) - 4} more" if len(changed) > 4 else ""
                 raise RecipeError(
                     f"{self.path} holds a run of another recipe ({'; '.join(changed[:4])}{more}); "
                     "choose another folder with --out, or remove this one"
                 )
-        elif self.path.exists() and not self.path.is_dir():
+        elif os.path.exists(self.path) and not self.path.is_dir():
             raise RecipeError(f"{self.path} is a file; choose a folder with --out")
-        elif self.path.exists() and any(path.name != _LOCK and not is_leftover(path) for path in self.path.iterdir()):
+        elif os.path.exists(self.path) and any(
+            path.name != _LOCK and not is_leftover(path) for path in self.path.iterdir()
+        ):
             raise RecipeError(f"{self.path} is not empty and holds no run; choose another folder with --out")
 
     @contextmanager
@@ -81,7 +91,7 @@ class RunFolder:
             yield
 
     def start(self, recipe: Recipe, command: str, environment: Mapping[str, Any]) -> None:
-        """Write what the run is, the recipe first, so that a folder with anything in it can be told."""
+        """Write what the run is, the recipe first, so that a folder with anything in it is known as a run."""
         remove_leftovers(self.path)
         for path, content in (
             (self._recipe_path, recipe.to_yaml()),
@@ -95,7 +105,7 @@ class RunFolder:
     def result(self) -> dict[str, Any] | None:
         """The final figures, None while the run is unfinished."""
         path = self.path / "result.json"
-        return _parsed(path, path.read_text()) if path.exists() else None
+        return _parsed(path, path.read_text()) if os.path.exists(path) else None
 
     def write_result(self, result: Mapping[str, Any]) -> None:
         """Mark the run as finished."""
@@ -158,7 +168,7 @@ class RunFolder:
         except Exception as error:  # Readers of foreign bytes fail in many ways; all of them mean the same.
             code = isinstance(error, pickle.UnpicklingError) and "unsupported global" in str(error).lower()
             reason = "it holds code" if code else "it is damaged or cut short"
-            raise CheckpointError(f"{self.state_path} cannot be read ({reason}); remove it to start anew") from None
+            raise CheckpointError(f"{self.state_path} cannot be read ({reason}); remove it to start again") from None
 
     @property
     def _recipe_path(self) -> Path:
@@ -174,7 +184,7 @@ def _parsed(path: Path, text: str) -> dict[str, Any]:
 
 @contextmanager
 def _written(path: Path) -> Iterator[Path]:
-    with write_errors(path, RuntimeError):  # By which torch tells a full disk.
+    with write_errors(path, RuntimeError):  # By which torch reports a full disk.
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as part:
             yield part
