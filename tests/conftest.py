@@ -1,6 +1,7 @@
 """Shared by all tests: one thread per process, and a fixed seed before each test."""
 
 import os
+from collections.abc import Iterator
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -15,6 +16,15 @@ from vitrim import save
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def two_forms() -> Iterator[None]:
+    """Let torch compile the same code in two forms, not in eight, before it goes back to eager execution."""
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(recompile_limit=2):
+        yield
+    torch._dynamo.reset()
 
 
 @pytest.fixture(scope="session")

@@ -1,16 +1,27 @@
 """Every example of the README and the pages is executed, in the order in which it stands there."""
 
+import json
 import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
+from shutil import copytree
+from typing import Any
 
 import pytest
 from PIL import Image
 from sklearn.datasets import load_digits, load_sample_images
 
+from vitrim import demo
 from vitrim.cli import main
+from vitrim.data import images
+from vitrim.measure import speed
+from vitrim.show import report
+from vitrim.train.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -33,9 +44,59 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("recipes", "benchmarks"):
         (place / name).symlink_to(ROOT / name)
     options = "--epochs 1 --data.limit 150 --data.workers 0 --batch_size 32"
-    for name in ("digits", "first"):
-        main(["train", *options.split(), "--out", str(place / "runs" / name)])
+    main(["train", *options.split(), "--out", str(place / "runs" / "digits")])
+    copytree(place / "runs" / "digits", place / "runs" / "first")
     return place
+
+
+@pytest.fixture(scope="module", autouse=True)
+def in_small() -> Iterator[None]:
+    """A quarter of the digits, and fewer repetitions of what takes time: a demo of few images, a few timed calls."""
+    pixels, targets = images._digits()
+    recipe, bench = demo._recipe, demo.bench
+
+    def few(*words: Any) -> Recipe:
+        whole = recipe(*words)
+        return replace(whole, data=replace(whole.data, limit=100))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(images, "_digits", lambda: (pixels[:450], targets[:450]))
+        patch.setattr(demo, "_recipe", few)
+        patch.setattr(demo, "bench", lambda models, **options: bench(models, batch_sizes=(4,), rounds=1))
+        patch.setattr(speed, "_CALLS_AT_BATCH_1", 2)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def few_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a report with many runs the curves of three are drawn; those of the others are pictures of these."""
+    drawn: list[bytes] = []
+    draw = report.curves_plot
+
+    def drawn_or_copied(metrics: Any, file: BytesIO) -> bool:
+        if len(drawn) < 3:
+            wanted = draw(metrics, file)
+            if wanted:
+                drawn.append(file.getvalue())
+            return wanted
+        file.write(drawn[0])
+        return True
+
+    monkeypatch.setattr(report, "curves_plot", drawn_or_copied)
+
+
+def run_once(words: list[str], done: dict[tuple[str, ...], Path]) -> None:
+    """Run a command; a study that another page has run is copied."""
+    at = words.index("--out") + 1 if words[0] == "study" and "--database" not in words else 0
+    if at and (known := done.get((*words[:at], *words[at + 1 :]))):
+        copytree(known, words[at], dirs_exist_ok=True)
+        return
+    main(words)
+    if at:
+        done[(*words[:at], *words[at + 1 :])] = Path(words[at]).absolute()
+
+
+STUDIES: dict[tuple[str, ...], Path] = {}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
@@ -51,8 +112,21 @@ def test_examples_run(page: Path, place: Path, monkeypatch: pytest.MonkeyPatch, 
                 words = shlex.split(line, comments=True)
                 if words:
                     assert words[0] == "vitrim", f"{page.name}: only vitrim commands belong in a sh block, not {line}"
-                    main(words[1:])
+                    run_once(words[1:], STUDIES)
     assert examples, f"{page.name} shows no example"
+
+
+def test_system_1_in_miniature(place: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(place)
+    run_once(["study", "recipes/system1/study.yaml", "--scale", "smoke", "--out", "runs/miniature"], STUDIES)
+    found = {name: json.loads(Path(f"runs/miniature/{name}.json").read_text())["rows"] for name in ("table", "sweep")}
+    tests = ("pruning off", "pruning on")
+    names = [(row["row"], row["test"]) for row in found["table"]]
+    assert names == [(row, test) for row in ("baseline", "trained with pruning") for test in tests]
+    assert found["table"][1]["macs_ratio"] > 1.2
+    lines = Path("runs/miniature/trained-with-pruning-s0/metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["strength"] for line in lines] == [0.0] * 4 + [1.0] * 2
+    assert [row.get("alpha") for row in found["sweep"]] == [None, 1.0, 2.0] * 2
 
 
 FRESH = """

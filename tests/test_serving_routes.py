@@ -80,9 +80,8 @@ def test_summaries_that_hook_every_module_get_through_a_reduced_model() -> None:
         hook.remove()
 
 
-def test_a_compiled_model_is_compiled_again_for_each_number_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    torch._dynamo.reset()
-    model = tiny("TopK() @ KeepRate(0.5) @ CosineWarmup(20)")
+def test_a_compiled_model_is_compiled_again_for_each_number_of_tokens(two_forms: None) -> None:
+    model = tiny("TopK() @ KeepRate(0.5) @ CosineWarmup(3)")
     frames: list[int] = []
 
     def backend(graph: torch.fx.GraphModule, _: list[Tensor]) -> torch.fx.GraphModule:
@@ -91,13 +90,12 @@ def test_a_compiled_model_is_compiled_again_for_each_number_of_tokens(monkeypatc
 
     assert vitrim.compile(model, backend=backend, fullgraph=True) is model
     counts = set()
-    for epoch in range(0, 21):
+    for epoch in range(1, 4):
         vitrim.set_epoch(model, epoch=epoch)
         with torch.no_grad():
             model(pictures(2))
         counts.add(vitrim.attached(model).token_counts)
-    assert len(frames) >= len(counts) > 8  # torch by itself stops at 8.
-    torch._dynamo.reset()
+    assert len(frames) >= len(counts) == 3  # torch by itself stops at 2.
 
 
 @pytest.mark.parametrize("name", [name for name, score in SCORES.items() if score.needs in ("cls_row", "attention")])

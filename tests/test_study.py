@@ -509,18 +509,6 @@ def test_committed_results_are_those_of_the_studies_as_they_are():
         assert [text for text in found if text.split(":")[0] not in apart] == [], path
 
 
-def test_system_1_in_miniature(tmp_path: Path):
-    table = run_study(ROOT / "recipes" / "system1" / "study.yaml", tmp_path, scale="smoke")
-    names = [(row["row"], row["test"]) for row in table.rows]
-    tests = ("pruning off", "pruning on")
-    assert names == [(row, test) for row in ("baseline", "trained with pruning") for test in tests]
-    assert table.rows[1]["macs_ratio"] > 1.2
-    lines = [json.loads(s) for s in (tmp_path / "trained-with-pruning-s0" / "metrics.jsonl").read_text().splitlines()]
-    assert [line["strength"] for line in lines] == [0.0] * 4 + [1.0] * 2
-    swept = json.loads((tmp_path / "sweep.json").read_text())["rows"]
-    assert [row.get("alpha") for row in swept] == [None, 1.0, 2.0] * 2
-
-
 WIDE = Table(
     "A title [with brackets]",
     (Column("name", "model"), Column("method", "method"), Column("none", "never filled", ".2f"),

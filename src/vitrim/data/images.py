@@ -88,22 +88,29 @@ class _Digits:
     """scikit-learn's 1,797 handwritten digits, 8x8: every fifth of each class is for testing."""
 
     def __init__(self, train: bool) -> None:
-        from sklearn.datasets import load_digits
-
-        bunch: Any = load_digits()
-        position = np.zeros(len(bunch.target), dtype=int)
+        images, targets = _digits()
+        position = np.zeros(len(targets), dtype=int)
         for digit in range(10):
-            where = np.flatnonzero(bunch.target == digit)
+            where = np.flatnonzero(targets == digit)
             position[where] = np.arange(len(where))
         chosen = (position % 5 != 0) if train else (position % 5 == 0)
-        self.pixels = (bunch.images[chosen] * (255 / 16)).round().astype(np.uint8)
-        self.targets = bunch.target[chosen]
+        self.pixels = (images[chosen] * (255 / 16)).round().astype(np.uint8)
+        self.targets = targets[chosen]
 
     def __len__(self) -> int:
         return len(self.targets)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         return Image.fromarray(self.pixels[index]), int(self.targets[index])
+
+
+@cache
+def _digits() -> tuple[Any, Any]:
+    """Images and labels, read once, since that takes longer than a small evaluation."""
+    from sklearn.datasets import load_digits
+
+    bunch: Any = load_digits()
+    return bunch.images, bunch.target
 
 
 class _Gathered:
