@@ -240,8 +240,12 @@ def test_law_7_gradients_survive_recomputation(name: str, at: tuple[int, ...], c
         torch.testing.assert_close(b, a, rtol=1e-12, atol=1e-12)
 
 
-@each_case
-@pytest.mark.parametrize("name", ["deit_distilled", "gap", "removed", "toy"])
+COMPILED_IN = ("deit_distilled", "gap", "removed", "toy")
+# Each reduction in two of them, and in each of them reductions that prune, fuse, merge and return.
+COMPILED = [(COMPILED_IN[(at + shift) % 4], case) for shift in (0, 2) for at, case in enumerate(CASES)]
+
+
+@pytest.mark.parametrize(("name", "case"), COMPILED, ids=str)
 def test_law_8_full_graph_compile(name: str, case: Case) -> None:
     model, x = build(FAMILY[name], name), images()
     torch._dynamo.reset()
@@ -258,12 +262,14 @@ def test_law_8_compile_with_inductor() -> None:
         torch.testing.assert_close(torch.compile(model, fullgraph=True)(x), model(x), rtol=1e-4, atol=1e-4)
 
 
-UNSIZED = Case(vitrim.ToMe(prop_attn=False))
+# What returns was reduced before, so that these export every step of every reducer.
 EXPORTED = [
-    *(("gap" if case == UNSIZED else "vit", case) for case in (*CASES, Case(vitrim.TopK("random")))),
-    ("uneven", Case(vitrim.TopK())),
+    *(("vit", case) for case in RETURNING),
+    ("gap", Case(vitrim.ToMe(prop_attn=False))),
+    ("uneven", Case(vitrim.TopK("random"))),
     ("removed", Case(vitrim.TopK("norm", fuse="mean"))),
     ("toy", Case(vitrim.ToMe())),
+    *(("vit", Case(reducer)) for name in REDUCERS if name not in VARIANTS for reducer in [REDUCERS[name]()]),
 ]
 
 
