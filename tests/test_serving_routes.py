@@ -80,6 +80,17 @@ def test_summaries_that_hook_every_module_get_through_a_reduced_model() -> None:
         hook.remove()
 
 
+def test_layers_of_torchao_are_reduced_and_exported() -> None:
+    quantization, model = pytest.importorskip("torchao.quantization"), build("timm-vit", "vit")
+    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+    vitrim.attach(model, REDUCTIONS[0])
+    expected = model(images(4))
+    assert expected.isfinite().all()
+    assert vitrim.cost(model).macs > 0
+    exported = torch.export.export(model, (images(4),)).module()
+    torch.testing.assert_close(exported(images(4)), expected)
+
+
 def test_a_compiled_model_is_compiled_again_for_each_number_of_tokens(two_forms: None) -> None:
     model = tiny("TopK() @ KeepRate(0.5) @ CosineWarmup(3)")
     frames: list[int] = []

@@ -19,6 +19,7 @@ from zoo import build, images
 REDUCTION = "TopK() @ KeepRate(0.6, at=(0, 1)) @ "
 DELAYED, PER_STEP = REDUCTION + "Delayed(1)", REDUCTION + "Polynomial(0, 2, gamma=1, per_step=True)"
 ADAPTIVE = REDUCTION + "Adaptive(step=0.5)"
+HALF = "TopK() @ KeepRate(0.5)"
 
 
 class Pairs(torch.utils.data.Dataset):
@@ -170,3 +171,23 @@ def test_a_missing_library_is_named(make: Any, library: str, monkeypatch: pytest
     assert library in str(caught.value)
     for cached in (module._lightning_class, module._transformers_class):
         cached.cache_clear()
+
+
+@pytest.mark.parametrize(("depth", "text"), [(1, HALF), (-1, ""), (-1, HALF)])
+def test_the_summary_of_lightning_counts_a_model_or_is_refused_in_one_line(depth: int, text: str) -> None:
+    """A deep one hooks every module, also an attention that a block which cuts computes in parts."""
+    lightning = pytest.importorskip("lightning.pytorch")
+    from lightning.pytorch.utilities.model_summary import ModelSummary
+
+    module = lightning.LightningModule()
+    module.model = build("timm-vit", "vit")
+    if text:
+        vitrim.attach(module.model, text)
+    module.forward, module.example_input_array = module.model.forward, images(2)
+    if depth == -1 and text:
+        with pytest.raises(VitrimError, match=r"^blocks\.0\.attn has a hook, which cannot run here"):
+            ModelSummary(module, max_depth=depth)
+        return
+    found = ModelSummary(module, max_depth=depth)
+    assert found.total_parameters == sum(weight.numel() for weight in module.model.parameters())
+    assert ("model.blocks.1.attn" in found.layer_names) == (depth == -1)
