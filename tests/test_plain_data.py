@@ -133,6 +133,8 @@ def test_a_denormal_alpha_is_refused(name: str) -> None:
         ({"a": {None: 2}}, "model.args.a has an entry named None; names must be text"),
         ({"checkpoint_path": "/etc/passwd"}, "model.args holds checkpoint_path, which is no size of the network; set"),
         ({"norm_layer": object}, "model.args.norm_layer is <class 'object'>; it must be plain data"),
+        ({"a": [1.0, float("nan")]}, "model.args.a is nan; it must be a finite number"),
+        ({"a": {"b": float("-inf")}}, "model.args.a.b is -inf; it must be a finite number"),
         ({"embed_dim:50": None}, "model.args has an entry named 'embed_dim:50'; write {name: value}, with a space"),
     ],
 )

@@ -189,7 +189,7 @@ def test_a_teacher_teaches_without_labels_a_network_without_classifier(tmp_path:
         ({"reduction": "TopK() @ KeepRate(0.5, at=[0])"}, "reduce the tokens of what is extracted"),
         ({"distill": "Labels()"}, "distill has terms for one network"),
         ({"optim": {"freeze": True}}, "freeze trains the classifier alone"),
-        ({"compile": True}, "compile would start anew"),
+        ({"compile": True}, "compile would compile again"),
         ({"elastic": {"grow_epochs": 4}}, r"elastic\.grow_epochs is 4; it must be 1 to 3 \(epochs\)"),
         ({"elastic": {"max_saving": 1.0}}, "elastic.max_saving is 1.0; it must be more than 0, at most 0.999"),
         ({"elastic": {"rule": "uniform"}}, "never runs the full network"),

@@ -87,7 +87,7 @@ def _fields_of(kind: Any, prefix: str, heading: str) -> Iterator[Option]:
 
 @cache
 def _texts(thing: Any) -> dict[str, str]:
-    """What its docstring says of each argument."""
+    """The text about each argument in its docstring."""
     found = docstring_parser.parse(thing.__doc__ or "").params
     return {one.arg_name: " ".join((one.description or "").split()) for one in found}
 
@@ -325,7 +325,7 @@ def _complete(function: Callable[..., None], data: Mapping[str, Any]) -> dict[st
 
 
 def _plainly(message: str) -> str:
-    """What argparse says of words, shorter."""
+    """A message of argparse, shorter."""
     found = re.search(r"argument (\S+?):? expected (.*)", message)
     return f"{found[1]} needs {found[2]}" if found else message
 

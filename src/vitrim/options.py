@@ -6,6 +6,7 @@ dataclass; `Annotated[int, Range(1, 10)]` bounds a number. No value names a clas
 
 import stat
 from dataclasses import dataclass, fields, is_dataclass
+from math import isfinite
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -219,6 +220,8 @@ def _entry(hint: Any, value: Any, where: str, depth: int) -> Any:
         return type(value)(_entry(Any, entry, where, depth + 1) for entry in value)
     if type(value) not in (str, int, float, bool, NoneType):
         raise RecipeError(f"{where} is {_shown(value)}; it must be plain data: text, numbers, lists, mappings")
+    if isinstance(value, float) and not isfinite(value):  # It would not even equal itself when a run is continued.
+        raise RecipeError(f"{where} is {value}; it must be a finite number")
     return value
 
 

@@ -1,7 +1,7 @@
 """The teacher's outputs from disk in place of a live teacher; computed before training where they are not there yet.
 
 `FOLDER/train` holds them for the training images in all their views. `FOLDER/held-out` holds them for the images held
-out, where the objective itself chooses the epoch; otherwise no teacher is asked about those.
+out, where the objective itself chooses the epoch; otherwise the teacher does not compute those.
 """
 
 from pathlib import Path
@@ -17,7 +17,7 @@ from .stopping import Stopped, StopSignals
 
 
 def with_cache(recipe: Recipe, learner: Distiller, splits: Splits, device: torch.device, report: Report) -> None:
-    """Let images bring the teacher's outputs along, in place of the teacher itself, which the learner lets go.
+    """Load the teacher's outputs together with the images; the learner then drops the teacher itself.
 
     Every process calls it: one computes, the others wait. `report` is called with ("cache", figures) meanwhile.
 

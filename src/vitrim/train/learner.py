@@ -79,12 +79,12 @@ def learns_labels(recipe: Recipe) -> bool:
 
 
 def prepare_student(recipe: Recipe, classes: Sequence[str]) -> nn.Module:
-    """The network to train on images of these classes, with the recipe's reduction in place of one it brought along.
+    """The network to train on images of these classes, with the recipe's reduction in place of a saved one.
 
-    One that it brought along, and that the recipe does not replace, acts from the start: it has grown already.
+    A reduction that was saved with the network, and that the recipe does not replace, acts in full from the start.
 
     Raises:
-        RecipeError: labels of the images are no classes of the network, or it brings a classifier along for others.
+        RecipeError: labels of the images are no classes of the network, or its classifier was trained on other classes.
         UnsupportedModelError: no adapter knows such networks.
     """
     student = prepare_model(recipe.model, len(classes), recipe.data.image_size)

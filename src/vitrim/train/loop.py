@@ -226,8 +226,8 @@ class _Run:
         self.meter.clear()
         self.state.save(self.folder, self.meter, self.parts)
         self.accelerator.log({k: v for k, v in figures.items() if isinstance(v, int | float)}, step=state.epoch)
-        told = {"epochs": self.recipe.epochs, "terms": {name: figures[f"train_{name}"] for name in self.task.terms}}
-        self.report("epoch", figures | told)
+        more = {"epochs": self.recipe.epochs, "terms": {name: figures[f"train_{name}"] for name in self.task.terms}}
+        self.report("epoch", figures | more)
 
     def _figures(self) -> dict[str, Any]:
         """All that is known of the epoch that has just ended."""

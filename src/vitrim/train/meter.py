@@ -84,6 +84,6 @@ class Meter:
         self.sums = {}
 
     def restore(self, totals: Mapping[str, float], unreadable: Iterable[str]) -> None:
-        """Go on from the sums of all processes; one of them carries these on."""
+        """Continue from the sums of all processes; the main process keeps them."""
         self.sums = {name: value if self.accelerator.is_main_process else 0.0 for name, value in totals.items()}
         self.unreadable = set(unreadable)

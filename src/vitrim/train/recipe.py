@@ -34,13 +34,13 @@ class Recipe:
         phase: whether tokens are reduced in "train", "eval" or "both".
         distill: the objective, for example `Labels(0.3) + Logits(Linear(0.7, 0.5)) + ClsStages(0.3)`; without it, and
             in the term `Labels`, cross-entropy. Terms on features alone learn no classes: `model.args` may leave the
-            classifier out by {num_classes: 0}, and the epoch is chosen by the objective itself.
+            classifier out by {num_classes: 0}, and the epoch with the lowest held-out objective is kept.
         elastic: train a super-network instead, whose widths are cut afterwards; without it, one network.
-        teacher: the teacher of these terms, or of the super-network, made dense and frozen; sees the student's very
-            batch in its own format.
+        teacher: the teacher of these terms, or of the super-network, made dense and frozen; it gets the same batch as
+            the student, in its own format.
         shard_teacher: in several processes, each keeps a share of the teacher's weights alone (FSDP), for teachers that
             fill a device.
-        cache: keep the teacher's outputs on disk instead of asking it in every epoch; needs augment.views.
+        cache: keep the teacher's outputs on disk instead of computing them in every epoch; needs augment.views.
         epochs: passes over the training images.
         batch_size: images per update and all processes together.
         seed: of weights, order, augmentation and dropout.
@@ -106,7 +106,7 @@ class Recipe:
             (self.cache is not None, "cache serves the terms of distill; leave it out with elastic"),
             (self.shard_teacher, "shard_teacher serves the terms of distill; leave it out with elastic"),
             (self.optim.freeze, "optim.freeze trains the classifier alone, elastic what lies before it"),
-            (self.compile, "compile would start anew for every width; leave it out with elastic"),
+            (self.compile, "compile would compile again for every width; leave it out with elastic"),
         ):
             if given:
                 raise RecipeError(what)

@@ -71,13 +71,13 @@ class ElasticSpec:
     """How a super-network learns: all networks of a chain together, while the chain still grows (PIAD).
 
     Args:
-        grow_epochs: epochs over which the chain grows; what its smallest network saves rises linearly to max_saving.
+        grow_epochs: epochs over which the chain grows; the saving of its smallest network rises linearly to max_saving.
         max_saving: fraction of the MACs that the smallest network saves in the end.
         rule: which networks a step trains: the full, the smallest and a random one ("sandwich"), any one ("uniform"),
             or any one but the smallest ("original").
         distill: smaller networks learn from the full one, or all of them from the teacher where the recipe has one;
             otherwise from labels.
-        temperature: of that distillation.
+        temperature: temperature of that distillation.
         images: training images by which units are ordered and, at every growth, importance is judged.
         width_multiple: every width but the full one is a multiple of it.
     """
@@ -98,14 +98,14 @@ class OptimSpec:
     Args:
         name: optimiser, by its timm name.
         lr: peak learning rate.
-        weight_decay: not applied to biases and norms.
+        weight_decay: weight decay; not applied to biases and norms.
         layer_decay: factor on the learning rate from each layer to the one below.
         warmup_epochs: linear warm-up from a hundredth of lr.
-        min_lr: where the cosine ends.
+        min_lr: learning rate at the end of the cosine.
         clip: largest norm of the gradient, 0 = off.
         ema: decay of the moving average of weights that is evaluated and saved, 0 = off.
         freeze: train the classifier alone (linear probe).
-        accumulate: batches per update.
+        accumulate: batches per update; batch_size is that of all of them together.
         precision: "no" is float32.
     """
 

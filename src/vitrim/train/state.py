@@ -1,4 +1,4 @@
-"""Where a run stands, and how that is told and kept: what a checkpoint holds and how training goes on from it."""
+"""The state of a run: what is reported of it, what a checkpoint holds, and how training continues from one."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -8,20 +8,20 @@ from .checkpoint import RunFolder
 from .meter import Meter
 
 Report = Callable[[str, Mapping[str, Any]], None]
-"""Called with the name of an event and its figures as a run goes on.
+"""Called with the name of an event and its figures during a run.
 
 The events of a run: "cache", "start", "step", "epoch", "done". A study adds "run", "wait" and "outage".
 """
 
 
 class Stateful(Protocol):
-    """Whatever has a state beside the counters: weights, an optimiser, a moving average."""
+    """Anything with a state of its own: weights, an optimiser, a moving average."""
 
     def state_dict(self) -> Any:
         """Tensors and plain data."""
 
     def load_state_dict(self, state_dict: Any) -> Any:
-        """Take up where `state_dict` was taken."""
+        """Continue from what `state_dict` returned."""
 
 
 @dataclass
@@ -51,7 +51,7 @@ class RunState:
         meter.accelerator.wait_for_everyone()
 
     def restore(self, folder: RunFolder, meter: Meter, parts: Mapping[str, Stateful | None]) -> None:
-        """Go on from the checkpoint, if there is one."""
+        """Continue from the checkpoint, if there is one."""
         state = folder.load_state()
         if state is None:
             return

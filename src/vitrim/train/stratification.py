@@ -52,7 +52,7 @@ class Stratification:
         student: the network to train; its units are put in order in place.
         splits: its images.
         accelerator: places and shares the work.
-        fresh: no checkpoint will bring weights whose units are in order already.
+        fresh: there is no checkpoint, whose units would be in order already.
 
     Raises:
         UnsupportedModelError: no adapter knows the model, or a part of it forbids changing widths.

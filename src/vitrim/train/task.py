@@ -1,4 +1,4 @@
-"""What a run learns, by which figures its epochs are judged, and what it keeps: all in which kinds of training differ.
+"""How kinds of training differ: what a run learns, which figures its epochs are judged by, and what it keeps.
 
 The loop asks a task for the losses of a step and computes the gradients of one after the other. `SingleNetwork` learns
 by the terms of a recipe, `Stratification` trains a super-network.
