@@ -5,7 +5,7 @@ A fuzzer is one test per surface:
     def test_altered_recipes():
         fuzz(lambda rng: Recipe.parse(altered_text(TEXT, rng)))
 
-`fuzz` calls it with `VITRIM_FUZZ` (default 500, `make fuzz`: 10,000) generators. Each must return, after checking with
+`fuzz` calls it with `VITRIM_FUZZ` (default 200, `make fuzz`: 10,000) generators. Each must return, after checking with
 `assert` that the result is right, or raise a `VitrimError` of one line under 500 characters. Failures are collected
 and reported with the number of the input; `VITRIM_FUZZ_ONLY=NUMBER` runs that input alone, with its traceback.
 """
@@ -25,7 +25,7 @@ import pytest
 
 from vitrim.errors import VitrimError
 
-COUNT = int(os.environ.get("VITRIM_FUZZ", "500"))
+COUNT = int(os.environ.get("VITRIM_FUZZ", "200"))
 MAX_CHARS = 500
 CPU_SECONDS, SECONDS = 10.0, 120.0
 """Per input. Only time on the processor is short, since others may keep it busy; waiting for ever is caught too."""

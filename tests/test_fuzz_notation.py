@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 
-from fuzzing import altered_text, fault_of, fuzz
+from fuzzing import COUNT, altered_text, fault_of, fuzz
 from vitrim.distill import LOSSES, TERMS, WEIGHTS, Terms
 from vitrim.errors import VitrimError
 from vitrim.tokens import CURRICULA, REDUCERS, SCHEDULES, SCORES, Reduction
@@ -87,7 +87,7 @@ def objective(rng: random.Random) -> None:
 @pytest.mark.parametrize("surface", [reduction, objective], ids=lambda surface: surface.__name__)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::SyntaxWarning")
 def test_any_text_is_read_and_written_again_or_refused(surface: Callable[[random.Random], None]) -> None:
-    outcomes = fuzz(surface)
+    outcomes = fuzz(surface, count=max(500, COUNT))
     assert min(outcomes["accepted"], outcomes["refused"]) > 10 or not outcomes
 
 
