@@ -145,6 +145,16 @@ def test_arguments_of_a_model_are_plain_and_not_options_of_their_own(args: dict[
         assert str(error.value).startswith(says)
 
 
+@pytest.mark.parametrize("option", ["epochs", "reduction", "data", "model"])
+def test_values_that_python_cannot_show_are_refused_in_one_line(option: str) -> None:
+    deep: Any = 0
+    for _ in range(2000):
+        deep = [deep]
+    for value in (deep, 10**5000):
+        with pytest.raises(RecipeError, match=rf"^{option} is a (list|int) that is too long to show; it must be"):
+            Recipe.from_dict({option: value}).check()
+
+
 BOMB = "a0: &a0 [x,x,x,x,x,x,x,x,x]\n" + "".join(
     f"a{i}: &a{i} [{','.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 12)
 )

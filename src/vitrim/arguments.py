@@ -20,6 +20,7 @@ import docstring_parser
 
 from .errors import RecipeError, VitrimError
 from .options import describe, from_dict, kinds_of, merge, plain, range_of, read_yaml, typed, typed_values
+from .text import short
 from .yaml_text import dump_yaml, parse_yaml
 
 POSITIONAL = ("model", "file", "folder", "kind", "supernet")
@@ -301,7 +302,7 @@ def _arguments(function: Callable[..., None], data: Mapping[str, Any], partly: b
         elif (part := _mapped(kind)) is not None:
             given = left.pop(name, {})
             if not isinstance(given, dict):
-                raise RecipeError(f"{name} is {given!r}; it must be a mapping of options")
+                raise RecipeError(f"{name} is {short(given)}; it must be a mapping of options")
             arguments[name] = typed_values(part, given, name)
         elif name in left:
             arguments[name] = typed(kind, left.pop(name), name)

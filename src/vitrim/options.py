@@ -12,7 +12,7 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from .errors import RecipeError, UnknownNameError
-from .text import shortened
+from .text import short
 from .yaml_text import MAX_CHARS, MAX_DEPTH, parse_yaml
 
 Options = TypeVar("Options")
@@ -168,9 +168,9 @@ def typed(hint: Any, value: Any, where: str) -> Any:
         if found is not _NO:
             bounds = range_of(hint)
             if bounds is not None and isinstance(found, int | float) and found not in bounds:
-                raise RecipeError(f"{where} is {_shown(value)}; it must be {bounds}")
+                raise RecipeError(f"{where} is {short(value)}; it must be {bounds}")
             return found
-    raise RecipeError(f"{where} is {_shown(value)}; it must be {describe(hint)}")
+    raise RecipeError(f"{where} is {short(value)}; it must be {describe(hint)}")
 
 
 def describe(hint: Any) -> str:
@@ -204,7 +204,7 @@ def _entries(hint: Any, values: dict[Any, Any], where: str, depth: int) -> dict[
     names = (str,) if depth == 0 else (str, int, float)
     for name in values:
         if type(name) not in names:
-            raise RecipeError(f"{where} has an entry named {_shown(name)}; names must be text")
+            raise RecipeError(f"{where} has an entry named {short(name)}; names must be text")
     return {name: _entry(hint, value, f"{where}.{name}"[:80], depth) for name, value in values.items()}
 
 
@@ -219,14 +219,10 @@ def _entry(hint: Any, value: Any, where: str, depth: int) -> Any:
     if isinstance(value, list | tuple):
         return type(value)(_entry(Any, entry, where, depth + 1) for entry in value)
     if type(value) not in (str, int, float, bool, NoneType):
-        raise RecipeError(f"{where} is {_shown(value)}; it must be plain data: text, numbers, lists, mappings")
+        raise RecipeError(f"{where} is {short(value)}; it must be plain data: text, numbers, lists, mappings")
     if isinstance(value, float) and not isfinite(value):  # It would not even equal itself when a run is continued.
         raise RecipeError(f"{where} is {value}; it must be a finite number")
     return value
-
-
-def _shown(value: Any) -> str:
-    return shortened(repr(value), 80)
 
 
 def _named(kind: Any) -> str:

@@ -36,7 +36,7 @@ def short(value: object, most: int = 80) -> str:
     """A value as a message shows it: its `repr`, without the middle if it is long."""
     try:
         return shortened(repr(value), most)
-    except ValueError:  # Python does not write whole numbers of thousands of digits.
+    except (ValueError, RecursionError):  # Python writes no whole number of thousands of digits, and nothing so deep.
         return f"a {type(value).__name__} that is too long to show"
 
 
