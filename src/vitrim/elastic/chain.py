@@ -15,7 +15,7 @@ from ..measure.cost import cost
 from ..models.sublayers import Kind, elastic, sublayers
 from .probing import check_counts
 
-SCHEMA = 2
+SCHEMA = 3
 GROUPS: dict[Kind, int] = {"attention": 8, "mlp": 32}
 
 
@@ -23,7 +23,7 @@ GROUPS: dict[Kind, int] = {"attention": 8, "mlp": 32}
 class Entry:
     """One step of the chain: `module` gets `width`; MACs and parameters are those of the whole network after it.
 
-    importance: of the units that are removed here (sensitivity of the sub-layer times their share).
+    importance: of the units that are removed here: the rise of the loss that was expected.
     """
 
     module: str
@@ -149,9 +149,7 @@ class Chain:
             if raw["schema"] > SCHEMA:
                 raise CheckpointError(f"the chain has schema {raw['schema']}, this vitrim reads up to {SCHEMA}; update")
             if raw["schema"] < SCHEMA:
-                raise CheckpointError(
-                    "this chain of an older version keeps the norms of removed sub-layers; stratify again"
-                )
+                raise CheckpointError("this chain was written by an older version of vitrim; stratify again")
             units = {name: UnitCost(**unit) for name, unit in raw["units"].items()}
             return cls(**raw | {"units": units, "entries": tuple(Entry(**entry) for entry in raw["entries"])})
         except CheckpointError:

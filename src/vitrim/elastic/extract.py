@@ -4,11 +4,12 @@ import copy
 from collections.abc import Mapping
 from numbers import Real
 
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import VitrimError
 from ..measure.cost import cost
 from ..models import narrow
+from ..models.compensation import Compensation
 from .chain import Chain
 from .latency import Clock, fastest_enough
 
@@ -48,21 +49,22 @@ def choose(
     return chain.largest(what, most * getattr(chain, what) if most <= 1 else most)
 
 
-def cut(model: nn.Module, chain: Chain, index: int, means: Mapping[str, Tensor] | None = None) -> nn.Module:
+def cut(
+    model: nn.Module, chain: Chain, index: int, compensations: Mapping[str, Compensation] | None = None
+) -> nn.Module:
     """Network `index` of the chain as an independent model in eval mode; the super-network is not changed.
 
     Args:
         model: the super-network.
         chain: its sub-networks.
         index: which of them; negative counts from the smallest.
-        means: mean of every input to each sub-layer's last projection; the mean contribution of removed units is added
-            to its bias. None: no compensation.
+        compensations: per sub-layer what makes up for its removed units; None: nothing.
 
     Raises:
         VitrimError: no such network, or the result does not cost what the chain says.
     """
     small = copy.deepcopy(model)
-    narrow(small, chain.widths(index), means)
+    narrow(small, chain.widths(index), compensations)
     found = cost(small)
     if (found.macs, found.params) != (chain.macs_at(index), chain.params_at(index)):
         raise VitrimError(

@@ -1,57 +1,53 @@
 """How a chain grows: which units a network loses next.
 
-As in PIAD (SKD), the outer units of a sub-layer with the lowest importance per MAC are removed first. Neighbouring
-groups are merged so that importance per MAC falls outwards. Growth ends at the saving that is asked for.
+The outer units of a sub-layer whose loss costs least per MAC that it saves go first. Neighbouring groups are merged so
+that the cost per MAC falls outwards. Growth ends at the saving that is asked for.
 """
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from itertools import pairwise
-from math import isfinite
 
-import torch
 from torch import Tensor
 
 from ..errors import VitrimError
 from ..tokens.precision import exact
 from .chain import Chain, Entry
 
+Cut = tuple[str, int, float]
+"""Sub-layer, its new width, and the rise of the loss that is expected from this step."""
 
-def grow(
-    chain: Chain, shares: Mapping[str, Tensor], sensitivity: Mapping[str, float], saving: float, floor: float = 1e-6
-) -> Chain:
+
+def grow(chain: Chain, curves: Mapping[str, Tensor], saving: float) -> Chain:
     """The chain, longer until its smallest network saves the fraction `saving` of the full network's MACs.
 
     Args:
         chain: the chain so far; all its entries are kept.
-        shares: per sub-layer what each of its remaining units contributes, in the order of the units; scaled to sum 1.
-        sensitivity: relative rise of the loss when a sub-layer is removed from the smallest network. Sub-layers where
-            it is not positive go first.
-        saving: in [0, 1); if all widths at 0 save less, the chain ends there.
-        floor: smaller sensitivities are raised to this.
+        curves: per sub-layer of the smallest network the rise of the loss (width + 1,) when its leading 0, 1, ... units
+            stay, see `importance.rise_curves`. A fall of the loss is allowed; such steps come first.
+        saving: in [0, 1]; if all widths at 0 save less, the chain ends there.
 
     Raises:
-        VitrimError: a sub-layer with another number of shares, or numbers that are not finite.
+        VitrimError: a curve of another length, or one that is not finite.
     """
     widths = chain.widths(-1)
-    queue: list[tuple[bool, float, list[tuple[str, int, float]]]] = []
+    queue: list[tuple[float, list[Cut]]] = []
     for name, unit in chain.units.items():
-        if widths[name] == 0:
+        if (width := widths[name]) == 0:
             continue
-        rise, share = sensitivity[name], exact(shares[name]).cpu()
-        if len(share) != widths[name]:
-            raise VitrimError(f"{len(share)} shares for the {widths[name]} units of {name}")
-        if not (isfinite(rise) and share.isfinite().all()):
+        curve = exact(curves[name]).cpu()
+        if len(curve) != width + 1:
+            raise VitrimError(f"a curve of {len(curve)} values for the {width} units of {name}, not {width + 1}")
+        if not curve.isfinite().all():
             raise VitrimError(f"the importance of {name} is not finite; check the weights of the model and the images")
-        value = max(rise, floor) * share / share.sum().clamp_min(torch.finfo(torch.float64).tiny)
-        edges = list(pairwise([*range(0, widths[name], unit.step), widths[name]]))
-        cuts = [(name, low, value[low:high].sum().item()) for low, high in edges]
+        edges = list(pairwise([*range(0, width, unit.step), width]))
+        cuts = [(name, low, (curve[low] - curve[high]).item()) for low, high in edges]
         macs = [(high - low) * unit.macs for low, high in edges]
         for density, members in _falling_outwards([cut[2] for cut in cuts], macs):
-            queue.append((rise > floor, density, [cuts[index] for index in reversed(members)]))
+            queue.append((density, [cuts[index] for index in reversed(members)]))
     # Sorting is stable, and the groups of one sub-layer have different densities: outer ones always come first.
-    queue.sort(key=lambda item: item[:2])
-    return _cut(chain, (cut for *_, members in queue for cut in members), saving)
+    queue.sort(key=lambda item: item[0])
+    return _cut(chain, (cut for _, members in queue for cut in members), saving)
 
 
 def grow_evenly(chain: Chain, saving: float) -> Chain:
@@ -65,7 +61,27 @@ def grow_evenly(chain: Chain, saving: float) -> Chain:
     return _cut(chain, cuts, saving)
 
 
-def _cut(chain: Chain, cuts: Iterable[tuple[str, int, float]], saving: float) -> Chain:
+def blend(start: Chain, one: Chain, other: Chain, part: float, saving: float) -> Chain:
+    """A chain between two that make the same cuts in another order.
+
+    Args:
+        start: the chain before these cuts.
+        one, other: chains that start with it and make all cuts down to width 0.
+        part: how much of the other one, from 0 to 1: a cut comes when the blended number of MACs of the networks after
+            it, in both chains, is reached.
+        saving: at which the blended chain ends.
+    """
+    when: dict[tuple[str, int], float] = {}
+    for chain, weight in ((one, 1 - part), (other, part)):
+        for entry in chain.entries[len(start.entries) :]:
+            key = (entry.module, entry.width)
+            when[key] = when.get(key, 0.0) - weight * entry.macs
+    rises = {(entry.module, entry.width): entry.importance for entry in one.entries}
+    order = sorted(when, key=lambda key: when[key])
+    return _cut(start, ((name, width, rises[name, width]) for name, width in order), saving)
+
+
+def _cut(chain: Chain, cuts: Iterable[Cut], saving: float) -> Chain:
     """The chain with these cuts (sub-layer, new width, importance) added until the saving is reached."""
     widths, entries = chain.widths(-1), list(chain.entries)
     macs, params, goal = chain.macs_at(-1), chain.params_at(-1), chain.macs * (1 - saving)

@@ -18,7 +18,7 @@ from ..errors import CheckpointError, UnknownNameError, VitrimError
 from ..models.sublayers import Kind, elastic
 from .chain import GROUPS, Chain, hash_of, start_chain
 from .growth import grow
-from .importance import sensitivities, unit_shares
+from .importance import rise_curves, taylor_curves
 from .probing import Batch, check_counts, is_headless, output_of
 from .sampler import RULES, draw, narrowed
 from .supernet import SuperNet
@@ -124,9 +124,9 @@ class Stratifier:
             widths = self.chain.widths(-1)
             if not any(widths.values()):
                 break
-            rises = sensitivities(self.model, loader, widths, num_images=c.probe_images, labels=c.labels)
-            shares = unit_shares(self.model, loader, widths, num_images=c.num_images, labels=c.labels)
-            self.chain = grow(self.chain, shares, rises, c.max_saving * (self.epoch + 1) / c.grow_epochs)
+            expected = taylor_curves(self.model, loader, widths, num_images=c.num_images, labels=c.labels)
+            curves = rise_curves(self.model, loader, self.chain, expected, num_images=c.probe_images, labels=c.labels)
+            self.chain = grow(self.chain, curves, c.max_saving * (self.epoch + 1) / c.grow_epochs)
         return self.chain
 
     def drawn(self, step: int) -> dict[str, int]:

@@ -8,7 +8,8 @@ from torch import nn
 
 from ..data.seeding import mix
 from ..errors import UnknownNameError
-from ..models.sublayers import Elastic, elastic
+from ..models.compensation import Compensation
+from ..models.sublayers import elastic
 
 RULES: dict[str, dict[str, Callable[[random.Random, int], int]]] = {
     "sandwich": {
@@ -37,18 +38,26 @@ def draw(rule: str, size: int, seed: int, step: int) -> dict[str, int]:
 
 
 @contextmanager
-def narrowed(model: nn.Module, widths: Mapping[str, int]) -> Iterator[None]:
-    """While this is entered, the model runs on the leading `widths` of its sub-layers, in smaller matrix products."""
+def narrowed(
+    model: nn.Module, widths: Mapping[str, int], compensations: Mapping[str, Compensation] | None = None
+) -> Iterator[None]:
+    """While this is entered, the model runs on the leading `widths` of its sub-layers, in smaller matrix products.
+
+    Args:
+        model: the super-network.
+        widths: of sub-layers, by name; those that are not named stay as they are.
+        compensations: per sub-layer what makes up for its lost units; None: they add nothing.
+    """
     with elastic(model) as layers:
-        before = {name: layer.vitrim_width for name, layer in layers.items()}
-        _apply_widths(layers, widths)
+        before = {name: (layers[name].vitrim_width, layers[name].vitrim_last) for name in widths}
+        for name, width in widths.items():
+            layer, last = layers[name], None
+            if compensations is not None and width < layer.full_width:
+                weight, bias = layer.compensated(width, compensations[name])
+                last = weight.to(layer.last.weight), None if bias is None else bias.to(layer.last.weight)
+            layer.vitrim_width, layer.vitrim_last = width, last
         try:
             yield
         finally:
-            _apply_widths(layers, before)
-
-
-def _apply_widths(layers: Mapping[str, Elastic], widths: Mapping[str, int]) -> None:
-    """Choose the widths of the next forward pass."""
-    for name, width in widths.items():
-        layers[name].vitrim_width = width
+            for name, (width, last) in before.items():
+                layers[name].vitrim_width, layers[name].vitrim_last = width, last

@@ -4,20 +4,19 @@ S is one number per batch (`objective_of`), F an activation, G = dS/dF. Nothing 
 two processes add up to the sums of one, and memory does not grow with the number of images.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
-from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import VitrimError
+from ..models.compensation import Moments
 from ..models.elastic_layers import ElasticHeads
-from ..models.sublayers import elastic
+from ..models.sublayers import Tap, elastic
 from ..tokens.precision import exact, exact_device, wide
 from .probing import Batch, all_reduce, batches, frozen, objective_of, output_of
-
-TINY = torch.finfo(torch.float64).tiny
 
 
 @dataclass
@@ -30,15 +29,16 @@ class HeadSums:
     first_3Hh: Tensor
     second_3Hhh: Tensor
     taylor_3Hh: Tensor
-    gradient_weight: Tensor
-    mixed_Hh: Tensor
+    mixed: Moments
+    mixed_held_out: Moments
 
     @classmethod
     def zeros(cls, heads: int, dim: int, device: torch.device) -> "HeadSums":
         """Empty sums."""
         streams = (3, heads, dim)
-        shapes = ((), streams, (3, heads), streams, (*streams, dim), streams, (), (heads, dim))
-        return cls(*(torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes))
+        shapes = ((), streams, (3, heads), streams, (*streams, dim), streams)
+        sums = (torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes)
+        return cls(*sums, Moments.zeros(heads * dim, device), Moments.zeros(heads * dim, device))
 
     def add(self, f_TA: Tensor, g_TA: Tensor, covariance: bool) -> None:
         """Add the activations and gradients of T tokens, each row (3, H, h) flattened."""
@@ -57,12 +57,10 @@ class HeadSums:
         self.first_3Hh += weighted.sum(2)
         self.second_3Hhh += weighted.mT @ f
 
-    def add_mixed(self, f_TA: Tensor, g_TA: Tensor) -> None:
-        """Add the inputs of the output projection for T tokens, and their gradients."""
-        f_TA, g_TA = f_TA.to(self.tokens.device), g_TA.to(self.tokens.device)
-        weight, sum_A = gradient_weighted_sum(f_TA, g_TA)
-        self.gradient_weight += weight
-        self.mixed_Hh += sum_A.view_as(self.mixed_Hh)
+    @property
+    def moments(self) -> tuple[Moments, Moments]:
+        """Of the inputs of the output projection, head by head: of most images and of those held out."""
+        return self.mixed, self.mixed_held_out
 
     def covariance(self, *streams: int) -> Tensor:
         """sum w c c^T (H, h, h) over these streams, each centred on its own plain mean."""
@@ -85,11 +83,6 @@ class HeadSums:
         return shares.sum(0)
 
     @property
-    def mean(self) -> Tensor:
-        """Mean of every dimension that enters the output projection (H*h), see `gradient_weighted_sum`."""
-        return self.mixed_Hh.flatten() / self.gradient_weight.clamp_min(TINY)
-
-    @property
     def taylor(self) -> Tensor:
         """Mean |G F| of dimension j of q, k and v over tokens, summed over heads (h)."""
         return (self.taylor_3Hh / self.tokens).sum((0, 1))
@@ -100,37 +93,35 @@ class UnitSums:
     """Sums over tokens for the hidden units of one MLP."""
 
     tokens: Tensor
-    gradient_weight: Tensor
-    weighted_sum: Tensor
     taylor_sum: Tensor
     fisher_sum: Tensor
+    hidden: Moments
+    hidden_held_out: Moments
 
     @classmethod
     def zeros(cls, units: int, device: torch.device) -> "UnitSums":
         """Empty sums."""
-        shapes = ((), (), (units,), (units,), (units,))
-        return cls(*(torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes))
+        shapes = ((), (units,), (units,))
+        sums = (torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes)
+        return cls(*sums, Moments.zeros(units, device), Moments.zeros(units, device))
 
     def add(self, a_TU: Tensor, g_TU: Tensor) -> None:
         """Add the activations and gradients of T tokens."""
         a_TU, g_TU = a_TU.to(self.tokens.device), g_TU.to(self.tokens.device)
         self.tokens += a_TU.shape[0]
-        weight, sum_U = gradient_weighted_sum(a_TU, g_TU)
-        self.gradient_weight += weight
-        self.weighted_sum += sum_U
         product = wide(a_TU) * wide(g_TU)
         self.taylor_sum += product.abs().sum(0, dtype=torch.float64)
         self.fisher_sum += product.square_().sum(0, dtype=torch.float64) / 2
 
     @property
-    def mean(self) -> Tensor:
-        """Mean of every unit's input to the last projection, see `gradient_weighted_sum`."""
-        return self.weighted_sum / self.gradient_weight.clamp_min(TINY)
-
-    @property
     def taylor(self) -> Tensor:
         """Mean |G F| of every unit."""
         return self.taylor_sum / self.tokens
+
+    @property
+    def moments(self) -> tuple[Moments, Moments]:
+        """Of the inputs of the last projection: of most images and of those held out."""
+        return self.hidden, self.hidden_held_out
 
     @property
     def fisher(self) -> Tensor:
@@ -141,14 +132,26 @@ class UnitSums:
 Sums = HeadSums | UnitSums
 
 
-def gradient_weighted_sum(f_TA: Tensor, g_TA: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum over tokens of the squared gradient |G|^2, and the sum of activations (T, A) weighted by it, (A).
+def add_weighted(moments: Moments, held_out: Moments, f_BNA: Tensor, g_BNA: Tensor) -> None:
+    """Add activations of images, each token weighted by its squared gradient |G|^2; every fourth image is held out.
 
-    Their quotient over all batches is the constant c that replaces F best, the minimum of E[|G|^2 |F - c|^2]. A plain
-    mean would be dominated by patch tokens, which hardly matter to a head that reads CLS.
+    The constant c that replaces F best, the minimum of E[|G|^2 |F - c|^2], is the mean with these weights, and the best
+    linear prediction of lost units from kept ones belongs to their covariance. With equal weights both would be
+    dominated by patch tokens, which hardly matter to a head that reads CLS.
     """
-    weight_T = wide(g_TA).square().sum(1)
-    return weight_T.sum(dtype=torch.float64), exact(weight_T @ wide(f_TA))
+    device = moments.weight.device
+    f_BNA, g_BNA = wide(f_BNA.to(device)), wide(g_BNA.to(device))
+    weight_BN = g_BNA.square().sum(-1)
+    apart = torch.arange(len(f_BNA), device=device) % 4 == 3
+    for sums, images in ((moments, ~apart), (held_out, apart)):
+        sums.add(f_BNA[images].flatten(0, 1), weight_BN[images].flatten())
+
+
+def _tensors(sums: Any) -> Iterator[Tensor]:
+    """Every sum, for the addition over processes."""
+    for option in fields(sums):
+        value = getattr(sums, option.name)
+        yield from [value] if isinstance(value, Tensor) else _tensors(value)
 
 
 def collect(
@@ -188,22 +191,29 @@ def collect(
         finally:
             for layer in layers.values():
                 layer.vitrim_tap = None
-    parts = [getattr(each, option.name) for each in sums.values() for option in fields(each)]
-    if not all(all_reduce(part).isfinite().all() for part in parts):
+    parts = [all_reduce(part) for each in sums.values() for part in _tensors(each)]
+    if not all(part.isfinite().all() for part in parts):
         raise VitrimError("activations or gradients are not finite; check the weights of the model and the images")
     return sums
 
 
-def _tap(sums: Sums, covariance: bool) -> Callable[[str, Tensor], None]:
+def _tap(sums: Sums, covariance: bool) -> Tap:
     # Everything is added in the backward pass, since activation checkpointing runs the forward pass twice.
     def tap(name: str, x: Tensor) -> None:
-        flat = x.detach().flatten(0, 1)
+        f = x.detach()
         if not x.requires_grad:
             x.requires_grad_()
-        if isinstance(sums, UnitSums):
-            add: Callable[[Tensor, Tensor], None] = sums.add
-        else:
-            add = sums.add_mixed if name == "mixed" else partial(sums.add, covariance=covariance)
-        x.register_hook(lambda g: add(flat, g.flatten(0, 1)))
+
+        def add(g: Tensor) -> None:
+            if name == "qkv":
+                assert isinstance(sums, HeadSums)
+                sums.add(f.flatten(0, 1), g.flatten(0, 1), covariance)
+            if name == "hidden":
+                assert isinstance(sums, UnitSums)
+                sums.add(f.flatten(0, 1), g.flatten(0, 1))
+            if covariance and name != "qkv":
+                add_weighted(*sums.moments, f, g)
+
+        x.register_hook(add)
 
     return tap

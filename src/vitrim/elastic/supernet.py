@@ -1,7 +1,6 @@
 """A super-network: one set of ordered weights, and the chain of every smaller network inside it.
 
-`stratify` makes one without training, from unlabelled images, in minutes (SKD's WPAC, with importance from the same
-pass); training it further (PIAD) is in `piad.py`.
+`stratify` makes one without training, from unlabelled images, in minutes; training it further (PIAD) is in `piad.py`.
 """
 
 import copy
@@ -11,39 +10,40 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from numbers import Real
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
-from ..errors import CheckpointError, VitrimError
+from ..errors import CheckpointError, UnknownNameError, VitrimError
 from ..models import attached
 from ..models.build import saved_folder
+from ..models.compensation import Compensation
 from ..models.store import load, save_with
-from ..models.sublayers import Kind, elastic
+from ..models.sublayers import Kind
 from ..output import recover
 from .chain import GROUPS, Chain, hash_of, start_chain
+from .compensation_file import read_compensations, write_compensations
 from .extract import choose, cut
-from .growth import grow, grow_evenly
-from .importance import sensitivities
+from .growth import grow_evenly
+from .measured_chain import measured_chain
 from .probing import Batch, batches_in, check_counts, images_of
 from .sampler import narrowed
 from .wpac import wpac
 
-CHAIN, MEANS = "chain.json", "means.safetensors"
+CHAIN, COMPENSATION = "chain.json", "compensation.safetensors"
+Compensate = Literal["regression", "means", "none"]
 
 
 @dataclass(frozen=True)
 class SuperNet:
-    """The full network with its units in order, its chain, and the means that compensate for removed units.
+    """The full network with its units in order, its chain, and what makes up for removed units.
 
-    means: None after training with PIAD, where sub-networks were trained without compensation.
+    compensations: None after training with PIAD, where sub-networks were trained without compensation.
     """
 
     model: nn.Module
     chain: Chain
-    means: Mapping[str, Tensor] | None = None
+    compensations: Mapping[str, Compensation] | None = None
 
     def extract(
         self,
@@ -51,7 +51,7 @@ class SuperNet:
         macs: float | None = None,
         params: float | None = None,
         latency: float | str | None = None,
-        compensate: bool = True,
+        compensate: Compensate = "regression",
     ) -> nn.Module:
         """The largest sub-network within one budget, as an independent model in eval mode; needs no training.
 
@@ -60,20 +60,26 @@ class SuperNet:
             params: most parameters.
             latency: longest forward pass at batch size 1, in milliseconds, measured where the model is; "0.5ms" where
                 that is not more than 1.
-            compensate: add the mean contribution of removed units to the biases, where the means are known: not after
-                training as a super-network.
+            compensate: what makes up for removed units, at no cost in the network: "regression" lets the units that
+                stay predict them, "means" moves their mean into biases, "none" leaves them out. After training as a
+                super-network nothing does.
 
         Any number in (0, 1] is a fraction of the full network's cost.
 
         Raises:
-            VitrimError: not exactly one budget, or one that not even the smallest network meets.
+            VitrimError: not exactly one budget, one that not even the smallest network meets, or another `compensate`.
         """
         index = choose(self.model, self.chain, macs=macs, params=params, latency=latency)
         return self.cut(index, compensate)
 
-    def cut(self, index: int, compensate: bool = True) -> nn.Module:
+    def cut(self, index: int, compensate: Compensate = "regression") -> nn.Module:
         """Sub-network `index` of the chain as an independent model (0: full, -1: smallest), see `extract`."""
-        return cut(self.model, self.chain, index, self.means if compensate else None)
+        if compensate not in get_args(Compensate):
+            raise UnknownNameError("compensation", compensate, get_args(Compensate))
+        compensations = self.compensations if compensate != "none" else None
+        if compensations is not None and compensate == "means":
+            compensations = {name: replace(each, factor=None) for name, each in compensations.items()}
+        return cut(self.model, self.chain, index, compensations)
 
     @contextmanager
     def at(self, index: int) -> Iterator[nn.Module]:
@@ -82,7 +88,7 @@ class SuperNet:
             yield self.model
 
     def save(self, folder: str | Path, *, overwrite: bool = False, **extra: Any) -> Path:
-        """Write weights, chain and means into one folder; `vitrim.load` reads it as the full model.
+        """Write weights, chain and compensations into one folder; `vitrim.load` reads it as the full model.
 
         Args:
             folder: made if it does not exist.
@@ -93,11 +99,10 @@ class SuperNet:
 
         def write(staged: Path) -> None:
             (staged / CHAIN).write_text(chain.to_json() + "\n", encoding="utf-8")
-            if self.means is None:
-                (staged / MEANS).touch()  # Removes those of an earlier super-network.
-                return
-            means = {name: mean.cpu().contiguous() for name, mean in self.means.items()}
-            save_file(means, staged / MEANS, metadata={"weights": chain.weights})
+            if self.compensations is None:
+                (staged / COMPENSATION).touch()  # Removes those of an earlier super-network.
+            else:
+                write_compensations(self.compensations, staged / COMPENSATION, chain.weights)
 
         return save_with(self.model, folder, write, overwrite=overwrite, **extra)
 
@@ -109,7 +114,7 @@ class SuperNet:
             folder: what `save` wrote, or a run that trained a super-network.
 
         Raises:
-            CheckpointError: no super-network there, a damaged one, or a chain or means of other weights.
+            CheckpointError: no super-network there, a damaged one, or a chain or compensations of other weights.
         """
         folder = saved_folder(str(folder)) or Path(folder)
         recover(folder)
@@ -123,7 +128,8 @@ class SuperNet:
             raise CheckpointError(
                 f"{folder / CHAIN} differs from the model in {', '.join(changed[:3])}; stratify again"
             )
-        return cls(model, chain, _read_means(folder / MEANS, model, chain) if (folder / MEANS).is_file() else None)
+        path = folder / COMPENSATION
+        return cls(model, chain, read_compensations(path, model, chain.weights) if path.is_file() else None)
 
 
 def _differences(one: Chain, other: Chain) -> list[str]:
@@ -131,21 +137,6 @@ def _differences(one: Chain, other: Chain) -> list[str]:
     ours, theirs = ({n: replace(unit, step=1) for n, unit in chain.units.items()} for chain in (one, other))
     names = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
     return names + [n for n in ("macs", "macs_linear_only", "params") if getattr(one, n) != getattr(other, n)]
-
-
-def _read_means(path: Path, model: nn.Module, chain: Chain) -> dict[str, Tensor]:
-    """The means that `save` wrote for this model and chain."""
-    try:
-        with safe_open(path, "pt") as file:
-            weights = (file.metadata() or {}).get("weights")
-        means = load_file(path)
-    except SafetensorError:
-        raise CheckpointError(f"{path} is damaged or cut short; stratify again") from None
-    with elastic(model) as layers:
-        wanted = {name: layer.last.in_features for name, layer in layers.items()}
-    if weights != chain.weights or {name: mean.numel() for name, mean in means.items()} != wanted:
-        raise CheckpointError(f"{path} belongs to other weights than those beside it; stratify again")
-    return means
 
 
 def stratify(
@@ -158,7 +149,7 @@ def stratify(
     width_multiple: int = 8,
     max_saving: float = 0.875,
     rounds: int = 4,
-    ordering: str = "wpac",
+    ordering: str = "elimination",
     even: bool = False,
     say: Callable[[str], None] = print,
 ) -> SuperNet:
@@ -168,13 +159,13 @@ def stratify(
         model: any model that an adapter supports, without a reduction, at the input size for which costs are counted.
         data: an iterable of batches of images (B, channels, height, width), or of (images, labels).
         labels: use the labels, which must be classes of this model; otherwise its predictions are used.
-        num_images: number of images to use; a sixteenth of them also measures the importance of sub-layers.
+        num_images: number of images to use; a tenth of them, at least 16, also measures what narrower sub-layers do.
         groups: into how many groups the widths of "attention" and "mlp" are cut.
         width_multiple: every width except the full one is a multiple of it.
         max_saving: fraction of the MACs that the smallest network of the chain saves, in (0, 1).
-        rounds: how often the importance of sub-layers is measured, each time on the smallest network so far.
+        rounds: how often sub-layers are measured at narrower widths, each time in the smallest network so far.
         ordering: how units are ordered; see `wpac.ORDERINGS`.
-        even: every sub-layer loses the same fraction of its units; importance plays no role.
+        even: every sub-layer loses the same fraction of its units; nothing is measured.
         say: called with lines for the user.
 
     Raises:
@@ -190,7 +181,7 @@ def stratify(
     chain = start_chain(model, groups=groups, width_multiple=width_multiple)
     model = copy.deepcopy(model)
     # Kept, so that an iterator that can be read only once serves too; there are few of them.
-    probe_images = min(num_images, max(32, num_images // 16))
+    probe_images = min(num_images, max(16, num_images // 10))
     source = batches_in(data)
     probe: list[Batch] = []
     while probe_images > sum(len(images_of(batch)) for batch in probe) and (batch := next(source, None)) is not None:
@@ -199,10 +190,10 @@ def stratify(
         model, itertools.chain(probe, source), num_images=num_images, labels=labels, ordering=ordering, say=say
     )
     if even:
-        chain, rounds = grow_evenly(chain, max_saving), 0
-    for number in range(1, rounds + 1):
-        widths = chain.widths(-1)
-        rises = sensitivities(model, probe, widths, num_images=probe_images, labels=labels)
-        shares = {name: ordered.shares[name][: widths[name]] for name in rises}
-        chain = grow(chain, shares, rises, max_saving * number / rounds)
-    return SuperNet(model, replace(chain, weights=hash_of(model)), ordered.means)
+        chain = grow_evenly(chain, max_saving)
+    else:
+        chain = measured_chain(
+            model, chain, probe, ordered.compensations,
+            max_saving=max_saving, rounds=rounds, num_images=probe_images, labels=labels,
+        )  # fmt: skip
+    return SuperNet(model, replace(chain, weights=hash_of(model)), ordered.compensations)

@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UnknownNameError, VitrimError
+from ..models.compensation import Compensation, Moments
 from ..models.elastic_layers import ElasticHeads, ElasticHidden
-from ..models.sublayers import elastic
+from ..models.sublayers import Elastic, elastic
 from ..tokens.precision import exact
+from .elimination import elimination_order
 from .probing import Batch, batches, batches_in, frozen, output_of, world_size
 from .statistics import HeadSums, Sums, UnitSums, collect
 
@@ -25,6 +27,9 @@ Axes = tuple[Tensor, Tensor]
 
 Heads = Callable[[ElasticHeads, HeadSums], Axes]
 Units = Callable[[ElasticHidden, UnitSums], Tensor]
+RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)
+"""Ridges, as fractions of the mean variance, of which each sub-layer gets the best one for its regression."""
+ELIMINATION_RIDGE = 1e-3
 ORDERINGS: dict[str, tuple[Heads, Units]] = {}
 """Name -> (axes of an attention layer, order of the units of an MLP, best first)."""
 
@@ -34,12 +39,12 @@ class Ordered:
     """What an ordering did.
 
     max_difference: largest change of any output on a batch of images; rounding only.
-    means: per sub-layer the mean of every input to its last projection, in the new order.
+    compensations: per sub-layer what makes up for its lost units, in the new order.
     shares: per sub-layer the importance of each unit of width, in the new order.
     """
 
     max_difference: float
-    means: dict[str, Tensor]
+    compensations: dict[str, Compensation]
     shares: dict[str, Tensor]
 
 
@@ -74,14 +79,14 @@ def wpac(
     images, _ = next(batches(first, model, 32 * world_size(), False))
     with frozen(model), torch.no_grad(), _exact_products():
         before = output_of(model, images)
-        means, shares = apply(model, sums, ordering)
+        compensations, shares = apply(model, sums, ordering)
         after = output_of(model, images)
     difference = (before - after).abs().max().item()
     say(f"{ordering}: function preserved, max |difference| = {difference:.1e} ({before.dtype})".replace("torch.", ""))
     limit = {torch.float64: 1e-10, torch.float32: 1e-5}.get(before.dtype, 5e-2) * max(1.0, before.abs().max().item())
     if not difference <= limit:
         raise VitrimError(f"{ordering} changed the outputs by {difference:.1e}, more than {limit:.1e}")
-    return Ordered(difference, means, shares)
+    return Ordered(difference, compensations, shares)
 
 
 @contextmanager
@@ -95,10 +100,12 @@ def _exact_products() -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def apply(model: nn.Module, sums: Mapping[str, Sums], ordering: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Change the weights; returns means and shares, see `Ordered`."""
+def apply(
+    model: nn.Module, sums: Mapping[str, Sums], ordering: str
+) -> tuple[dict[str, Compensation], dict[str, Tensor]]:
+    """Change the weights; returns compensations and shares, see `Ordered`."""
     axes_of, order_of = ORDERINGS[ordering]
-    means: dict[str, Tensor] = {}
+    compensations: dict[str, Compensation] = {}
     shares: dict[str, Tensor] = {}
     with elastic(model) as layers:
         for name, each in sums.items():
@@ -107,21 +114,41 @@ def apply(model: nn.Module, sums: Mapping[str, Sums], ordering: str) -> tuple[di
                 assert isinstance(layer, ElasticHidden)
                 order = order_of(layer, each)
                 layer.order_units(order)
-                means[name], shares[name] = each.mean[order], each.taylor[order]
-                continue
-            assert isinstance(layer, ElasticHeads)
-            value, query_key = axes_of(layer, each)
-            if layer.rotates_query_key:
-                layer.rotate(value, query_key)
-                shares[name] = each.energy(value, query_key)
+                moments, held_out = (one.ordered(order) for one in each.moments)
+                shares[name] = each.taylor[order]
             else:
-                order = each.taylor_3Hh[:2].sum((0, 1)).argsort(descending=True, stable=True)
-                layer.rotate(value)
-                layer.order_query_key(order)
-                axes = torch.eye(len(order), dtype=value.dtype, device=value.device)[:, order].expand_as(value)
-                shares[name] = each.energy(value, axes)
-            means[name] = torch.einsum("hi,hij->hj", each.mean.view(value.shape[:2]), value).flatten()
-    return means, shares
+                assert isinstance(layer, ElasticHeads)
+                value, query_key = axes_of(layer, each)
+                if layer.rotates_query_key:
+                    layer.rotate(value, query_key)
+                else:
+                    order = each.taylor_3Hh[:2].sum((0, 1)).argsort(descending=True, stable=True)
+                    layer.rotate(value)
+                    layer.order_query_key(order)
+                    query_key = torch.eye(len(order), dtype=value.dtype, device=value.device)[:, order].expand_as(value)
+                shares[name] = each.energy(value, query_key)
+                moments, held_out = (one.rotated(value).ordered(layer.inputs) for one in each.moments)
+            compensations[name] = compensation_of(layer, moments, held_out)
+    return compensations, shares
+
+
+def compensation_of(layer: Elastic, moments: Moments, held_out: Moments) -> Compensation:
+    """The regression of all images, with the ridge of which that of `moments` predicts the held-out images best.
+
+    The widths at which ridges are compared are the quarters of the full one. The largest ridge if nothing is held out.
+    """
+    weight, bias = layer.last.weight[:, layer.inputs.to(layer.last.weight.device)], layer.last.bias is not None
+    ridge = max(RIDGES)
+    if held_out.weight > 0 and moments.weight > 0:
+        kept = [layer.kept_inputs(layer.full_width * quarter // 4) for quarter in (1, 2, 3)]
+
+        def error(ridge: float) -> float:
+            tried = Compensation(moments.mean, moments.factor(ridge, bias))
+            return sum(held_out.error(weight, tried, each, bias).log().item() for each in kept)
+
+        ridge = min(RIDGES, key=error)
+    together = moments + held_out
+    return Compensation(together.mean.float(), together.factor(ridge, bias).float())
 
 
 def principal_axes(covariance_Hhh: Tensor) -> Tensor:
@@ -152,10 +179,18 @@ def _random(shape: torch.Size, like: Tensor) -> Tensor:
     return torch.rand(shape, generator=generator, dtype=torch.float64).to(like.device)
 
 
-ORDERINGS["wpac"] = (
-    lambda _, sums: (principal_axes(sums.covariance(2)), principal_axes(sums.covariance(0, 1))),
-    lambda _, sums: sums.fisher.argsort(descending=True, stable=True),
-)
+def _wpac_axes(_: ElasticHeads, sums: HeadSums) -> Axes:
+    return principal_axes(sums.covariance(2)), principal_axes(sums.covariance(0, 1))
+
+
+def _eliminated(layer: ElasticHidden, sums: UnitSums) -> Tensor:
+    together = sums.hidden + sums.hidden_held_out
+    factor = together.factor(ELIMINATION_RIDGE, centred=layer.last.bias is not None)
+    return elimination_order(layer.last.weight, factor @ factor.mT)
+
+
+ORDERINGS["elimination"] = (_wpac_axes, _eliminated)
+ORDERINGS["wpac"] = (_wpac_axes, lambda _, sums: sums.fisher.argsort(descending=True, stable=True))
 _register(
     "taylor",
     lambda _, sums: (sums.taylor_3Hh[2], sums.taylor_3Hh[:2].sum(0)),

@@ -13,8 +13,9 @@ from torch.nn import functional as F
 
 from ..errors import UnsupportedModelError
 from ..tokens.precision import exact
+from .compensation import Compensation
 from .macs import Macs
-from .slicing import check_linear, check_norm, compensate, cut_linear, cut_norm, leading, narrow_norm, store
+from .slicing import check_linear, check_norm, cut_linear, cut_norm, leading, narrow_norm, store, store_linear
 from .sublayers import Elastic
 
 Parts = tuple[tuple[Any, int], ...]
@@ -55,6 +56,10 @@ class ElasticHeads(Elastic):
         return self.head_dim
 
     @property
+    def inputs(self) -> Tensor:
+        return torch.arange(self.last.in_features).view(self.num_heads, -1).mT.flatten()
+
+    @property
     def rotates_query_key(self) -> bool:
         """Whether queries and keys may be rotated: not under a norm, which only permutations commute with."""
         return all(isinstance(norm, nn.Identity) for norm in self.query_key_norms)
@@ -80,7 +85,7 @@ class ElasticHeads(Elastic):
         """Attention and output projection at the present width, (B, N, C)."""
         width, heads = self.vitrim_width, self.num_heads
         if width == 0:
-            return self.constant(x, self.last.bias)
+            return self.constant(x)
         made = [_rows(linear, x, width, parts * heads) for linear, parts in self.streams]
         qkv = made[0] if len(made) == 1 else torch.cat(made, dim=-1)
         self.tap("qkv", qkv)
@@ -97,7 +102,7 @@ class ElasticHeads(Elastic):
         )
         mixed = mixed.transpose(1, 2).flatten(2)
         self.tap("mixed", mixed)
-        return F.linear(mixed, leading(self.last.weight, width, heads, dim=1), self.last.bias)
+        return self.project(mixed)
 
     @torch.no_grad()
     def stream_norms(self) -> Tensor:
@@ -140,13 +145,14 @@ class ElasticHeads(Elastic):
             for parameter in norm.parameters():
                 parameter.copy_(parameter[order_h.to(parameter.device)])
 
-    def shrink(self, width: int, mean: Tensor | None = None) -> None:
+    def shrink(self, width: int, compensation: Compensation | None = None) -> None:
         heads, dim, last = self.num_heads, self.head_dim, self.last
+        projection = self.compensated(width, compensation)
         rotates, (query_norm, key_norm) = self.rotates_query_key, self.query_key_norms
-        compensate(last.bias, last, mean, (torch.arange(dim) >= width).repeat(heads))
         for linear, parts in self.streams:
             cut_linear(linear, width, parts * heads)
         cut_linear(last, width, heads, dim=1)
+        store_linear(last, *projection)
         cut_norm(query_norm, width)
         cut_norm(key_norm, width)
         # A stock layer divides by the root of its own head dimension: correct for that where a factor survives.
@@ -206,10 +212,10 @@ class ElasticHidden(Elastic):
     def narrow_mlp(self, x: Tensor) -> Tensor:
         """The MLP at the present width, (B, N, C)."""
         if self.vitrim_width == 0:
-            return self.constant(x, self.last.bias)
+            return self.constant(x)
         hidden = narrow_norm(self.hidden_norm, self.activate(x))
         self.tap("hidden", hidden)
-        return F.linear(hidden, leading(self.last.weight, self.vitrim_width, dim=1), self.last.bias)
+        return self.project(hidden)
 
     @torch.no_grad()
     def unit_norms(self) -> Tensor:
@@ -228,13 +234,14 @@ class ElasticHidden(Elastic):
             parameter.copy_(parameter[order])
         self.last.weight.copy_(self.last.weight[:, order])
 
-    def shrink(self, width: int, mean: Tensor | None = None) -> None:
-        compensate(self.last.bias, self.last, mean, torch.arange(self.full_width) >= width)
+    def shrink(self, width: int, compensation: Compensation | None = None) -> None:
+        projection = self.compensated(width, compensation)
         norm = self.hidden_norm
         for linear, parts in self.first:
             cut_linear(linear, width, parts)
         cut_norm(norm, width)
         cut_linear(self.last, width, dim=1)
+        store_linear(self.last, *projection)
         self.vitrim_width = width
 
 

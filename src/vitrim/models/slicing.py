@@ -6,8 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..errors import UnsupportedModelError, VitrimError
-from ..tokens.precision import exact
+from ..errors import UnsupportedModelError
 
 
 def leading(weight: Tensor, width: int, parts: int = 1, dim: int = 0) -> Tensor:
@@ -78,16 +77,11 @@ def store(parameter: Tensor, value: Tensor) -> None:
         parameter.copy_(value.to(parameter.dtype))
 
 
-def compensate(bias: Tensor | None, linear: nn.Linear, mean: Tensor | None, lost: Tensor) -> None:
-    """Add to the bias what the lost inputs (boolean mask over the columns) contribute on average."""
-    if mean is None or bias is None:
-        return
-    if mean.numel() != lost.numel():
-        raise VitrimError(f"{mean.numel()} means for a layer of width {lost.numel()}")
-    with torch.no_grad():
-        weight = exact(linear.weight)
-        gone, mean = lost.to(weight.device), exact(mean).flatten().to(weight.device)
-        store(bias, exact(bias) + weight[:, gone] @ mean[gone])
+def store_linear(linear: nn.Linear, weight: Tensor, bias: Tensor | None) -> None:
+    """Put values of another precision into a linear layer."""
+    store(linear.weight, weight)
+    if linear.bias is not None and bias is not None:
+        store(linear.bias, bias)
 
 
 def _cut(module: nn.Module, name: str, width: int, parts: int, dim: int) -> None:

@@ -12,13 +12,15 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..errors import UnsupportedModelError
 from ..tables import Table
 from .adapter import find_adapter
+from .compensation import Compensation
 from .macs import Macs
 from .removed_branch import RemovedBranch
-from .slicing import compensate
+from .slicing import leading, store
 
 Kind = Literal["attention", "mlp"]
 Tap = Callable[[str, Tensor], None]
@@ -30,6 +32,7 @@ class Elastic(nn.Module):
     """Mixin placed before the foreign class of a sub-layer. Widths count head dimensions or hidden units.
 
     vitrim_width: the width that the next forward pass uses, at most `full_width`.
+    vitrim_last: weight (C, inputs) and bias of the last projection at this width; None: the leading part of its own.
     vitrim_tap: called with (name, tensor) at the places where statistics are taken: "qkv" (B, N, 3*H*h) before any
         norm and "mixed" (B, N, H*h) before the output projection; "hidden" (B, N, units) before the last projection.
     """
@@ -37,6 +40,7 @@ class Elastic(nn.Module):
     kind: ClassVar[Kind]
     replaces: ClassVar[type[nn.Module]]
     vitrim_width: int
+    vitrim_last: tuple[Tensor, Tensor | None] | None
     vitrim_tap: Tap | None
 
     def __init_subclass__(cls, replaces: type[nn.Module] | None = None) -> None:
@@ -54,6 +58,23 @@ class Elastic(nn.Module):
         """The width of the weights."""
         raise NotImplementedError
 
+    @property
+    def inputs(self) -> Tensor:
+        """Columns of the last projection in the order of the units: the leading ones belong to the leading units."""
+        return torch.arange(self.last.in_features)
+
+    def kept_inputs(self, width: int) -> int:
+        """How many inputs the last projection has at this width."""
+        return width * self.last.in_features // self.full_width
+
+    def compensated(self, width: int, compensation: Compensation | None) -> tuple[Tensor, Tensor | None]:
+        """Weight (C, inputs) and bias of the last projection at this width, columns in its own order, in float64."""
+        last, inputs = self.last, self.inputs.to(self.last.weight.device)
+        bias = last.weight.new_zeros(last.out_features) if last.bias is None and width == 0 else last.bias
+        compensation = compensation or Compensation(torch.zeros(last.in_features))
+        weight, bias = compensation.folded(last.weight[:, inputs], bias, self.kept_inputs(width))
+        return weight[:, inputs[: weight.shape[1]].argsort()], bias
+
     def refuse(self, name: str) -> None:
         """Raise `UnsupportedModelError` if a part of this layer forbids narrowing it."""
 
@@ -69,32 +90,43 @@ class Elastic(nn.Module):
         """Parameters that removal adds: the constant that stays, where the last projection had no bias."""
         return 0 if self.last.bias is not None else self.last.out_features
 
-    def shrink(self, width: int, mean: Tensor | None = None) -> None:
+    def shrink(self, width: int, compensation: Compensation | None = None) -> None:
         """Cut the weights to the leading `width` units, for good.
 
         Args:
             width: units kept, at least one; `remains` takes the place of a layer that keeps none.
-            mean: mean value of every unit's input to the last projection; what the lost units add on average
-                then moves into that projection's bias. None, or a projection without bias: no compensation.
+            compensation: what lets the kept units do the work of the lost ones. None: the lost units add nothing.
         """
         raise NotImplementedError
 
-    def remains(self, mean: Tensor | None = None) -> "RemovedBranch":
-        """What takes the place of this layer when its width is 0; the mean of every unit moves there, see `shrink`."""
+    def remains(self, compensation: Compensation | None = None) -> "RemovedBranch":
+        """What takes the place of this layer when its width is 0: its bias, and the mean of what it added."""
         last = self.last
         branch = RemovedBranch(last.out_features, last.weight.device, last.weight.dtype)
         if last.bias is not None:
             branch.bias = last.bias
-        compensate(branch.bias, last, mean, torch.ones(last.in_features, dtype=torch.bool))
+        _, bias = self.compensated(0, compensation)
+        assert bias is not None
+        store(branch.bias, bias)
         return branch.train(self.training)
+
+    def project(self, x_BNA: Tensor) -> Tensor:
+        """The last projection at the present width, (B, N, C)."""
+        last = self.last
+        if self.vitrim_last is not None:
+            weight, bias = self.vitrim_last
+            return F.linear(x_BNA, weight, bias)
+        parts = last.in_features // self.full_width
+        return F.linear(x_BNA, leading(last.weight, self.vitrim_width, parts, dim=1), last.bias)
 
     def tap(self, name: str, x: Tensor) -> None:
         """Hand a tensor to the statistics, if any are taken."""
         if self.vitrim_tap is not None:
             self.vitrim_tap(name, x)
 
-    def constant(self, x_BNC: Tensor, bias: Tensor | None) -> Tensor:
+    def constant(self, x_BNC: Tensor) -> Tensor:
         """What width 0 adds: the last bias. Unused weights get zero gradients, which data parallelism needs."""
+        bias = self.last.bias if self.vitrim_last is None else self.vitrim_last[1]
         out = torch.zeros_like(x_BNC) if bias is None else bias.to(x_BNC.dtype).expand_as(x_BNC)
         if self.training and torch.is_grad_enabled():
             out = out + 0.0 * (x_BNC + sum(p.sum() for p in self.parameters() if p.requires_grad))
@@ -167,10 +199,10 @@ def elastic(model: nn.Module) -> Iterator[dict[str, Elastic]]:
             module.__class__ = ELASTIC[type(module)]
             layers[part.name] = module
             module.refuse(part.name)
-            module.vitrim_width, module.vitrim_tap = module.full_width, None
+            module.vitrim_width, module.vitrim_last, module.vitrim_tap = module.full_width, None, None
         yield layers
     finally:
         for module in layers.values():
             module.__class__ = module.replaces
-            for name in ("vitrim_width", "vitrim_tap"):
+            for name in ("vitrim_width", "vitrim_last", "vitrim_tap"):
                 vars(module).pop(name, None)

@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import VitrimError
 from .adapter import find_adapter
+from .compensation import Compensation
 from .sublayers import Kind, elastic, sublayers
 
 
@@ -54,7 +55,9 @@ def set_widths(model: nn.Module, widths: Sequence[BlockWidths]) -> None:
     narrow(model, {part.name: wanted[part.kind][part.block] for part in sublayers(model)})
 
 
-def narrow(model: nn.Module, widths: Mapping[str, int], means: Mapping[str, Tensor] | None = None) -> None:
+def narrow(
+    model: nn.Module, widths: Mapping[str, int], compensations: Mapping[str, Compensation] | None = None
+) -> None:
     """Narrow sub-layers, given by their names in the model, in place and for good.
 
     The narrow model computes what the wide one does with its trailing dims masked: queries (or the weights of their
@@ -65,20 +68,18 @@ def narrow(model: nn.Module, widths: Mapping[str, int], means: Mapping[str, Tens
     Args:
         model: with stock sub-layers.
         widths: dims per head or hidden units that stay; sub-layers that are not named stay as they are.
-        means: per sub-layer the mean of every input to its last projection. What the lost units add on average moves
-            into that projection's bias, or where it has none and all are lost into the constant that stays; without
-            it biases stay as they are.
+        compensations: per sub-layer what makes up for its lost units. None: they add nothing.
     """
     norms = {part.name: part.norm for part in sublayers(model)}
     with elastic(model) as layers, torch.no_grad():
         narrower = {name: width for name, width in widths.items() if width < layers[name].full_width}
         gone: dict[str, nn.Module] = {}
         for name, width in narrower.items():
-            mean = None if means is None else means[name]
+            compensation = None if compensations is None else compensations[name]
             if width == 0:
-                gone[name] = layers[name].remains(mean)
+                gone[name] = layers[name].remains(compensation)
             else:
-                layers[name].shrink(width, mean)
+                layers[name].shrink(width, compensation)
     for name, branch in gone.items():
         model.set_submodule(name, branch)
         model.set_submodule(norms[name], nn.Identity().train(branch.training))

@@ -6,7 +6,7 @@ The part `curve` of a study file names the lines to draw through rows of the stu
       budgets: [1, 0.75, 0.5]                                      # fractions of the full network's MACs
       lines:
         WPAC: {row: full, ordering: wpac}                           # ordered and cut, not trained further
-        WPAC + compensation: {row: full, ordering: wpac, compensate: true}
+        WPAC + compensation: {row: full, ordering: wpac, compensate: regression}
         WPAC, even: {row: full, ordering: wpac, even: true}         # every width cut by the same fraction
         PIAD: {row: trained as super-network}                       # the row's own super-network
         trained alone: [full, narrow, narrower]                     # one point per row, as trained
@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..elastic import ORDERINGS
+from ..elastic.supernet import Compensate
 from ..errors import RecipeError, UnknownNameError
 from ..options import check_ranges, from_dict
 from ..train.recipe import Recipe
@@ -29,13 +30,13 @@ class Line:
     row: the row whose model is cut.
     ordering: how that model's units are ordered before they are cut, see `ORDERINGS`; None: the row was trained as a
         super-network.
-    compensate: whether the mean output of removed units is added to biases.
+    compensate: what makes up for removed units, see `SuperNet.extract`.
     even: whether every sub-layer loses the same fraction, instead of the least important units.
     """
 
     row: str = ""
     ordering: str | None = None
-    compensate: bool = False
+    compensate: Compensate = "none"
     even: bool = False
 
 
@@ -106,7 +107,7 @@ class Curve:
                     f"curve {name!r}: row {line.row!r} saves {own.max_saving:.1%} of the MACs at most, so it cannot "
                     f"meet the budget {min(self.budgets)}; raise elastic.max_saving"
                 )
-            if line.ordering is None and (line.compensate or line.even):
+            if line.ordering is None and (line.compensate != "none" or line.even):
                 raise RecipeError(
                     f"curve {name!r}: only a curve that orders compensates or cuts evenly; give an ordering"
                 )

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from ..errors import DataError, RecipeError, VitrimError
 from ..options import Range
@@ -132,7 +132,7 @@ def extract(
     macs: float | None = None,
     params: float | None = None,
     latency: float | str | None = None,
-    compensate: bool = True,
+    compensate: Literal["regression", "means", "none"] = "regression",
     overwrite: bool = False,
     device: Device = "auto",
 ) -> None:
@@ -145,8 +145,8 @@ def extract(
         params: budget of parameters; a number up to 1 is a fraction.
         latency: budget of milliseconds at batch size 1, measured on the device; a number up to 1 is a fraction, so
             write 0.5ms for half a millisecond.
-        compensate: add what removed units contribute on average to the biases; it does nothing to a super-network that
-            was trained after its units were ordered.
+        compensate: what makes up for removed units: the units that stay predict them, their means move into biases, or
+            nothing; it does nothing to a super-network that was trained after its units were ordered.
         overwrite: replace an existing model, but never a super-network.
         device: where latency is measured.
     """

@@ -1,0 +1,57 @@
+"""The compensations of a super-network as a file: means, and the lower triangles of the factors, in float32."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ..errors import CheckpointError
+from ..models.compensation import Compensation
+from ..models.sublayers import elastic
+
+
+def write_compensations(compensations: Mapping[str, Compensation], path: Path, weights: str) -> None:
+    """Write them for the super-network of weights with this hash."""
+    tensors: dict[str, Tensor] = {}
+    for name, each in compensations.items():
+        tensors[f"{name}.mean"] = each.mean.float().cpu().contiguous()
+        if each.factor is not None:
+            tensors[f"{name}.factor"] = each.factor.float().cpu()[_lower(each.mean.numel())]
+    save_file(tensors, path, metadata={"weights": weights})
+
+
+def read_compensations(path: Path, model: nn.Module, weights: str) -> dict[str, Compensation]:
+    """Read what `write_compensations` wrote for this model, whose weights have this hash.
+
+    Raises:
+        CheckpointError: a damaged file, or one of other weights.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            found = (file.metadata() or {}).get("weights")
+        tensors = load_file(path)
+    except SafetensorError:
+        raise CheckpointError(f"{path} is damaged or cut short; stratify again") from None
+    with elastic(model) as layers:
+        sizes = {name: layer.last.in_features for name, layer in layers.items()}
+    wanted = {f"{name}.mean": n for name, n in sizes.items()}
+    wanted |= {f"{name}.factor": n * (n + 1) // 2 for name, n in sizes.items()}
+    if found != weights or {name: tensor.numel() for name, tensor in tensors.items()} != wanted:
+        raise CheckpointError(f"{path} belongs to other weights than those beside it; stratify again")
+    if not all(tensor.isfinite().all() for tensor in tensors.values()):
+        raise CheckpointError(f"{path} holds numbers that are not finite; stratify again")
+    compensations: dict[str, Compensation] = {}
+    for name, n in sizes.items():
+        factor = torch.zeros(n, n)
+        factor[_lower(n)] = tensors[f"{name}.factor"]
+        compensations[name] = Compensation(tensors[f"{name}.mean"], factor)
+    return compensations
+
+
+def _lower(n: int) -> tuple[Tensor, Tensor]:
+    """Indices of the lower triangle of an (n, n) matrix, row by row."""
+    rows, columns = torch.tril_indices(n, n)
+    return rows, columns

@@ -1,0 +1,87 @@
+"""The chain of an ordered model by measurement, never worse than cutting every width by the same fraction.
+
+For every sub-layer the rise of the divergence from the full network is measured at a few widths, on some images, with
+compensation in place; between them it follows the error that the regression leaves. Sub-layers then lose width where
+that costs least per MAC. This is repeated on the smallest network so far, so that what sub-layers do to each other is
+measured too. At last the networks are compared with those of the even cut at equal MACs.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..models.compensation import Compensation
+from ..models.sublayers import elastic
+from .chain import Chain
+from .growth import blend, grow, grow_evenly
+from .importance import divergences, rise_curves
+from .probing import Batch
+
+BUDGETS = 12
+"""At how many sizes, equally far apart, a chain is compared with the even cut."""
+PARTS = (0.0, 0.25, 0.5, 0.75)
+"""Parts of the even cut that are blended in, in this order, until no network is worse than the even one."""
+
+
+def measured_chain(
+    model: nn.Module,
+    start: Chain,
+    probe: Sequence[Batch],
+    compensations: Mapping[str, Compensation],
+    *,
+    max_saving: float,
+    rounds: int,
+    num_images: int,
+    labels: bool = False,
+) -> Chain:
+    """The chain of networks from `start` to the saving `max_saving`.
+
+    Args:
+        model: with its units in order.
+        start: the chain of the full network.
+        probe: batches of images to measure on.
+        compensations: what makes up for lost units, per sub-layer.
+        max_saving: fraction of the MACs that the smallest network saves.
+        rounds: how often the rises are measured.
+        num_images: of the probe to use.
+        labels: whether rises are those of the cross-entropy with the labels of the probe.
+    """
+    with elastic(model) as layers:
+        expected = {name: expected_error(layer, compensations[name]) for name, layer in layers.items()}
+    chain = start
+    for number in range(1, rounds + 1):
+        widths = chain.widths(-1)
+        forms = {name: form[: widths[name] + 1] for name, form in expected.items()}
+        curves = rise_curves(
+            model, probe, chain, forms, num_images=num_images, labels=labels, compensations=compensations
+        )
+        last = number == rounds
+        # The last measurement orders all cuts that are left, so that blending finds the same ones in both chains.
+        chain = grow(chain, curves, 1.0 if last else max_saving * number / rounds)
+    even = grow_evenly(start, 1.0)
+    sizes = [start.macs * (1 - max_saving * step / BUDGETS) for step in range(1, BUDGETS + 1)]
+
+    def measure(one: Chain) -> Tensor:
+        networks = [one.widths(one.largest("macs", size)) for size in sizes]
+        return divergences(model, probe, networks, num_images=num_images, compensations=compensations)
+
+    by_even = measure(even)
+    for part in PARTS:
+        blended = blend(start, chain, even, part, max_saving)
+        if not worse(measure(blended), by_even).any():
+            return blended
+    return blend(start, chain, even, 1.0, max_saving)
+
+
+def expected_error(layer: "nn.Module", compensation: Compensation) -> Tensor:
+    """Error of a sub-layer (width + 1,) that the regression leaves when its leading 0, 1, ..., all units stay."""
+    errors = compensation.unexplained(layer.last.weight[:, layer.inputs.to(layer.last.weight.device)])
+    return errors[:: layer.kept_inputs(1)].cpu()
+
+
+def worse(one: Tensor, other: Tensor) -> Tensor:
+    """Whether networks (networks, images) diverge more than others by more than the noise of the paired mean."""
+    difference = one - other
+    noise = difference.std(1) / difference.shape[1] ** 0.5 if difference.shape[1] > 1 else torch.zeros(len(one))
+    return difference.mean(1) > noise + 1e-9
