@@ -2,8 +2,8 @@
 
     python benchmarks/extract.py --threads 2 --out results/extract-deit-b-cpu
 
-The cut is measured from a super-network in memory to a network ready to run. Its widths are chosen at random, since the
-time does not depend on importance. Both are timed in turns in interleaved rounds; the process should have the machine
+The cut is measured from a super-network in memory to a network ready to run, with the regression of the lost units. Its
+widths and moments are chosen at random, since the time does not depend on them. Both are timed in turns in interleaved rounds; the process should have the machine
 to itself.
 """
 
@@ -15,11 +15,14 @@ import torch
 from vitrim import arguments
 from vitrim.elastic.chain import start_chain
 from vitrim.elastic.growth import grow
+from vitrim.elastic.importance import tail_sums
 from vitrim.elastic.supernet import SuperNet
 from vitrim.measure.bench_table import Quartiles
 from vitrim.measure.environment import environment
 from vitrim.measure.table import Column, Table
 from vitrim.models import build_model
+from vitrim.models.compensation import Compensation
+from vitrim.models.sublayers import elastic
 
 COLUMNS = (
     Column("what", "what"),
@@ -47,9 +50,14 @@ def main(
     torch.manual_seed(0)
     network = build_model(model).eval()
     start = start_chain(network)
-    shares = {name: torch.rand(unit.width).sort(descending=True).values for name, unit in start.units.items()}
-    chain = grow(start, shares, {name: torch.rand(()).item() for name in start.units}, 0.875)
-    family = SuperNet(network, chain)
+    curves = {name: tail_sums(torch.rand(unit.width)) for name, unit in start.units.items()}
+    with elastic(network) as layers:
+        sizes = {name: layer.last.in_features for name, layer in layers.items()}
+    compensations = {
+        name: Compensation(torch.rand(size), torch.rand(size, size).tril() + torch.eye(size) * size)
+        for name, size in sizes.items()
+    }
+    family = SuperNet(network, grow(start, curves, 0.875), compensations)
     works = {
         f"extract(macs={macs})": lambda: family.extract(macs=macs),
         "build the full model with timm": lambda: build_model(model),

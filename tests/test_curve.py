@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[1]
 DATA = {"workers": 0, "limit": 200, "holdout": 0.0}
 LINES = {
     "WPAC": {"row": "full", "ordering": "wpac"},
-    "WPAC + compensation": {"row": "full", "ordering": "wpac", "compensate": True},
+    "WPAC + compensation": {"row": "full", "ordering": "wpac", "compensate": "regression"},
     "random": {"row": "full", "ordering": "random"},
     "own": {"row": "family"},
     "alone": ["full", "small"],
@@ -94,11 +94,11 @@ def test_every_figure_is_that_of_the_network_cut_by_hand(seeds: Seeds):
         wpac, chance = ordered(full, "wpac", seed), ordered(full, "random", seed)
         family = SuperNet.load(folders["family"] / "model")
         for budget in (1, 0.7, 0.5):
-            hand.setdefault(("WPAC", "full", budget), []).append(wpac.extract(macs=budget, compensate=False))
+            hand.setdefault(("WPAC", "full", budget), []).append(wpac.extract(macs=budget, compensate="none"))
             moved = wpac.extract(macs=budget)
             hand.setdefault(("WPAC + compensation", "full", budget), []).append(moved)
-            hand.setdefault(("random", "full", budget), []).append(chance.extract(macs=budget, compensate=False))
-            hand.setdefault(("own", "family", budget), []).append(family.extract(macs=budget, compensate=False))
+            hand.setdefault(("random", "full", budget), []).append(chance.extract(macs=budget, compensate="none"))
+            hand.setdefault(("own", "family", budget), []).append(family.extract(macs=budget, compensate="none"))
         hand.setdefault(("alone", "full", None), []).append(full)
         hand.setdefault(("alone", "small", None), []).append(load(folders["small"] / "model"))
     assert {(row["curve"], row["row"], row["budget"]) for row in table.rows} == set(hand)
@@ -225,7 +225,7 @@ def test_a_row_without_super_network_of_its_own(seeds: Seeds):
         ({"lines": {"a": {"row": "ful", "ordering": "wpac"}}}, "unknown row 'ful'; did you mean full"),
         ({"lines": {"a": ["full", "smal"]}}, "unknown row 'smal'"),
         ({"lines": {"a": {"row": "full", "ordering": "wpca"}}}, "unknown ordering 'wpca'; did you mean wpac"),
-        ({"lines": {"a": {"row": "family", "compensate": True}}}, "only a curve that orders compensates"),
+        ({"lines": {"a": {"row": "family", "compensate": "regression"}}}, "only a curve that orders compensates"),
         ({"lines": {"a": {"row": "family", "even": True}}}, "only a curve that orders compensates or cuts evenly"),
         ({"lines": {"a": {"row": "full"}}}, "row 'full' is no super-network; give the row the option elastic"),
         ({"lines": {"a": {"row": "family"}}, "budgets": [1, 0.2]}, "saves 75.0% of the MACs at most, .* budget 0.2"),

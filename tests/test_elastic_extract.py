@@ -1,7 +1,8 @@
-"""Extraction: masking, slicing and stock blocks agree; means make up for what is lost; reductions go on top."""
+"""Extraction: masking, slicing and stock blocks agree; regression makes up for what is lost; reductions go on top."""
 
 import copy
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -18,8 +19,9 @@ from vitrim.elastic.chain import start_chain
 from vitrim.elastic.extract import cut
 from vitrim.elastic.growth import grow
 from vitrim.elastic.sampler import narrowed
-from vitrim.errors import DataError, ScoreError, UnsupportedModelError, VitrimError
+from vitrim.errors import DataError, ScoreError, UnknownNameError, UnsupportedModelError, VitrimError
 from vitrim.models import RemovedBranch, narrow
+from vitrim.models.compensation import Compensation, Moments
 
 
 def quiet(_: str) -> None:
@@ -39,7 +41,7 @@ def net() -> SuperNet:
 def test_slicing_at_run_time_and_extraction_agree_for_every_network(variant):
     net, x = supernet(**VARIANTS[variant]), images(4, seed=9)
     for index in {*range(0, len(net.chain), 7), len(net.chain) - 1}:
-        small_one = net.cut(index, compensate=False)
+        small_one = net.cut(index, compensate="none")
         with net.at(index) as running:
             expected = running(x)
         assert torch.allclose(small_one(x), expected, atol=1e-11, rtol=1e-11)
@@ -153,43 +155,99 @@ def output_of_layer(model, name: str, x: torch.Tensor) -> torch.Tensor:
     return kept[0]
 
 
-def means_of(model, x: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Plain means over tokens of what enters the last projections of block 1."""
+def inputs_of(model, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What enters the last projections of block 1, tokens in rows."""
     kept = {}
     block = model.blocks[1]
     for name, layer in (("blocks.1.attn", block.attn.proj), ("blocks.1.mlp", block.mlp.fc2)):
         hook = layer.register_forward_pre_hook(lambda module, args, name=name: kept.update({name: args[0]}))
         model(x)
         hook.remove()
-    return {name: value.detach().mean((0, 1)) for name, value in kept.items()}
+    return {name: value.detach().flatten(0, 1) for name, value in kept.items()}
 
 
-def test_means_of_one_layer_give_its_mean_output_back():
-    model, x = small(), images(16)
-    net = stratify(model, [x], num_images=16, say=quiet)
-    plain_means = means_of(net.model, x)
-    for name in ("blocks.1.attn", "blocks.1.mlp"):
-        for width in (0, 8):
-            full = output_of_layer(net.model, name, x)
-            outputs = []
-            for means in (None, plain_means):
-                small_one = copy.deepcopy(net.model)
-                narrow(small_one, {name: width}, means)
-                outputs.append(output_of_layer(small_one, name, x))
-            plain, compensated = outputs
-            assert (compensated - full).square().mean() < (plain - full).square().mean()
-            if name.endswith("mlp") or width == 0:
-                assert (compensated - full).mean((0, 1)).abs().max() < 1e-10 * full.abs().max()
+def columns_kept(name: str, width: int) -> list[int]:
+    """Inputs of the last projection that a width keeps: leading dims of each of 3 heads of 16, or leading units."""
+    return [head * 16 + dim for head in range(3) for dim in range(width)] if "attn" in name else list(range(width))
+
+
+@pytest.mark.parametrize("ridge", [1e-9, 0.1])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("name", ["blocks.1.attn", "blocks.1.mlp"])
+def test_a_compensation_is_the_ridge_regression_of_the_lost_inputs_on_the_kept_ones(name, bias, ridge):
+    """Reference: least squares in NumPy on the tokens themselves, the ridge as rows of data of their own."""
+    model, x = small(proj_bias=bias), images(16)
+    a = inputs_of(model, x)[name]
+    weights = torch.rand(len(a), generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    layer = model.get_submodule(name)
+    last = layer.proj if "attn" in name else layer.fc2
+    order = torch.tensor([head * 16 + dim for dim in range(16) for head in range(3)]) if "attn" in name else slice(None)
+    moments = Moments.zeros(a.shape[1], a.device)
+    moments.add(a[:40][:, order], weights[:40])
+    moments.add(a[40:][:, order], weights[40:])
+    compensation = Compensation(moments.mean, moments.factor(ridge, centred=bias))
+    for width in (1, 5, 13):
+        cut_one = copy.deepcopy(model)
+        narrow(cut_one, {name: width}, {name: compensation})
+        kept = columns_kept(name, width)
+        lost = [column for column in range(a.shape[1]) if column not in kept]
+        w, rows = (weights / weights.sum()).sqrt().numpy()[:, None], a.numpy()
+        mean = np.average(rows, axis=0, weights=weights.numpy()) if bias else np.zeros(rows.shape[1])
+        centred = w * (rows - mean)
+        size = ridge * (centred**2).sum() / rows.shape[1]
+        padded = np.vstack([centred[:, kept], size**0.5 * np.eye(len(kept))])
+        goal = np.vstack([centred[:, lost], np.zeros((len(kept), len(lost)))])
+        solution = np.linalg.lstsq(padded, goal, rcond=None)[0]
+        full = last.weight.detach().numpy()
+        expected = full[:, kept] + full[:, lost] @ solution.T
+        found = cut_one.get_submodule(name)
+        found = found.proj if "attn" in name else found.fc2
+        np.testing.assert_allclose(found.weight.detach().numpy(), expected, rtol=1e-4, atol=1e-6)
+        if bias:
+            shift = last.bias.detach().numpy() + full @ mean - expected @ mean[kept]
+            np.testing.assert_allclose(found.bias.detach().numpy(), shift, rtol=1e-4, atol=1e-6)
+        if ridge < 1e-6:
+            error = ((centred @ full.T - centred[:, kept] @ expected.T) ** 2).sum()
+            unexplained = compensation.unexplained(last.weight[:, order])[len(kept)].item()
+            assert unexplained == pytest.approx(error, rel=1e-3)
 
 
 @pytest.mark.parametrize("name", ["blocks.1.attn", "blocks.1.mlp"])
-def test_means_stay_where_there_was_no_bias_once_the_sublayer_is_gone(name):
-    model, x = small(proj_bias=False), images(16)
-    net = stratify(model, [x], num_images=16, say=quiet)
-    full = output_of_layer(net.model, name, x)
-    removed = copy.deepcopy(net.model)
-    narrow(removed, {name: 0}, means_of(net.model, x))
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_removed_sublayer_leaves_its_mean_output(name, bias):
+    model, x = small(proj_bias=bias), images(16)
+    full = output_of_layer(model, name, x)
+    removed = copy.deepcopy(model)
+    a = inputs_of(model, x)[name]
+    order = [head * 16 + dim for dim in range(16) for head in range(3)] if "attn" in name else slice(None)
+    narrow(removed, {name: 0}, {name: Compensation(a.mean(0)[order])})
     torch.testing.assert_close(removed.get_submodule(name).bias, full.mean((0, 1)), rtol=1e-10, atol=1e-10)
+
+
+def test_images_that_say_nothing_are_refused_and_few_are_warned_of():
+    model, lines = small(), []
+    with pytest.raises(DataError, match="the images are all the same"):
+        stratify(model, [images(1).expand(6, -1, -1, -1)], say=quiet)
+    stratify(model, [images(4)], say=lines.append)
+    assert lines[-1] == "warning: 68 tokens are few for a regression of 192 units; give more images"
+    with torch.no_grad():
+        model.head.weight.zero_()
+    with pytest.raises(VitrimError, match="do not depend on any sub-layer"):
+        stratify(model, [images(4)], say=quiet)
+
+
+def test_regression_keeps_more_than_means_and_means_more_than_nothing():
+    model, x = small(), images(64)
+    net = stratify(model, [x], num_images=64, even=True, say=quiet)
+    full = net.model(x)
+    errors = [
+        (net.extract(macs=0.6, compensate=each)(x) - full).square().mean().item()
+        for each in ("regression", "means", "none")
+    ]
+    assert errors == sorted(errors)
+    assert errors[0] < 0.9 * errors[1]
+    with pytest.raises(UnknownNameError, match="did you mean means"):
+        net.extract(macs=0.6, compensate="mean")
 
 
 def test_budgets_are_met_within_one_group(net):
@@ -224,8 +282,8 @@ def test_impossible_budget_names_the_smallest_possible(net):
 def test_deit_b_meets_a_budget():
     model = timm.create_model("deit_base_patch16_224").eval()
     chain = start_chain(model)
-    shares = {name: torch.linspace(1, 0.1, unit.width) for name, unit in chain.units.items()}
-    net = SuperNet(model, grow(chain, shares, dict.fromkeys(chain.units, 0.1), 0.5))
+    curves = {name: torch.linspace(1, 0, unit.width + 1) for name, unit in chain.units.items()}
+    net = SuperNet(model, grow(chain, curves, 0.5))
     assert 0.58 * chain.macs < vitrim.cost(net.extract(macs=0.6)).macs <= 0.6 * chain.macs
 
 
@@ -290,7 +348,7 @@ def test_one_shot_iterators_and_labelled_batches_serve(net):
     made = stratify(small(), batches, labels=True, num_images=12, rounds=1, groups={"attention": 4}, say=quiet)
     assert made.chain.macs_at(-1) < made.chain.macs
     x, bare = images(2), SuperNet(net.model, net.chain)
-    torch.testing.assert_close(bare.cut(2)(x), net.cut(2, compensate=False)(x), rtol=0, atol=0)
+    torch.testing.assert_close(bare.cut(2)(x), net.cut(2, compensate="none")(x), rtol=0, atol=0)
 
 
 class OwnMlp(Mlp):

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from timm.layers import SwiGLU
 
 import vitrim
@@ -13,7 +13,7 @@ from elastic_models import images
 from killing import killed
 from test_elastic_extract import supernet
 from vitrim.elastic import SuperNet
-from vitrim.elastic.supernet import CHAIN, MEANS
+from vitrim.elastic.supernet import CHAIN, COMPENSATION
 from vitrim.errors import CheckpointError, VitrimError
 from vitrim.models.store import DESCRIPTION, WEIGHTS
 from vitrim.verbs.cutting import extract
@@ -30,7 +30,7 @@ def test_supernet_folder_holds_chain_and_weights_and_notices_other_weights(net, 
     assert again.chain == net.chain
     x = images(2)
     assert torch.equal(again.extract(macs=0.6)(x), net.extract(macs=0.6)(x))
-    assert not torch.equal(net.extract(macs=0.6)(x), net.extract(macs=0.6, compensate=False)(x))
+    assert not torch.equal(net.extract(macs=0.6)(x), net.extract(macs=0.6, compensate="none")(x))
     assert torch.equal(vitrim.load(folder)(x), net.model(x))
     with pytest.raises(CheckpointError):
         net.save(folder)
@@ -45,8 +45,8 @@ def test_supernet_folder_holds_chain_and_weights_and_notices_other_weights(net, 
 
 def test_damaged_files_are_told(net, tmp_path):
     folder = net.save(tmp_path / "net")
-    (folder / MEANS).write_bytes((folder / MEANS).read_bytes()[:40])
-    with pytest.raises(CheckpointError, match=r"means\.safetensors is damaged"):
+    (folder / COMPENSATION).write_bytes((folder / COMPENSATION).read_bytes()[:40])
+    with pytest.raises(CheckpointError, match=r"compensation\.safetensors is damaged"):
         SuperNet.load(folder)
     (folder / CHAIN).write_bytes(b"\xff\xfe" + (folder / CHAIN).read_bytes())
     with pytest.raises(CheckpointError, match="no chain"):
@@ -90,21 +90,22 @@ def test_a_chain_of_endless_depth_is_refused(net, tmp_path):
         SuperNet.load(folder)
 
 
-def test_means_of_other_weights_are_refused(net, tmp_path):
+def test_compensations_of_other_weights_are_refused(net, tmp_path):
     folder, other = net.save(tmp_path / "net"), supernet(seed=3).save(tmp_path / "other")
-    own = (folder / MEANS).read_bytes()
-    (folder / MEANS).write_bytes((other / MEANS).read_bytes())
-    with pytest.raises(CheckpointError, match=r"means\.safetensors belongs to other weights"):
+    own = (folder / COMPENSATION).read_bytes()
+    (folder / COMPENSATION).write_bytes((other / COMPENSATION).read_bytes())
+    with pytest.raises(CheckpointError, match=r"compensation\.safetensors belongs to other weights"):
         SuperNet.load(folder)
     metadata = {"weights": SuperNet.load(other).chain.weights}
-    for wrong in ({}, {name: mean[:-1] for name, mean in net.means.items()}):
-        save_file({name: mean.contiguous() for name, mean in wrong.items()}, other / MEANS, metadata=metadata)
-        with pytest.raises(CheckpointError, match=r"means\.safetensors belongs to other weights"):
+    tensors = load_file(other / COMPENSATION)
+    for wrong in ({}, {name: each[:-1].contiguous() for name, each in tensors.items()}):
+        save_file(wrong, other / COMPENSATION, metadata=metadata)
+        with pytest.raises(CheckpointError, match=r"compensation\.safetensors belongs to other weights"):
             SuperNet.load(other)
-    (folder / MEANS).write_bytes(own)
-    assert SuperNet.load(folder).means.keys() == net.means.keys()
+    (folder / COMPENSATION).write_bytes(own)
+    assert SuperNet.load(folder).compensations.keys() == net.compensations.keys()
     bare = SuperNet(net.model, net.chain).save(folder, overwrite=True)
-    assert SuperNet.load(bare).means is None
+    assert SuperNet.load(bare).compensations is None
 
 
 def test_killed_while_a_super_network_takes_the_place_of_another(net, tmp_path, monkeypatch):
@@ -115,13 +116,13 @@ def test_killed_while_a_super_network_takes_the_place_of_another(net, tmp_path, 
         died = killed(lambda folder=folder: net.save(folder, overwrite=True), at, monkeypatch)
         again = SuperNet.load(folder)
         found.append(torch.equal(again.model.head.bias, net.model.head.bias))
-        means = (net if found[-1] else old).means
-        assert all(torch.equal(mean, means[name]) for name, mean in again.means.items())
+        whole = (net if found[-1] else old).compensations
+        assert all(torch.equal(each.factor, whole[name].factor) for name, each in again.compensations.items())
         if not died:
             break
     assert (found[0], found[-1]) == (False, True)
     net.save(folder, overwrite=True)
-    assert {path.name for path in folder.iterdir()} == {WEIGHTS, DESCRIPTION, MEANS, CHAIN}
+    assert {path.name for path in folder.iterdir()} == {WEIGHTS, DESCRIPTION, COMPENSATION, CHAIN}
 
 
 def test_no_command_puts_a_network_where_another_would_be_lost(net, tmp_path):
@@ -130,9 +131,9 @@ def test_no_command_puts_a_network_where_another_would_be_lost(net, tmp_path):
     with pytest.raises(VitrimError, match="holds a super-network"):
         extract(str(folder), str(folder), macs=0.6, overwrite=True)
     assert {path: path.read_bytes() for path in folder.iterdir()} == kept
-    extract(str(folder), str(tmp_path / "run" / "model"), macs=0.6, compensate=False)
+    extract(str(folder), str(tmp_path / "run" / "model"), macs=0.6, compensate="none")
     torch.testing.assert_close(
-        vitrim.load(tmp_path / "run" / "model")(images(2)), net.extract(macs=0.6, compensate=False)(images(2))
+        vitrim.load(tmp_path / "run" / "model")(images(2)), net.extract(macs=0.6, compensate="none")(images(2))
     )
     with pytest.raises(CheckpointError, match="is a run, whose model is"):
         net.save(tmp_path / "run", overwrite=True)

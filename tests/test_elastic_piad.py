@@ -159,7 +159,7 @@ def test_trained_supernet_extracts_what_was_trained():
         with stratifier.network(index):
             expected = model(x)
     net = stratifier.finish()
-    assert net.means is None
+    assert net.compensations is None
     assert torch.allclose(net.cut(index)(x), expected, atol=1e-12)
 
 

@@ -10,8 +10,9 @@ from torch import nn
 from elastic_models import VARIANTS, images, small, variants
 from vitrim.elastic import ORDERINGS, stratify, wpac
 from vitrim.elastic.probing import batches
-from vitrim.elastic.statistics import HeadSums, collect
+from vitrim.elastic.statistics import HeadSums, _tensors, collect
 from vitrim.errors import DataError, UnknownNameError, UnsupportedModelError, VitrimError
+from vitrim.models.compensation import Moments
 
 
 def quiet(_: str) -> None:
@@ -80,9 +81,13 @@ def test_covariance_equals_its_definition(labelled):
     assert torch.allclose(mlp.taylor, (ga * a).abs().flatten(0, 1).mean(0).detach(), rtol=1e-9, atol=1e-20)
     for layer, value, gradient in ((mlp, a, ga), (attn, mixed, gm)):
         tokens = list(zip(value.detach().flatten(0, 1), gradient.flatten(0, 1), strict=True))
-        weights = [(row * row).sum() for _, row in tokens]
-        expected = sum(w * row for w, (row, _) in zip(weights, tokens, strict=True)) / sum(weights)
-        assert torch.allclose(layer.mean, expected, rtol=1e-9)
+        sizes = torch.stack([(row * row).sum() for _, row in tokens]).view(len(x), -1)
+        weights = (1 + sizes / sizes.mean(1, keepdim=True)).flatten()
+        total = layer.moments[0] + layer.moments[1]
+        mean = sum(w * row for w, (row, _) in zip(weights, tokens, strict=True)) / sum(weights)
+        assert torch.allclose(total.mean, mean, rtol=1e-9)
+        second = sum(w * torch.outer(row, row) for w, (row, _) in zip(weights, tokens, strict=True)) / sum(weights)
+        assert torch.allclose(total.spread(False), second, rtol=1e-9)
     assert torch.allclose(attn.taylor, (g * f).abs().mean(0).sum((0, 1)), rtol=1e-9)
 
 
@@ -141,7 +146,9 @@ def test_sums_do_not_depend_on_batches_and_no_image_is_kept(split):
     parts = collect(model, list(x.split(split)), 8)["blocks.1.attn"]
     assert torch.allclose(whole.covariance(0, 1), parts.covariance(0, 1), rtol=1e-9)
     more = collect(model, [x] * 4, 32)["blocks.1.attn"]
-    assert [t.shape for t in vars(more).values()] == [t.shape for t in vars(whole).values()]
+    assert [t.shape for t in _tensors(more)] == [t.shape for t in _tensors(whole)]
+    together = [sum(one.moments, start=Moments.zeros(48, torch.device("cpu"))).second for one in (whole, parts)]
+    assert torch.allclose(*together, rtol=1e-9)
 
 
 def test_half_precision_importance_does_not_underflow():

@@ -53,7 +53,7 @@ def test_a_run_leaves_a_super_network(tmp_path: Path, capsys: pytest.CaptureFixt
         assert line["val_accuracy_mean"] == pytest.approx(sum(sizes) / 3)
     assert result["best_epoch"] == max((1, 2), key=lambda epoch: (lines[epoch]["val_accuracy_mean"], -epoch))
     net = vitrim.SuperNet.load(tmp_path / "run" / "model")
-    assert (net.means, len(net.chain)) == (None, result["networks"])
+    assert (net.compensations, len(net.chain)) == (None, result["networks"])
     assert net.chain.macs == result["macs"]
     main(["extract", str(tmp_path / "run"), "--macs", "0.5", "--out", str(tmp_path / "half")])
     half = vitrim.load(tmp_path / "half")

@@ -50,7 +50,7 @@ def rise_curves(
     labels: bool = False,
     compensations: Mapping[str, Compensation] | None = None,
 ) -> dict[str, Tensor]:
-    """Rise of the mean loss (width + 1,) when a sub-layer of the smallest network keeps its leading 0, 1, ..., all units.
+    """Rise of the mean loss (width + 1,) if a sub-layer of the smallest network keeps its leading 0, 1, ..., all units.
 
     Args:
         model: the super-network.

@@ -60,7 +60,8 @@ def measured_chain(
         # The last measurement orders all cuts that are left, so that blending finds the same ones in both chains.
         chain = grow(chain, curves, 1.0 if last else max_saving * number / rounds)
     even = grow_evenly(start, 1.0)
-    sizes = [start.macs * (1 - max_saving * step / BUDGETS) for step in range(1, BUDGETS + 1)]
+    least = max(even.macs_at(-1), start.macs * (1 - max_saving))
+    sizes = [start.macs - (start.macs - least) * step / BUDGETS for step in range(1, BUDGETS + 1)]
 
     def measure(one: Chain) -> Tensor:
         networks = [one.widths(one.largest("macs", size)) for size in sizes]

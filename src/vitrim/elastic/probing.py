@@ -60,6 +60,13 @@ def images_of(batch: Batch) -> Tensor:
     return images
 
 
+def all_alike(batches: list[Tensor]) -> bool:
+    """Whether several images in these batches are all the same one."""
+    first = batches[0][:1]
+    several = sum(map(len, batches)) > 1
+    return several and all(images.shape[1:] == first.shape[1:] and bool((images == first).all()) for images in batches)
+
+
 def batches_in(data: Iterable[Batch]) -> Iterator[Batch]:
     """The batches of the data, from the first.
 

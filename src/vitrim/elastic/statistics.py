@@ -133,18 +133,24 @@ Sums = HeadSums | UnitSums
 
 
 def add_weighted(moments: Moments, held_out: Moments, f_BNA: Tensor, g_BNA: Tensor) -> None:
-    """Add activations of images, each token weighted by its squared gradient |G|^2; every fourth image is held out.
-
-    The constant c that replaces F best, the minimum of E[|G|^2 |F - c|^2], is the mean with these weights, and the best
-    linear prediction of lost units from kept ones belongs to their covariance. With equal weights both would be
-    dominated by patch tokens, which hardly matter to a head that reads CLS.
-    """
+    """Add activations of images, each token with its weight, see `token_weights`; every fourth image is held out."""
     device = moments.weight.device
-    f_BNA, g_BNA = wide(f_BNA.to(device)), wide(g_BNA.to(device))
-    weight_BN = g_BNA.square().sum(-1)
+    f_BNA, weight_BN = wide(f_BNA.to(device)), token_weights(g_BNA.to(device))
     apart = torch.arange(len(f_BNA), device=device) % 4 == 3
     for sums, images in ((moments, ~apart), (held_out, apart)):
         sums.add(f_BNA[images].flatten(0, 1), weight_BN[images].flatten())
+
+
+def token_weights(g_BNA: Tensor) -> Tensor:
+    """How much an error in each token counts (B, N): 1, plus its squared gradient over the mean of its image.
+
+    To first order an error counts by its squared gradient; with equal weights alone, patch tokens would dominate, which
+    hardly matter to a head that reads CLS. But few tokens have a large gradient, too few for a regression of many units
+    on few images, and the others steer later attention: hence the 1. Gradients are compared within one image, so that
+    confident images count like the others and batches of any size give the same sums.
+    """
+    size = wide(g_BNA).square().sum(-1)
+    return 1 + size / size.mean(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
 
 
 def _tensors(sums: Any) -> Iterator[Tensor]:
@@ -194,6 +200,8 @@ def collect(
     parts = [all_reduce(part) for each in sums.values() for part in _tensors(each)]
     if not all(part.isfinite().all() for part in parts):
         raise VitrimError("activations or gradients are not finite; check the weights of the model and the images")
+    if not any(each.taylor.any() for each in sums.values()):
+        raise VitrimError("the outputs do not depend on any sub-layer (no gradient); check the weights and the images")
     return sums
 
 

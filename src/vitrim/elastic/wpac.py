@@ -30,6 +30,7 @@ Units = Callable[[ElasticHidden, UnitSums], Tensor]
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)
 """Ridges, as fractions of the mean variance, of which each sub-layer gets the best one for its regression."""
 ELIMINATION_RIDGE = 1e-3
+TOKENS_PER_UNIT = 4
 ORDERINGS: dict[str, tuple[Heads, Units]] = {}
 """Name -> (axes of an attention layer, order of the units of an MLP, best first)."""
 
@@ -83,10 +84,21 @@ def wpac(
         after = output_of(model, images)
     difference = (before - after).abs().max().item()
     say(f"{ordering}: function preserved, max |difference| = {difference:.1e} ({before.dtype})".replace("torch.", ""))
+    if line := few_tokens(sums):
+        say(line)
     limit = {torch.float64: 1e-10, torch.float32: 1e-5}.get(before.dtype, 5e-2) * max(1.0, before.abs().max().item())
     if not difference <= limit:
         raise VitrimError(f"{ordering} changed the outputs by {difference:.1e}, more than {limit:.1e}")
     return Ordered(difference, compensations, shares)
+
+
+def few_tokens(sums: Mapping[str, Sums]) -> str | None:
+    """One line for the user where the regression rests on few tokens, else None."""
+    tokens = min(int(each.tokens) for each in sums.values())
+    units = max(each.moments[0].first.numel() for each in sums.values())
+    if tokens >= TOKENS_PER_UNIT * units:
+        return None
+    return f"warning: {tokens:,} tokens are few for a regression of {units:,} units; give more images"
 
 
 @contextmanager
@@ -148,7 +160,8 @@ def compensation_of(layer: Elastic, moments: Moments, held_out: Moments) -> Comp
 
         ridge = min(RIDGES, key=error)
     together = moments + held_out
-    return Compensation(together.mean.float(), together.factor(ridge, bias).float())
+    # Contiguous as after reading it from a file, so that both give the same bits.
+    return Compensation(together.mean.float(), together.factor(ridge, bias).float().contiguous())
 
 
 def principal_axes(covariance_Hhh: Tensor) -> Tensor:

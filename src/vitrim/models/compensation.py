@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import VitrimError
-from ..tokens.precision import exact, exact_device
+from ..tokens.precision import exact
 
 TINY = torch.finfo(torch.float64).tiny
 
@@ -67,9 +67,8 @@ class Compensation:
         return torch.cat([lengths.flip(0).cumsum(0).flip(0), lengths.new_zeros(1)])
 
     def _on(self, device: torch.device) -> tuple[Tensor, Tensor | None]:
-        where = exact_device(device)
-        factor = None if self.factor is None else self.factor.to(where, torch.float64)
-        return self.mean.to(where, torch.float64), factor
+        factor = None if self.factor is None else exact(self.factor.to(device))
+        return exact(self.mean.to(device)), factor
 
 
 @dataclass
