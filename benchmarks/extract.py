@@ -3,8 +3,8 @@
     python benchmarks/extract.py --threads 2 --out results/extract-deit-b-cpu
 
 The cut is measured from a super-network in memory to a network ready to run, with the regression of the lost units. Its
-widths and moments are chosen at random, since the time does not depend on them. Both are timed in turns in interleaved rounds; the process should have the machine
-to itself.
+widths and compensations are chosen at random, since the time does not depend on them. Both are timed in turns in
+interleaved rounds; the process should have the machine to itself.
 """
 
 import time
@@ -71,7 +71,7 @@ def main(
     medians = {what: Quartiles.of(each) for what, each in times.items()}
     build = medians["build the full model with timm"].median
     rows = [{"what": what, "ms": str(each), "over_build": each.median / build} for what, each in medians.items()]
-    notes = [f"{model}, {len(chain):,} networks in the chain, {rounds} interleaved rounds."]
+    notes = [f"{model}, {len(family.chain):,} networks in the chain, {rounds} interleaved rounds."]
     table = Table("Cost of an extraction", COLUMNS, rows, notes=notes, environment=environment())
     print(table.markdown())
     table.write_all(out)

@@ -14,7 +14,7 @@ from killing import killed
 from test_elastic_extract import supernet
 from vitrim.elastic import SuperNet
 from vitrim.elastic.supernet import CHAIN, COMPENSATION
-from vitrim.errors import CheckpointError, VitrimError
+from vitrim.errors import CheckpointError, RecipeError, VitrimError
 from vitrim.models.store import DESCRIPTION, WEIGHTS
 from vitrim.verbs.cutting import extract
 
@@ -129,9 +129,9 @@ def test_no_command_puts_a_network_where_another_would_be_lost(net, tmp_path):
     folder = net.save(tmp_path / "net")
     kept = {path: path.read_bytes() for path in folder.iterdir()}
     with pytest.raises(VitrimError, match="holds a super-network"):
-        extract(str(folder), str(folder), macs=0.6, overwrite=True)
+        extract(str(folder), {}, str(folder), macs=0.6, overwrite=True)
     assert {path: path.read_bytes() for path in folder.iterdir()} == kept
-    extract(str(folder), str(tmp_path / "run" / "model"), macs=0.6, compensate="none")
+    extract(str(folder), {}, str(tmp_path / "run" / "model"), macs=0.6, compensate="none")
     torch.testing.assert_close(
         vitrim.load(tmp_path / "run" / "model")(images(2)), net.extract(macs=0.6, compensate="none")(images(2))
     )
@@ -143,3 +143,11 @@ def test_a_class_among_the_arguments_cannot_be_saved(tmp_path):
     with pytest.raises(CheckpointError, match="JSON cannot hold mlp_layer="):
         supernet(mlp_layer=SwiGLU).save(tmp_path / "net")
     assert not (tmp_path / "net").exists()
+
+
+def test_images_without_refit_are_refused(net, tmp_path):
+    for options in ({"num_images": 32}, {"data": {"name": "digits"}}):
+        with pytest.raises(RecipeError, match="images are used by --refit true only"):
+            extract(str(tmp_path), options.get("data", {}), str(tmp_path / "out"), num_images=options.get("num_images"))
+    with pytest.raises(RecipeError, match=r"training images only; --data\.test_split would have no effect"):
+        extract(str(tmp_path), {"test_split": "val"}, str(tmp_path / "out"), macs=0.5, refit=True)

@@ -120,7 +120,7 @@ def test_a_change_that_held_out_images_do_not_bear_out_is_not_made():
         each.add(one, noise, torch.ones(40, dtype=torch.float64))
     change, shift = sums[0].solve(0.01, True)
     assert sums[0].gain(change, shift) > 0 > sums[1].gain(change, shift)
-    assert best_ridge(*sums, True) is None
+    assert best_ridge(sums[0], sums[1], True) is None
     assert best_ridge(sums[0], sums[0], True) == min(RIDGES)
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models.compensation import Compensation
-from ..models.sublayers import elastic
+from ..models.sublayers import Elastic, elastic
 from .chain import Chain
 from .growth import blend, grow, grow_evenly
 from .importance import divergences, rise_curves
@@ -75,7 +75,7 @@ def measured_chain(
     return blend(start, chain, even, 1.0, max_saving)
 
 
-def expected_error(layer: "nn.Module", compensation: Compensation) -> Tensor:
+def expected_error(layer: Elastic, compensation: Compensation) -> Tensor:
     """Error of a sub-layer (width + 1,) that the regression leaves when its leading 0, 1, ..., all units stay."""
     errors = compensation.unexplained(layer.last.weight[:, layer.inputs.to(layer.last.weight.device)])
     return errors[:: layer.kept_inputs(1)].cpu()

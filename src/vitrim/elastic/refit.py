@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..errors import DataError, VitrimError
 from ..models import attached
 from ..models.adapter import find_adapter
+from ..models.compensation import cholesky
 from ..models.removed_branch import RemovedBranch
 from ..models.slicing import store
 from ..models.sublayers import Elastic, elastic
@@ -74,8 +75,7 @@ class Fit:
         variance = spread.diagonal()
         if not len(variance) or not variance.mean() > 0:
             return torch.zeros_like(cross), shift if bias else torch.zeros_like(shift)
-        variance += ridge * variance.mean()
-        change = torch.cholesky_solve(cross.mT, torch.linalg.cholesky(spread)).mT
+        change = torch.cholesky_solve(cross.mT, cholesky(spread, ridge)).mT
         return change, shift - change @ mean if bias else torch.zeros_like(shift)
 
     def gain(self, change: Tensor, shift: Tensor) -> float:
@@ -141,10 +141,12 @@ def refit(network: nn.Module, original: nn.Module, data: Iterable[Batch], *, num
 def _refit_branch(
     block: nn.Module, reference: nn.Module, branches: Mapping[str, str], branch: str, flows: list[Tokens], index: int
 ) -> None:
-    layer = block.get_submodule(branch)
+    layer: Any = block.get_submodule(branch)
+    removed = isinstance(layer, RemovedBranch)
+    weight = None if removed else layer.last.weight
+    bias: Tensor | None = layer.bias if removed else layer.last.bias
+    inputs, outputs = (0, layer.bias.numel()) if removed else (layer.last.in_features, layer.last.out_features)
     device = exact_device(flows[0].cut.device)
-    inputs = 0 if isinstance(layer, RemovedBranch) else layer.last.in_features
-    outputs = layer.bias.numel() if isinstance(layer, RemovedBranch) else layer.last.out_features
     most, held_out = Fit.zeros(inputs, outputs, device), Fit.zeros(inputs, outputs, device)
     for flow in flows:
         seen = _observe(reference, branches, branch, flow.full, flow.calls[0][index])
@@ -155,24 +157,20 @@ def _refit_branch(
         given = now.inputs if inputs else errors[..., :0]
         apart = torch.arange(len(errors), device=errors.device) % 4 == 3
         for sums, images in ((most, ~apart), (held_out, apart)):
-            one, other, weight = (x[images].flatten(0, 1) for x in (given, errors, flow.weights[index]))
-            sums.add(*(x.to(device) for x in (wide(one), wide(other), wide(weight))))
+            sums.add(*(wide(x[images].flatten(0, 1)).to(device) for x in (given, errors, flow.weights[index])))
     for sums in (most, held_out):
         for each in fields(sums):
             all_reduce(getattr(sums, each.name))
     together = most + held_out
     if not all(getattr(together, each.name).isfinite().all() for each in fields(together)):
         raise VitrimError("tokens are not finite; check the weights of both networks and the images")
-    parameters = layer if isinstance(layer, RemovedBranch) else layer.last
-    bias = parameters.bias is not None
-    ridge = best_ridge(most, held_out, bias)
-    if ridge is None:
+    if (ridge := best_ridge(most, held_out, bias is not None)) is None:
         return
-    change, shift = together.solve(ridge, bias)
-    if inputs:
-        store(layer.last.weight, exact(layer.last.weight) + change.to(layer.last.weight.device))
-    if bias:
-        store(parameters.bias, exact(parameters.bias) + shift.to(parameters.bias.device))
+    change, shift = together.solve(ridge, bias is not None)
+    if weight is not None:
+        store(weight, exact(weight) + change.to(exact(weight).device))
+    if bias is not None:
+        store(bias, exact(bias) + shift.to(exact(bias).device))
 
 
 def best_ridge(most: Fit, held_out: Fit, bias: bool) -> float | None:
@@ -242,7 +240,12 @@ def _start(
         objective(output_of(original, images), None).backward()
     with _recorded(ours) as (cut, own_calls), torch.no_grad():
         output_of(network, images)
-    return Tokens(full[0].detach(), cut[0].detach(), (calls, own_calls), [token_weights(x.grad) for x in full[1:]])
+    return Tokens(full[0].detach(), cut[0].detach(), (calls, own_calls), [_weights(x) for x in full[1:]])
+
+
+def _weights(tokens: Tensor) -> Tensor:
+    assert tokens.grad is not None
+    return token_weights(tokens.grad)
 
 
 @contextmanager
@@ -265,8 +268,11 @@ def _recorded(
         keep(args[0])
         calls.append(lambda other, x: other(x, *rest, **kwargs))
 
+    def after(block: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
+        keep(out)
+
     hooks = [block.register_forward_pre_hook(before, with_kwargs=True) for block in blocks]
-    hooks.append(blocks[-1].register_forward_hook(lambda block, args, out: keep(out)))
+    hooks.append(blocks[-1].register_forward_hook(after))
     try:
         yield tokens, calls
     finally:

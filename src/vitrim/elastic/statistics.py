@@ -37,8 +37,8 @@ class HeadSums:
         """Empty sums."""
         streams = (3, heads, dim)
         shapes = ((), streams, (3, heads), streams, (*streams, dim), streams)
-        sums = (torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes)
-        return cls(*sums, Moments.zeros(heads * dim, device), Moments.zeros(heads * dim, device))
+        a, b, c, d, e, f = (torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes)
+        return cls(a, b, c, d, e, f, Moments.zeros(heads * dim, device), Moments.zeros(heads * dim, device))
 
     def add(self, f_TA: Tensor, g_TA: Tensor, covariance: bool) -> None:
         """Add the activations and gradients of T tokens, each row (3, H, h) flattened."""
@@ -102,8 +102,8 @@ class UnitSums:
     def zeros(cls, units: int, device: torch.device) -> "UnitSums":
         """Empty sums."""
         shapes = ((), (units,), (units,))
-        sums = (torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes)
-        return cls(*sums, Moments.zeros(units, device), Moments.zeros(units, device))
+        tokens, taylor, fisher = (torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes)
+        return cls(tokens, taylor, fisher, Moments.zeros(units, device), Moments.zeros(units, device))
 
     def add(self, a_TU: Tensor, g_TU: Tensor) -> None:
         """Add the activations and gradients of T tokens."""

@@ -124,10 +124,7 @@ class Moments:
 
     def factor(self, ridge: float, centred: bool) -> Tensor:
         """Cholesky factor of the spread plus `ridge` times its mean variance on the diagonal; see `Compensation`."""
-        spread = self.spread(centred)
-        variance = spread.diagonal()
-        variance += ridge * variance.mean().clamp_min(0) + TINY**0.5
-        return torch.linalg.cholesky(spread)
+        return cholesky(self.spread(centred), ridge)
 
     def error(self, weight: Tensor, compensation: Compensation, kept: int, bias: bool) -> Tensor:
         """Mean squared error on these tokens of the projection with `kept` inputs, compared with the full one."""
@@ -139,3 +136,17 @@ class Moments:
         if shift is None:
             return error
         return error - 2 * shift @ (lost @ self.mean) + shift.square().sum()
+
+
+def cholesky(spread: Tensor, ridge: float) -> Tensor:
+    """Cholesky factor (n, n) of a spread plus `ridge` times its mean variance on the diagonal.
+
+    A ridge below the rounding of the sums, which are made of products in float32, grows tenfold until there is one.
+    """
+    size = spread.diagonal().mean().clamp_min(0) if len(spread) else spread.new_zeros(())
+    while True:
+        ridged = spread + torch.eye(len(spread), dtype=spread.dtype, device=spread.device) * (ridge * size + TINY**0.5)
+        factor, fault = torch.linalg.cholesky_ex(ridged)
+        if not fault or not size.isfinite():
+            return factor
+        ridge *= 10

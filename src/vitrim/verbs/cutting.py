@@ -2,13 +2,21 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
+from ..data.specs import DataSpec
 from ..errors import DataError, RecipeError, VitrimError
 from ..options import Range
 from ..train.recipe import Recipe
 from ..train.specs import ElasticSpec, OptimSpec
 from .delivery import Count, DataOptions, Device, check_used, command_line
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import Tensor
+
+    from ..data.streams import Stream
 
 PUBLISHED = Recipe(optim=OptimSpec(lr=2.5e-4, min_lr=1e-5), elastic=ElasticSpec(), epochs=300)
 """What `stratify --epochs` does without a recipe: published rates and growth, without augmentation."""
@@ -51,7 +59,6 @@ def stratify(
         _train(_recipe_for(model, data, recipe, epochs, num_images, width_multiple), out, device)
         return
     from ..data.splits import plain_stream
-    from ..data.streams import make_loader
     from ..elastic.supernet import stratify as run
     from ..measure.accelerator import make_accelerator
     from ..models import check_place, has_weights, open_model
@@ -67,14 +74,20 @@ def stratify(
     stream = plain_stream(network, spec, train=True)
     if labels and (fault := other_classes(model, stream.images.classes)):
         raise DataError(fault)
-    loader, _ = make_loader(stream, 64, spec.workers, shuffle=True)
-    batches = ((images[index >= 0], classes[index >= 0]) for images, classes, index in loader)  # Readable ones.
     number = ElasticSpec().images if num_images is None else num_images
     multiple = ElasticSpec().width_multiple if width_multiple is None else width_multiple
-    supernet = run(network, batches, num_images=number, labels=bool(labels), width_multiple=multiple)
+    supernet = run(network, _batches(stream, spec), num_images=number, labels=bool(labels), width_multiple=multiple)
     supernet.save(out, overwrite=overwrite, **kept_classes(model))
     chain = supernet.chain
     print(_summary(len(chain), chain.macs_at(-1) / chain.macs, min(number, len(stream)), out))
+
+
+def _batches(stream: "Stream", spec: DataSpec) -> "Iterator[tuple[Tensor, Tensor]]":
+    """Batches of the readable images of a stream, shuffled, with their classes."""
+    from ..data.streams import make_loader
+
+    loader, _ = make_loader(stream, 64, spec.workers, shuffle=True)
+    return ((images[index >= 0], classes[index >= 0]) for images, classes, index in loader)
 
 
 def _recipe_for(
@@ -128,11 +141,14 @@ def _summary(networks: int, least: float, seen: int, out: str) -> str:
 
 def extract(
     supernet: str,
+    data: DataOptions,
     out: str,
     macs: float | None = None,
     params: float | None = None,
     latency: float | str | None = None,
     compensate: Literal["regression", "means", "none"] = "regression",
+    refit: bool = False,
+    num_images: Count | None = None,
     overwrite: bool = False,
     device: Device = "auto",
 ) -> None:
@@ -140,6 +156,7 @@ def extract(
 
     Args:
         supernet: folder written by vitrim stratify, or a run that trained a super-network.
+        data: the images for --refit; the training split is used.
         out: folder for the network.
         macs: budget of MACs per image; a number up to 1 is a fraction of those of the full network.
         params: budget of parameters; a number up to 1 is a fraction.
@@ -147,8 +164,11 @@ def extract(
             write 0.5ms for half a millisecond.
         compensate: what makes up for removed units: the units that stay predict them, their means move into biases, or
             nothing; it does nothing to a super-network that was trained after its units were ordered.
+        refit: fit the last projections of the network to the full one on training images, block after block; takes a
+            few forward passes and keeps more of the accuracy, most where much is cut.
+        num_images: images for --refit; by default 1024.
         overwrite: replace an existing model, but never a super-network.
-        device: where latency is measured.
+        device: where latency is measured and the network is refitted.
     """
     from ..elastic.supernet import CHAIN, SuperNet
     from ..measure.accelerator import make_accelerator
@@ -159,8 +179,20 @@ def extract(
     check_place(out, overwrite=overwrite)
     if (Path(out) / CHAIN).exists():
         raise VitrimError(f"{out} holds a super-network, which would be lost; choose another folder")
+    if not refit and (data or num_images is not None):
+        raise RecipeError("images are used by --refit true only; add it, or leave --data and --num_images out")
+    check_used("extract", data, ("test_split", "holdout"), "training images only")
     family = SuperNet.load(supernet)
     family.model.to(make_accelerator(cpu=device == "cpu").device)
-    network = family.extract(macs=macs, params=params, latency=latency, compensate=compensate)
+    batches = None
+    if refit:
+        from ..data.splits import plain_stream
+        from ..study.compare import data_of
+
+        spec = data_of([supernet], data)
+        batches = _batches(plain_stream(family.model, spec, train=True), spec)
+    network = family.extract(
+        macs=macs, params=params, latency=latency, compensate=compensate, data=batches, num_images=num_images or 1024
+    )
     save(network, out, overwrite=overwrite, **kept_classes(supernet))
     print(f"{cost(network)}; written to {out}")
