@@ -12,11 +12,27 @@ import torch
 
 import processes  # noqa: F401  (says what the processes of tests have imported)
 from vitrim import save
+from vitrim.data import images
 
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def few_test_digits() -> Iterator[None]:
+    """Test on 120 digits and not on 364, which takes longer than to train on as many."""
+
+    class Few(images._Digits):
+        def __init__(self, train: bool) -> None:
+            super().__init__(train)
+            if not train:
+                self.pixels, self.targets = self.pixels[:120], self.targets[:120]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(images, "_Digits", Few)
+        yield
 
 
 @pytest.fixture

@@ -29,6 +29,8 @@ from vitrim.show.report import write_report
 from vitrim.show.runs import average_seeds
 from vitrim.show.view import View
 
+pytestmark = pytest.mark.usefixtures("few_test_digits")
+
 TINY = {"img_size": 64, "patch_size": 16, "depth": 3, "embed_dim": 24, "num_heads": 3, "num_classes": 5}
 
 

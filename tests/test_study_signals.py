@@ -17,6 +17,8 @@ from vitrim.study.local_workers import _stopping_together, local_workers
 from vitrim.study.run_study import run_study
 from vitrim.train.stopping import Stopped
 
+pytestmark = pytest.mark.usefixtures("few_test_digits")
+
 BASE = {
     "model": {"args": {"depth": 1, "embed_dim": 24, "num_heads": 2}},
     "data": {"workers": 0, "limit": 30}, "epochs": 1, "batch_size": 16,

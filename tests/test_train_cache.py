@@ -39,6 +39,8 @@ from vitrim.train.recipe import Recipe
 from vitrim.train.specs import CacheSpec
 from vitrim.train.stopping import Stopped
 
+pytestmark = pytest.mark.usefixtures("few_test_digits")
+
 SIZES = {"depth": 3, "embed_dim": 24, "num_heads": 2}
 FAKD = "Labels(0.5) + Logits(0.5) + ClsStages(0.3) + Tokens(0.1)"
 FEATURES = "Cls(0.5) + Tokens(0.5, loss=cosine)"

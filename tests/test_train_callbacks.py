@@ -16,6 +16,8 @@ from vitrim.errors import VitrimError
 from vitrim.train.callbacks import Mover, lightning_callback, transformers_callback
 from zoo import build, images
 
+pytestmark = pytest.mark.usefixtures("few_test_digits")
+
 REDUCTION = "TopK() @ KeepRate(0.6, at=(0, 1)) @ "
 DELAYED, PER_STEP = REDUCTION + "Delayed(1)", REDUCTION + "Polynomial(0, 2, gamma=1, per_step=True)"
 ADAPTIVE = REDUCTION + "Adaptive(step=0.5)"

@@ -40,6 +40,8 @@ from vitrim.train.recipe import Recipe
 from vitrim.train.specs import ModelSpec
 from vitrim.train.stopping import Stopped
 
+pytestmark = pytest.mark.usefixtures("few_test_digits")
+
 SMALL = {"depth": 1, "embed_dim": 24, "num_heads": 2}
 SIZES = {"depth": 3, "embed_dim": 24, "num_heads": 2}
 SWIN = {"img_size": 64, "depths": (1,), "num_heads": (3,)}

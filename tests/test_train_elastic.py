@@ -23,6 +23,8 @@ from vitrim.train.recipe import Recipe
 from vitrim.train.stopping import Stopped
 from vitrim.verbs.cutting import _recipe_for
 
+pytestmark = pytest.mark.usefixtures("few_test_digits")
+
 PLAIN = {"name": "vit_tiny_patch16_224", "args": {"depth": 2, "embed_dim": 24, "num_heads": 2, "img_size": 16,
                                                   "patch_size": 4}}  # fmt: skip
 

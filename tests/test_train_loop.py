@@ -20,6 +20,8 @@ from vitrim.train.loop import train
 from vitrim.train.recipe import Recipe
 from vitrim.train.specs import OptimSpec
 
+pytestmark = pytest.mark.usefixtures("few_test_digits")
+
 SIZES = {"depth": 2, "embed_dim": 24, "num_heads": 2}
 
 

@@ -26,7 +26,10 @@ from vitrim.train.recipe import Recipe
 from vitrim.train.state import Report
 from vitrim.train.stopping import RunAbandoned, Stopped, StopSignals
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning"),
+    pytest.mark.usefixtures("few_test_digits"),
+]
 TIMINGS = ("seconds", "images_per_second", "train_seconds")
 
 
