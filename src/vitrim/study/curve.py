@@ -9,7 +9,10 @@ The part `curve` of a study file names the lines to draw through rows of the stu
         WPAC + compensation: {row: full, ordering: wpac, compensate: regression}
         WPAC, even: {row: full, ordering: wpac, even: true}         # every width cut by the same fraction
         PIAD: {row: trained as super-network}                       # the row's own super-network
+        WPAC, refitted: {row: full, ordering: wpac, refit: true}    # and fitted to the full network after the cut
         trained alone: [full, narrow, narrower]                     # one point per row, as trained
+
+A line that a scale sets to null is left out.
 """
 
 from collections.abc import Mapping
@@ -32,12 +35,14 @@ class Line:
         super-network.
     compensate: what makes up for removed units, see `SuperNet.extract`.
     even: whether every sub-layer loses the same fraction, instead of the least important units.
+    refit: whether what was cut is then fitted to the full network, see `SuperNet.extract`.
     """
 
     row: str = ""
     ordering: str | None = None
     compensate: Compensate = "none"
     even: bool = False
+    refit: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,7 @@ class Curve:
         if not isinstance(data, dict):
             raise RecipeError("the curve of the study is a mapping of options, with lines in it")
         curve: Curve = from_dict(cls, data, "curve")
+        curve = replace(curve, lines={name: line for name, line in curve.lines.items() if line is not None})
         if not curve.lines:
             raise RecipeError("the curve of the study has no lines; name one, such as WPAC: {row: ..., ordering: wpac}")
         if not curve.budgets or not all(type(b) in (int, float) and 0 < b <= 1 for b in curve.budgets):
@@ -107,9 +113,9 @@ class Curve:
                     f"curve {name!r}: row {line.row!r} saves {own.max_saving:.1%} of the MACs at most, so it cannot "
                     f"meet the budget {min(self.budgets)}; raise elastic.max_saving"
                 )
-            if line.ordering is None and (line.compensate != "none" or line.even):
+            if line.ordering is None and (line.compensate != "none" or line.even or line.refit):
                 raise RecipeError(
-                    f"curve {name!r}: only a curve that orders compensates or cuts evenly; give an ordering"
+                    f"curve {name!r}: only a curve that orders compensates, refits or cuts evenly; give an ordering"
                 )
             if line.ordering is not None and line.ordering not in ORDERINGS:
                 raise UnknownNameError("ordering", line.ordering, ORDERINGS)

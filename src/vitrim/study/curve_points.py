@@ -1,11 +1,11 @@
 """Cut the networks of a curve and evaluate them: accuracy, divergence and cost at every size."""
 
 import statistics
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..data.specs import DataSpec
 from ..data.splits import plain_stream
@@ -91,7 +91,10 @@ def curve_networks(
         if key not in opened:
             opened[key] = _supernet(curve, line, folders[line.row], data_for(line.row, data), seed, place)
         for budget in curve.budgets:
-            found[name, line.row, budget] = opened[key].extract(macs=budget, compensate=line.compensate)
+            images = _batches(opened[key].model, data_for(line.row, data), seed) if line.refit else None
+            found[name, line.row, budget] = opened[key].extract(
+                macs=budget, compensate=line.compensate, data=images, num_images=curve.images
+            )
     return found
 
 
@@ -100,11 +103,16 @@ def _supernet(curve: Curve, line: Line, folder: Path, data: DataSpec, seed: int,
     if line.ordering is None:
         return SuperNet.load(RunFolder(folder).model_path)
     model = open_model(str(folder)).to(device)
-    loader, _ = make_loader(plain_stream(model, data, train=True), 64, data.workers, seed=seed, shuffle=True)
     return stratify(
-        model, ((images, classes) for images, classes, _ in loader), num_images=curve.images, ordering=line.ordering,
+        model, _batches(model, data, seed), num_images=curve.images, ordering=line.ordering,
         width_multiple=curve.width_multiple, even=line.even, say=lambda line: None,
     )  # fmt: skip
+
+
+def _batches(model: nn.Module, data: DataSpec, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Shuffled training images with their classes, the same for every line of one seed."""
+    loader, _ = make_loader(plain_stream(model, data, train=True), 64, data.workers, seed=seed, shuffle=True)
+    return ((images, classes) for images, classes, _ in loader)
 
 
 def _row(curve: Curve, point: Point, per_seed: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -116,8 +116,10 @@ def _without_weights(recipe: Recipe, specs: Mapping[str, ModelSpec]) -> ModelSpe
 
 def _build(recipe: Recipe) -> nn.Module:
     """The network of a recipe with its reduction attached, which plans every cut."""
-    with shapes_only() if builder_of(recipe.model.name) else nullcontext():
-        model = prepare_model(recipe.model, None)
+    named = builder_of(recipe.model.name) is not None
+    with shapes_only() if named else nullcontext():
+        # How many classes the images have is not known yet, but an architecture without a head of its own gets one.
+        model = prepare_model(recipe.model, 2 if named else None)
     find_adapter(model)
     InputFormat.of(model, recipe.data.image_size)
     if (reduction := reduction_of(recipe)) is not None:
