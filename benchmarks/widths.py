@@ -1,0 +1,128 @@
+"""How close to the full network its sub-networks stay, by how they were chosen and compensated, without any training.
+
+    vitrim train --config recipes/system5/finetune-vits14.yaml --out runs/vits14
+    python benchmarks/widths.py --model runs/vits14 --root data/imagenette160 --out results/widths-vits14-cpu
+
+Calibration images are drawn from the training split by several seeds and have no labels; all networks are tested on the
+same images of the test split. A network that was trained for minutes has width to spare, so that every method is good
+there: take one that was trained for long.
+"""
+
+import statistics
+from collections import defaultdict
+from collections.abc import Callable
+from functools import partial
+from itertools import islice
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vitrim import SuperNet, arguments, stratify
+from vitrim.data.specs import DataSpec
+from vitrim.data.splits import plain_stream
+from vitrim.data.streams import make_loader
+from vitrim.measure.environment import environment
+from vitrim.measure.table import Column, Table
+from vitrim.models import open_model
+
+BUDGETS = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.6, 0.5, 0.4, 0.35, 0.3, 0.25)
+REFITTED = (0.75, 0.5, 0.25)
+"""Budgets at which networks are also fitted to the full one, which takes longest."""
+BARS = {0.75: (0.03, 0.01), 0.5: (0.20, 0.06)}
+"""Budget -> largest divergence, and how much accuracy may be lost."""
+COLUMNS = (
+    Column("macs", "MACs / full", ".2f"),
+    Column("widths", "widths"),
+    Column("compensation", "what makes up for lost units"),
+    Column("divergence", "KL(full || cut), mean", ".4f"),
+    Column("largest", "of the worst seed", ".4f"),
+    Column("accuracy", "accuracy", ".1%"),
+    Column("lost", "lost", ".1%"),
+)
+
+
+def batches(model: nn.Module, spec: DataSpec, number: int, seed: int, train: bool) -> list[tuple[Tensor, Tensor]]:
+    """The first `number` images of the training or test split in an order drawn by the seed, with their classes."""
+    loader, _ = make_loader(plain_stream(model, spec, train=train), 64, spec.workers, seed=seed, shuffle=True)
+    return [(images, classes) for images, classes, *_ in islice(loader, -(-number // 64))]
+
+
+@torch.no_grad()
+def outputs(model: nn.Module, data: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """Logits of all images."""
+    return torch.cat([model(images) for images, _ in data])
+
+
+def main(
+    model: str,
+    root: str,
+    image_size: int | None = None,
+    images: int = 1024,
+    test_images: int = 1000,
+    seeds: int = 3,
+    threads: int | None = 2,
+    out: str = "results/widths-vits14-cpu",
+) -> None:
+    """Measure, print, and write OUT.md, OUT.csv and OUT.json."""
+    torch.set_num_threads(threads or torch.get_num_threads())
+    network = open_model(model).eval()
+    spec = DataSpec(name="folder", root=root, image_size=image_size, workers=0)
+    test = batches(network, spec, test_images, 0, train=False)
+    classes = torch.cat([each for _, each in test])
+    full = outputs(network, test)
+    right = (full.argmax(1) == classes).double().mean().item()
+    found: dict[tuple[float, str, str], list[tuple[float, float]]] = defaultdict(list)
+
+    def measure(macs: float, widths: str, how: str, cut: Callable[[], nn.Module]) -> None:
+        logits = outputs(cut(), test)
+        divergence = F.kl_div(logits.log_softmax(1), full.log_softmax(1), reduction="batchmean", log_target=True).item()
+        found[macs, widths, how].append((divergence, (logits.argmax(1) == classes).double().mean().item()))
+        print(
+            f"{macs:.2f} {widths}, {how}: KL {divergence:.4f}, accuracy {found[macs, widths, how][-1][1]:.1%}",
+            flush=True,
+        )
+
+    for seed in range(1, seeds + 1):
+        data = [batch for batch, _ in batches(network, spec, images, seed, train=True)]
+        nets: dict[str, SuperNet] = {
+            "even": stratify(network, data, num_images=images, even=True),
+            "measured": stratify(network, data, num_images=images),
+        }
+        for macs in BUDGETS:
+            for widths, net in nets.items():
+                for how in ("means", "regression") if widths == "even" else ("regression",):
+                    measure(macs, widths, how, partial(net.extract, macs=macs, compensate=how))
+                if macs in REFITTED:
+                    measure(macs, widths, "regression, refitted", partial(net.extract, macs=macs, data=data))
+
+    def mean(key: tuple[float, str, str], which: int) -> float:
+        return statistics.fmean(each[which] for each in found[key])
+
+    rows = [
+        {
+            "macs": key[0], "widths": key[1], "compensation": key[2], "divergence": mean(key, 0),
+            "largest": max(each[0] for each in found[key]), "accuracy": mean(key, 1), "lost": right - mean(key, 1),
+        }
+        for key in sorted(found, key=lambda key: (-key[0], key[1:]))
+    ]  # fmt: skip
+    better = sum(mean((m, "measured", "regression"), 0) < mean((m, "even", "means"), 0) for m in BUDGETS)
+    notes = [
+        f"The full network has {right:.1%} on {len(classes):,} test images. {seeds} seeds of {images:,} images.",
+        f"Measured widths with regression are closer than an even cut with means at {better} of {len(BUDGETS)} sizes.",
+    ]
+    for macs, (divergence, lost) in BARS.items():
+        key = (macs, "measured", "regression, refitted")
+        worst, gone = max(each[0] for each in found[key]), right - mean(key, 1)
+        notes.append(
+            f"Bar at {macs} of the MACs, refitted: divergence of every seed at most {divergence} "
+            f"{'met' if worst <= divergence else 'not met'} ({worst:.4f}); at most {lost:.0%} of accuracy lost "
+            f"{'met' if gone <= lost else 'not met'} ({gone:.1%})."
+        )
+    table = Table("Widths without training", COLUMNS, rows, notes=notes, environment=environment())
+    print(table.text())
+    table.write_all(out)
+
+
+if __name__ == "__main__":
+    arguments.run(main, "benchmarks/widths.py")
