@@ -1,7 +1,7 @@
 """How close to the full network its sub-networks stay, by how they were chosen and compensated, without any training.
 
     vitrim train --config recipes/system5/finetune-vits14.yaml --out runs/vits14
-    python benchmarks/widths.py --model runs/vits14 --root data/imagenette160 --out results/widths-vits14-cpu
+    python benchmarks/widths.py runs/vits14 --root data/imagenette160 --out results/widths-vits14-cpu
 
 Calibration images are drawn from the training split by several seeds and have no labels; all networks are tested on the
 same images of the test split. A network that was trained for minutes has width to spare, so that every method is good
