@@ -27,7 +27,7 @@ COMMANDS = [
     'sweep runs/a --method TopK()@PowerLaw({r},1) --vary {"r":[0.5,0.7]} --search tpe --trials 5 --out t.md',
     "study study.yaml --out runs/study --scale smoke --workers 2 --database sqlite:///leases.db",
     "stratify runs/a --out runs/s --num_images 64 --data.limit 100 --labels true --overwrite",
-    "extract runs/s --out runs/e --macs 0.5 --latency 0.5ms --compensate means --refit true --num_images 64 --data.workers 0",
+    "extract runs/s --out runs/e --macs 0.5 --latency 0.5ms --compensate means --refit true --num_images 64",
     "report runs/study --out report.html",
     "list scores",
 ]
