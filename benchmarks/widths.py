@@ -11,6 +11,7 @@ there: take one that was trained for long.
 import statistics
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 
@@ -22,6 +23,8 @@ from vitrim import SuperNet, arguments, stratify
 from vitrim.data.specs import DataSpec
 from vitrim.data.splits import plain_stream
 from vitrim.data.streams import make_loader
+from vitrim.elastic.chain import start_chain
+from vitrim.elastic.growth import grow_evenly
 from vitrim.measure.environment import environment
 from vitrim.measure.table import Column, Table
 from vitrim.models import open_model
@@ -85,15 +88,14 @@ def main(
 
     for seed in range(1, seeds + 1):
         data = [batch for batch, _ in batches(network, spec, images, seed, train=True)]
-        nets: dict[str, SuperNet] = {
-            "even": stratify(network, data, num_images=images, even=True),
-            "measured": stratify(network, data, num_images=images),
-        }
+        net = stratify(network, data, num_images=images)
+        even = replace(grow_evenly(start_chain(net.model), 0.875), weights=net.chain.weights)
+        nets = {"even": SuperNet(net.model, even, net.compensations), "measured": net}
         for macs in BUDGETS:
             for widths, net in nets.items():
                 for how in ("means", "regression") if widths == "even" else ("regression",):
                     measure(macs, widths, how, partial(net.extract, macs=macs, compensate=how))
-                if macs in REFITTED:
+                if macs in REFITTED and widths == "measured":
                     measure(macs, widths, "regression, refitted", partial(net.extract, macs=macs, data=data))
 
     def mean(key: tuple[float, str, str], which: int) -> float:
