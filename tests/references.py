@@ -19,11 +19,15 @@ from vitrim.tokens.scores import SCORES
 
 @dataclass
 class Tokens:
-    """The residual stream of one image. `members[i]` are the input patches behind patch token i."""
+    """The residual stream of one image. `members[i]` are the input patches behind patch token i.
+
+    `places[i]` is the input patch at whose place it is, by which rotary positions turn its query and key.
+    """
 
     prefix: list[Tensor]
     patches: list[Tensor]
     members: list[set[int]]
+    places: list[int]
     carried: list[float] | None = None
     lost: set[int] = field(default_factory=set)
     parked: dict[int, Tensor] = field(default_factory=dict)
@@ -40,6 +44,7 @@ class Tokens:
         back |= self.parked
         self.patches = [back[patch] for patch in sorted(back)]
         self.members, self.lost, self.carried = [{patch} for patch in sorted(back)], set(), None
+        self.places = sorted(back)
 
 
 @dataclass
@@ -140,7 +145,7 @@ def _top_k(reducer: TopK, tokens: Tokens, view: View, keep: int) -> None:
     for i in rest:
         for patch in tokens.members[i]:  # Those behind a fused token went earlier.
             tokens.parked.setdefault(patch, tokens.patches[i])
-    carried = [score[i] for i in kept]
+    carried, places = [score[i] for i in kept], [tokens.places[i] for i in kept]
     if reducer.fuse is None:
         for i in rest:
             tokens.lost |= tokens.members[i]
@@ -149,7 +154,8 @@ def _top_k(reducer: TopK, tokens: Tokens, view: View, keep: int) -> None:
         patches.append(sum((raw[i] / total) * tokens.patches[i] for i in rest))
         members.append(set().union(*(tokens.members[i] for i in rest)))
         carried.append(_mean([score[i] for i in rest]))
-    tokens.patches, tokens.members = patches, members
+        places.append(tokens.places[min(rest, key=lambda i: (-score[i], i))])
+    tokens.patches, tokens.members, tokens.places = patches, members, places
     tokens.carried = carried if reducer.momentum > 0 or reducer.shallow is not None else None
 
 
@@ -168,27 +174,39 @@ def _tome(reducer: ToMe, tokens: Tokens, view: View, keep: int) -> None:
     groups = {i: [i] for i in range(num_tokens)}
     for _, even, partner in edges[: num_tokens - keep]:
         groups[partner] += groups.pop(even)
-    patches, members = [], []
+    patches, members, places = [], [], []
     for _, group in sorted(groups.items()):
         weight = [len(tokens.members[i]) for i in group]
         patches.append(sum(w * tokens.patches[i] for w, i in zip(weight, group, strict=True)) / sum(weight))
         members.append(set().union(*(tokens.members[i] for i in group)))
-    tokens.patches, tokens.members = patches, members
+        places.append(tokens.places[min(group, key=lambda i: (-len(tokens.members[i]), i))])
+    tokens.patches, tokens.members, tokens.places = patches, members, places
 
 
 REDUCER_REFERENCES: dict[str, Callable[..., None]] = {"TopK": _top_k, "ToMe": _tome}
 
 
-def _attention(attn: nn.Module, normed_TC: Tensor, size: list[int] | None) -> tuple[Tensor, Tensor, Tensor]:
+def _attention(
+    attn: nn.Module, normed_TC: Tensor, size: list[int] | None, places: list[int | None]
+) -> tuple[Tensor, Tensor, Tensor]:
     """Output of the attention layer before its residual, the attention (H, T, T), the keys (H, T, D).
 
-    Of one that was removed a constant is left, and no head.
+    Of one that was removed a constant is left, and no head. `places` are those of the tokens, None for prefix tokens;
+    an attention with rotary positions has `turned`: what a row of one head is at a place.
     """
     if isinstance(attn, RemovedBranch):
         return attn.bias.expand_as(normed_TC), normed_TC.new_empty(0, *2 * normed_TC.shape[:1]), normed_TC.new_empty(0)
     count, heads, dim = normed_TC.shape[0], attn.num_heads, attn.head_dim
     query, key, value = attn.qkv(normed_TC).reshape(count, 3, heads, dim).permute(1, 2, 0, 3)
     query, key = attn.q_norm(query), attn.k_norm(key)
+    if hasattr(attn, "turned"):
+        query, key = (
+            torch.stack([
+                torch.stack([row if p is None else attn.turned(h, p, row) for p, row in zip(places, one, strict=True)])
+                for h, one in enumerate(stream)
+            ])
+            for stream in (query, key)
+        )  # fmt: skip
     rows = []
     for h in range(heads):
         logits = query[h] @ key[h].T / math.sqrt(dim)
@@ -245,7 +263,8 @@ def reduced_vit(
     embedded = model.norm_pre(model._pos_embed(model.patch_embed(image_CHW[None])))[0]
     num_prefix = model.num_prefix_tokens
     rows = list(embedded)
-    tokens = Tokens(rows[:num_prefix], rows[num_prefix:], [{i} for i in range(len(rows) - num_prefix)])
+    tokens = Tokens(rows[:num_prefix], rows[num_prefix:], [{i} for i in range(len(rows) - num_prefix)], [])
+    tokens.places = list(range(len(tokens.patches)))
     cut = REDUCER_REFERENCES[type(reducer).__name__]
     for index, block in enumerate(model.blocks):
         heard = (listened or {}).get(index)
@@ -254,7 +273,7 @@ def reduced_vit(
 
         def attend(block: nn.Module = block) -> tuple[Tensor, Tensor, Tensor]:
             size = [1] * num_prefix + [len(m) for m in tokens.members] if reducer.prop_attn else None
-            return _attention(block.attn, block.norm1(tokens.rows()), size)
+            return _attention(block.attn, block.norm1(tokens.rows()), size, [*[None] * num_prefix, *tokens.places])
 
         before, inside = plan.cut(index, "before"), plan.cut(index, "inside")
         if before is not None:

@@ -11,6 +11,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 import toy_family  # noqa: F401  (enters its family)
+from eva_models import EVA
 from vitrim.models import BlockWidths, build_model, set_widths
 
 SMALL = {"img_size": 40, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 3, "num_classes": 5}
@@ -90,13 +91,18 @@ TOY: dict[str, Callable[[], nn.Module]] = {
     "toy": _toy,
     "toy_removed": lambda: _toy((5, 0), (0, 40), (8, 48)),
 }
-ZOO: dict[str, dict[str, Callable[[], nn.Module]]] = {"timm-vit": TIMM, "toy": TOY}
+ZOO: dict[str, dict[str, Callable[[], nn.Module]]] = {"timm-vit": TIMM, "timm-eva": EVA, "toy": TOY}
 """Adapter name -> models. An adapter without an entry fails the contract suite."""
 
 
 def build(adapter: str, name: str) -> nn.Module:
     """The model in evaluation mode, every parameter redrawn so that none is zero, one or alike."""
-    model = ZOO[adapter][name]().eval()
+    return redrawn(ZOO[adapter][name]())
+
+
+def redrawn(model: nn.Module) -> nn.Module:
+    """The model in evaluation mode, every parameter redrawn so that none is zero, one or alike."""
+    model = model.eval()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -47,6 +47,8 @@ class Geometry:
     input_size: tuple[int, int, int]
     fixed_size: bool = True
     """Whether all images have that size, so that the number of patch tokens is always the same."""
+    rotary: bool = False
+    """Whether the blocks rotate queries and keys by the place of their token."""
 
 
 @dataclass(frozen=True)

@@ -23,10 +23,11 @@ class Macs:
 
 @dataclass(frozen=True)
 class BlockShape:
-    """Sizes of a pre-norm attention block. All MACs are those of one token.
+    """Sizes of an attention block. All MACs are those of one token.
 
     width: channels of a token. attn_dim: of the values of all heads. head_dim: of one head.
     qkv_macs: of the projections to queries, keys and values, together.
+    query_macs: of the projection to queries, where groups of heads share keys and values; None: a third of qkv_macs.
     whole_qkv: whether the three are one foreign layer (LoRA, quantised, with a hook), which always computes all.
     proj_macs: of the output projection. gate_macs: of the gate on the output of attention.
     mlp_macs: of the MLP.
@@ -40,10 +41,13 @@ class BlockShape:
     mlp_macs: int
     gate_macs: int = 0
     whole_qkv: bool = False
+    query_macs: int | None = None
 
-    def project(self, tokens: int, streams: int) -> int:
-        """MACs of so many of queries, keys and values for these tokens, computed in one call."""
-        return tokens * (self.qkv_macs if self.whole_qkv else self.qkv_macs * streams // 3)
+    def project(self, tokens: int, queries: int, others: int) -> int:
+        """MACs of queries (0 or 1) and of so many of keys and values for these tokens, computed in one call."""
+        query = self.qkv_macs // 3 if self.query_macs is None else self.query_macs
+        parts = queries * query + others * (self.qkv_macs - query) // 2
+        return tokens * (self.qkv_macs if self.whole_qkv else parts)
 
 
 def block_macs(
@@ -55,21 +59,21 @@ def block_macs(
     if before is not None and reducer is not None:
         needs = needed(reducer, before)
         if needs == "attention":
-            total += Macs(shape.project(tokens, 2))
+            total += Macs(shape.project(tokens, 1, 1))
         elif needs in ("key", "cls_row"):
-            total += Macs(shape.project(tokens, 1) + (shape.project(1, 1) if needs == "cls_row" else 0))
+            total += Macs(shape.project(tokens, 0, 1) + (shape.project(1, 1, 0) if needs == "cls_row" else 0))
         total += Macs(0, _scoring(shape, tokens, needs)) + _deciding(shape, reducer, before)
         tokens = num_prefix + before.num_out
-    queries, projected = tokens, shape.project(tokens, 3)
+    queries, projected = tokens, shape.project(tokens, 1, 2)
     if prefix_only:
         queries = num_prefix
-        projected = shape.project(tokens, 2) + shape.project(queries, 1)
+        projected = shape.project(tokens, 0, 2) + shape.project(queries, 1, 0)
     elif inside is not None and reducer is not None:
         needs = needed(reducer, inside)
         if skips_queries(reducer, inside):
             queries = num_prefix + inside.keep
-            cls_row = shape.project(1, 1) if needs == "cls_row" else 0
-            projected = shape.project(tokens, 2) + cls_row + shape.project(queries, 1)
+            cls_row = shape.project(1, 1, 0) if needs == "cls_row" else 0
+            projected = shape.project(tokens, 0, 2) + cls_row + shape.project(queries, 1, 0)
         total += Macs(0, _scoring(shape, tokens, needs)) + _deciding(shape, reducer, inside)
     leaving = num_prefix if prefix_only else num_prefix + inside.num_out if inside is not None else tokens
     linear = projected + queries * (shape.proj_macs + shape.gate_macs) + leaving * shape.mlp_macs

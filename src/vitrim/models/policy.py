@@ -131,7 +131,7 @@ class Policy:
         # What is known may change before this pass is recomputed, which must choose the same tokens again.
         gradients = self.gradients.known() if self.gradients is not None and plan.cuts else None
         reducer = self.reduction.reducer if self.reduction else None
-        return Trace(plan, reducer, x_BTC.shape[0], x_BTC.device, gradients=gradients)
+        return Trace(plan, reducer, x_BTC.shape[0], x_BTC.device, rotary=g.rotary, gradients=gradients)
 
     def show(self, trace: Trace) -> None:
         """Keep this trace for the user to look at."""

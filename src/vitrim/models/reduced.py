@@ -1,14 +1,16 @@
 """The forward pass of a block with a cut, shared by all families.
 
-A family supplies five steps (`norm_tokens`, `project`, `attend`, `feed_forward`, `head_scale`); everything that
-decides which work can be left out is here:
+A family supplies five steps (`norm_tokens`, `project`, `attend`, `feed_forward`, `head_scale`), and where places are
+rotary two more (`rows_of_table`, `rotate`); everything that decides which work can be left out is here:
 - a block without a cut runs its own, original forward pass;
 - where tokens are dropped, their queries, attention rows and output projection are never computed;
-- where the head reads only prefix tokens, the last block computes only those.
+- where the head reads only prefix tokens, the last block computes only those;
+- rotary tables, which the model gives to its blocks for all patch tokens, follow the tokens that are left.
 """
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -29,6 +31,8 @@ class ReducedBlock(Reduced):
     """Mixin placed before a family's own block class; overrides only `forward`."""
 
     vitrim_index: int
+    rotary_argument: ClassVar[str] = ""
+    """Name of the first argument after the tokens where that is the rotary table; "" where the block gets none."""
 
     def norm_tokens(self, x_BTC: Tensor) -> Tensor:
         """The norm before attention."""
@@ -51,6 +55,14 @@ class ReducedBlock(Reduced):
         """The factor of the attention logits."""
         raise NotImplementedError
 
+    def rows_of_table(self, table: Any, place_BM: Tensor) -> Any:
+        """The rows of the rotary table for patch tokens at these places, image by image."""
+        raise NotImplementedError
+
+    def rotate(self, stream_BHTD: Tensor, table: Any) -> Tensor:
+        """Queries or keys, prefix tokens first, with the patch tokens rotated by their rows of the table."""
+        raise NotImplementedError
+
     @property
     def attends(self) -> bool:
         """False where the attention of this block was removed, so that it gives no keys or scores."""
@@ -59,7 +71,11 @@ class ReducedBlock(Reduced):
     @while_attached
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         """The block on tokens (B, T, C); returns (B, T', C) with T' as the plan says."""
-        policy, index = self.vitrim_policy, self.vitrim_index
+        policy, index, name = self.vitrim_policy, self.vitrim_index, self.rotary_argument
+        if name and args:
+            args, kwargs = args[1:], {**kwargs, name: args[0]}
+        table = kwargs.get(name) if name else None
+        masks = (*args, *(value for key, value in kwargs.items() if key != name))
         trace = arrive(policy, index, x, self.training)
         plan = trace.plan
         if index == plan.reinstate:
@@ -69,42 +85,56 @@ class ReducedBlock(Reduced):
         bias, reducer = trace.bias(x.dtype), trace.reducer
         if before is None and inside is None and bias is None and not prefix_only:
             if trace.assignments:
-                _refuse_mask(args, kwargs)
+                _refuse_mask(masks)
             whole = super().forward
             if plan.cuts and not args and not kwargs:
                 return leave(policy, index, self._in_parts(whole, x), trace)
+            if table is not None:
+                kwargs = {**kwargs, name: self._rows(table, trace)}
             return leave(policy, index, whole(x, *args, **kwargs), trace)
-        _refuse_mask(args, kwargs)
+        _refuse_mask(masks)
         if before is not None and reducer is not None:
-            evidence = self._evidence_before(x, trace, bias, self._needs(needed(reducer, before)))
+            needs = self._needs(needed(reducer, before))
+            evidence = self._evidence_before(x, trace, bias, needs, self._rows(table, trace))
             x, trace = self._carry_out(reducer.assign(evidence, before.keep), x, trace)
             bias = trace.bias(x.dtype)
-        normed = self.norm_tokens(x)
+        normed, rows = self.norm_tokens(x), self._rows(table, trace)
         if prefix_only:
             x, query_rows = x[:, : plan.num_prefix], normed[:, : plan.num_prefix]
-            key, value = self.project(normed, 1, 3)
-            (query,) = self.project(query_rows, 0, 1)
+            key, value = self._streams(normed, 1, 3, rows)
+            (query,) = self._streams(query_rows, 0, 1)
             x = x + self.attend(query, key, value, bias, query_rows)
         elif inside is not None and reducer is not None and skips_queries(reducer, inside):
             needs = self._needs(needed(reducer, inside))
-            key, value = self.project(normed, 1, 3)
+            key, value = self._streams(normed, 1, 3, rows)
             evidence = self._evidence(x, trace, key=key, bias=bias)
             if needs == "cls_row":
-                evidence = replace(evidence, cls_query_BH1D=self.project(normed[:, :1], 0, 1)[0])
+                evidence = replace(evidence, cls_query_BH1D=self._streams(normed[:, :1], 0, 1)[0])
             assignment = reducer.assign(evidence, inside.keep)
-            rows = assignment.rows(plan.num_prefix)
-            x, query_rows = take(x, rows), take(normed, rows)
-            (query,) = self.project(query_rows, 0, 1)
-            x = x + self.attend(query, key, value, bias, query_rows)
             trace = trace.then(index, assignment)
+            kept = assignment.rows(plan.num_prefix)
+            x, query_rows = take(x, kept), take(normed, kept)
+            (query,) = self._streams(query_rows, 0, 1, self._rows(table, trace))
+            x = x + self.attend(query, key, value, bias, query_rows)
         else:
-            query, key, value = self.project(normed, 0, 3)
+            query, key, value = self._streams(normed, 0, 3, rows)
             x = x + self.attend(query, key, value, bias, normed)
             if inside is not None and reducer is not None:
                 self._needs(needed(reducer, inside))
                 evidence = self._evidence(x, trace, query, key, bias)
                 x, trace = self._carry_out(reducer.assign(evidence, inside.keep), x, trace)
         return leave(policy, index, self._in_parts(self.feed_forward, x), trace)
+
+    def _rows(self, table: Any, trace: Trace) -> Any:
+        """The rotary table of the patch tokens that are left."""
+        return table if table is None or trace.place_BN is None else self.rows_of_table(table, trace.place_BN)
+
+    def _streams(self, normed_BTC: Tensor, first: int, last: int, table: Any = None) -> tuple[Tensor, ...]:
+        """As `project`, with queries and keys rotated; without a table for tokens that no rotation acts on."""
+        streams = self.project(normed_BTC, first, last)
+        if table is None or not self.attends:
+            return streams
+        return tuple(self.rotate(s, table) if at < 2 else s for at, s in enumerate(streams, first))
 
     def _needs(self, needs: Needs) -> Needs:
         if not self.attends and needs not in ("nothing", "hidden"):
@@ -143,18 +173,18 @@ class ReducedBlock(Reduced):
             gradient_C=None if trace.gradients is None else trace.gradients.get(self.vitrim_index),
         )
 
-    def _evidence_before(self, x: Tensor, trace: Trace, bias: Tensor | None, needs: Needs) -> Evidence:
+    def _evidence_before(self, x: Tensor, trace: Trace, bias: Tensor | None, needs: Needs, rows: Any) -> Evidence:
         """Evidence for a cut before the block: the queries and keys that it would give to the incoming tokens."""
         if needs in ("nothing", "hidden"):
             return self._evidence(x, trace)
         normed = self.norm_tokens(x)
         if needs == "attention":
-            query, key = self.project(normed, 0, 2)
+            query, key = self._streams(normed, 0, 2, rows)
             return self._evidence(x, trace, query, key, bias)
-        (key,) = self.project(normed, 1, 2)
+        (key,) = self._streams(normed, 1, 2, rows)
         evidence = self._evidence(x, trace, key=key, bias=bias)
         if needs == "cls_row":
-            evidence = replace(evidence, cls_query_BH1D=self.project(normed[:, :1], 0, 1)[0])
+            evidence = replace(evidence, cls_query_BH1D=self._streams(normed[:, :1], 0, 1)[0])
         return evidence
 
     def _in_parts(self, compute: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -172,6 +202,6 @@ class ReducedBlock(Reduced):
         return torch.cat([compute(part) for part in x.split(images)])
 
 
-def _refuse_mask(args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-    if any(value is not None and value is not False for value in (*args, *kwargs.values())):
+def _refuse_mask(masks: tuple[object, ...]) -> None:
+    if any(value is not None and value is not False for value in masks):
         raise VitrimError("an attention mask cannot be combined with token reduction; call handle.remove() first")

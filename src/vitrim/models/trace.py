@@ -18,6 +18,8 @@ class Trace:
 
     block: the last block that the tokens have left, -1 before the first.
     size_BN: input tokens behind each patch token, None while every token is one input token.
+    rotary: whether blocks rotate queries and keys by the place of their token, so that places must be followed.
+    place_BN: index of the input token at whose place each patch token is, None while each is at its own.
     score_BN: the scores that the next cut may use again, None if there are none.
     parked: where tokens return later, the whole sequence before each cut; None for a merge, which needs no copy.
     gradients: mean squared gradients by block, see `GradientMemory`; None unless the score reads them.
@@ -30,13 +32,19 @@ class Trace:
     block: int = -1
     assignments: tuple[tuple[int, Assignment], ...] = ()
     size_BN: Tensor | None = None
+    rotary: bool = False
+    place_BN: Tensor | None = None
     score_BN: Tensor | None = None
     parked: tuple[Tensor | None, ...] = ()
     gradients: Mapping[int, Tensor] | None = None
 
     def then(self, block: int, assignment: Assignment, before_BTC: Tensor | None = None) -> "Trace":
         """The trace after one more cut of the tokens `before_BTC`."""
-        size = self.size_BN
+        size, place = self.size_BN, self.place_BN
+        if self.rotary:
+            if place is None:
+                place = torch.arange(assignment.num_in, device=assignment.kept_BK.device).expand(self.num_images, -1)
+            place = assignment.place(place, size)
         if size is None and assignment.moved_BR is not None:
             size = torch.ones(self.num_images, assignment.num_in, device=assignment.kept_BK.device)
         if size is not None:
@@ -49,13 +57,13 @@ class Trace:
         parked = self.parked
         if self.plan.reinstate is not None:
             parked = (*parked, None if assignment.merges else before_BTC)
-        return replace(self, assignments=assignments, size_BN=size, score_BN=score, parked=parked)
+        return replace(self, assignments=assignments, size_BN=size, place_BN=place, score_BN=score, parked=parked)
 
     def reinstate(self, x_BTC: Tensor) -> tuple[Tensor, "Trace"]:
         """All tokens in their original order, (B, P + N, C), and the trace from there on."""
         for (_, assignment), before_BTC in zip(reversed(self.assignments), reversed(self.parked), strict=True):
             x_BTC = assignment.undo(x_BTC, before_BTC, self.plan.num_prefix)
-        return x_BTC, replace(self, size_BN=None, score_BN=None, parked=())
+        return x_BTC, replace(self, size_BN=None, place_BN=None, score_BN=None, parked=())
 
     def left(self, block: int) -> "Trace":
         """The trace of tokens that have left `block`."""
@@ -72,6 +80,7 @@ class Trace:
             device=device,
             assignments=tuple((block, _to(assignment, device)) for block, assignment in self.assignments),
             size_BN=moved(self.size_BN),
+            place_BN=moved(self.place_BN),
             score_BN=moved(self.score_BN),
             parked=tuple(map(moved, self.parked)),
             gradients=None if self.gradients is None else {b: g.to(device) for b, g in self.gradients.items()},
@@ -79,7 +88,7 @@ class Trace:
 
     def summary(self) -> "Trace":
         """The same without what only later blocks need, so that nothing large is kept."""
-        return replace(self, score_BN=None, parked=(), gradients=None)
+        return replace(self, place_BN=None, score_BN=None, parked=(), gradients=None)
 
     def cuts(self, block: int | None = None) -> list[Assignment]:
         """The cuts whose tokens have not returned after `block` (None: at the end)."""

@@ -122,6 +122,26 @@ class Assignment:
             return kept
         return torch.cat([kept, value_BN.gather(1, self.moved_BR).mean(1, keepdim=True)], dim=1)
 
+    def place(self, place_BN: Tensor, size_BN: Tensor | None = None) -> Tensor:
+        """The place of each outgoing token, (B, M), from the places of the incoming ones.
+
+        A merged token takes the place of its largest member, a fused one that of the member with the highest score;
+        of several, the one with the lowest index among the incoming tokens. `size_BN` as in `apply`.
+        """
+        own = place_BN.gather(1, self.kept_BK)
+        if self.moved_BR is None or self.slot_BR is None:
+            return own
+        if self.weight_BR is not None:
+            score = self.weight_BR if self.score_BN is None else self.score_BN.gather(1, self.moved_BR)
+            index = torch.arange(score.shape[1], device=score.device)
+            best = torch.where(score == score.amax(1, keepdim=True), index, len(index) - 1).amin(1, keepdim=True)
+            return torch.cat([own, place_BN.gather(1, self.moved_BR.gather(1, best))], dim=1)
+        # One integer that grows with the size and, at equal sizes, falls with the index; the largest wins the slot.
+        size = torch.ones_like(place_BN) if size_BN is None else size_BN.long()
+        rank = size * self.num_in + torch.arange(self.num_in, 0, -1, device=place_BN.device) - 1
+        highest = rank.gather(1, self.kept_BK).scatter_reduce(1, self.slot_BR, rank.gather(1, self.moved_BR), "amax")
+        return place_BN.gather(1, self.num_in - 1 - highest % self.num_in)
+
     def target(self) -> Tensor:
         """Slot of every incoming token, (B, N) long, -1 where it was dropped."""
         num_images, num_kept = self.kept_BK.shape

@@ -7,7 +7,7 @@ import torch
 from timm.layers import Attention, PatchEmbed
 from timm.models._features import feature_take_indices
 from timm.models.deit import VisionTransformerDistilled
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -26,6 +26,8 @@ from ..sublayers import Elastic
 from .timm_model import TimmModel
 from .timm_weights import fit_weights, trained_size
 
+Classes = dict[type[nn.Module], type[nn.Module]]
+
 
 class ReducedTimmBlock(ReducedBlock, Block):
     """`Block` with a cut: the block's own norm, projections, layer scale and drop path, on fused attention."""
@@ -37,13 +39,9 @@ class ReducedTimmBlock(ReducedBlock, Block):
         attn: Any = self.attn
         if isinstance(attn, RemovedBranch):  # Nothing is projected, and nothing attends.
             return (normed_BTC.new_empty(normed_BTC.shape[0], 1, normed_BTC.shape[1], 0),) * (last - first)
-        if by := intercepted(attn):
-            raise VitrimError(
-                f"blocks.{self.vitrim_index}.attn has {by}, which cannot run here: a block that cuts tokens computes "
-                "its attention in parts; put hooks on the block, on attn.qkv or on attn.proj"
-            )
+        refuse_hooks(attn, self.vitrim_index)
         part = slice(first * attn.attn_dim, last * attn.attn_dim)
-        if _splits(attn.qkv):
+        if splits(attn.qkv):
             bias = attn.qkv.bias
             out = F.linear(normed_BTC, attn.qkv.weight[part], None if bias is None else bias[part])
         else:  # Another layer put in its place (LoRA, quantised), or hooks: call it, which computes everything.
@@ -57,16 +55,7 @@ class ReducedTimmBlock(ReducedBlock, Block):
         attn: Any = self.attn
         if isinstance(attn, RemovedBranch):
             return self.drop_path1(self.ls1(attn(normed_BQC)))
-        if attn.fused_attn:
-            dropout = attn.attn_drop.p if self.training else 0.0
-            out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout)
-        else:  # Whoever wants double backward, forward-mode gradients, or attention maps from a hook on attn_drop.
-            logits = (query * attn.scale) @ key.transpose(-2, -1)
-            out = attn.attn_drop((logits if bias is None else logits + bias).softmax(dim=-1)) @ value
-        out = attn.norm(out.transpose(1, 2).flatten(2))
-        if attn.gate is not None:
-            out = out * attn.gate(normed_BQC).sigmoid()
-        return self.drop_path1(self.ls1(attn.proj_drop(attn.proj(out))))
+        return self.drop_path1(self.ls1(mix(attn, query, key, value, bias, normed_BQC, self.training)))
 
     def feed_forward(self, x_BTC: Tensor) -> Tensor:
         return x_BTC + self.drop_path2(self.ls2(self.mlp(self.norm2(x_BTC))))
@@ -81,7 +70,32 @@ class ReducedTimmBlock(ReducedBlock, Block):
         return not isinstance(self.attn, RemovedBranch)
 
 
-class _ReducedModel(ReducedModel):
+def mix(
+    attn: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, normed_BQC: Tensor, training: bool
+) -> Tensor:
+    """The attention of a timm layer from (B, H, T, D) queries, keys and values on: up to its output projection."""
+    if attn.fused_attn:
+        dropout = attn.attn_drop.p if training else 0.0
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout)
+    else:  # Whoever wants double backward, forward-mode gradients, or attention maps from a hook on attn_drop.
+        logits = (query * attn.scale) @ key.transpose(-2, -1)
+        out = attn.attn_drop((logits if bias is None else logits + bias).softmax(dim=-1)) @ value
+    out = attn.norm(out.transpose(1, 2).flatten(2))
+    if attn.gate is not None:
+        out = out * attn.gate(normed_BQC).sigmoid()
+    return attn.proj_drop(attn.proj(out))
+
+
+def refuse_hooks(attn: nn.Module, block: int) -> None:
+    """Raise `VitrimError` if calls of this attention layer as a whole are watched or replaced."""
+    if by := intercepted(attn):
+        raise VitrimError(
+            f"blocks.{block}.attn has {by}, which cannot run here: a block that cuts tokens computes its attention in "
+            "parts; put hooks on the block, on attn.qkv or on attn.proj"
+        )
+
+
+class ReducedTimmModel(ReducedModel):
     """What changes outside the blocks: pooling weighs tokens by size, maps are spread over the whole grid."""
 
     vitrim_free = ("forward", "forward_features")
@@ -89,7 +103,6 @@ class _ReducedModel(ReducedModel):
     blocks: Any
     num_prefix_tokens: int
     patch_embed: Any
-    pool_include_prefix: bool
 
     def expected_patches(self, images: Any) -> int | None:
         return _num_patches(self, images)
@@ -115,10 +128,10 @@ class _ReducedModel(ReducedModel):
             return super().pool(x, pool_type)
         if self.attn_pool is not None:
             bias = trace.bias(x.dtype)
-            first = 0 if self.pool_include_prefix else self.num_prefix_tokens
+            first = _pooled_from(self)
             return self.attn_pool(x[:, first:], attn_mask=None if bias is None else bias[..., first:])
         size = trace.size_BN.to(torch.promote_types(x.dtype, torch.float32))
-        size = F.pad(size, (self.num_prefix_tokens, 0), value=float(self.pool_include_prefix))
+        size = F.pad(size, (self.num_prefix_tokens, 0), value=float(getattr(self, "pool_include_prefix", False)))
         mean = (x * (size / size.sum(1, keepdim=True)).to(x.dtype).unsqueeze(2)).sum(1)
         return mean if kind == "avg" else 0.5 * (super().pool(x, "max") + mean)
 
@@ -130,7 +143,7 @@ class _ReducedModel(ReducedModel):
         policy, maps = self.vitrim_policy, output_fmt == "NCHW"
         if maps and self.vitrim_handle.cls_only:
             raise VitrimError("cls_only computes no map of patch tokens; attach again without it")
-        if maps and _left_by_patch_drop(self, 100, self.patch_drop.training) < 100:
+        if maps and _left_by_patch_drop(self, 100, _drops_patches(self)) < 100:
             raise VitrimError(
                 "patch_drop_rate drops patches in training, so there is no whole map; use output_fmt='NLC' or "
                 "model.eval()"
@@ -165,11 +178,20 @@ def _num_patches(model: Any, images: Any) -> int | None:
     """Patch tokens that reach the first block of these images; None where that is not known."""
     embed = model.patch_embed
     if _fixed_size(model):
-        return _left_by_patch_drop(model, embed.num_patches, model.patch_drop.training)
+        return _left_by_patch_drop(model, embed.num_patches, _drops_patches(model))
     if getattr(images, "ndim", 0) != 4 or not isinstance(embed, PatchEmbed):
         return None
     rows, columns = embed.dynamic_feat_size(tuple(images.shape[-2:]))
-    return _left_by_patch_drop(model, rows * columns, model.patch_drop.training)
+    return _left_by_patch_drop(model, rows * columns, _drops_patches(model))
+
+
+def _drops_patches(model: Any) -> bool:
+    return getattr(model.patch_drop, "training", False)
+
+
+def _pooled_from(model: Any) -> int:
+    """The first token that attention pooling reads. Models without a choice give it all."""
+    return 0 if getattr(model, "pool_include_prefix", True) else model.num_prefix_tokens
 
 
 def _fixed_size(model: Any) -> bool:
@@ -181,11 +203,11 @@ def _left_by_patch_drop(model: Any, num_patches: int, training: bool) -> int:
     return num_patches if rate == 0 else max(1, int(num_patches * (1 - rate)))
 
 
-class ReducedVisionTransformer(_ReducedModel, VisionTransformer):
+class ReducedVisionTransformer(ReducedTimmModel, VisionTransformer):
     """`VisionTransformer` with a reduction attached."""
 
 
-class ReducedVisionTransformerDistilled(_ReducedModel, VisionTransformerDistilled):
+class ReducedVisionTransformerDistilled(ReducedTimmModel, VisionTransformerDistilled):
     """`VisionTransformerDistilled` with a reduction attached."""
 
 
@@ -196,8 +218,9 @@ class TimmViT(TimmModel):
     covers = "timm VisionTransformer on the standard Block: ViT, DeiT, DeiT-III, DINOv2, CLIP, SigLIP, hybrids"
     branches: ClassVar[Mapping[str, str]] = {"attn": "norm1", "mlp": "norm2"}
 
-    _reduced: ClassVar[dict[type[nn.Module], type[nn.Module]]] = {
-        Block: ReducedTimmBlock,
+    _attentions: ClassVar[tuple[type[nn.Module], ...]] = (Attention, RemovedBranch)
+    _reduced_blocks: ClassVar[Classes] = {Block: ReducedTimmBlock}
+    _reduced_models: ClassVar[Classes] = {
         VisionTransformer: ReducedVisionTransformer,
         VisionTransformerDistilled: ReducedVisionTransformerDistilled,
     }
@@ -206,16 +229,18 @@ class TimmViT(TimmModel):
         return isinstance(model, VisionTransformer)
 
     def check(self, model: Any) -> None:
-        if type(model) not in (*self._reduced, *self._reduced.values()):
+        if type(model) not in (*self._reduced_models, *self._reduced_models.values()):
+            base = next(iter(self._reduced_models)).__name__
             raise UnsupportedModelError(
-                f"{type(model).__qualname__} overrides parts of VisionTransformer that the {self.name} adapter "
-                f"cannot keep; it covers {self.covers}"
+                f"{type(model).__qualname__} overrides parts of {base} that the {self.name} adapter cannot keep; it "
+                f"covers {self.covers}"
             )
+        blocks = (*self._reduced_blocks, *self._reduced_blocks.values())
         for index, block in enumerate(model.blocks):
             attn = getattr(block, "attn", None)
             if isinstance(attn, Elastic) or isinstance(getattr(block, "mlp", None), Elastic):
                 raise VitrimError("the model runs as a sub-network of a super-network; leave that context first")
-            for part, known in ((block, (Block, ReducedTimmBlock)), (attn, (Attention, RemovedBranch))):
+            for part, known in ((block, blocks), (attn, self._attentions)):
                 if type(part) not in known:
                     raise UnsupportedModelError(
                         f"blocks.{index} holds a {type(part).__name__}, which the {self.name} adapter cannot cut; "
@@ -232,17 +257,18 @@ class TimmViT(TimmModel):
             depth=len(model.blocks),
             num_patches=embed.num_patches,
             num_prefix=model.num_prefix_tokens,
-            has_cls=bool(model.has_class_token),
+            has_cls=model.cls_token is not None,
             head="prefix" if reads_prefix else "tokens",
             input_size=(model.in_chans, height, width),
             fixed_size=_fixed_size(model),
+            rotary=getattr(model, "rope", None) is not None,
         )
 
     def patches_entering(self, model: Any, *, training: bool) -> int:
         return _left_by_patch_drop(model, model.patch_embed.num_patches, training)
 
     def reduced_class(self, module: nn.Module) -> type[nn.Module]:
-        return self._reduced[type(module)]
+        return {**self._reduced_blocks, **self._reduced_models}[type(module)]
 
     def trained_size(self, model: Any, state: State, trained_at: tuple[int, int] | None) -> tuple[int, int] | None:
         return trained_size(model, state, trained_at)
@@ -255,14 +281,19 @@ class TimmViT(TimmModel):
         *,
         resample_patches: bool = False,
     ) -> State:
-        return fit_weights(model, state, trained_at, resample_patches)
+        return fit_weights(model, state, trained_at, resample_patches, self._convert)
+
+    def _convert(self, state: State, model: Any) -> State:
+        return checkpoint_filter_fn(state, model, adapt_layer_scale=True)
 
     def macs(self, model: Any, plan: Plan, reducer: Reducer | None) -> Macs:
         total = self._patch_macs(model) + self._head_macs(model, plan.token_counts[-1])
         for index, (block, tokens) in enumerate(zip(model.blocks, plan.entering, strict=True)):
             prefix_only = plan.prefix_only and index == plan.depth - 1
             cuts = plan.cut(index, "before"), plan.cut(index, "inside")
-            total += block_macs(_shape(block, model.embed_dim), tokens, plan.num_prefix, *cuts, prefix_only, reducer)
+            total += block_macs(
+                self._shape(block, model.embed_dim), tokens, plan.num_prefix, *cuts, prefix_only, reducer
+            )
         return total
 
     def _patch_macs(self, model: Any) -> Macs:
@@ -275,7 +306,7 @@ class TimmViT(TimmModel):
         pool, rows = model.attn_pool, 1
         total = Macs()
         if pool is not None:
-            read = tokens - (0 if model.pool_include_prefix else model.num_prefix_tokens)
+            read = tokens - _pooled_from(model)
             width = pool.num_heads * pool.head_dim
             parts = [(pool.q, pool.latent_dim), (pool.proj, width), (pool.mlp, pool.out_features)]
             latents = pool.latent_len * sum(macs_per_row(part, size) for part, size in parts if part is not None)
@@ -285,24 +316,23 @@ class TimmViT(TimmModel):
         heads = [model.head, *([model.head_dist] if hasattr(model, "head_dist") else [])]
         return total + Macs(rows * sum(macs_per_row(head, model.num_features) for head in heads))
 
+    def _shape(self, block: Any, width: int) -> BlockShape:
+        attn, mlp = block.attn, macs_per_row(block.mlp, width)
+        if isinstance(attn, RemovedBranch):
+            return BlockShape(width, 0, 0, 0, 0, mlp)
+        return BlockShape(
+            width=width,
+            attn_dim=attn.attn_dim,
+            head_dim=attn.head_dim,
+            qkv_macs=macs_per_row(attn.qkv, width),
+            proj_macs=macs_per_row(attn.proj, attn.attn_dim),
+            mlp_macs=mlp,
+            gate_macs=0 if attn.gate is None else macs_per_row(attn.gate, width),
+            whole_qkv=not splits(attn.qkv),
+        )
 
-def _shape(block: Any, width: int) -> BlockShape:
-    attn, mlp = block.attn, macs_per_row(block.mlp, width)
-    if isinstance(attn, RemovedBranch):
-        return BlockShape(width, 0, 0, 0, 0, mlp)
-    return BlockShape(
-        width=width,
-        attn_dim=attn.attn_dim,
-        head_dim=attn.head_dim,
-        qkv_macs=macs_per_row(attn.qkv, width),
-        proj_macs=macs_per_row(attn.proj, attn.attn_dim),
-        mlp_macs=mlp,
-        gate_macs=0 if attn.gate is None else macs_per_row(attn.gate, width),
-        whole_qkv=not _splits(attn.qkv),
-    )
 
-
-def _splits(qkv: Any) -> bool:
+def splits(qkv: Any) -> bool:
     """Whether queries, keys and values can be computed apart, from slices of the weights of this layer."""
     # A weight that is a subclass of Tensor (quantised, distributed) has no slices that every exporter understands.
     return type(qkv) is nn.Linear and not intercepted(qkv) and not is_traceable_wrapper_subclass(qkv.weight)

@@ -5,11 +5,11 @@ Weights hold a row of positions for every patch, but not how many rows and colum
 where nothing speaks for another one.
 """
 
+from collections.abc import Callable
 from math import isqrt
 from typing import Any
 
 from timm.layers.pos_embed import resample_abs_pos_embed
-from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor
 
 from ...errors import CheckpointError
@@ -21,6 +21,7 @@ _POSITIONS = (
     "module.visual.trunk.pos_embed", "vision_encoder.pos_embed",
 )  # fmt: skip
 """In timm's names, and in those that timm converts."""
+_REGISTERS = ("reg_token", "register_tokens", "storage_tokens")
 _PATCHES = ("patch_embed.proj.weight", "visual.conv1.weight", "visual.trunk.patch_embed.proj.weight")
 _ADVICE = (
     "say the size of the images that they were trained on: NAME@FILE@HEIGHTxWIDTH in a command, model.checkpoint_size "
@@ -37,8 +38,10 @@ def trained_size(model: Any, state: State, trained_at: Grid | None) -> Grid | No
     return trained_at or (grid[0] * (height // own[0]), grid[1] * (width // own[1]))
 
 
-def fit_weights(model: Any, state: State, trained_at: Grid | None, resample_patches: bool) -> State:
-    """See `Adapter.fit_weights`."""
+def fit_weights(
+    model: Any, state: State, trained_at: Grid | None, resample_patches: bool, convert: Callable[[State, Any], State]
+) -> State:
+    """See `Adapter.fit_weights`; `convert` is timm's own filter of foreign weights."""
     _check_stem(model, state, resample_patches)
     grid, own = _trained_grid(model, state, trained_at, resample_patches), model.patch_embed.grid_size
     state = dict(state)
@@ -51,7 +54,7 @@ def fit_weights(model: Any, state: State, trained_at: Grid | None, resample_patc
     before = getattr(model, "pretrained_model_args", {})
     model.pretrained_model_args = {**before, "img_size": model.patch_embed.img_size}
     try:
-        return checkpoint_filter_fn(state, model, adapt_layer_scale=True)
+        return convert(state, model)
     except Exception as error:  # timm stumbles over foreign weights in many ways.
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise CheckpointError(f"the weights do not fit {type(model).__name__}: {reason}") from error
@@ -117,12 +120,12 @@ def _stem(state: State) -> Tensor | None:
 
 
 def _check_registers(model: Any, state: State) -> None:
-    registers = state.get("reg_token", state.get("register_tokens"))
+    registers = next((state[name] for name in _REGISTERS if name in state), None)
     there = 0 if registers is None or registers.ndim != 3 else registers.shape[1]
-    if there != model.num_reg_tokens and ("cls_token" in state or there):
-        raise CheckpointError(
-            f"the weights have {there} register tokens, the model {model.num_reg_tokens}; ask for reg_tokens={there}"
-        )
+    own = 0 if model.reg_token is None else model.reg_token.shape[1]
+    if there != own and ("cls_token" in state or there):
+        name = "reg_tokens" if hasattr(model, "num_reg_tokens") else "num_reg_tokens"
+        raise CheckpointError(f"the weights have {there} register tokens, the model {own}; ask for {name}={there}")
 
 
 def _check_stem(model: Any, state: State, resample_patches: bool) -> None:
