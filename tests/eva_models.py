@@ -39,9 +39,8 @@ MORE: dict[str, Callable[[], nn.Module]] = {
     "mixed": lambda: _named("vit_small_patch16_rope_mixed_224", **_WIDE),
     "mixed_ape": lambda: _named("vit_small_patch16_rope_mixed_ape_224", **_WIDE),
     "rope_registers": lambda: _named("vit_medium_patch16_rope_reg1_gap_256", **_WIDE),
-    "grouped": lambda: _named(
-        "sapiens2_0.1b_patch16", **{**SMALL, "img_size": 40, "embed_dim": 48, "num_heads": 4, "num_kv_heads": 2}
-    ),
+    "grouped": lambda: _named("vit_base_patch16_sapiens2", embed_dim=48, num_heads=4, num_kv_heads=(2, 1, 4)),
+    "gated": lambda: _gated(_named("vit_pe_core_tiny_patch16_384", **_WIDE, attn_pool_num_heads=3)),
     "mrope": lambda: _plain(**_WIDE, use_rot_pos_emb=True, rope_type="mrope", rope_mrope_section=(2, 2, 2)),
     "qkv_bias_separate": lambda: _separate(_named("vit_small_patch16_dinov3", **_WIDE, qkv_bias=True)),
     "no_prefix": lambda: _plain(**_WIDE, class_token=False, use_rot_pos_emb=True, scale_attn_inner=True),
@@ -51,6 +50,12 @@ MORE: dict[str, Callable[[], nn.Module]] = {
 def _separate(model: Any) -> nn.Module:
     for block in model.blocks:
         block.attn.qkv_bias_separate = True
+    return model
+
+
+def _gated(model: Any) -> nn.Module:
+    for block in model.blocks:
+        block.attn.gate = nn.Linear(36, 36)
     return model
 
 

@@ -219,7 +219,14 @@ def test_laws_5_and_6_remove_deepcopy_pickle(adapter: str, name: str, case: Case
 @each_case
 @pytest.mark.parametrize(
     ("name", "at"),
-    [("vit", (0, 1)), ("dinov2_registers", (0, 1)), ("siglip", (0, 1)), ("removed", (0, 2)), ("toy", (0, 1))],
+    [
+        ("vit", (0, 1)),
+        ("dinov2_registers", (0, 1)),
+        ("siglip", (0, 1)),
+        ("removed", (0, 2)),
+        ("toy", (0, 1)),
+        ("dinov3", (0, 1)),
+    ],
 )
 def test_law_7_gradients_survive_recomputation(name: str, at: tuple[int, ...], case: Case) -> None:
     model, x, other = build(FAMILY[name], name).double(), *(images(dtype=torch.float64, seed=s) for s in (1, 2))
@@ -269,6 +276,7 @@ EXPORTED = [
     ("uneven", Case(vitrim.TopK("random"))),
     ("removed", Case(vitrim.TopK("norm", fuse="mean"))),
     ("toy", Case(vitrim.ToMe())),
+    ("dinov3", Case(vitrim.ToMe())),
     *(("vit", Case(reducer)) for name in REDUCERS if name not in VARIANTS for reducer in [REDUCERS[name]()]),
 ]
 

@@ -1,12 +1,10 @@
 """timm's `Eva`: the rotation of queries and keys follows the tokens that are left."""
 
 import pytest
-import torch
 from torch import nn
 
 import vitrim
 from eva_models import EVA, MORE
-from references import reduced_vit
 from test_contract import Case, agrees_with_reference
 from vitrim.tokens import Reducer
 from zoo import redrawn

@@ -4,7 +4,7 @@ Families that are imported later are tried first; `any_module`, which takes ever
 """
 
 from . import any_module as _any_module  # noqa: F401
+from . import timm_eva as _timm_eva  # noqa: F401
 from . import timm_layers as _timm_layers  # noqa: F401  (enters its layers in the table of elastic ones)
 from . import timm_model as _timm_model  # noqa: F401
 from . import timm_vit as _timm_vit  # noqa: F401
-from . import timm_eva as _timm_eva  # noqa: F401
