@@ -43,6 +43,7 @@ MORE: dict[str, Callable[[], nn.Module]] = {
     "gated": lambda: _gated(_named("vit_pe_core_tiny_patch16_384", **_WIDE, attn_pool_num_heads=3)),
     "mrope": lambda: _plain(**_WIDE, use_rot_pos_emb=True, rope_type="mrope", rope_mrope_section=(2, 2, 2)),
     "qkv_bias_separate": lambda: _separate(_named("vit_small_patch16_dinov3", **_WIDE, qkv_bias=True)),
+    "qk_norm": lambda: _plain(**_WIDE, use_rot_pos_emb=True, qk_norm=True, attn_type="rope", qkv_fused=False),
     "no_prefix": lambda: _plain(**_WIDE, class_token=False, use_rot_pos_emb=True, scale_attn_inner=True),
 }
 
@@ -59,7 +60,7 @@ def _gated(model: Any) -> nn.Module:
     return model
 
 
-def _turned(table_NE: Tensor, half: bool, place: int, row_D: Tensor) -> Tensor:
+def turned(table_NE: Tensor, half: bool, place: int, row_D: Tensor) -> Tensor:
     """Pairs of channels as complex numbers, each times that of the unit circle in the table (sines, then cosines)."""
     sin, cos = table_NE[place].chunk(2)
     dim = len(row_D)
@@ -92,7 +93,7 @@ def in_timm_words(model: Any) -> Any:
         )  # fmt: skip
         if table is not None:
             own = table[index] if table.ndim == 4 else table.expand(attn.num_heads, *table.shape)
-            view.turned = lambda head, place, row: _turned(own[head], attn.rotate_half, place, row)
+            view.turned = lambda head, place, row: turned(own[head], attn.rotate_half, place, row)
         return view
 
     def layer(block: Any, index: int) -> Any:

@@ -21,6 +21,10 @@ MODELS = [
     "vit_giant_patch14_dinov2",
     "vit_small_r26_s32_224",
     "vit_medium_patch16_gap_240",
+    "vit_small_patch16_dinov3",
+    "eva02_tiny_patch14_224",
+    "vit_pe_core_tiny_patch16_384",
+    "vit_base_patch16_sapiens2",
 ]
 REDUCTIONS = [
     "TopK() @ KeepRate(0.7, at=(1, 3))",

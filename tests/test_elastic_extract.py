@@ -369,7 +369,7 @@ ROTARY = {
 @pytest.mark.parametrize("name", ROTARY)
 def test_rotary_models_are_refused_by_their_name(name):
     model = timm.create_model(name, embed_dim=48, num_heads=3, **ROTARY[name])
-    with pytest.raises(UnsupportedModelError, match=r"no adapter for timm\.models\.eva\.Eva; adapters: timm-vit"):
+    with pytest.raises(UnsupportedModelError, match=r"blocks\.0\.attn is a EvaAttention, whose width cannot change"):
         stratify(model, [torch.randn(2, *model.pretrained_cfg["input_size"])], say=quiet)
 
 

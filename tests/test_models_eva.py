@@ -1,26 +1,182 @@
 """timm's `Eva`: the rotation of queries and keys follows the tokens that are left."""
 
+from typing import Any
+
 import pytest
-from torch import nn
+import timm
+import torch
+from torch import Tensor, nn
 
 import vitrim
-from eva_models import EVA, MORE
+from eva_models import EVA, MORE, SMALL, in_timm_words, turned
+from references import VIEWS, reduced_vit
 from test_contract import Case, agrees_with_reference
-from vitrim.tokens import Reducer
-from zoo import redrawn
+from vitrim.errors import UnsupportedModelError, VitrimError
+from vitrim.tokens import Assignment, Plan, Reducer
+from zoo import images, redrawn
 
-each_model = pytest.mark.parametrize("name", sorted(MORE))
 REDUCERS = [vitrim.TopK(), vitrim.TopK(fuse="sum"), vitrim.ToMe()]
+CUT = "TopK(fuse=sum) @ KeepRate(0.6, at=(0, 1))"
 
 
-def _model(name: str) -> nn.Module:
+def _model(name: str) -> Any:
     return redrawn({**EVA, **MORE}[name]()).double()
 
 
 @pytest.mark.parametrize("place", ["inside", "before"])
 @pytest.mark.parametrize("reducer", REDUCERS, ids=str)
-@each_model
+@pytest.mark.parametrize("name", sorted(MORE))
 def test_reduced_tokens_keep_their_own_rotation(name: str, reducer: Reducer, place: str) -> None:
-    model = _model(name)
-    case = Case(reducer)
+    model, case = _model(name), Case(reducer)
     agrees_with_reference(model, case.suited(model), case.cuts(0, 1, place=place))
+
+
+@pytest.mark.parametrize("score", ["mean_attention", "key_norm"])
+@pytest.mark.parametrize("place", ["inside", "before"])
+def test_scores_see_rotated_queries_and_keys(score: str, place: str) -> None:
+    schedule = vitrim.KeepRate(0.6, at=(0, 1), place=place)
+    agrees_with_reference(_model("mixed"), vitrim.TopK(score, fuse="mean", momentum=0.5), schedule)
+
+
+def test_tokens_that_return_are_at_their_own_places_again() -> None:
+    for reducer in REDUCERS:
+        agrees_with_reference(_model("eva02"), reducer, vitrim.KeepRate(0.6, at=(0, 1), reinstate=2))
+
+
+def test_a_merged_token_is_at_the_place_of_its_largest_member() -> None:
+    place, size = torch.tensor([[10, 11, 12, 13, 14, 15]]), torch.tensor([[1.0, 2, 3, 1, 1, 1]])
+    merged = Assignment.merge(6, torch.tensor([[1, 3, 5]]), torch.tensor([[2, 4, 0]]), torch.tensor([[0, 2, 2]]))
+    assert merged.place(place, size).tolist() == [[12, 13, 10]]
+    assert merged.place(place).tolist() == [[11, 13, 10]]
+
+
+def test_a_fused_token_is_at_the_place_of_its_best_scored_member() -> None:
+    place, kept, rest = torch.tensor([[10, 11, 12, 13, 14]]), torch.tensor([[0, 3]]), torch.tensor([[1, 2, 4]])
+    score = torch.tensor([[0.9, 0.1, 0.3, 0.8, 0.3]])
+    assert Assignment.fuse(5, kept, rest, score[:, 1:4], score).place(place).tolist() == [[10, 13, 12]]
+    lost = score * torch.nan  # A run that diverges goes on to where it is stopped.
+    assert Assignment.fuse(5, kept, rest, lost[:, 1:4], lost).place(place).tolist() == [[10, 13, 14]]
+
+
+@pytest.mark.parametrize("name", ["eva02", "mixed", "perception"])
+@pytest.mark.parametrize("reducer", [vitrim.TopK(), vitrim.ToMe()], ids=str)
+def test_gradients_equal_those_of_the_reference(name: str, reducer: Reducer) -> None:
+    model, x = _model(name), images(2, dtype=torch.float64)
+    with vitrim.attach(model, reducer, vitrim.KeepRate(0.6, at=(0, 1))) as handle:
+        plan = handle.plan()
+        model(x).square().sum().backward()
+    fast = {name: parameter.grad for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    sum(reduced_vit(model, image, reducer, plan)[0].square().sum() for image in x).backward()
+    for name, parameter in model.named_parameters():
+        precision = 1e-4 if name == "rope.freqs" else 1e-9  # timm multiplies frequencies in float32.
+        torch.testing.assert_close(fast[name], parameter.grad, rtol=precision, atol=precision)
+
+
+@pytest.mark.parametrize("rope_type", ["cat", "dinov3", "mixed"])
+@pytest.mark.parametrize("dropped", [0.0, 0.3])
+def test_training_with_changed_coordinates_and_dropped_patches(
+    rope_type: str, dropped: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reference on the tokens and tables that timm has drawn in one training step."""
+    options = {"rope_jitter_coords": 1.5, "rope_rescale_coords": 2.0, "patch_drop_rate": dropped}
+    model = redrawn(_rotary(rope_type=rope_type, **options)).double().train()
+    seen: list[tuple[Tensor, Tensor]] = []
+    original = model._pos_embed
+    monkeypatch.setattr(model, "_pos_embed", lambda x: seen.append(original(x)) or seen[-1])
+    x = images(2, dtype=torch.float64)
+    for reducer in REDUCERS:
+        with vitrim.attach(model, reducer, vitrim.KeepRate(0.6, at=(0, 1))) as handle:
+            logits, plan = model(x), handle.plan()
+        (embedded, table), view = seen.pop(), in_timm_words(model)
+        assert plan.num_patches == (17 if dropped else 25)
+        for image in range(2):
+            own = table
+            if dropped:  # timm adds a dimension of images: (B, 1, N, E), or (depth, B, H, N, E).
+                own = table[:, image] if rope_type == "mixed" else table[image, 0]
+            _expect(view, embedded[image], own.double(), reducer, plan, logits[image], monkeypatch)
+    fixed = model.eval()._pos_embed(model.patch_embed(x))[1]
+    assert not dropped or fixed.shape[-2] == 25
+
+
+def _rotary(**options: object) -> nn.Module:
+    return timm.models.eva.Eva(**{**SMALL, "embed_dim": 36, "use_rot_pos_emb": True, **options})
+
+
+def _expect(
+    view: Any, tokens: Tensor, table: Tensor, reducer: Reducer, plan: Plan, logits: Tensor, patch: pytest.MonkeyPatch
+) -> None:
+    for index, block in enumerate(view.blocks):
+        block.attn.turned = lambda head, place, row, index=index: turned(
+            table[index, head] if table.ndim == 4 else table, False, place, row
+        )
+    view.patch_embed, view._pos_embed, view.norm_pre = (lambda x: x), (lambda x: tokens[None]), nn.Identity()
+    patch.setitem(VIEWS, "timm-eva", lambda _: view)
+    expected, _ = reduced_vit(_rotary(), tokens, reducer, plan)
+    assert (logits - expected).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("name", ["dinov3", "eva02", "perception", "mixed"])
+def test_other_sizes_of_images(name: str) -> None:
+    model, x = _model(name), images(2, size=56, dtype=torch.float64)
+    with vitrim.attach(model, CUT) as handle:
+        dynamic = model(x) if model.dynamic_img_size else None
+        model.set_input_size((56, 56))
+        handle.refresh()
+        resized = model(x)
+        assert handle.plan().num_patches == 49
+    if dynamic is not None:
+        torch.testing.assert_close(dynamic, resized)
+    reducer = vitrim.TopK(fuse="sum")
+    for image, logits in zip(x, resized, strict=True):
+        assert (reduced_vit(model, image, reducer, handle.plan())[0] - logits).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("name", ["dinov3", "perception", "qk_norm", "mixed"])
+def test_half_precision_and_plain_attention(name: str) -> None:
+    model, x = _model(name).float(), images(2)
+    with vitrim.attach(model, CUT), torch.no_grad():
+        full = model(x)
+        for block in model.blocks:
+            block.attn.fused_attn = False
+        torch.testing.assert_close(model(x), full)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert model(x).isfinite().all()
+        assert model.bfloat16()(x.bfloat16()).isfinite().all()
+
+
+def test_hooks_on_projections_are_called_and_those_on_attention_refused() -> None:
+    model, x, calls = _model("eva02_norms"), images(2, dtype=torch.float64), []
+    with vitrim.attach(model, CUT), torch.no_grad():
+        expected = model(x)
+        for name in ("q_proj", "k_proj", "v_proj", "proj"):
+            model.blocks[0].attn.get_submodule(name).register_forward_hook(lambda *_, name=name: calls.append(name))
+        assert torch.equal(model(x), expected)
+        assert set(calls) == {"q_proj", "k_proj", "v_proj", "proj"}
+        model.blocks[0].attn.register_forward_hook(lambda *_: None)
+        with pytest.raises(VitrimError, match="has a hook, which cannot run here"):
+            model(x)
+
+
+def test_masks_are_refused_and_a_rotary_table_given_by_place_is_not() -> None:
+    model, x = _model("eva02"), images(2, dtype=torch.float64)
+    with vitrim.attach(model, CUT), torch.no_grad():
+        expected = model(x)
+        with pytest.raises(VitrimError, match="an attention mask cannot be combined with token reduction"):
+            model(x, attn_mask=torch.zeros(26, 26, dtype=torch.float64))
+        tokens, table = model._pos_embed(model.patch_embed(x))
+        for block in model.blocks:
+            tokens = block(tokens, table)
+        final = model.norm(tokens)
+        vitrim.models.trace.mark(final, vitrim.models.trace_of(tokens))
+        assert torch.equal(model.forward_head(final), expected)
+
+
+def test_other_kinds_of_eva_are_refused_by_name() -> None:
+    class Own(timm.models.eva.EvaAttention):
+        pass
+
+    model = _model("eva02")
+    model.blocks[1].attn.__class__ = Own
+    with pytest.raises(UnsupportedModelError, match=r"blocks\.1 holds a Own, which the timm-eva adapter cannot cut"):
+        vitrim.attach(model, CUT)
