@@ -11,7 +11,8 @@ import vitrim
 from eva_models import EVA, MORE, SMALL, in_timm_words, turned
 from references import VIEWS, reduced_vit
 from test_contract import Case, agrees_with_reference
-from vitrim.errors import UnsupportedModelError, VitrimError
+from vitrim.errors import CheckpointError, UnsupportedModelError, VitrimError
+from vitrim.models import find_adapter
 from vitrim.tokens import Assignment, Plan, Reducer
 from zoo import images, redrawn
 
@@ -130,6 +131,23 @@ def test_other_sizes_of_images(name: str) -> None:
     reducer = vitrim.TopK(fuse="sum")
     for image, logits in zip(x, resized, strict=True):
         assert (reduced_vit(model, image, reducer, handle.plan())[0] - logits).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("name", ["dinov3", "eva02", "mixed_ape"])
+def test_weights_of_another_size_are_fitted_as_the_model_itself_is_resized(name: str) -> None:
+    model, state = _model(name), _model(name).state_dict()
+    model.set_input_size((56, 56))
+    other, adapter = _model(name), find_adapter(model)
+    other.set_input_size((56, 56))
+    assert adapter.trained_size(other, state, None) == (None if name == "dinov3" else (40, 40))
+    other.load_state_dict(adapter.fit_weights(other, state))
+    x = images(1, size=56, dtype=torch.float64)
+    torch.testing.assert_close(other(x), model(x), rtol=1e-6, atol=1e-6)  # timm resamples in float32.
+    state["reg_token"] = torch.zeros(1, 7, 36)
+    with pytest.raises(
+        CheckpointError, match=r"the weights have 7 register tokens, the model \d; ask for num_reg_tokens=7"
+    ):
+        adapter.fit_weights(other, state)
 
 
 @pytest.mark.parametrize("name", ["dinov3", "perception", "qk_norm", "mixed"])

@@ -24,6 +24,8 @@ MODELS = {
     "vit_small_patch14_reg4_dinov2": {**SIZES, "img_size": (28, 56)},
     "vit_base_patch16_siglip_224": {**SIZES},
     "vit_base_patch16_clip_quickgelu_224": {**SIZES, "dynamic_img_size": True},
+    "vit_small_patch16_dinov3": {**SIZES},
+    "vit_pe_core_tiny_patch16_384": {**SIZES},
     "vitrim_hybrid_vit": {**SIZES, "drop_path_rate": 0.3},
     "vitrim_digits_vit": {"depth": 2},
     "resnet10t": {"num_classes": 3},

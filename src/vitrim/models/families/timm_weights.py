@@ -1,4 +1,4 @@
-"""Weights of timm's `VisionTransformer` in a model of another input size: how their positions lie, and resampling them.
+"""Weights of timm's ViTs in a model of another input size: how their positions lie, and resampling them.
 
 Weights hold a row of positions for every patch, but not how many rows and columns of patches an image had: 144 may be
 12 x 12 or 8 x 18. A wrong guess scrambles the positions without any error, so only a square grid is assumed, and only
@@ -18,11 +18,13 @@ from ..adapter import State
 Grid = tuple[int, int]
 _POSITIONS = (
     "pos_embed", "visual.positional_embedding", "module.visual.positional_embedding", "visual.trunk.pos_embed",
-    "module.visual.trunk.pos_embed", "vision_encoder.pos_embed",
+    "module.visual.trunk.pos_embed", "vision_encoder.pos_embed", "positional_embedding", "visual.pos_embed",
 )  # fmt: skip
 """In timm's names, and in those that timm converts."""
 _REGISTERS = ("reg_token", "register_tokens", "storage_tokens")
-_PATCHES = ("patch_embed.proj.weight", "visual.conv1.weight", "visual.trunk.patch_embed.proj.weight")
+_PATCHES = (
+    "patch_embed.proj.weight", "visual.conv1.weight", "conv1.weight", "visual.trunk.patch_embed.proj.weight",
+)  # fmt: skip
 _ADVICE = (
     "say the size of the images that they were trained on: NAME@FILE@HEIGHTxWIDTH in a command, model.checkpoint_size "
     "in a recipe, checkpoint_size=(HEIGHT, WIDTH) for vitrim.build_model"
