@@ -19,7 +19,8 @@ from ..adapter import State
 from ..foreign_macs import macs_per_row
 from ..macs import BlockShape
 from ..reduced import ReducedBlock
-from .timm_vit import Classes, ReducedTimmModel, TimmViT, mix, refuse_hooks, splits
+from .timm_reduced import ReducedTimmModel, mix, refuse_hooks, splits
+from .timm_vit import Classes, TimmViT
 
 
 class _ReducedEva(ReducedBlock):
