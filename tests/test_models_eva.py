@@ -197,3 +197,16 @@ def test_other_kinds_of_eva_are_refused_by_name() -> None:
     model.blocks[1].attn.__class__ = Own
     with pytest.raises(UnsupportedModelError, match=r"blocks\.1 holds a Own, which the timm-eva adapter cannot cut"):
         vitrim.attach(model, CUT)
+
+
+@pytest.mark.parametrize("name", ["dinov3", "perception"])
+def test_maps_are_spread_over_the_whole_grid(name: str) -> None:
+    model, x = _model(name), images(2, dtype=torch.float64)
+    with vitrim.attach(model, "ToMe() @ ConstantR(4)") as handle, torch.no_grad():
+        final, maps = model.forward_intermediates(x, indices=[0, 2], return_prefix_tokens=True, norm=True)
+        state = handle.states[2]
+        expected = state.spread(final[:, model.num_prefix_tokens :]).mT.unflatten(2, (5, 5))
+        torch.testing.assert_close(maps[1][0], expected)
+        assert maps[0][1].shape == (2, model.num_prefix_tokens, 36)
+        early = model.forward_intermediates(x, indices=[0], stop_early=True, intermediates_only=True, norm=True)
+        torch.testing.assert_close(early[0], maps[0][0])
