@@ -24,16 +24,21 @@ def _model(name: str) -> Any:
     return redrawn({**EVA, **MORE}[name]()).double()
 
 
-@pytest.mark.parametrize("place", ["inside", "before"])
-@pytest.mark.parametrize("reducer", REDUCERS, ids=str)
-@pytest.mark.parametrize("name", sorted(MORE))
+# Each reducer at one place in every model, and at the other place in the next one.
+PLACED = [
+    (name, reducer, ("inside", "before")[(row + column) % 2])
+    for row, name in enumerate(sorted(MORE))
+    for column, reducer in enumerate(REDUCERS)
+]
+
+
+@pytest.mark.parametrize(("name", "reducer", "place"), PLACED, ids=str)
 def test_reduced_tokens_keep_their_own_rotation(name: str, reducer: Reducer, place: str) -> None:
     model, case = _model(name), Case(reducer)
     agrees_with_reference(model, case.suited(model), case.cuts(0, 1, place=place))
 
 
-@pytest.mark.parametrize("score", ["mean_attention", "key_norm"])
-@pytest.mark.parametrize("place", ["inside", "before"])
+@pytest.mark.parametrize(("score", "place"), [("mean_attention", "before"), ("mean_attention", "inside")])
 def test_scores_see_rotated_queries_and_keys(score: str, place: str) -> None:
     schedule = vitrim.KeepRate(0.6, at=(0, 1), place=place)
     agrees_with_reference(_model("mixed"), vitrim.TopK(score, fuse="mean", momentum=0.5), schedule)
@@ -59,7 +64,7 @@ def test_a_fused_token_is_at_the_place_of_its_best_scored_member() -> None:
     assert Assignment.fuse(5, kept, rest, lost[:, 1:4], lost).place(place).tolist() == [[10, 13, 14]]
 
 
-@pytest.mark.parametrize("name", ["eva02", "mixed", "perception"])
+@pytest.mark.parametrize("name", ["eva02", "mixed"])
 @pytest.mark.parametrize("reducer", [vitrim.TopK(), vitrim.ToMe()], ids=str)
 def test_gradients_equal_those_of_the_reference(name: str, reducer: Reducer) -> None:
     model, x = _model(name), images(2, dtype=torch.float64)
@@ -86,7 +91,7 @@ def test_training_with_changed_coordinates_and_dropped_patches(
     original = model._pos_embed
     monkeypatch.setattr(model, "_pos_embed", lambda x: seen.append(original(x)) or seen[-1])
     x = images(2, dtype=torch.float64)
-    for reducer in REDUCERS:
+    for reducer in (vitrim.TopK(fuse="sum"), vitrim.ToMe()):
         with vitrim.attach(model, reducer, vitrim.KeepRate(0.6, at=(0, 1))) as handle:
             logits, plan = model(x), handle.plan()
         (embedded, table), view = seen.pop(), in_timm_words(model)
@@ -117,9 +122,9 @@ def _expect(
     assert (logits - expected).abs().max() < 1e-10
 
 
-@pytest.mark.parametrize("name", ["dinov3", "eva02", "perception", "mixed"])
+@pytest.mark.parametrize("name", ["dinov3", "mixed_ape"])
 def test_other_sizes_of_images(name: str) -> None:
-    model, x = _model(name), images(2, size=56, dtype=torch.float64)
+    model, x = _model(name), images(1, size=56, dtype=torch.float64)
     with vitrim.attach(model, CUT) as handle:
         dynamic = model(x) if model.dynamic_img_size else None
         model.set_input_size((56, 56))

@@ -2,7 +2,7 @@
 
 The rotation follows the tokens that are left, image by image: a dropped token takes its own away, a merged one keeps
 that of its largest member, a fused one that of its best-scored member, and prefix tokens have none. Keys that choose
-tokens (`ToMe`, `key_norm`) are rotated as attention sees them, so that neighbours tend to merge.
+tokens (`ToMe`) are rotated as attention sees them, so that neighbours tend to merge.
 """
 
 from collections.abc import Mapping
