@@ -10,7 +10,7 @@ from torch import nn
 from elastic_models import VARIANTS, images, small, variants
 from vitrim.elastic import ORDERINGS, stratify, wpac
 from vitrim.elastic.probing import batches
-from vitrim.elastic.statistics import HeadSums, _tensors, collect
+from vitrim.elastic.statistics import HeadSums, collect, tensors_in
 from vitrim.errors import DataError, UnknownNameError, UnsupportedModelError, VitrimError
 from vitrim.models.compensation import Moments
 
@@ -146,7 +146,7 @@ def test_sums_do_not_depend_on_batches_and_no_image_is_kept(split):
     parts = collect(model, list(x.split(split)), 8)["blocks.1.attn"]
     assert torch.allclose(whole.covariance(0, 1), parts.covariance(0, 1), rtol=1e-9)
     more = collect(model, [x] * 4, 32)["blocks.1.attn"]
-    assert [t.shape for t in _tensors(more)] == [t.shape for t in _tensors(whole)]
+    assert [t.shape for t in tensors_in(more)] == [t.shape for t in tensors_in(whole)]
     together = [sum(one.moments, start=Moments.zeros(48, torch.device("cpu"))).second for one in (whole, parts)]
     assert torch.allclose(*together, rtol=1e-9)
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..models import num_classes
-from ..models.compensation import Compensation
+from ..models.compensation import Compensation, tail_sums
 from ..models.sublayers import elastic
 from ..tokens.precision import exact, exact_device
 from .chain import Chain
@@ -33,11 +33,6 @@ def taylor_curves(
     with narrowed(model, widths):
         sums = collect(model, data, num_images, labels, covariance=False)
     return {name: tail_sums(each.taylor) for name, each in sums.items()}
-
-
-def tail_sums(x: Tensor) -> Tensor:
-    """What is lost (n + 1,) when the leading 0, 1, ..., n entries of `x` stay."""
-    return torch.cat([x.flip(0).cumsum(0).flip(0), x.new_zeros(1)])
 
 
 def rise_curves(

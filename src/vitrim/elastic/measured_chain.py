@@ -77,7 +77,7 @@ def measured_chain(
 
 def expected_error(layer: Elastic, compensation: Compensation) -> Tensor:
     """Error of a sub-layer (width + 1,) that the regression leaves when its leading 0, 1, ..., all units stay."""
-    errors = compensation.unexplained(layer.last.weight[:, layer.inputs.to(layer.last.weight.device)])
+    errors = compensation.unexplained(layer.last_by_units)
     return errors[:: layer.kept_inputs(1)].cpu()
 
 

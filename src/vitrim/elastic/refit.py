@@ -8,7 +8,7 @@ it also makes up for the errors of the blocks before. In closed form, without la
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from ..errors import DataError, VitrimError
 from ..models import attached
 from ..models.adapter import find_adapter
-from ..models.compensation import cholesky
+from ..models.compensation import TINY, Moments, cholesky
 from ..models.removed_branch import RemovedBranch
 from ..models.slicing import store
 from ..models.sublayers import Elastic, elastic
 from ..tokens.precision import exact, exact_device, wide
 from .probing import Batch, all_reduce, batches, frozen, objective_of, output_of
-from .statistics import token_weights
+from .statistics import held_out_images, tensors_in, token_weights
 
 RIDGES = (1e-2, 1e-1, 1.0, 10.0)
 """Ridges, as fractions of the mean variance; a projection takes the one that is best on held-out images, or none."""
@@ -37,43 +37,38 @@ SAME = 1e-3
 class Fit:
     """Weighted sums over tokens of the inputs (n) of a projection and of the errors (C) that it should lose.
 
-    weight: sum of the weights. inputs (n,), errors (C,): weighted sums. second (n, n), cross (C, n): of products.
+    inputs: their moments. errors (C,), cross (C, n): weighted sums of errors, and of their products with inputs.
     """
 
-    weight: Tensor
-    inputs: Tensor
+    inputs: Moments
     errors: Tensor
-    second: Tensor
     cross: Tensor
 
     @classmethod
     def zeros(cls, inputs: int, outputs: int, device: torch.device) -> "Fit":
         """Empty sums."""
-        shapes = ((), (inputs,), (outputs,), (inputs, inputs), (outputs, inputs))
-        return cls(*(torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes))
+        errors, cross = (
+            torch.zeros(shape, dtype=torch.float64, device=device) for shape in (outputs, (outputs, inputs))
+        )
+        return cls(Moments.zeros(inputs, device), errors, cross)
 
     def add(self, inputs_TA: Tensor, errors_TC: Tensor, weight_T: Tensor) -> None:
         """Add T tokens."""
         weighted = errors_TC * weight_T[:, None]
-        scaled = inputs_TA * weight_T[:, None]
-        self.weight += weight_T.sum(dtype=torch.float64)
-        self.inputs += scaled.sum(0, dtype=torch.float64)
+        self.inputs.add(inputs_TA, weight_T)
         self.errors += weighted.sum(0, dtype=torch.float64)
-        self.second += exact(scaled.mT @ inputs_TA)
         self.cross += exact(weighted.mT @ inputs_TA)
 
     def __add__(self, other: "Fit") -> "Fit":
-        return Fit(*(getattr(self, each.name) + getattr(other, each.name) for each in fields(self)))
+        return Fit(self.inputs + other.inputs, self.errors + other.errors, self.cross + other.cross)
 
     def solve(self, ridge: float, bias: bool) -> tuple[Tensor, Tensor]:
         """The change of weight (C, n) and bias (C,) that leaves the least error, in float64."""
-        total = self.weight.clamp_min(torch.finfo(torch.float64).tiny)
-        mean, shift = self.inputs / total, self.errors / total
-        spread, cross = self.second / total, self.cross / total
+        total = self.inputs.weight.clamp_min(TINY)
+        mean, shift, cross, spread = self.inputs.mean, self.errors / total, self.cross / total, self.inputs.spread(bias)
         if bias:
-            spread, cross = spread - torch.outer(mean, mean), cross - torch.outer(shift, mean)
-        variance = spread.diagonal()
-        if not len(variance) or not variance.mean() > 0:
+            cross = cross - torch.outer(shift, mean)
+        if not len(spread) or not spread.diagonal().mean() > 0:
             return torch.zeros_like(cross), shift if bias else torch.zeros_like(shift)
         change = torch.cholesky_solve(cross.mT, cholesky(spread, ridge)).mT
         return change, shift - change @ mean if bias else torch.zeros_like(shift)
@@ -81,8 +76,8 @@ class Fit:
     def gain(self, change: Tensor, shift: Tensor) -> float:
         """By how much these changes lower the squared error on these tokens."""
         explained = 2 * (change * self.cross).sum() + 2 * shift @ self.errors
-        spent = ((change @ self.second) * change).sum() + 2 * shift @ change @ self.inputs
-        return (explained - spent - shift.square().sum() * self.weight).item()
+        spent = ((change @ self.inputs.second) * change).sum() + 2 * shift @ change @ self.inputs.first
+        return (explained - spent - shift.square().sum() * self.inputs.weight).item()
 
 
 @dataclass
@@ -155,14 +150,13 @@ def _refit_branch(
         if (scale := _scale(seen)) is not None:
             errors = errors + (seen.before - now.before) * scale
         given = now.inputs if inputs else errors[..., :0]
-        apart = torch.arange(len(errors), device=errors.device) % 4 == 3
+        apart = held_out_images(len(errors), errors.device)
         for sums, images in ((most, ~apart), (held_out, apart)):
             sums.add(*(wide(x[images].flatten(0, 1)).to(device) for x in (given, errors, flow.weights[index])))
-    for sums in (most, held_out):
-        for each in fields(sums):
-            all_reduce(getattr(sums, each.name))
+    for each in (*tensors_in(most), *tensors_in(held_out)):
+        all_reduce(each)
     together = most + held_out
-    if not all(getattr(together, each.name).isfinite().all() for each in fields(together)):
+    if not all(each.isfinite().all() for each in tensors_in(together)):
         raise VitrimError("tokens are not finite; check the weights of both networks and the images")
     if (ridge := best_ridge(most, held_out, bias is not None)) is None:
         return

@@ -136,9 +136,14 @@ def add_weighted(moments: Moments, held_out: Moments, f_BNA: Tensor, g_BNA: Tens
     """Add activations of images, each token with its weight, see `token_weights`; every fourth image is held out."""
     device = moments.weight.device
     f_BNA, weight_BN = wide(f_BNA.to(device)), token_weights(g_BNA.to(device))
-    apart = torch.arange(len(f_BNA), device=device) % 4 == 3
+    apart = held_out_images(len(f_BNA), device)
     for sums, images in ((moments, ~apart), (held_out, apart)):
         sums.add(f_BNA[images].flatten(0, 1), weight_BN[images].flatten())
+
+
+def held_out_images(number: int, device: torch.device) -> Tensor:
+    """Which images of a batch are held out (B,): every fourth."""
+    return torch.arange(number, device=device) % 4 == 3
 
 
 def token_weights(g_BNA: Tensor) -> Tensor:
@@ -153,11 +158,11 @@ def token_weights(g_BNA: Tensor) -> Tensor:
     return 1 + size / size.mean(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
 
 
-def _tensors(sums: Any) -> Iterator[Tensor]:
+def tensors_in(sums: Any) -> Iterator[Tensor]:
     """Every sum, for the addition over processes."""
     for option in fields(sums):
         value = getattr(sums, option.name)
-        yield from [value] if isinstance(value, Tensor) else _tensors(value)
+        yield from [value] if isinstance(value, Tensor) else tensors_in(value)
 
 
 def collect(
@@ -197,7 +202,7 @@ def collect(
         finally:
             for layer in layers.values():
                 layer.vitrim_tap = None
-    parts = [all_reduce(part) for each in sums.values() for part in _tensors(each)]
+    parts = [all_reduce(part) for each in sums.values() for part in tensors_in(each)]
     if not all(part.isfinite().all() for part in parts):
         raise VitrimError("activations or gradients are not finite; check the weights of the model and the images")
     if not any(each.taylor.any() for each in sums.values()):

@@ -149,7 +149,7 @@ def compensation_of(layer: Elastic, moments: Moments, held_out: Moments) -> Comp
 
     The widths at which ridges are compared are the quarters of the full one. The largest ridge if nothing is held out.
     """
-    weight, bias = layer.last.weight[:, layer.inputs.to(layer.last.weight.device)], layer.last.bias is not None
+    weight, bias = layer.last_by_units, layer.last.bias is not None
     ridge = max(RIDGES)
     if held_out.weight > 0 and moments.weight > 0:
         kept = [layer.kept_inputs(layer.full_width * quarter // 4) for quarter in (1, 2, 3)]

@@ -63,8 +63,7 @@ class Compensation:
         _, factor = self._on(weight.device)
         if factor is None:
             raise VitrimError("this compensation holds means alone, which tell no errors; stratify again")
-        lengths = (weight @ factor).square().sum(0)
-        return torch.cat([lengths.flip(0).cumsum(0).flip(0), lengths.new_zeros(1)])
+        return tail_sums((weight @ factor).square().sum(0))
 
     def _on(self, device: torch.device) -> tuple[Tensor, Tensor | None]:
         factor = None if self.factor is None else exact(self.factor.to(device))
@@ -136,6 +135,11 @@ class Moments:
         if shift is None:
             return error
         return error - 2 * shift @ (lost @ self.mean) + shift.square().sum()
+
+
+def tail_sums(x: Tensor) -> Tensor:
+    """What is lost (n + 1,) when the leading 0, 1, ..., n entries of `x` stay."""
+    return torch.cat([x.flip(0).cumsum(0).flip(0), x.new_zeros(1)])
 
 
 def cholesky(spread: Tensor, ridge: float) -> Tensor:

@@ -63,17 +63,22 @@ class Elastic(nn.Module):
         """Columns of the last projection in the order of the units: the leading ones belong to the leading units."""
         return torch.arange(self.last.in_features)
 
+    @property
+    def last_by_units(self) -> Tensor:
+        """Weight (C, inputs) of the last projection with its columns in the order of the units, see `inputs`."""
+        return self.last.weight[:, self.inputs.to(self.last.weight.device)]
+
     def kept_inputs(self, width: int) -> int:
         """How many inputs the last projection has at this width."""
         return width * self.last.in_features // self.full_width
 
     def compensated(self, width: int, compensation: Compensation | None) -> tuple[Tensor, Tensor | None]:
         """Weight (C, inputs) and bias of the last projection at this width, columns in its own order, in float64."""
-        last, inputs = self.last, self.inputs.to(self.last.weight.device)
+        last = self.last
         bias = last.weight.new_zeros(last.out_features) if last.bias is None and width == 0 else last.bias
         compensation = compensation or Compensation(torch.zeros(last.in_features))
-        weight, bias = compensation.folded(last.weight[:, inputs], bias, self.kept_inputs(width))
-        return weight[:, inputs[: weight.shape[1]].argsort()], bias
+        weight, bias = compensation.folded(self.last_by_units, bias, self.kept_inputs(width))
+        return weight[:, self.inputs[: weight.shape[1]].argsort().to(weight.device)], bias
 
     def refuse(self, name: str) -> None:
         """Raise `UnsupportedModelError` if a part of this layer forbids narrowing it."""
