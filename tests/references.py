@@ -285,3 +285,10 @@ def reduced_vit(
             cut(reducer, tokens, View(attention, key, tokens.rows(), num_prefix, index, heard), inside.keep)
         tokens.replace(tokens.rows() + block.ls2(block.mlp(block.norm2(tokens.rows()))))
     return _head(model, tokens, reducer.prop_attn)[0], tokens
+
+
+def gradients_of_reference(model: nn.Module, x: Tensor, reducer: Reducer, plan: Plan) -> dict[str, Tensor | None]:
+    """Gradients of the sum of squared logits of these images, from the slow forward pass; those there are cleared."""
+    model.zero_grad()
+    sum(reduced_vit(model, image, reducer, plan)[0].square().sum() for image in x).backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
