@@ -17,7 +17,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from .errors import BusyError, OutputError, VitrimError
+from .errors import BusyError, OutputError
 
 try:
     import fcntl
@@ -41,25 +41,25 @@ FULL = frozenset(_ADVICE)
 
 
 def check_file(path: str | Path, suffixes: Iterable[str], overwrite: bool = False) -> None:
-    """Raise `VitrimError` unless a file of this name and kind can be made; an existing one needs `overwrite`."""
+    """Raise `OutputError` unless a file of this name and kind can be made; an existing one needs `overwrite`."""
     path, suffixes = Path(path), tuple(suffixes)
     if path.suffix not in suffixes:
-        raise VitrimError(f"{path} should end in {', '.join(suffixes)}")
+        raise OutputError(f"{path} should end in {', '.join(suffixes)}")
     check_folder(path.parent)
     if path.exists() and not overwrite:
-        raise VitrimError(f"{path} exists; choose another name or remove it")
+        raise OutputError(f"{path} exists; choose another name or remove it")
 
 
 def check_folder(path: str | Path) -> None:
-    """Raise `VitrimError` unless this folder exists or can be made, and takes files; leaves nothing behind."""
+    """Raise `OutputError` unless this folder exists or can be made, and takes files; leaves nothing behind."""
     path = Path(path).absolute()
     try:
         # Permissions say too little (root, read-only file systems, /proc), so a nameless file is tried.
         tempfile.TemporaryFile(dir=next(folder for folder in (path, *path.parents) if folder.exists())).close()
     except NotADirectoryError:
-        raise VitrimError(f"{path} cannot be a folder, there is a file of this name; choose another place") from None
+        raise OutputError(f"{path} cannot be a folder, there is a file of this name; choose another place") from None
     except OSError as error:
-        raise VitrimError(f"cannot write to {path} ({error.strerror}); choose another place") from None
+        raise OutputError(f"cannot write to {path} ({error.strerror}); choose another place") from None
 
 
 @contextmanager
