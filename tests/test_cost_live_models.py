@@ -219,11 +219,13 @@ def test_weights_that_are_tensor_subclasses_are_counted_and_not_sliced(text: str
         torch.testing.assert_close(model(x), plain(x), rtol=1e-4, atol=1e-5)
 
 
-def test_layers_with_hooks_count_as_they_are_executed() -> None:
+@pytest.mark.parametrize("layer", ["attn.qkv", "attn"])
+@pytest.mark.parametrize("text", ["TopK() @ KeepRate(0.5)", "TopK(random) @ KeepRate(0.5)"])
+def test_layers_with_hooks_count_as_they_are_executed(layer: str, text: str) -> None:
     model = tiny()
-    with vitrim.attach(model, "TopK() @ KeepRate(0.5)"):
+    with vitrim.attach(model, text):
         skipped = vitrim.cost(model).macs
-        model.blocks[2].attn.qkv.register_forward_hook(lambda *_: None)
+        model.blocks[2].get_submodule(layer).register_forward_hook(lambda *_: None)
         whole = vitrim.cost(model).macs
         assert whole > skipped  # A call of the whole layer computes what the slices left out.
         assert whole == pytest.approx(executed(model), rel=1e-3)

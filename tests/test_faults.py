@@ -284,14 +284,37 @@ def test_hooks_on_projections_are_heard(text: str | None) -> None:
 
 
 @pytest.mark.parametrize("text", HOOKED)
-def test_hooks_that_could_not_be_heard_are_refused(text: str | None) -> None:
-    model, x = build("timm-vit", "vit"), images(2)
-    for block in model.blocks:
+def test_hooks_on_attention_as_a_whole_see_all_tokens_and_change_its_output(text: str | None) -> None:
+    model, halved, x, seen = build("timm-vit", "vit"), build("timm-vit", "vit"), images(2), []
+    halved.load_state_dict(model.state_dict())
+    for block, other in zip(model.blocks, halved.blocks, strict=True):
+        for parameter in other.attn.proj.parameters():
+            parameter.data *= 0.5
+        block.attn.register_forward_pre_hook(lambda attn, args: seen.append(args[0].shape[1]))
         block.attn.register_forward_hook(lambda attn, args, out: out * 0.5)
     dense = model(x)
-    with vitrim.attach(model, text, cls_only=True), pytest.raises(VitrimError, match=r"blocks\.\d\.attn has a hook"):
-        model(x)
+    assert seen.pop(0) == 26
+    seen.clear()
+    with vitrim.attach(model, text, cls_only=True) as handle, vitrim.attach(halved, text, cls_only=True):
+        torch.testing.assert_close(model(x), halved(x))
+        plan = handle.plan()
+        before = [plan.cut(index, "before") for index in range(3)]
+        assert seen == [n if cut is None else 1 + cut.num_out for n, cut in zip(plan.entering, before, strict=True)]
     assert torch.equal(model(x), dense)
+
+
+@pytest.mark.parametrize("text", HOOKED[:3])
+def test_gradients_go_through_hooks_on_attention_as_a_whole(text: str) -> None:
+    model, x, seen = build("timm-vit", "vit"), images(2), []
+    with vitrim.attach(model, text):
+        model(x).sum().backward()
+        expected = [parameter.grad.clone() for parameter in model.parameters()]
+        model.zero_grad()
+        for block in model.blocks:
+            block.attn.register_full_backward_hook(lambda attn, inward, outward: seen.append(outward[0].shape[1]))
+        model(x).sum().backward()
+    torch.testing.assert_close([parameter.grad for parameter in model.parameters()], expected)
+    assert len(seen) == len(model.blocks)
 
 
 def test_nothing_of_a_pass_is_held_but_the_assignments() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import vitrim
 from toy_family import Pooled, ToyFamily, ToyViT
 from vitrim.distill import Distiller, Teacher
-from vitrim.errors import UnknownNameError
+from vitrim.errors import UnknownNameError, VitrimError
 from vitrim.measure.cost import cost
 from vitrim.models import adapter_of, build_model, find_adapter, load, num_classes, open_model, save
 from vitrim.models.input_format import InputFormat
@@ -59,6 +59,18 @@ def test_attach_and_cost_and_remove() -> None:
         assert cost(model).macs < whole.macs
         assert handle.states[-1].size.shape == (4, 4)
     assert torch.equal(model(x), dense)
+
+
+def test_hooks_on_an_attention_that_the_family_cannot_call_as_a_whole_are_refused() -> None:
+    model, x = toy(), images()
+    hook = model.layers[0].heads.register_forward_hook(lambda *_: None)
+    with vitrim.attach(model, KEPT):
+        with pytest.raises(
+            VitrimError, match=r"^the heads of block 0 has a hook, which cannot run: this block computes"
+        ):
+            model(x)
+        hook.remove()
+        model(x)
 
 
 @pytest.mark.parametrize("options", [{}, {"checkpointing": True}, {"reduction": KEPT}])

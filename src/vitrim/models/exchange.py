@@ -16,6 +16,7 @@ from .policy import Policy
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 Module = TypeVar("Module", bound=nn.Module)
+OWN_FORWARD = "a forward of its own"
 Method = tuple[nn.Module, str, object, object]
 """Module, name of a method set on it, its value before, and ours."""
 
@@ -70,6 +71,7 @@ class Exchange:
             vars(module)["vitrim_policy"] = policy
             if index < len(blocks):
                 vars(module)["vitrim_index"] = index
+                vars(module)["vitrim_attention"] = next(iter(adapter.branches), "")
         for module, name, _, ours in exchange.methods:
             vars(module)[name] = ours
         return exchange
@@ -84,7 +86,7 @@ class Exchange:
                 )
         for module, original, _ in self.classes:
             module.__class__ = original
-            for name in ("vitrim_policy", "vitrim_index"):
+            for name in ("vitrim_policy", "vitrim_index", "vitrim_attention"):
                 vars(module).pop(name, None)
         for module, name, before, ours in self.methods:
             if vars(module).get(name) is ours:
@@ -139,7 +141,7 @@ def intercepted(module: nn.Module) -> str:
         return "a hook"
     own: Any = vars(module).get("forward")
     if own is not None and getattr(own, "__func__", None) is not type(module).forward:
-        return "a forward of its own"
+        return OWN_FORWARD
     return ""
 
 

@@ -29,6 +29,7 @@ class BlockShape:
     qkv_macs: of the projections to queries, keys and values, together.
     query_macs: of the projection to queries, where groups of heads share keys and values; None: a third of qkv_macs.
     whole_qkv: whether the three are one foreign layer (LoRA, quantised, with a hook), which always computes all.
+    whole_attention: whether attention as a whole has a hook or a `forward` of its own, and computes all rows.
     proj_macs: of the output projection. gate_macs: of the gate on the output of attention.
     mlp_macs: of the MLP.
     """
@@ -41,6 +42,7 @@ class BlockShape:
     mlp_macs: int
     gate_macs: int = 0
     whole_qkv: bool = False
+    whole_attention: bool = False
     query_macs: int | None = None
 
     def project(self, tokens: int, queries: int, others: int) -> int:
@@ -58,19 +60,18 @@ def block_macs(
     total = Macs()
     if before is not None and reducer is not None:
         needs = needed(reducer, before)
-        if needs == "attention":
-            total += Macs(shape.project(tokens, 1, 1))
-        elif needs in ("key", "cls_row"):
-            total += Macs(shape.project(tokens, 0, 1) + (shape.project(1, 1, 0) if needs == "cls_row" else 0))
-        total += Macs(0, _scoring(shape, tokens, needs)) + _deciding(shape, reducer, before)
+        total += Macs(_evidence(shape, tokens, needs), _scoring(shape, tokens, needs))
+        total += _deciding(shape, reducer, before)
         tokens = num_prefix + before.num_out
     queries, projected = tokens, shape.project(tokens, 1, 2)
-    if prefix_only:
+    if prefix_only and not shape.whole_attention:
         queries = num_prefix
         projected = shape.project(tokens, 0, 2) + shape.project(queries, 1, 0)
     elif inside is not None and reducer is not None:
         needs = needed(reducer, inside)
-        if skips_queries(reducer, inside):
+        if shape.whole_attention:
+            projected += _evidence(shape, tokens, needs)
+        elif skips_queries(reducer, inside):
             queries = num_prefix + inside.keep
             cls_row = shape.project(1, 1, 0) if needs == "cls_row" else 0
             projected = shape.project(tokens, 0, 2) + cls_row + shape.project(queries, 1, 0)
@@ -88,6 +89,15 @@ def needed(reducer: Reducer, cut: Cut) -> Needs:
 def skips_queries(reducer: Reducer, cut: Cut) -> bool:
     """Whether a cut inside a block saves the queries of the tokens that it removes; not where these come back later."""
     return reducer.drops_queries and not cut.returns
+
+
+def _evidence(shape: BlockShape, tokens: int, needs: Needs) -> int:
+    """MACs of the queries and keys that a decision reads, where attention does not compute them already."""
+    if needs in ("nothing", "hidden"):
+        return 0
+    if needs == "attention":
+        return shape.project(tokens, 1, 1)
+    return shape.project(tokens, 0, 1) + (shape.project(1, 1, 0) if needs == "cls_row" else 0)
 
 
 def _scoring(shape: BlockShape, tokens: int, needs: Needs) -> int:

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..errors import ScoreError, VitrimError
 from ..tokens import Assignment, Evidence, take
 from ..tokens.scores import Needs
-from .exchange import Reduced, observed, while_attached
+from .exchange import OWN_FORWARD, Reduced, intercepted, observed, while_attached
 from .forward_pass import arrive, leave, recomputing
 from .macs import needed, skips_queries
 from .trace import Trace
@@ -31,6 +31,8 @@ class ReducedBlock(Reduced):
     """Mixin placed before a family's own block class; overrides only `forward`."""
 
     vitrim_index: int
+    vitrim_attention: str
+    """Name of the attention layer within the block; "" where the family names no branches."""
     rotary_argument: ClassVar[str] = ""
     """Name of the first argument after the tokens where that is the rotary table; "" where the block gets none."""
 
@@ -45,6 +47,19 @@ class ReducedBlock(Reduced):
     def attend(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, normed_BQC: Tensor) -> Tensor:
         """Fused attention, output projection, layer scale and drop path: what is added to the residual stream."""
         raise NotImplementedError
+
+    def attend_whole(self, normed_BTC: Tensor, bias: Tensor | None, table: Any) -> Tensor | None:
+        """As `attend` for all tokens, by one call of the attention layer, if `runs_whole` says so; None otherwise.
+
+        Hooks on the layer, or a `forward` set on it, see that call, and what they return is used. A family without
+        this step refuses them.
+        """
+        if by := self._attention_is_intercepted():
+            raise VitrimError(
+                f"the {self.vitrim_attention} of block {self.vitrim_index} has {by}, which cannot run: this block "
+                "computes its attention in parts; put hooks on the block or on the layers inside its attention"
+            )
+        return None
 
     def feed_forward(self, x_BTC: Tensor) -> Tensor:
         """The MLP half of the block, residual included."""
@@ -67,6 +82,24 @@ class ReducedBlock(Reduced):
     def attends(self) -> bool:
         """False where the attention of this block was removed, so that it gives no keys or scores."""
         return True
+
+    def runs_whole(self, bias: Tensor | None) -> bool:
+        """Whether the attention layer must be called as a whole, since others act on its calls.
+
+        Raises:
+            VitrimError: a `forward` set on it would have to add sizes of tokens to its logits; it may ignore them.
+        """
+        by = self._attention_is_intercepted()
+        if by == OWN_FORWARD and bias is not None:
+            raise VitrimError(
+                f"the {self.vitrim_attention} of block {self.vitrim_index} has {by}, which may ignore the mask that "
+                "holds the sizes of merged tokens; del it, or use a reducer that needs no sizes, such as TopK() or "
+                "ToMe(prop_attn=false)"
+            )
+        return by != ""
+
+    def _attention_is_intercepted(self) -> str:
+        return intercepted(self.get_submodule(self.vitrim_attention)) if self.vitrim_attention else ""
 
     @while_attached
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
@@ -95,11 +128,15 @@ class ReducedBlock(Reduced):
         _refuse_mask(masks)
         if before is not None and reducer is not None:
             needs = self._needs(needed(reducer, before))
-            evidence = self._evidence_before(x, trace, bias, needs, self._rows(table, trace))
+            normed = x if needs in ("nothing", "hidden") else self.norm_tokens(x)
+            evidence = self._evidence_by_parts(x, normed, trace, bias, needs, self._rows(table, trace))
             x, trace = self._carry_out(reducer.assign(evidence, before.keep), x, trace)
             bias = trace.bias(x.dtype)
         normed, rows = self.norm_tokens(x), self._rows(table, trace)
-        if prefix_only:
+        whole = self.attend_whole(normed, bias, rows)
+        if whole is not None:
+            x, trace = self._cut_whole(x, normed, whole, trace, bias, rows)
+        elif prefix_only:
             x, query_rows = x[:, : plan.num_prefix], normed[:, : plan.num_prefix]
             key, value = self._streams(normed, 1, 3, rows)
             (query,) = self._streams(query_rows, 0, 1)
@@ -124,6 +161,26 @@ class ReducedBlock(Reduced):
                 evidence = self._evidence(x, trace, query, key, bias)
                 x, trace = self._carry_out(reducer.assign(evidence, inside.keep), x, trace)
         return leave(policy, index, self._in_parts(self.feed_forward, x), trace)
+
+    def _cut_whole(
+        self, x: Tensor, normed: Tensor, whole: Tensor, trace: Trace, bias: Tensor | None, rows: Any
+    ) -> tuple[Tensor, Trace]:
+        """What `forward` does where attention was computed for all tokens: the same cut, which saves no attention."""
+        plan, index, reducer = trace.plan, self.vitrim_index, trace.reducer
+        inside = plan.cut(index, "inside")
+        if plan.prefix_only and index == plan.depth - 1:
+            return x[:, : plan.num_prefix] + whole[:, : plan.num_prefix], trace
+        if inside is None or reducer is None:
+            return x + whole, trace
+        needs = self._needs(needed(reducer, inside))
+        if skips_queries(reducer, inside):  # Which decides on the tokens before attention.
+            evidence = self._evidence_by_parts(x, normed, trace, bias, needs, rows)
+            assignment = reducer.assign(evidence, inside.keep)
+            kept = assignment.rows(plan.num_prefix)
+            return take(x, kept) + take(whole, kept), trace.then(index, assignment)
+        x = x + whole
+        evidence = self._evidence_by_parts(x, normed, trace, bias, needs, rows)
+        return self._carry_out(reducer.assign(evidence, inside.keep), x, trace)
 
     def _rows(self, table: Any, trace: Trace) -> Any:
         """The rotary table of the patch tokens that are left."""
@@ -173,11 +230,12 @@ class ReducedBlock(Reduced):
             gradient_C=None if trace.gradients is None else trace.gradients.get(self.vitrim_index),
         )
 
-    def _evidence_before(self, x: Tensor, trace: Trace, bias: Tensor | None, needs: Needs, rows: Any) -> Evidence:
-        """Evidence for a cut before the block: the queries and keys that it would give to the incoming tokens."""
+    def _evidence_by_parts(
+        self, x: Tensor, normed: Tensor, trace: Trace, bias: Tensor | None, needs: Needs, rows: Any
+    ) -> Evidence:
+        """Evidence for a cut apart from attention: the queries and keys that it needs, of the normed tokens."""
         if needs in ("nothing", "hidden"):
             return self._evidence(x, trace)
-        normed = self.norm_tokens(x)
         if needs == "attention":
             query, key = self._streams(normed, 0, 2, rows)
             return self._evidence(x, trace, query, key, bias)

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..adapter import State
+from ..exchange import intercepted
 from ..foreign_macs import macs_per_row
 from ..macs import BlockShape
 from ..reduced import ReducedBlock
-from .timm_reduced import ReducedTimmModel, mix, refuse_hooks, splits
+from .timm_reduced import ReducedTimmModel, mix, splits
 from .timm_vit import Classes, TimmViT
 
 
@@ -31,7 +32,6 @@ class _ReducedEva(ReducedBlock):
 
     def project(self, normed_BTC: Tensor, first: int, last: int) -> tuple[Tensor, ...]:
         attn = self.attn
-        refuse_hooks(attn, self.vitrim_index)
         streams = [
             out.unflatten(2, (-1, attn.head_dim)).transpose(1, 2) for out in _rows(attn, normed_BTC, first, last)
         ]
@@ -56,6 +56,18 @@ class _ReducedEva(ReducedBlock):
         rotated = apply_rot_embed_cat(stream_BHTD[:, :, prefix:], table, half=self.attn.rotate_half)
         return torch.cat([stream_BHTD[:, :, :prefix], rotated], dim=2)
 
+    def add(self, attended: Tensor) -> Tensor:
+        """What is added to the residual stream for this output of the attention layer."""
+        raise NotImplementedError
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, normed_BQC: Tensor) -> Tensor:
+        return self.add(mix(self.attn, query, key, value, bias, normed_BQC, self.training))
+
+    def attend_whole(self, normed_BTC: Tensor, bias: Tensor | None, table: Any) -> Tensor | None:
+        if not self.runs_whole(bias):
+            return None
+        return self.add(self.attn(normed_BTC, rope=table, attn_mask=bias))
+
     @property
     def head_scale(self) -> float:
         return self.attn.head_dim**-0.5
@@ -67,9 +79,8 @@ class ReducedEvaBlock(_ReducedEva, EvaBlock):
     def norm_tokens(self, x_BTC: Tensor) -> Tensor:
         return self.norm1(x_BTC)
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, normed_BQC: Tensor) -> Tensor:
-        out = mix(self.attn, query, key, value, bias, normed_BQC, self.training)
-        return self.drop_path1(out if self.gamma_1 is None else self.gamma_1 * out)
+    def add(self, attended: Tensor) -> Tensor:
+        return self.drop_path1(attended if self.gamma_1 is None else self.gamma_1 * attended)
 
     def feed_forward(self, x_BTC: Tensor) -> Tensor:
         out = self.mlp(self.norm2(x_BTC))
@@ -82,8 +93,8 @@ class ReducedEvaBlockPostNorm(_ReducedEva, EvaBlockPostNorm):
     def norm_tokens(self, x_BTC: Tensor) -> Tensor:
         return x_BTC
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, normed_BQC: Tensor) -> Tensor:
-        return self.drop_path1(self.norm1(mix(self.attn, query, key, value, bias, normed_BQC, self.training)))
+    def add(self, attended: Tensor) -> Tensor:
+        return self.drop_path1(self.norm1(attended))
 
     def feed_forward(self, x_BTC: Tensor) -> Tensor:
         return x_BTC + self.drop_path2(self.norm2(self.mlp(x_BTC)))
@@ -123,6 +134,7 @@ class TimmEva(TimmViT):
             gate_macs=0 if attn.gate is None else macs_per_row(attn.gate, width),
             whole_qkv=attn.qkv is not None and not splits(attn.qkv),
             query_macs=macs_per_row(attn.q_proj, width) if attn.qkv is None else None,
+            whole_attention=intercepted(attn) != "",
         )
 
 

@@ -31,15 +31,6 @@ def mix(
     return attn.proj_drop(attn.proj(out))
 
 
-def refuse_hooks(attn: nn.Module, block: int) -> None:
-    """Raise `VitrimError` if calls of this attention layer as a whole are watched or replaced."""
-    if by := intercepted(attn):
-        raise VitrimError(
-            f"blocks.{block}.attn has {by}, which cannot run here: a block that cuts tokens computes its attention in "
-            "parts; put hooks on the block, on attn.qkv or on attn.proj"
-        )
-
-
 def splits(qkv: Any) -> bool:
     """Whether queries, keys and values can be computed apart, from slices of the weights of this layer."""
     # A weight that is a subclass of Tensor (quantised, distributed) has no slices that every exporter understands.

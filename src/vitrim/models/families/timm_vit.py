@@ -12,13 +12,14 @@ from torch.nn import functional as F
 from ...errors import UnsupportedModelError, VitrimError
 from ...tokens import Plan, Reducer
 from ..adapter import Geometry, State
+from ..exchange import intercepted
 from ..foreign_macs import counted, macs_per_row
 from ..macs import BlockShape, Macs, block_macs
 from ..reduced import ReducedBlock
 from ..removed_branch import RemovedBranch
 from ..sublayers import Elastic
 from .timm_model import TimmModel
-from .timm_reduced import ReducedTimmModel, fixed_size, left_by_patch_drop, mix, pooled_from, refuse_hooks, splits
+from .timm_reduced import ReducedTimmModel, fixed_size, left_by_patch_drop, mix, pooled_from, splits
 from .timm_weights import fit_weights, trained_size
 
 Classes = dict[type[nn.Module], type[nn.Module]]
@@ -34,7 +35,6 @@ class ReducedTimmBlock(ReducedBlock, Block):
         attn: Any = self.attn
         if isinstance(attn, RemovedBranch):  # Nothing is projected, and nothing attends.
             return (normed_BTC.new_empty(normed_BTC.shape[0], 1, normed_BTC.shape[1], 0),) * (last - first)
-        refuse_hooks(attn, self.vitrim_index)
         part = slice(first * attn.attn_dim, last * attn.attn_dim)
         if splits(attn.qkv):
             bias = attn.qkv.bias
@@ -51,6 +51,11 @@ class ReducedTimmBlock(ReducedBlock, Block):
         if isinstance(attn, RemovedBranch):
             return self.drop_path1(self.ls1(attn(normed_BQC)))
         return self.drop_path1(self.ls1(mix(attn, query, key, value, bias, normed_BQC, self.training)))
+
+    def attend_whole(self, normed_BTC: Tensor, bias: Tensor | None, table: Any) -> Tensor | None:
+        if not self.runs_whole(bias):
+            return None
+        return self.drop_path1(self.ls1(self.attn(normed_BTC, attn_mask=bias)))
 
     def feed_forward(self, x_BTC: Tensor) -> Tensor:
         return x_BTC + self.drop_path2(self.ls2(self.mlp(self.norm2(x_BTC))))
@@ -191,4 +196,5 @@ class TimmViT(TimmModel):
             mlp_macs=mlp,
             gate_macs=0 if attn.gate is None else macs_per_row(attn.gate, width),
             whole_qkv=not splits(attn.qkv),
+            whole_attention=intercepted(attn) != "",
         )
