@@ -228,7 +228,7 @@ def test_other_mistakes_take_one_line(tmp_path, teacher, monkeypatch):
         TeacherCache.build(tmp_path / "c", teacher, views(), "Tokens()")
     build(tmp_path / "c", teacher)
     (tmp_path / "c" / "manifest.json").write_text("{")
-    with pytest.raises(VitrimError, match="cannot be read"):
+    with pytest.raises(VitrimError, match="or is damaged"):
         TeacherCache.open(tmp_path / "c", teacher, views(), "Cls()")
     with pytest.raises(VitrimError, match="1 view or more"):
         views(0)

@@ -32,7 +32,11 @@ def test_values_of_descriptions(tmp_path: Path):
         altered = record
         for _ in range(rng.choice((1, 1, 2))):
             altered = altered_value(altered, rng)
-        save_file(state, tmp_path / "model.safetensors", metadata={"vitrim": json.dumps(altered)})
+        try:
+            text = json.dumps(altered)
+        except RecursionError:  # Two values of 900 levels, one in the other, which this writer cannot write.
+            return
+        save_file(state, tmp_path / "model.safetensors", metadata={"vitrim": text})
         model = vitrim.load(tmp_path)
         assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
         assert vitrim.cost(model).macs > 0

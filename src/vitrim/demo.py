@@ -18,7 +18,7 @@ from .measure.environment import environment
 from .measure.speed import bench
 from .measure.table import Table
 from .models import DENSE, attach, find_adapter, open_model, variant
-from .output import check_folder
+from .output import check_folder, is_free
 from .show.pictures import show
 from .show.plots import cost_accuracy_plot
 from .show.progress import live
@@ -49,7 +49,7 @@ def run_demo(out: str | Path, epochs: int | None = None, command: str = "") -> T
     """
     out, console = Path(out), Console()
     check_folder(out)
-    if out.exists() and any(out.iterdir()) and not (out / "dense").is_dir():
+    if out.exists() and not is_free(out) and not (out / "dense" / "recipe.yaml").is_file():
         raise RecipeError(f"{out} is not empty and holds no demo; choose another folder with --out")
     recipes = {"dense": _recipe(epochs, None), "pruned": _recipe(epochs, TRAINED_WITH)}
     for number, (name, recipe) in enumerate(recipes.items(), 1):

@@ -26,6 +26,8 @@ except ImportError:  # Windows has no locks on folders.
 
 MARK = ".vitrim-part-"
 """How the names of folders with unfinished files start, which only a killed process leaves behind."""
+LOCK = ".vitrim-lock"
+"""The file in a folder that a process locks for as long as it works there."""
 _WHOLE = f"{MARK}whole-"  # All files are written, and some of them may have been renamed into place already.
 _PATIENCE = 300.0  # Seconds to wait for another process that writes into the same folder.
 
@@ -125,6 +127,11 @@ def _tidy(folder: Path, mark: str) -> None:
         if any(is_leftover(path) and path.name.startswith(mark) for path in folder.iterdir()):
             with _alone_in(folder):
                 pass
+
+
+def is_free(folder: Path) -> bool:
+    """Whether a folder holds nothing but what a process of vitrim leaves behind that is killed before it has begun."""
+    return all(path.name == LOCK or is_leftover(path) for path in folder.iterdir())
 
 
 def is_leftover(path: Path) -> bool:

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..data.streams import Stream
 from ..errors import DistillError
 from ..models.outputs import Wanted
+from ..output import recover
 from .cache_writer import Arrays, Tick, missing_rows, open_arrays, write_rows
 from .manifest import MANIFEST, Manifest
 from .objective import Terms
@@ -68,6 +69,7 @@ class TeacherCache:
         """
         folder, wanted = Path(folder), Terms.parse(terms).wanted(of_teacher=True)
         manifest = Manifest.of(teacher, stream, wanted, grid, top_k)
+        recover(folder)
         kept = Manifest.read(folder) if (folder / MANIFEST).exists() else None
         if kept is not None:
             kept.check_serves(manifest, folder)
@@ -92,6 +94,7 @@ class TeacherCache:
             DistillError: it is missing, damaged, unfinished, or belongs to others.
         """
         folder, wanted = Path(folder), Terms.parse(terms).wanted(of_teacher=True)
+        recover(folder)
         kept = Manifest.read(folder)
         kept.check_serves(Manifest.of(teacher, stream, wanted, grid, top_k), folder)
         if missing := len(missing_rows(folder, kept)):

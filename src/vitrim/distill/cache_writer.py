@@ -16,11 +16,11 @@ from ..data.readers import batches_of
 from ..data.streams import Stream
 from ..errors import DistillError
 from ..models.outputs import Wanted
-from ..output import FULL, replacing, write_errors
+from ..output import FULL, LOCK, is_free, replacing_files, write_errors
 from .manifest import MANIFEST, Manifest
 from .teacher import Teacher
 
-DONE, LOCK = "done", "lock"
+DONE = "done"
 FLUSH_EVERY = 32  # Batches that can be lost when the power fails.
 LOOK_EVERY = 0.5  # Seconds.
 
@@ -65,11 +65,7 @@ def write_rows(
     Raises:
         DistillError: the folder holds something else; not enough space; features beyond the range of float16.
     """
-    if (
-        folder.exists()
-        and not (folder / f"{DONE}.npy").exists()
-        and any(path.name != LOCK for path in folder.iterdir())
-    ):
+    if folder.exists() and not (folder / MANIFEST).exists() and not is_free(folder):
         raise DistillError(f"{folder} is not empty and holds no teacher cache; choose another folder")
     folder.mkdir(parents=True, exist_ok=True)
     with _alone(folder, tick):
@@ -166,17 +162,18 @@ def _encode(found: Mapping[str, Tensor], wanted: Wanted, top_k: int) -> dict[str
 
 
 def _create(folder: Path, manifest: Manifest) -> None:
-    """Lay out empty arrays. The manifest is written last, so that it is never there without them."""
+    """Lay out empty arrays and the manifest; however the process ends, all of them are there or none is."""
     need, free = manifest.num_bytes, shutil.disk_usage(folder).free
     if need > free:
         raise DistillError(
             f"the teacher cache needs {_size(need)} in {folder}, where {_size(free)} are free; free some, or choose "
             "another cache.folder"
         )
-    for name, (kind, *shape) in {DONE: ("uint8",), **manifest.fields}.items():
-        _lay_out(folder / f"{name}.npy", kind, (manifest.rows, *shape))
-    with replacing(folder / MANIFEST) as part:
-        part.write_text(manifest.to_json())
+    with replacing_files(folder) as staged:
+        for name, (kind, *shape) in {DONE: ("uint8",), **manifest.fields}.items():
+            with write_errors(folder / f"{name}.npy"):
+                _lay_out(staged / f"{name}.npy", kind, (manifest.rows, *shape))
+        (staged / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
 
 
 def _size(num_bytes: int) -> str:
@@ -186,16 +183,7 @@ def _size(num_bytes: int) -> str:
 
 def _lay_out(path: Path, kind: str, shape: tuple[int, ...]) -> None:
     """An array of zeros whose room on the disk is taken: a mapped file that meets a full one kills the process."""
-    with write_errors(path):
-        try:
-            np.lib.format.open_memmap(path, mode="w+", dtype=kind, shape=shape)
-            _take_room(path)
-        except OSError:
-            path.unlink(missing_ok=True)
-            raise
-
-
-def _take_room(path: Path) -> None:
+    np.lib.format.open_memmap(path, mode="w+", dtype=kind, shape=shape)
     if not hasattr(os, "posix_fallocate"):
         return
     with path.open("r+b") as file:

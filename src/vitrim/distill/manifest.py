@@ -83,6 +83,8 @@ class Manifest:
             raise DistillError(f"no teacher cache in {folder}; build it first")
         try:
             data = json.loads(path.read_text())
+            if not {"format", "teacher", "views", "fields"} <= set(data):
+                raise KeyError("another program's manifest")
             if data["format"] != FORMAT:
                 raise _refusal(folder, "is of another version of vitrim")
             grid = None if data["grid"] is None else (data["grid"][0], data["grid"][1])
@@ -91,8 +93,11 @@ class Manifest:
             return cls(**{**data, **fixed})
         except DistillError:
             raise
-        except (ValueError, TypeError, KeyError):
-            raise DistillError(f"{path} cannot be read; remove {folder} and build the cache again") from None
+        except (ValueError, TypeError, KeyError, IndexError, RecursionError):
+            raise DistillError(
+                f"{path} is not the manifest of a teacher cache, or is damaged; choose another folder, or remove "
+                f"{folder} if a cache was there"
+            ) from None
 
     def check_serves(self, other: "Manifest", folder: Path) -> None:
         """Raise `DistillError` unless this cache belongs to the same things and holds whatever `other` wants."""

@@ -69,6 +69,8 @@ def save_with(
             save_file(state, staged / WEIGHTS, metadata={_KEY: text})
         (staged / DESCRIPTION).write_text(text + "\n", encoding="utf-8")
         write(staged)
+        if not (folder / WEIGHTS).exists():
+            _check_free(folder, staged)
     return folder
 
 
@@ -79,6 +81,12 @@ def check_place(folder: str | Path, *, overwrite: bool = False) -> None:
         raise CheckpointError(f"{folder} is a run, whose model is {run.parent}; choose another folder")
     if (Path(folder) / WEIGHTS).exists() and not overwrite:
         raise CheckpointError(f"{folder} holds a model already; choose another folder or pass overwrite=True")
+
+
+def _check_free(folder: Path, staged: Path) -> None:
+    """Raise `CheckpointError` where a file of somebody else has a name that the files of a model have."""
+    if taken := sorted(path.name for path in staged.iterdir() if (folder / path.name).exists()):
+        raise CheckpointError(f"{folder} holds a {taken[0]}, but no model; choose another folder")
 
 
 def load(folder: str | Path, *, image_size: int | None = None, **args: Any) -> nn.Module:

@@ -1,6 +1,7 @@
 """The folder of a study. A hidden file in it marks it as one, and holds the name by which workers know the study."""
 
 import os
+import re
 from contextlib import suppress
 from pathlib import Path
 from uuid import uuid4
@@ -21,17 +22,27 @@ def check_study_folder(out: str | Path) -> None:
     """
     check_folder(out)
     out = Path(out)
-    if not out.is_dir() or (out / MARK).exists():
+    if not out.is_dir() or is_marked(out):
         return
+    if (out / MARK).exists():
+        raise RecipeError(f"{out / MARK} was not written by a study; choose another folder with --out")
     if (out / "recipe.yaml").exists():
         raise RecipeError(f"{out} holds a run, which a study would overwrite; choose another folder with --out")
     if found := sorted(path.name for path in out.iterdir() if not path.name.startswith(".")):
         raise RecipeError(f"{out} is not empty and holds no study ({found[0]}); choose another folder with --out")
 
 
+def is_marked(out: Path) -> bool:
+    """Whether a study has marked this folder as its own."""
+    try:
+        return re.fullmatch(r"[0-9a-f]{32}", (out / MARK).read_text()) is not None
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
 def mark_folder(out: Path) -> None:
     """Mark the folder as that of a study."""
-    if not (out / MARK).exists():
+    if not is_marked(out):
         write_atomic(out / MARK, uuid4().hex)
 
 

@@ -18,11 +18,10 @@ from filelock import FileLock, Timeout
 
 from ..errors import BusyError, CheckpointError, RecipeError
 from ..models.store import WEIGHTS
-from ..output import is_leftover, remove_leftovers, replacing, write_errors
+from ..output import LOCK, is_free, remove_leftovers, replacing, write_errors
 from ..text import shortened
 from .recipe import Recipe
 
-_LOCK = ".vitrim-lock"
 _PATIENCE = 2.0  # Seconds that the children of a process that was killed may take to die.
 
 
@@ -67,9 +66,7 @@ class RunFolder:
                 )
         elif os.path.exists(self.path) and not self.path.is_dir():
             raise RecipeError(f"{self.path} is a file; choose a folder with --out")
-        elif os.path.exists(self.path) and any(
-            path.name != _LOCK and not is_leftover(path) for path in self.path.iterdir()
-        ):
+        elif os.path.exists(self.path) and not is_free(self.path):
             raise RecipeError(f"{self.path} is not empty and holds no run; choose another folder with --out")
 
     @contextmanager
@@ -82,7 +79,7 @@ class RunFolder:
         with write_errors(self._recipe_path):
             self.path.mkdir(parents=True, exist_ok=True)
             try:
-                held = FileLock(self.path / _LOCK).acquire(timeout=_PATIENCE)
+                held = FileLock(self.path / LOCK).acquire(timeout=_PATIENCE)
             except Timeout:
                 raise BusyError(
                     f"another process is writing to {self.path}; let it finish, or choose another folder with --out"
@@ -105,7 +102,12 @@ class RunFolder:
     def result(self) -> dict[str, Any] | None:
         """The final figures, None while the run is unfinished."""
         path = self.path / "result.json"
-        return _parsed(path, path.read_text()) if os.path.exists(path) else None
+        if not os.path.exists(path):
+            return None
+        found = _parsed(path, path.read_text())
+        if "best_epoch" not in found:
+            raise CheckpointError(f"{path} is not the result of a run; choose another folder with --out")
+        return found
 
     def write_result(self, result: Mapping[str, Any]) -> None:
         """Mark the run as finished."""
@@ -177,9 +179,12 @@ class RunFolder:
 
 def _parsed(path: Path, text: str) -> dict[str, Any]:
     try:
-        return json.loads(text)
-    except ValueError:
-        raise CheckpointError(f"{path} is damaged or cut short; remove it and repeat the command") from None
+        found = json.loads(text)
+        if isinstance(found, dict):
+            return found
+    except (ValueError, RecursionError):
+        pass
+    raise CheckpointError(f"{path} is damaged or cut short; remove it and repeat the command") from None
 
 
 @contextmanager
