@@ -276,7 +276,9 @@ def test_what_is_wrong_with_the_place_is_told_in_one_line(
     said = refusal(inside, tmp_path / "next", capsys)
     assert f"cache.folder is {tmp_path}/run, the folder of a run; choose another for the cache" in said
     (folder / "train" / "manifest.json").write_text("{")
-    assert "manifest.json is not the manifest of a teacher cache, or is damaged" in refusal(text, tmp_path / "next", capsys)
+    assert "manifest.json is not the manifest of a teacher cache, or is damaged" in refusal(
+        text, tmp_path / "next", capsys
+    )
 
 
 def test_one_process_fills_the_cache_and_the_others_wait(teacher: str, tmp_path: Path, asked: list[int]):
