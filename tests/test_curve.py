@@ -1,6 +1,6 @@
 """Curves of a study: every figure of the table is that of the network cut and evaluated by hand."""
 
-import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,11 @@ from vitrim.elastic import SuperNet, stratify
 from vitrim.errors import CheckpointError, RecipeError, UnknownNameError, VitrimError
 from vitrim.measure.cost import cost
 from vitrim.models import load
+from vitrim.models.build import build_model
 from vitrim.models.widths import widths_of
-from vitrim.show.report import write_report
-from vitrim.show.runs import points
 from vitrim.study.comparisons import compare_with_trained_alone, published_budgets_note
 from vitrim.study.curve import Curve
 from vitrim.study.curve_points import curve_networks, measure_curve
-from vitrim.study.run_study import run_study
 from vitrim.study.study import Study
 from vitrim.train.loop import train
 from vitrim.train.recipe import Recipe
@@ -65,14 +63,19 @@ def seeds(tmp_path_factory: pytest.TempPathFactory) -> Seeds:
     return found
 
 
+@cache
+def images_and_classes() -> tuple[Tensor, Tensor]:
+    """The test images (N, 1, H, W), which all models here read in the same form, and their classes (N,)."""
+    stream = plain_stream(build_model("vitrim_digits_vit", depth=1), DataSpec(**DATA))
+    images, classes, _ = zip(*stream, strict=True)
+    return torch.stack(images), torch.tensor(classes)
+
+
 def outputs(model: nn.Module) -> tuple[Tensor, Tensor]:
     """Logits (N, 10) on the test images, and their classes."""
-    stream = plain_stream(model, DataSpec(**DATA))
-    images, classes = zip(
-        *((image, target) for image, target, _ in (stream[i] for i in range(len(stream)))), strict=True
-    )
+    images, classes = images_and_classes()
     with torch.no_grad():
-        return model.eval()(torch.stack(images)).double(), torch.tensor(classes)
+        return model.eval()(images).double(), classes
 
 
 def accuracy(model: nn.Module) -> float:
@@ -254,32 +257,3 @@ def test_mistakes_are_told_before_anything_is_trained(curve: Any, says: str):
         Curve.parse(curve).check(rows)
     assert isinstance(caught.value, RecipeError | UnknownNameError)
     assert "\n" not in str(caught.value)
-
-
-def test_system_5_in_miniature(tmp_path: Path):
-    table = run_study(ROOT / "recipes" / "system5" / "study.yaml", tmp_path, scale="smoke")
-    written = json.loads((tmp_path / "curve.json").read_text())
-    rows, said = written["rows"], " ".join(written["notes"])
-    assert "trained longer: WPAC, trained on | PIAD original | PIAD sandwich + KD." in said
-    assert "Compared with networks trained alone, where both are known, curves are " in said
-    assert "Published figures" not in said
-    assert (tmp_path / "curve.md").exists()
-    assert (tmp_path / "curve.csv").exists()
-    orderings = ["random", "magnitude", "Taylor", "WPAC", "WPAC + compensation"]
-    even = ["random, even", "magnitude, even", "WPAC, even"]
-    trained = ["PIAD original", "PIAD sandwich + KD"]
-    cut = [*orderings, *even, "WPAC, trained on", *trained]
-    assert list(dict.fromkeys(row["curve"] for row in rows)) == [*cut, "trained alone"]
-    tested = {row["row"]: row["accuracy"] for row in table.rows}
-    for name in cut:
-        full = tested.get(name.removeprefix("WPAC, "), tested["full"])
-        found = {row["budget"]: row for row in rows if row["curve"] == name}
-        assert list(found) == [1, 0.6, 0.4]
-        assert found[1]["accuracy"] == pytest.approx(full, abs=0.01)  # Orderings do not change the full network.
-        assert all(row["gmacs"] <= budget * found[1]["gmacs"] for budget, row in found.items())
-    alone = {row["row"]: row["accuracy"] for row in rows if row["curve"] == "trained alone"}
-    assert alone == pytest.approx({row: value for row, value in tested.items() if row not in (*trained, "trained on")})
-    assert {point["method"] for point in points(rows)} == {*cut, "trained alone"}
-    report = write_report(tmp_path).read_text()
-    assert "accuracy against cost: One super-network" in report
-    assert "Compared with networks trained alone, where both are known, curves are " in report

@@ -21,6 +21,7 @@ from vitrim.cli import main
 from vitrim.data import images
 from vitrim.measure import speed
 from vitrim.show import report
+from vitrim.show.runs import points
 from vitrim.train.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
@@ -86,8 +87,9 @@ def few_plots(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run_once(words: list[str], done: dict[tuple[str, ...], Path]) -> None:
-    """Run a command; a study that another page has run is copied."""
-    at = words.index("--out") + 1 if words[0] == "study" and "--database" not in words else 0
+    """Run a command; a study or a super-network that another page has made is copied."""
+    whole = (words[0] == "study" and "--database" not in words) or (words[0] == "stratify" and "--epochs" not in words)
+    at = words.index("--out") + 1 if whole else 0
     if at and (known := done.get((*words[:at], *words[at + 1 :]))):
         copytree(known, words[at], dirs_exist_ok=True)
         return
@@ -96,7 +98,8 @@ def run_once(words: list[str], done: dict[tuple[str, ...], Path]) -> None:
         done[(*words[:at], *words[at + 1 :])] = Path(words[at]).absolute()
 
 
-STUDIES: dict[tuple[str, ...], Path] = {}
+MADE: dict[tuple[str, ...], Path] = {}
+"""Command without its folder -> what it made."""
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
@@ -112,13 +115,13 @@ def test_examples_run(page: Path, place: Path, monkeypatch: pytest.MonkeyPatch, 
                 words = shlex.split(line, comments=True)
                 if words:
                     assert words[0] == "vitrim", f"{page.name}: only vitrim commands belong in a sh block, not {line}"
-                    run_once(words[1:], STUDIES)
+                    run_once(words[1:], MADE)
     assert examples, f"{page.name} shows no example"
 
 
 def test_system_1_in_miniature(place: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(place)
-    run_once(["study", "recipes/system1/study.yaml", "--scale", "smoke", "--out", "runs/miniature"], STUDIES)
+    run_once(["study", "recipes/system1/study.yaml", "--scale", "smoke", "--out", "runs/miniature"], MADE)
     found = {name: json.loads(Path(f"runs/miniature/{name}.json").read_text())["rows"] for name in ("table", "sweep")}
     tests = ("pruning off", "pruning on")
     names = [(row["row"], row["test"]) for row in found["table"]]
@@ -127,6 +130,37 @@ def test_system_1_in_miniature(place: Path, monkeypatch: pytest.MonkeyPatch):
     lines = Path("runs/miniature/trained-with-pruning-s0/metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["strength"] for line in lines] == [0.0] * 4 + [1.0] * 2
     assert [row.get("alpha") for row in found["sweep"]] == [None, 1.0, 2.0] * 2
+
+
+def test_system_5_in_miniature(place: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(place)
+    folder = Path("runs/super-networks")
+    run_once(["study", "recipes/system5/study.yaml", "--scale", "smoke", "--out", f"{folder}"], MADE)
+    table, written = (json.loads((folder / f"{name}.json").read_text()) for name in ("table", "curve"))
+    rows, said = written["rows"], " ".join(written["notes"])
+    assert "trained longer: WPAC, trained on | PIAD original | PIAD sandwich + KD." in said
+    assert "Compared with networks trained alone, where both are known, curves are " in said
+    assert "Published figures" not in said
+    assert (folder / "curve.md").exists()
+    assert (folder / "curve.csv").exists()
+    orderings = ["random", "magnitude", "Taylor", "WPAC", "WPAC + compensation"]
+    even = ["random, even", "magnitude, even", "WPAC, even"]
+    trained = ["PIAD original", "PIAD sandwich + KD"]
+    cut = [*orderings, *even, "WPAC, trained on", *trained]
+    assert list(dict.fromkeys(row["curve"] for row in rows)) == [*cut, "trained alone"]
+    tested = {row["row"]: row["accuracy"] for row in table["rows"]}
+    for name in cut:
+        full = tested.get(name.removeprefix("WPAC, "), tested["full"])
+        found = {row["budget"]: row for row in rows if row["curve"] == name}
+        assert list(found) == [1, 0.6, 0.4]
+        assert found[1]["accuracy"] == pytest.approx(full, abs=0.01)  # Orderings do not change the full network.
+        assert all(row["gmacs"] <= budget * found[1]["gmacs"] for budget, row in found.items())
+    alone = {row["row"]: row["accuracy"] for row in rows if row["curve"] == "trained alone"}
+    assert alone == pytest.approx({row: value for row, value in tested.items() if row not in (*trained, "trained on")})
+    assert {point["method"] for point in points(rows)} == {*cut, "trained alone"}
+    page = report.write_report(folder).read_text()
+    assert "accuracy against cost: One super-network" in page
+    assert "Compared with networks trained alone, where both are known, curves are " in page
 
 
 FRESH = """
