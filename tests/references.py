@@ -229,11 +229,14 @@ def _head(model: nn.Module, tokens: Tokens, weighted_attention: bool) -> Tensor:
     if model.attn_pool is None and model.global_pool == "token":
         return model.head(model.fc_norm(rows[:, 0]))
     # A token that stands for n patches counts as n equal tokens.
-    full = [rows[0, i] for i in range(num_prefix)] if model.pool_include_prefix else []
+    whole = model.global_pool == "all"  # The head takes all tokens, prefix tokens included, and pools by itself.
+    full = [rows[0, i] for i in range(num_prefix)] if whole or model.pool_include_prefix else []
     for i, members in enumerate(tokens.members):
         times = len(members) if model.attn_pool is None or weighted_attention else 1
         full += [rows[0, num_prefix + i]] * times
     repeated = torch.stack(full)[None]
+    if whole:
+        return model.head(repeated)
     if model.attn_pool is not None:
         pooled = model.attn_pool(repeated)
     elif model.global_pool == "avg":

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 import toy_family  # noqa: F401  (enters its family)
 from eva_models import EVA
-from vitrim.models import BlockWidths, build_model, set_widths
+from hf_models import HF
+from vitrim.models import BlockWidths, adapter_of, build_model, set_widths
 
 SMALL = {"img_size": 40, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 3, "num_classes": 5}
 """25 patch tokens, an odd number, in 3 blocks."""
@@ -91,7 +92,7 @@ TOY: dict[str, Callable[[], nn.Module]] = {
     "toy": _toy,
     "toy_removed": lambda: _toy((5, 0), (0, 40), (8, 48)),
 }
-ZOO: dict[str, dict[str, Callable[[], nn.Module]]] = {"timm-vit": TIMM, "timm-eva": EVA, "toy": TOY}
+ZOO: dict[str, dict[str, Callable[[], nn.Module]]] = {"timm-vit": TIMM, "timm-eva": EVA, "transformers": HF, "toy": TOY}
 """Adapter name -> models. An adapter without an entry fails the contract suite."""
 
 
@@ -116,6 +117,11 @@ def redrawn(model: nn.Module) -> nn.Module:
 def images(count: int = 3, size: int = 40, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
     """Random images (count, 3, size, size)."""
     return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def predicted(model: nn.Module, x: Tensor) -> Tensor:
+    """What the model gives for images, whatever it is wrapped in."""
+    return adapter_of(model).predict(model, x)
 
 
 MODELS = [(adapter, name) for adapter, models in ZOO.items() for name in models]

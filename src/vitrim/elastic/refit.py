@@ -126,8 +126,8 @@ def refit(network: nn.Module, original: nn.Module, data: Iterable[Batch], *, num
             raise DataError(f"{images} images are too few to fit and to check on; give {LEAST_IMAGES} or more")
         with elastic(network), torch.no_grad():
             for index, (block, reference) in enumerate(zip(ours, theirs, strict=True)):
-                for branch in adapter.branches:
-                    _refit_branch(block, reference, adapter.branches, branch, flows, index)
+                for branch in adapter.branches_of(network):
+                    _refit_branch(block, reference, adapter.branches_of(network), branch, flows, index)
                 for flow in flows:
                     flow.cut = flow.calls[1][index](block, flow.cut)
                     flow.full = flow.calls[0][index](reference, flow.full)

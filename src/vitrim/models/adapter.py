@@ -117,6 +117,14 @@ class Adapter:
         """The transformer blocks in order; none where the family does not know any."""
         return ()
 
+    def branches_of(self, model: nn.Module) -> Mapping[str, str]:
+        """As `branches`, for families whose blocks name their branches in several ways."""
+        return self.branches
+
+    def parts(self, model: nn.Module) -> Sequence[nn.Module]:
+        """Modules besides the blocks and the model that a reduction changes: a tower inside it, a pooling layer."""
+        return ()
+
     def grid(self, model: nn.Module, image_size: Sequence[int]) -> tuple[int, int]:
         """Rows and columns of the patches of images of (height, width)."""
         raise UnsupportedModelError(f"the patches of this {type(model).__name__} are not known")
@@ -124,12 +132,12 @@ class Adapter:
     # Reducing tokens.
 
     def reduced_class(self, module: nn.Module) -> type[nn.Module]:
-        """The module-level subclass that replaces the class of this block, or of the model itself."""
+        """The module-level subclass that replaces the class of this block, of this one of `parts`, or of the model."""
         raise NotImplementedError
 
     def check_plan(self, model: nn.Module, plan: Plan, reducer: Reducer) -> None:
         """Raise `ScoreError` if a block where the plan cuts cannot supply what the reducer reads."""
-        attention, blocks = next(iter(self.branches), ""), self.blocks(model)
+        attention, blocks = next(iter(self.branches_of(model)), ""), self.blocks(model)
         for cut in plan.cuts:
             reads = needed(reducer, cut)
             removed = isinstance(getattr(blocks[cut.block], attention, None), RemovedBranch)
@@ -336,9 +344,12 @@ def as_tensor(out: Any) -> Tensor:
     """The logits, or features, in whatever a model returned; those of several classifiers are averaged."""
     if isinstance(out, tuple):
         out = sum(out) / len(out)
-    if not isinstance(out, Tensor):
-        out = out.logits if getattr(out, "logits", None) is not None else out.pooler_output
-    return out
+    if isinstance(out, Tensor):
+        return out
+    for name in ("logits", "image_embeds", "pooler_output"):
+        if isinstance(found := getattr(out, name, None), Tensor):
+            return found
+    raise UnsupportedModelError(f"a {type(out).__name__} holds neither logits nor pooled features")
 
 
 def _reducible(model: nn.Module) -> bool:

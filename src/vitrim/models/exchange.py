@@ -55,23 +55,25 @@ class Exchange:
 
     @classmethod
     def of(cls, model: nn.Module, adapter: Adapter, policy: Policy) -> "Exchange":
-        """Exchange the classes of the blocks and of the model itself."""
+        """Exchange the classes of the blocks, of the parts that read their tokens, and of the model itself."""
         blocks = adapter.blocks(model)
+        parts = [part for part in adapter.parts(model) if part is not model]
         if len({id(block) for block in blocks}) < len(blocks):
             raise UnsupportedModelError("two blocks of this model are the same module, which cannot be reduced")
         # Everything is looked up before anything is changed, so that a refusal leaves the model as it was.
         exchange = cls()
-        for module in (*blocks, model):
+        for module in (*blocks, *parts, model):
             reduced = adapter.reduced_class(module)
             exchange.classes.append((module, type(module), reduced))
-            name = "the model" if module is model else f"block {len(exchange.classes) - 1}"
+            at = len(exchange.classes) - 1
+            name = "the model" if module is model else f"block {at}" if at < len(blocks) else type(module).__name__
             exchange.methods += _bound_again(module, reduced, name)
         for index, (module, _, reduced) in enumerate(exchange.classes):
             module.__class__ = reduced
             vars(module)["vitrim_policy"] = policy
             if index < len(blocks):
                 vars(module)["vitrim_index"] = index
-                vars(module)["vitrim_attention"] = next(iter(adapter.branches), "")
+                vars(module)["vitrim_attention"] = next(iter(adapter.branches_of(model)), "")
         for module, name, _, ours in exchange.methods:
             vars(module)[name] = ours
         return exchange
@@ -137,12 +139,22 @@ def reduced_blocks(blocks: Sequence[nn.Module], policy: Policy) -> bool:
 def intercepted(module: nn.Module) -> str:
     """What else acts on calls of this module: "a hook", "a forward of its own", or nothing."""
     # torch's own shortcut in `Module.__call__` checks the same four.
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+    if module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return "a hook"
+    if module._forward_hooks and any(_acts(hook) for hook in module._forward_hooks.values()):
         return "a hook"
     own: Any = vars(module).get("forward")
     if own is not None and getattr(own, "__func__", None) is not type(module).forward:
         return OWN_FORWARD
     return ""
+
+
+def _acts(hook: object) -> bool:
+    """Whether a hook can do anything: those of transformers stay after the first `output_hidden_states=True`.
+
+    On layers inside a block they act only where attention maps are asked for, which reduced models refuse.
+    """
+    return getattr(hook, "__module__", "") != "transformers.utils.output_capturing"
 
 
 def observed(block: nn.Module) -> bool:

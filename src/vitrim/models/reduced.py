@@ -35,6 +35,8 @@ class ReducedBlock(Reduced):
     """Name of the attention layer within the block; "" where the family names no branches."""
     rotary_argument: ClassVar[str] = ""
     """Name of the first argument after the tokens where that is the rotary table; "" where the block gets none."""
+    mask_argument: ClassVar[str] = ""
+    """Name of the only argument that is an attention mask; "" where any argument besides the table may be one."""
 
     def norm_tokens(self, x_BTC: Tensor) -> Tensor:
         """The norm before attention."""
@@ -108,7 +110,8 @@ class ReducedBlock(Reduced):
         if name and args:
             args, kwargs = args[1:], {**kwargs, name: args[0]}
         table = kwargs.get(name) if name else None
-        masks = (*args, *(value for key, value in kwargs.items() if key != name))
+        others = (*args, *(value for key, value in kwargs.items() if key != name))
+        masks = (kwargs.get(self.mask_argument),) if self.mask_argument else others
         trace = arrive(policy, index, x, self.training)
         plan = trace.plan
         if index == plan.reinstate:
@@ -120,8 +123,8 @@ class ReducedBlock(Reduced):
             if trace.assignments:
                 _refuse_mask(masks)
             whole = super().forward
-            if plan.cuts and not args and not kwargs:
-                return leave(policy, index, self._in_parts(whole, x), trace)
+            if plan.cuts and table is None and not _masked(masks):
+                return leave(policy, index, self._in_parts(lambda part: whole(part, *args, **kwargs), x), trace)
             if table is not None:
                 kwargs = {**kwargs, name: self._rows(table, trace)}
             return leave(policy, index, whole(x, *args, **kwargs), trace)
@@ -260,6 +263,10 @@ class ReducedBlock(Reduced):
         return torch.cat([compute(part) for part in x.split(images)])
 
 
+def _masked(masks: tuple[object, ...]) -> bool:
+    return any(value is not None and value is not False for value in masks)
+
+
 def _refuse_mask(masks: tuple[object, ...]) -> None:
-    if any(value is not None and value is not False for value in masks):
+    if _masked(masks):
         raise VitrimError("an attention mask cannot be combined with token reduction; call handle.remove() first")

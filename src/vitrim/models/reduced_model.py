@@ -39,10 +39,11 @@ class ReducedModel(Reduced):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if hasattr(destination, "_metadata"):
+        if "vitrim_handle" in vars(self) and hasattr(destination, "_metadata"):  # Not a tower inside the model.
             destination._metadata.setdefault(prefix[:-1], {})["vitrim"] = self.vitrim_policy.metadata()
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
-        if (strength := self.vitrim_policy.strength_in(local_metadata.get("vitrim"))) is not None:
+        strength = self.vitrim_policy.strength_in(local_metadata.get("vitrim"))
+        if strength is not None and "vitrim_handle" in vars(self):
             self.vitrim_handle.set_strength(strength)

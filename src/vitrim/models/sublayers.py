@@ -158,7 +158,7 @@ def sublayers(model: nn.Module) -> list[Sublayer]:
     found: list[Sublayer] = []
     adapter = find_adapter(model)
     for index, block in enumerate(adapter.blocks(model)):
-        for branch, norm in adapter.branches.items():
+        for branch, norm in adapter.branches_of(model).items():
             child = getattr(block, branch)
             if isinstance(child, RemovedBranch):
                 continue

@@ -4,6 +4,12 @@ Families that are imported later are tried first; `any_module`, which takes ever
 """
 
 from . import any_module as _any_module  # noqa: F401
+from . import hf_clip as _hf_clip  # noqa: F401
+from . import hf_dinov2 as _hf_dinov2  # noqa: F401
+from . import hf_dinov3 as _hf_dinov3  # noqa: F401
+from . import hf_model as _hf_model  # noqa: F401
+from . import hf_siglip as _hf_siglip  # noqa: F401
+from . import hf_vit as _hf_vit  # noqa: F401
 from . import timm_eva as _timm_eva  # noqa: F401
 from . import timm_layers as _timm_layers  # noqa: F401  (enters its layers in the table of elastic ones)
 from . import timm_model as _timm_model  # noqa: F401

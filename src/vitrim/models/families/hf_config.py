@@ -1,0 +1,243 @@
+"""Building and describing models of Hugging Face transformers, and the format of their images."""
+
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ...errors import CheckpointError, UnsupportedModelError, VitrimError
+from ...text import short_name
+from ..adapter import Description
+from .hf_layout import LAYOUTS, Layout, Whole, layout_of
+
+SOURCE = "hf:"
+"""How the names of models begin that are a folder written by `save_pretrained`, or a name on the Hugging Face hub."""
+Images = dict[str, Any]
+_OWN, _SIZE = "vitrim_images", "vitrim_image_size"
+"""Attributes of a model: what its images are like, and their (height, width) where the model takes all sizes."""
+_MEANT = {"num_classes": "num_labels", "img_size": "image_size", "in_chans": "num_channels"}
+"""Arguments that mean the same in every family."""
+_FILTERS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
+
+
+def library() -> Any:
+    """The package transformers; `VitrimError` with the command that installs it where it is missing."""
+    try:
+        import transformers
+    except ImportError:
+        raise VitrimError("transformers is not installed; run: pip install 'vitrim[hf]'") from None
+    return transformers
+
+
+def pair(size: Any) -> tuple[int, int]:
+    """Height and width of what transformers writes as one number or as two."""
+    return (int(size), int(size)) if isinstance(size, int) else (int(size[0]), int(size[1]))
+
+
+def image_size(layout: Layout, model: Any) -> tuple[int, int]:
+    """(height, width) of the images of this model."""
+    return vars(model).get(_SIZE) or pair(layout.tower_of(model).config.image_size)
+
+
+def set_image_size(layout: Layout, model: Any, size: tuple[int, int]) -> None:
+    """Note the size of the images of a model that takes all sizes."""
+    own = pair(layout.tower_of(model).config.image_size)
+    vars(model).pop(_SIZE, None)
+    if size != own:
+        vars(model)[_SIZE] = size
+
+
+def build(name: str, args: Mapping[str, Any], pretrained: bool, images: Mapping[str, Any]) -> nn.Module:
+    """See `Adapter.build`."""
+    if name.startswith(SOURCE):
+        return opened(name, args)
+    library()
+    if pretrained:
+        raise CheckpointError(f"{name} is a kind of model without weights of its own; write hf:NAME, a name on the hub")
+    layout = next(layout for layout in LAYOUTS.values() if name in layout.names)
+    kind, tower = getattr(layout.module, name), getattr(layout.module, layout.tower)
+    given = {_MEANT.get(key, key): value for key, value in args.items() if value is not None}
+    given = {key: list(value) if isinstance(value, tuple) else value for key, value in given.items()}
+    # A model that takes images of all sizes has positions for one of them.
+    size = given.pop("image_size", None)
+    positions = given.pop("position_size", size)
+    given |= {} if positions is None else {"image_size": _plain_size(positions)}
+    known = {field.name for field in fields(tower.config_class)} | {"num_labels"}
+    if unknown := [key for key in given if key not in known]:
+        raise VitrimError(f"{name} does not take {short_name(unknown[0])}; it takes {', '.join(sorted(known))}")
+    try:
+        if kind.config_class is tower.config_class:
+            config = kind.config_class(**given)
+        else:
+            labels = {"num_labels": given.pop("num_labels")} if "num_labels" in given else {}
+            config = kind.config_class(vision_config=given, **labels)
+        model = kind(config)
+    except Exception as error:  # transformers builds with what it is given and fails in many places.
+        reason = short_name(" ".join(str(error).split()), 200)
+        raise VitrimError(f"{name} cannot be built with {short_name(given, 150)}: {reason}") from error
+    if size is not None:
+        set_image_size(layout, model, pair(size))
+    vars(model)[_OWN] = {**_default_images(layout), **images}
+    return model
+
+
+def describe(layout: Layout, model: Any) -> Description:
+    """See `Adapter.describe`."""
+    config, base = layout.tower_of(model).config, {field.name for field in fields(library().PreTrainedConfig)}
+    own = type(config)()
+    args: dict[str, Any] = {}
+    for field in fields(type(config)):
+        value = getattr(config, field.name)
+        if field.name in base or field.name.startswith("_"):  # The latter say what a backbone gives.
+            continue
+        if value != getattr(own, field.name) and not isinstance(value, Mapping):
+            args[field.name] = list(value) if isinstance(value, tuple | list) else value
+    args["position_size"] = list(pair(config.image_size))
+    args["image_size"] = list(image_size(layout, model))
+    if (whole := layout.whole(model)) is not None and whole.classifies:
+        args["num_labels"] = int(getattr(getattr(model, whole.heads[0]), "out_features", 0))
+    return Description(type(model).__name__, {_named(key): value for key, value in args.items()}, images_of(model))
+
+
+def images_of(model: Any) -> Images:
+    """What the images of this model are like.
+
+    Raises:
+        UnsupportedModelError: its weights come from somewhere, and the processor that belongs to them is not there.
+    """
+    if (own := vars(model).get(_OWN)) is not None:
+        return dict(own)
+    source = getattr(model, "name_or_path", "") or ""
+    layout = layout_of(model)
+    assert layout is not None
+    if not source:
+        return _default_images(layout)
+    try:
+        processor = library().AutoImageProcessor.from_pretrained(source, local_files_only=True)
+    except Exception:  # Whatever is wrong, its format is not known.
+        raise UnsupportedModelError(
+            f"what images this {type(model).__name__} expects is not known, since {source} has no processor here; save "
+            "it there with processor.save_pretrained, or give size, mean and std"
+        ) from None
+    return read_processor(processor, source)[0]
+
+
+def reset_classifier(layout: Layout, model: Any, whole: Whole, classes: int) -> None:
+    """Put fresh classifiers in the place of those of the model; 0 removes them."""
+    for name in whole.heads:
+        old = getattr(model, name)
+        width = getattr(old, "in_features", layout.tower_of(model).config.hidden_size)
+        like = next(model.parameters())
+        new = nn.Linear(width, classes).to(like) if classes else nn.Identity()
+        if classes:
+            model._init_weights(new)
+        setattr(model, name, new.train(model.training))
+    model.config.num_labels = model.num_labels = classes
+
+
+def opened(spec: str, args: Mapping[str, Any]) -> nn.Module:
+    """The model in a folder written by `save_pretrained`, or with this name on the hub, with its processor's format.
+
+    Raises:
+        CheckpointError: nothing there, no weights, no processor, or a model that is no Vision Transformer.
+    """
+    transformers, source = library(), spec.removeprefix(SOURCE)
+    given = {key: value for key, value in args.items() if value is not None}
+    size, classes = given.pop("img_size", None), given.pop("num_classes", None)
+    if given:
+        raise VitrimError(f"{spec} brings its own architecture; leave {', '.join(given)} out")
+    if not source or ("/" in source and not Path(source).exists() and source.startswith((".", "/", "~"))):
+        raise CheckpointError(f"nothing at {source or spec}: give a folder written by save_pretrained or a hub name")
+    config = _loaded(transformers.AutoConfig, source, "configuration (config.json)")
+    kind = _kind(config, source)
+    model = _loaded(kind, source, "weights (model.safetensors)")
+    processor = _loaded(transformers.AutoImageProcessor, source, "processor (preprocessor_config.json)")
+    images, shown = read_processor(processor, source)
+    vars(model)[_OWN] = images
+    layout = next(layout for layout in LAYOUTS.values() if kind.__name__ in layout.names)
+    if layout.any_size:
+        set_image_size(layout, model, shown)
+    elif shown != pair(layout.tower_of(model).config.image_size):
+        raise CheckpointError(f"the processor of {source} gives images of {shown} px, which its model does not take")
+    from .hf_model import TransformersViT
+
+    adapter = TransformersViT()
+    if size is not None and pair(size) != image_size(layout, model):
+        adapter.resize(model, pair(size))
+    own = adapter.classifier(model).classes
+    if classes is not None and classes != own:
+        adapter.reset_classifier(model, classes)
+    return model.eval()
+
+
+def read_processor(processor: Any, source: str) -> tuple[Images, tuple[int, int]]:
+    """What a processor makes of images, in the words of `InputFormat`, and their (height, width)."""
+
+    def read(name: str, default: Any = None) -> Any:
+        value = getattr(processor, name, None)
+        return default if value is None else value
+
+    size, crop = _sides(read("size", {})), _sides(read("crop_size", {}))
+    cropped = bool(read("do_center_crop", False)) and "height" in crop
+    final = crop if cropped else size
+    factor = float(read("rescale_factor", 1 / 255))
+    if "height" not in final or not read("do_resize", True) or abs(factor * 255 - 1) > 1e-3:
+        raise CheckpointError(
+            f"the processor of {source} does not scale all images to one size and to values from 0 to 1, so it cannot "
+            "be the format of a model here"
+        )
+    squashes = "height" in size
+    resized = size.get("shortest_edge", size.get("height", 0))
+    mean, std = (read("image_mean"), read("image_std")) if read("do_normalize", True) else ([0.0] * 3, [1.0] * 3)
+    images = {
+        "mean": [float(value) for value in mean],
+        "std": [float(value) for value in std],
+        "interpolation": _FILTERS[int(read("resample", 2))],
+        "crop_pct": crop["height"] / resized if cropped else 1.0,
+        "crop_mode": "squash" if squashes else "center",
+    }
+    return images, (final["height"], final["width"])
+
+
+def _sides(size: Any) -> dict[str, int]:
+    if isinstance(size, int):
+        return {"height": size, "width": size}
+    found = dict(size) if isinstance(size, Mapping) else vars(size)
+    return {key: int(value) for key, value in found.items() if value is not None}
+
+
+def _kind(config: Any, source: str) -> Any:
+    """The class that opens this configuration: the one that wrote it, or the tower of its family."""
+    for layout in LAYOUTS.values():
+        if config.model_type not in layout.model_types:
+            continue
+        written = [name for name in config.architectures or () if name in layout.names]
+        return getattr(layout.module, written[0] if written else layout.tower)
+    known = ", ".join(sorted(kind for layout in LAYOUTS.values() for kind in layout.model_types))
+    raise CheckpointError(f"{source} is a model of the type {config.model_type!r}; types that vitrim opens: {known}")
+
+
+def _loaded(kind: Any, source: str, what: str) -> Any:
+    try:
+        return kind.from_pretrained(source)
+    except Exception as error:  # Hubs, caches and files fail in many ways.
+        reason = short_name(" ".join(str(error).split()), 160)
+        raise CheckpointError(f"no {what} of {source} can be had: {reason}") from error
+
+
+def _default_images(layout: Layout) -> Images:
+    mean, std = layout.stats
+    return {
+        "mean": list(mean), "std": list(std), "interpolation": "bicubic", "crop_pct": 1.0, "crop_mode": "center",
+    }  # fmt: skip
+
+
+def _named(key: str) -> str:
+    return {value: name for name, value in _MEANT.items()}.get(key, key)
+
+
+def _plain_size(size: Any) -> Any:
+    height, width = pair(size)
+    return height if height == width else [height, width]

@@ -1,0 +1,39 @@
+"""DINOv2 of Hugging Face transformers, with and without registers."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .hf_layout import IMAGENET, Layout, Whole, enter, first_token, mean_of_patches
+
+
+def _cls_and_mean(tower: Any, tokens_BTC: Tensor, num_prefix: int, size_BN: Tensor | None) -> Tensor:
+    """CLS beside the mean over patches."""
+    return torch.cat([tokens_BTC[:, 0], mean_of_patches(tower, tokens_BTC, num_prefix, size_BN)], dim=1)
+
+
+DINOV2 = Layout(
+    package="dinov2",
+    prefix="Dinov2",
+    tower="Dinov2Model",
+    wholes={"Dinov2ForImageClassification": Whole("dinov2", _cls_and_mean, "tokens")},
+    pool=first_token,
+    layers="encoder.layer",
+    mlps={"MLP": "MLP", "SwiGLUFFN": "SwiGLUFFN"},
+    norms=("norm1", "norm2"),
+    after=(("layer_scale1", "drop_path"), ("layer_scale2", "drop_path")),
+    any_size=True,
+    stats=IMAGENET,
+)
+enter(DINOV2)
+enter(
+    replace(
+        DINOV2,
+        package="dinov2_with_registers",
+        prefix="Dinov2WithRegisters",
+        tower="Dinov2WithRegistersModel",
+        wholes={"Dinov2WithRegistersForImageClassification": Whole("dinov2_with_registers", _cls_and_mean, "tokens")},
+    )
+)

@@ -1,0 +1,52 @@
+"""DINOv3-ViT of Hugging Face transformers: the rotation of queries and keys follows the tokens that are left."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .hf_layout import IMAGENET, Layout, enter, first_token
+from .hf_reduced import ReducedLayer
+
+Table = tuple[Tensor, Tensor]
+"""Cosines and sines, each (N, D), or (B, 1, M, D) for the tokens that are left."""
+
+
+class _ReducedLayer(ReducedLayer):
+    rotary_argument = "position_embeddings"
+
+    def rows_of_table(self, table: Table, place_BM: Tensor) -> Table:
+        cos, sin = (part[place_BM].unsqueeze(1) for part in table)
+        return cos, sin
+
+    def rotate(self, stream_BHTD: Tensor, table: Table) -> Tensor:
+        cos, sin = table
+        prefix = stream_BHTD.shape[2] - cos.shape[-2]
+        patches: Any = stream_BHTD[:, :, prefix:]
+        one, two = patches.chunk(2, dim=-1)
+        rotated = patches * cos + torch.cat((-two, one), dim=-1) * sin
+        return torch.cat([stream_BHTD[:, :, :prefix], rotated], dim=2)
+
+
+enter(
+    Layout(
+        package="dinov3_vit",
+        prefix="DINOv3ViT",
+        tower="DINOv3ViTModel",
+        wholes={},
+        pool=first_token,
+        layers="model.layer",
+        projection="embeddings.patch_embeddings",
+        mlps={"MLP": "UpDown", "GatedMLP": "GatedMLP"},
+        final_norm="norm",
+        norms=("norm1", "norm2"),
+        after=(("layer_scale1", "drop_path"), ("layer_scale2", "drop_path")),
+        heads="num_heads",
+        dropout="dropout",
+        any_size=True,
+        rotary="position_embeddings",
+        elastic_attention=False,
+        block=_ReducedLayer,
+        stats=IMAGENET,
+    )
+)

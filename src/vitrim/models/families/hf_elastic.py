@@ -1,0 +1,128 @@
+"""Attention and MLP layers of Hugging Face transformers at a variable width, made when a model is first met."""
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from ..compensation import Compensation
+from ..elastic_layers import ElasticHeads, ElasticHidden, Parts
+from ..removed_branch import RemovedBranch
+from ..sublayers import ELASTIC
+from .hf_layout import Layout
+
+
+class RemovedAttention(RemovedBranch):
+    """What remains of an attention layer of width 0, for blocks that take a pair from it."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        """The constant, and no attention map."""
+        return super().forward(x), None
+
+
+class _ElasticAttention(ElasticHeads):
+    vitrim_layout: ClassVar[Layout]
+    q_proj: Any
+    k_proj: Any
+    v_proj: Any
+
+    @property
+    def num_heads(self) -> int:
+        return vars(self)[self.vitrim_layout.heads]
+
+    @property
+    def streams(self) -> Parts:
+        return ((self.q_proj, 1), (self.k_proj, 1), (self.v_proj, 1))
+
+    @property
+    def last(self) -> nn.Linear:
+        return getattr(self, self.vitrim_layout.out)
+
+    @property
+    def dropout(self) -> float:
+        return vars(self)[self.vitrim_layout.dropout]
+
+    def resized(self, width: int) -> None:
+        self.head_dim = width
+        vars(self)[self.vitrim_layout.scale] = width**-0.5
+
+    def remains(self, compensation: Compensation | None = None) -> RemovedBranch:
+        branch = super().remains(compensation)
+        branch.__class__ = RemovedAttention
+        return branch
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
+        return self.mix(hidden_states, attention_mask), None
+
+
+class _Hidden(ElasticHidden):
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.narrow_mlp(hidden_states)
+
+
+class _ElasticMlp(_Hidden):
+    """Two layers with an activation between them."""
+
+    fc1: Any
+    fc2: Any
+    activation_fn: Callable[[Tensor], Tensor]
+
+    @property
+    def last(self) -> nn.Linear:
+        return self.fc2
+
+    @property
+    def first(self) -> Parts:
+        return ((self.fc1, 1),)
+
+    def activate(self, x: Tensor) -> Tensor:
+        return self.activation_fn(self.made(x))
+
+
+class _ElasticUpDown(_Hidden):
+    """As `_ElasticMlp`, in other words."""
+
+    up_proj: Any
+    down_proj: Any
+    act_fn: Callable[[Tensor], Tensor]
+
+    @property
+    def last(self) -> nn.Linear:
+        return self.down_proj
+
+    @property
+    def first(self) -> Parts:
+        return ((self.up_proj, 1),)
+
+    def activate(self, x: Tensor) -> Tensor:
+        return self.act_fn(self.made(x))
+
+
+class _ElasticGated(_ElasticUpDown):
+    """SwiGLU: two layers make the gate and the value rows."""
+
+    gate_proj: Any
+
+    @property
+    def first(self) -> Parts:
+        return ((self.gate_proj, 1), (self.up_proj, 1))
+
+    def activate(self, x: Tensor) -> Tensor:
+        return self.act_fn(self.made(x, 0)) * self.made(x, 1)
+
+
+_MLPS = {"MLP": _ElasticMlp, "UpDown": _ElasticUpDown, "SwiGLUFFN": _ElasticGated, "GatedMLP": _ElasticGated}
+
+
+@cache
+def enter_elastic(layout: Layout) -> None:
+    """Make the layers of this layout known as elastic ones."""
+    mixins: dict[str, type[nn.Module]] = {layout.prefix + name: _MLPS[kind] for name, kind in layout.mlps.items()}
+    if layout.elastic_attention:
+        mixins[layout.prefix + layout.attention] = _ElasticAttention
+    for name, mixin in mixins.items():
+        foreign = getattr(layout.module, name)
+        if foreign not in ELASTIC:
+            body = {"__module__": __name__, "__qualname__": f"Elastic{name}", "vitrim_layout": layout}
+            type(f"Elastic{name}", (mixin, foreign), body, replaces=foreign)

@@ -1,0 +1,119 @@
+"""Tiny models of Hugging Face transformers, and the same networks under the names that the slow reference reads."""
+
+import copy
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from eva_models import turned
+from references import VIEWS
+from vitrim.models import RemovedBranch, attached
+from vitrim.models.families.hf_layout import layout_of
+
+SMALL = {"image_size": 40, "patch_size": 8, "hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 3}
+"""25 patch tokens, an odd number, in 3 blocks."""
+LABELS = {"num_labels": 5}
+
+
+def _made(name: str, config: str, **options: object) -> nn.Module:
+    import transformers
+
+    kind = getattr(transformers, name)
+    return kind(getattr(transformers, config)(**{**SMALL, "intermediate_size": 48, **LABELS, **options}))
+
+
+HF: dict[str, Callable[[], nn.Module]] = {
+    "hf_vit": lambda: _made("ViTForImageClassification", "ViTConfig"),
+    "hf_dinov2": lambda: _plain(
+        "Dinov2WithRegistersForImageClassification", "Dinov2WithRegistersConfig", num_register_tokens=2, mlp_ratio=2
+    ),
+    "hf_siglip": lambda: _made("SiglipVisionModel", "SiglipVisionConfig"),
+}
+"""In the zoo."""
+MORE: dict[str, Callable[[], nn.Module]] = {
+    "vit_bare": lambda: _made("ViTModel", "ViTConfig"),
+    "deit": lambda: _made("DeiTForImageClassification", "DeiTConfig"),
+    "deit_bare": lambda: _made("DeiTModel", "DeiTConfig"),
+    "deit_distilled": lambda: _made("DeiTForImageClassificationWithTeacher", "DeiTConfig"),
+    "msn": lambda: _made("ViTMSNForImageClassification", "ViTMSNConfig"),
+    "ijepa": lambda: _made("IJepaForImageClassification", "IJepaConfig"),
+    "ijepa_bare": lambda: _made("IJepaModel", "IJepaConfig"),
+    "dinov2": lambda: _plain("Dinov2ForImageClassification", "Dinov2Config", mlp_ratio=2, use_swiglu_ffn=True),
+    "dinov2_bare": lambda: _plain("Dinov2Model", "Dinov2Config", mlp_ratio=2),
+    "dinov3": lambda: _made("DINOv3ViTModel", "DINOv3ViTConfig", hidden_size=36, num_register_tokens=2),
+    "dinov3_gated": lambda: _made("DINOv3ViTModel", "DINOv3ViTConfig", hidden_size=36, use_gated_mlp=True),
+    "clip": lambda: _two_towers("CLIPForImageClassification", "CLIPConfig"),
+    "clip_bare": lambda: _made("CLIPVisionModel", "CLIPVisionConfig"),
+    "clip_projected": lambda: _made("CLIPVisionModelWithProjection", "CLIPVisionConfig", projection_dim=7),
+    "metaclip2": lambda: _two_towers("MetaClip2ForImageClassification", "MetaClip2Config"),
+    "siglip": lambda: _two_towers("SiglipForImageClassification", "SiglipConfig"),
+    "siglip_headless": lambda: _made("SiglipVisionModel", "SiglipVisionConfig", vision_use_head=False),
+}
+
+
+def _plain(name: str, config: str, **options: object) -> nn.Module:
+    """For configurations without `intermediate_size`, or of a whole model with a text tower."""
+    import transformers
+
+    given = {**SMALL, **LABELS, **options}
+    return getattr(transformers, name)(getattr(transformers, config)(**given))
+
+
+def _two_towers(name: str, config: str) -> nn.Module:
+    import transformers
+
+    vision = {**SMALL, "intermediate_size": 48}
+    return getattr(transformers, name)(getattr(transformers, config)(vision_config=vision, **LABELS))
+
+
+def in_timm_words(model: Any) -> Any:
+    """The same network under the names of the parts of timm's `VisionTransformer`, for the slow reference."""
+    if attached(model) is not None:  # Its pooling layer is a reduced one too.
+        model = copy.deepcopy(model)
+        attached(model).remove()
+    layout = layout_of(model)
+    assert layout is not None
+    tower, whole, same = layout.tower_of(model), layout.whole(model), nn.Identity()
+
+    def heads(attn: Any) -> Any:
+        if isinstance(attn, RemovedBranch):
+            return attn
+        parts = (attn.q_proj, attn.k_proj, attn.v_proj)
+        view = SimpleNamespace(
+            qkv=lambda x: torch.cat([one(x) for one in parts], -1), num_heads=getattr(attn, layout.heads),
+            head_dim=attn.head_dim, q_norm=same, k_norm=same, norm=same, gate=None, proj=getattr(attn, layout.out),
+        )  # fmt: skip
+        if layout.rotary:
+            pixels = torch.zeros(1, 1, 40, 40, dtype=torch.float64)
+            cos, sin = tower.rope_embeddings(pixels)
+            table = torch.cat([sin[:, : sin.shape[1] // 2], cos[:, : cos.shape[1] // 2]], 1)
+            view.turned = lambda head, place, row: turned(table, True, place, row)
+        return view
+
+    def layer(block: Any) -> Any:
+        attn, mlp = (getattr(block, name) for name in layout.parts)
+        norm1, norm2 = (getattr(block, name) for name in layout.norms)
+        ls1, ls2 = (nn.Sequential(*(getattr(block, name) for name in names)) for names in layout.after)
+        return SimpleNamespace(attn=heads(attn), norm1=norm1, norm2=norm2, mlp=mlp, ls1=ls1, ls2=ls2)
+
+    def head(pooled: Tensor) -> Tensor:
+        """Of all final tokens, as the reference repeats those that stand for several patches."""
+        pool = layout.pool if whole is None else whole.pool
+        out = pool(tower, pooled, layout.num_prefix(model), None)
+        return out if whole is None else getattr(model, whole.heads[0])(out)
+
+    view = SimpleNamespace(
+        patch_embed=tower.embeddings, _pos_embed=lambda x: x, norm_pre=getattr(tower, "pre_layrnorm", same),
+        num_prefix_tokens=layout.num_prefix(model), blocks=[layer(block) for block in layout.blocks(model)],
+        norm=getattr(tower, layout.final_norm) if layout.final_norm else same, fc_norm=same, head=head,
+        attn_pool=getattr(tower, "head", None) if whole is None else None, global_pool="all",
+    )  # fmt: skip
+    if whole is not None and len(whole.heads) > 1:
+        view.head, view.head_dist = (getattr(model, name) for name in whole.heads)
+    return view
+
+
+VIEWS["transformers"] = in_timm_words
