@@ -9,12 +9,13 @@ import pytest
 import yaml
 
 from vitrim import cli, save
-from vitrim.arguments import options_of, parse_words
+from vitrim.arguments import parse_words
 from vitrim.errors import DataError, VitrimError
 from vitrim.models import build_model
 from vitrim.train.recipe import Recipe
 from vitrim.train.stopping import Stopped
 from vitrim.variables import check_variables
+from vitrim.verb_options import options_of
 
 
 def call(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int | None, str, str]:
@@ -339,3 +340,46 @@ def test_usual_environment_variables_are_accepted():
     check_variables({})
     check_variables({"OMP_NUM_THREADS": "", "MKL_NUM_THREADS": " 8 "})
     check_variables({"OMP_NUM_THREADS": "4,2", **LAUNCHED, "WORLD_SIZE": "64", "RANK": "63"})
+
+
+REFUSED = {
+    "eval": ("train_split", "holdout", "limit"),
+    "sweep": ("train_split", "holdout", "limit"),
+    "extract": ("test_split", "holdout"),
+}
+SUBJECTS = {"sweep": ["m", "--method", "x", "--vary", "{a: [1]}"], "extract": ["m", "--out", "x"], "eval": ["m"],
+            "stratify": ["m", "--out", "x"], "bench": ["m"], "train": ["--out", "x"]}  # fmt: skip
+
+
+@pytest.mark.parametrize("verb", REFUSED)
+def test_help_and_advice_name_only_options_that_the_verb_takes(verb: str, capsys: pytest.CaptureFixture[str]):
+    out = call(capsys, verb, "--help")[1]
+    for name in REFUSED[verb]:
+        assert f"--data.{name}" not in out
+        code, _, err = call(capsys, verb, *SUBJECTS[verb], f"--data.{name}x", "1")
+        assert code == 2
+        assert not re.search(rf"--data\.{name}( |\?|$)", err.partition("mean")[2])
+    assert "--data.image_size" in out
+
+
+@pytest.mark.parametrize("verb", SUBJECTS)
+def test_the_printed_options_of_a_verb_can_be_its_file(
+    verb: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    """Images that were not asked for stay those of the model, and options that the verb refuses are not printed."""
+    words, path = [verb, *SUBJECTS[verb]], tmp_path / "options.yaml"
+    more = ["--data.image_size", "8"] if verb in REFUSED else []
+    code, out, _ = call(capsys, *words, *more, "--print_config")
+    assert code == 0
+    path.write_text(out)
+    expected = parse_words(cli.VERBS[verb], verb, [*words[1:], *more])
+    given = parse_words(cli.VERBS[verb], verb, [*words[1:], "--config", str(path)])
+    assert given.get("data") == expected.get("data")
+    assert call(capsys, *words, "--config", str(path), "--print_config")[1] == out
+
+
+def test_help_says_null_of_no_option_that_is_unset_without_it(capsys: pytest.CaptureFixture[str]):
+    for verb in cli.VERBS:
+        out = " ".join(call(capsys, verb, "--help")[1].split())
+        assert "or null" not in out
+        assert "default: null" not in out

@@ -12,9 +12,9 @@ import pytest
 
 from fuzzing import altered_text, altered_value, fuzz, odd_value
 from vitrim import cli
-from vitrim.arguments import options_of
 from vitrim.errors import VitrimError
 from vitrim.options import describe, typed
+from vitrim.verb_options import options_of
 from vitrim.verbs import VERBS
 from vitrim.yaml_text import dump_yaml
 

@@ -32,6 +32,8 @@ RANK = {
     "study": 10,
     "show": 11,
     "demo": 12,
+    "verb_options": 4,
+    "verb_help": 5,
     "arguments": 13,
     "verbs": 13,
     "cli": 14,

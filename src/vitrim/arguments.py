@@ -1,189 +1,25 @@
-"""Command-line options from the signature and docstring of a plain function.
+"""The words of a command line, and the files it names, as arguments of a plain function.
 
-A function's parameters are its options; a dataclass among them gives one option for each of its fields. Words of the
-command line become values by the same rules as values of a file (`vitrim.options`): both are plain data, and no text
-can name a class or make anything be imported.
+Words become values by the same rules as values of a file (`vitrim.options`): both are plain data, and no text can name
+a class or make anything be imported.
 """
 
 import argparse
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, fields, is_dataclass
 from difflib import get_close_matches
-from functools import cache
 from inspect import Parameter, signature
 from types import NoneType
-from typing import Annotated, Any, NoReturn, get_args, get_origin, get_type_hints
-
-import docstring_parser
+from typing import Any, get_args, get_origin
 
 from .errors import RecipeError, VitrimError
-from .options import describe, from_dict, kinds_of, merge, plain, range_of, read_yaml, typed, typed_values
+from .options import describe, from_dict, kinds_of, merge, plain, read_yaml, typed, typed_values
 from .text import short
+from .verb_help import UsageError, make_parser
+from .verb_options import POSITIONAL, Option, options_of, part_of
 from .yaml_text import dump_yaml, parse_yaml
-
-POSITIONAL = ("model", "file", "folder", "kind", "supernet")
-"""The subject of a verb is given without the name of an option."""
-
-
-class UsageError(Exception):
-    """Words of a command line that cannot be understood."""
-
-
-@dataclass(frozen=True)
-class Option:
-    """One option: `optim.lr` is the field `lr` of the parameter or field `optim`. A group is a dataclass itself."""
-
-    name: str
-    hint: Any
-    default: Any
-    help: str
-    heading: str = ""
-    group: bool = False
-
-    @property
-    def positional(self) -> bool:
-        """Whether it is given without its name."""
-        return self.name in POSITIONAL and not self.group
-
-    @property
-    def several(self) -> bool:
-        """Whether it takes several words."""
-        return any(get_origin(kind) is list for kind in kinds_of(self.hint))
-
-
-@cache
-def options_of(function: Callable[..., None]) -> Sequence[Option]:
-    """The options of a function, in the order of its signature."""
-    found: list[Option] = []
-    texts = _texts(function)
-    for name, parameter in signature(function, eval_str=True).parameters.items():
-        kind, text = parameter.annotation, texts.get(name, "")
-        default = MISSING if parameter.default is Parameter.empty else parameter.default
-        if is_dataclass(kind):  # A file of such options holds them without a heading of their own.
-            found += _fields_of(kind, "", "")
-        elif (part := _mapped(kind)) is not None:
-            found += _fields_of(part, f"{name}.", text)
-        else:
-            found.append(Option(name, kind, default, text))
-    return found
-
-
-def _fields_of(kind: Any, prefix: str, heading: str) -> Iterator[Option]:
-    hints, texts = get_type_hints(kind, include_extras=True), _texts(kind)
-    groups: list[Iterator[Option]] = []
-    for field in fields(kind):
-        name, hint, text = prefix + field.name, hints[field.name], texts.get(field.name, "")
-        default = field.default_factory() if field.default_factory is not MISSING else field.default
-        part = next((one for one in kinds_of(hint) if is_dataclass(one)), None)
-        if part is None:
-            yield Option(name, hint, default, text, heading)
-        else:
-            yield Option(name, hint, default, "all options of this section, as a mapping", text, group=True)
-            groups.append(_fields_of(part, f"{name}.", text))
-    for group in groups:
-        yield from group
-
-
-@cache
-def _texts(thing: Any) -> dict[str, str]:
-    """The text about each argument in its docstring."""
-    found = docstring_parser.parse(thing.__doc__ or "").params
-    return {one.arg_name: " ".join((one.description or "").split()) for one in found}
-
-
-def _mapped(kind: Any) -> Any:
-    """The dataclass behind `Annotated[dict, DataClass]`, of which a function takes the given options only."""
-    noted = get_args(kind)[1] if get_origin(kind) is Annotated else None
-    return noted if isinstance(noted, type) and is_dataclass(noted) else None
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(message)
-
-
-class _Given(argparse.Action):
-    """Keeps the words of every option that is given, in their order."""
-
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        namespace.given.append((self.dest, values))
-
-
-def make_parser(prog: str, function: Callable[..., None], needs: bool = True) -> argparse.ArgumentParser:
-    """The parser of the words of one verb, whose values are words still; `needs` refuses a missing subject."""
-    about = " ".join((docstring_parser.parse(function.__doc__ or "").short_description or "").split())
-    options = options_of(function)
-    parser = _Parser(prog=prog, usage=_usage(prog, options), description=_escaped(about), allow_abbrev=False)
-    parser.add_argument(
-        "--config", action=_Given, metavar="FILE",
-        help="read options from this YAML file; an option given on the command line has precedence",
-    )  # fmt: skip
-    parser.add_argument(
-        "--print_config", action="store_true", help="print all options as such a file would hold them, and exit"
-    )
-    places: dict[str, Any] = {"": parser}
-    for option in options:
-        if option.heading not in places:
-            title = f"{option.name.partition('.')[0]}: {_escaped(option.heading.removesuffix('.'))}"
-            places[option.heading] = parser.add_argument_group(title)
-        _add(places[option.heading], option, needs)
-    return parser
-
-
-def _usage(prog: str, options: Sequence[Option]) -> str:
-    """The subject and what must be given; all other options are in the list below."""
-    words = [prog]
-    for option in options:
-        name = option.name + (f" [{option.name} ...]" if option.several else "")
-        if option.positional:
-            words.append(name if option.default is MISSING else f"[{name}]")
-    words += [f"--{one.name} {one.name.upper()}" for one in options if one.default is MISSING and not one.positional]
-    return _escaped(" ".join([*words, "[--OPTION VALUE ...]"]))
-
-
-def _add(place: Any, option: Option, needs: bool) -> None:
-    words: dict[str, Any] = {"action": _Given, "default": argparse.SUPPRESS, "help": _help(option)}
-    kinds = kinds_of(option.hint)
-    if option.positional:
-        needed = needs and option.default is MISSING
-        words["nargs"] = ("+" if needed else "*") if option.several else (None if needed else "?")
-        place.add_argument(option.name, **words)
-        return
-    words["metavar"] = option.name.rpartition(".")[2].upper()
-    if option.several:
-        words["nargs"] = "+"
-    elif bool in kinds:
-        words |= {"metavar": "true|false", "nargs": "?", "const": "true"}
-    place.add_argument(f"--{option.name}", **words)
-
-
-def _help(option: Option) -> str:
-    hint = option.hint
-    if option.several:
-        hint = get_args(next(kind for kind in kinds_of(hint) if get_origin(kind) is list))[0]
-    takes = describe(hint)
-    if (bounds := range_of(hint)) is not None:
-        takes += f", {bounds}"
-    if option.several:
-        takes = f"one or several; each {takes}"
-    if option.default is MISSING:
-        ends = "required"
-    elif option.group:
-        ends = f"default: {'null' if option.default is None else 'each its own'}"
-    else:
-        default = option.default if isinstance(option.default, list) else [option.default]
-        ends = f"default: {' '.join(map(_written, default))}"
-    return _escaped(f"{option.help.removesuffix('.')}. ({takes}; {ends})")
-
-
-def _written(value: Any) -> str:
-    return value if isinstance(value, str) else dump_yaml(plain(value)).removesuffix("...\n").strip()
-
-
-def _escaped(text: str) -> str:
-    return text.replace("%", "%%")
 
 
 def run(function: Callable[..., None], prog: str) -> None:
@@ -212,7 +48,8 @@ def parse_words(function: Callable[..., None], prog: str, words: Sequence[str]) 
     except UsageError as error:
         raise UsageError(_plainly(str(error))) from None
     if wrong := next((word for word in rest if word.startswith("-")), None):
-        raise UsageError(_unknown("option", wrong.partition("=")[0], [f"--{name}" for name in by_name]))
+        known = [f"--{option.name}" for option in options if not option.refused]
+        raise UsageError(_unknown("option", wrong.partition("=")[0], known))
     if rest:
         raise UsageError(f"{rest[0]!r} is one word too many; options begin with --")
     data = _from_files(function, options, [words for name, words in namespace.given if name == "config"])
@@ -299,7 +136,7 @@ def _arguments(function: Callable[..., None], data: Mapping[str, Any], partly: b
         if isinstance(kind, type) and is_dataclass(kind):
             names = [field.name for field in fields(kind)]
             arguments[name] = from_dict(kind, {one: left.pop(one) for one in names if one in left}, name, prefix="")
-        elif (part := _mapped(kind)) is not None:
+        elif (part := part_of(kind)) is not None:
             given = left.pop(name, {})
             if not isinstance(given, dict):
                 raise RecipeError(f"{name} is {short(given)}; it must be a mapping of options")
@@ -320,8 +157,7 @@ def _complete(function: Callable[..., None], data: Mapping[str, Any]) -> dict[st
         if is_dataclass(parameter.annotation):
             printed |= asdict(value)
         elif name not in POSITIONAL and (name in arguments or parameter.default is not Parameter.empty):
-            part = _mapped(parameter.annotation)
-            printed[name] = value if part is None else asdict(part(**value))
+            printed[name] = value  # Of images, what is given: the rest is left to the model.
     return plain(printed)
 
 

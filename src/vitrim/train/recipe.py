@@ -31,21 +31,21 @@ class Recipe:
         augment: how training images are varied.
         optim: how weights are changed.
         reduction: `reducer @ schedule [@ curriculum]`, for example `TopK() @ PowerLaw(0.6, 2.0) @ Delayed(4)`.
-        phase: whether tokens are reduced in "train", "eval" or "both".
-        distill: the objective, for example `Labels(0.3) + Logits(Linear(0.7, 0.5)) + ClsStages(0.3)`; without it, and
-            in the term `Labels`, cross-entropy. Terms on features alone learn no classes: `model.args` may leave the
-            classifier out by {num_classes: 0}, and the epoch with the lowest held-out objective is kept.
+        phase: when tokens are reduced: in training ("train"), in evaluation ("eval") or in both.
+        distill: the objective, for example `Labels(0.3) + Logits(Linear(0.7, 0.5)) + ClsStages(0.3)`; without it,
+            cross-entropy with the labels. Terms on features alone train no classifier: `model.args` may leave it out by
+            {num_classes: 0}, and the epoch with the lowest held-out objective is kept.
         elastic: train a super-network instead, whose widths are cut afterwards; without it, one network.
-        teacher: the teacher of these terms, or of the super-network, made dense and frozen; it gets the same batch as
-            the student, in its own format.
-        shard_teacher: in several processes, each keeps a share of the teacher's weights alone (FSDP), for teachers that
-            fill a device.
+        teacher: the teacher of the objective, or of the super-network; it is frozen and reduces no tokens, and gets the
+            same images as the student, in its own input format.
+        shard_teacher: with several processes, each holds only its share of the teacher's weights (FSDP); for teachers
+            that fill a device.
         cache: keep the teacher's outputs on disk instead of computing them in every epoch; needs augment.views.
         epochs: passes over the training images.
-        batch_size: images per update and all processes together.
-        seed: of weights, order, augmentation and dropout.
+        batch_size: images per update, of all processes together.
+        seed: of the initial weights, the order of the images, augmentation and dropout.
         compile: use torch.compile.
-        checkpointing: recompute activations to save memory.
+        checkpointing: recompute activations in the backward pass, to save memory.
         track: name of an experiment tracker that accelerate knows, such as tensorboard or wandb.
     """
 

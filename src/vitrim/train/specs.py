@@ -22,7 +22,7 @@ class ModelSpec:
         checkpoint_size: height and width of the images that these weights were trained on, where their positions do not
             show it.
         reset_head: take everything but the classifier from the checkpoint.
-        args: further arguments of the timm constructor: plain values, by name.
+        args: further arguments of the model's constructor, by name, as plain values.
     """
 
     name: str = "vitrim_digits_vit"
@@ -58,8 +58,10 @@ class CacheSpec:
     """Where the teacher's outputs are kept.
 
     Args:
-        folder: made by the first run, read by all others with the same teacher, images, augmentation and seed.
-        top_k: logits kept of each image, with the sum of the others; all of them for no more classes than that.
+        folder: folder of the outputs; written by the first run, and read by all others with the same teacher, images,
+            augmentation and seed.
+        top_k: how many of the largest logits are kept of each image, together with the sum of the others; all logits
+            are kept where there are no more classes.
     """
 
     folder: str = "teacher-cache"
@@ -77,7 +79,7 @@ class ElasticSpec:
             or any one but the smallest ("original").
         distill: smaller networks learn from the full one, or all of them from the teacher where the recipe has one;
             otherwise from labels.
-        temperature: temperature of that distillation.
+        temperature: temperature of the softmax in that distillation.
         images: training images by which units are ordered and, at every growth, importance is judged.
         width_multiple: every width but the full one is a multiple of it.
     """
@@ -100,13 +102,13 @@ class OptimSpec:
         lr: peak learning rate.
         weight_decay: weight decay; not applied to biases and norms.
         layer_decay: factor on the learning rate from each layer to the one below.
-        warmup_epochs: linear warm-up from a hundredth of lr.
+        warmup_epochs: epochs of linear warm-up, from a hundredth of lr to lr.
         min_lr: learning rate at the end of the cosine.
         clip: largest norm of the gradient, 0 = off.
         ema: decay of the moving average of weights that is evaluated and saved, 0 = off.
         freeze: train the classifier alone (linear probe).
         accumulate: batches per update; batch_size is that of all of them together.
-        precision: "no" is float32.
+        precision: "no" computes in float32, "bf16" and "fp16" in automatic mixed precision.
     """
 
     name: str = "adamw"

@@ -2,12 +2,12 @@
 
 from typing import Literal
 
-from .delivery import TRAINING_ONLY, Count, DataOptions, Device, Pixels, Threads, check_table, check_used, deliver
+from .delivery import TRAINING_ONLY, Count, Device, Pixels, TestImages, Threads, check_table, check_used, deliver
 
 
 def evaluate(
     model: list[str],
-    data: DataOptions,
+    data: TestImages,
     method: list[str] | None = None,
     batch_size: Count = 128,
     device: Device = "auto",
@@ -50,8 +50,8 @@ def bench(
         batch_size: images at a time.
         dtype: number format of weights and images.
         compile: compile the models with torch.compile first.
-        threads: CPU threads; by default those that PyTorch takes.
-        rounds: rounds in which every model runs once.
+        threads: number of CPU threads; by default PyTorch's own choice.
+        rounds: number of rounds; in each, every model runs once.
         image_size: side of square images in pixels; by default each model's own.
         device: where to run.
         out: file to write the table to (.md, .csv, .json or .html).
@@ -69,7 +69,7 @@ def bench(
 
 def sweep(
     model: list[str],
-    data: DataOptions,
+    data: TestImages,
     method: str,
     vary: dict[str, list[float]],
     search: Literal["grid", "tpe"] = "grid",
@@ -84,9 +84,10 @@ def sweep(
         model: timm names, NAME@FILE (with weights from a file), folders written by vitrim, or run folders.
         data: the test images; by default those of the first model, if it is a run folder.
         method: a reduction with names in braces, such as "TopK() @ PowerLaw({r_max}, {alpha})".
-        vary: values for each name ({"alpha": [1.0, 1.5, 2.0]}); with tpe, the lowest and highest value.
+        vary: values for each name, such as '{"r_max": [0.5, 0.7], "alpha": [1, 2]}'; with tpe, the lowest and the
+            highest value.
         search: "grid" tries all, "tpe" (Bayesian) searches the frontier of accuracy and MACs with a number of trials.
-        trials: number of settings that tpe tries.
+        trials: number of settings that tpe tries for each model.
         batch_size: images at a time.
         device: where to run.
         out: file to write the table to (.md, .csv, .json or .html).

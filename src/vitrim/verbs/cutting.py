@@ -9,7 +9,7 @@ from ..errors import DataError, RecipeError, VitrimError
 from ..options import Range
 from ..train.recipe import Recipe
 from ..train.specs import ElasticSpec, OptimSpec
-from .delivery import Count, DataOptions, Device, check_used, command_line
+from .delivery import TEST_ONLY, Count, DataOptions, Device, TrainingImages, check_used, command_line
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -38,12 +38,13 @@ def stratify(
 
     Args:
         model: a timm name with weights (NAME@FILE), a folder written by vitrim, or a run folder.
-        data: the images; the training split is used.
+        data: the images; the training split is used. Test images and held-out ones (test_split, holdout) are used by
+            training only.
         out: folder for the super-network; with training, a run folder, which the same command continues.
         epochs: train all sizes together for so many epochs; 0 trains nothing, or takes the epochs of --recipe.
         recipe: recipe file with the section `elastic`, for the training; its model is replaced by this one.
-        num_images: images by which units are ordered and, in training, importance is judged; by default 1024, or as
-            the recipe says.
+        num_images: number of images by which units are ordered and, in training, importance is judged; by default
+            1024, or as the recipe says.
         width_multiple: every width but the full one is a multiple of it; by default 8, or as the recipe says.
         labels: use the labels of the images, which must be classes of the model; training always uses them.
         overwrite: replace an existing model; a run is continued instead.
@@ -66,7 +67,7 @@ def stratify(
     from ..study.compare import data_of
 
     check_place(out, overwrite=overwrite)
-    check_used("stratify", data, ("test_split", "holdout"), "training images only, unless it trains (--epochs)")
+    check_used("stratify", data, TEST_ONLY, "training images only, unless it trains (--epochs)")
     spec = data_of([model], data)
     network = open_model(model, spec.image_size).to(make_accelerator(cpu=device == "cpu").device)
     if not has_weights(model):
@@ -141,7 +142,7 @@ def _summary(networks: int, least: float, seen: int, out: str) -> str:
 
 def extract(
     supernet: str,
-    data: DataOptions,
+    data: TrainingImages,
     out: str,
     macs: float | None = None,
     params: float | None = None,
@@ -162,11 +163,12 @@ def extract(
         params: budget of parameters; a number up to 1 is a fraction.
         latency: budget of milliseconds at batch size 1, measured on the device; a number up to 1 is a fraction, so
             write 0.5ms for half a millisecond.
-        compensate: what makes up for removed units: the units that stay predict them, their means move into biases, or
-            nothing; it does nothing to a super-network that was trained after its units were ordered.
+        compensate: what makes up for removed units: the units that stay predict them ("regression"), or their means
+            move into biases ("means"). It changes nothing in a super-network that was trained after its units were
+            ordered.
         refit: fit the last projections of the network to the full one on training images, block after block; takes a
             few forward passes and keeps more of the accuracy, most where much is cut.
-        num_images: images for --refit; by default 1024.
+        num_images: number of images for --refit; by default 1024.
         overwrite: replace an existing model, but never a super-network.
         device: where latency is measured and the network is refitted.
     """
@@ -181,7 +183,7 @@ def extract(
         raise VitrimError(f"{out} holds a super-network, which would be lost; choose another folder")
     if not refit and (data or num_images is not None):
         raise RecipeError("images are used by --refit true only; add it, or leave --data and --num_images out")
-    check_used("extract", data, ("test_split", "holdout"), "training images only")
+    check_used("extract", data, TEST_ONLY, "training images only")
     family = SuperNet.load(supernet)
     family.model.to(make_accelerator(cpu=device == "cpu").device)
     batches = None

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 from ..data.specs import DataSpec
 from ..errors import RecipeError
 from ..options import Range
+from ..verb_options import Without
 
 Device = Literal["auto", "cpu", "cuda"]
 Count = Annotated[int, Range(1, 1_000_000)]
@@ -13,8 +14,12 @@ Pixels = Annotated[int, Range(1, 16_384)]
 Threads = Annotated[int, Range(1, 1024)]
 TRAINING_ONLY = ("train_split", "holdout", "limit")
 """Options of `DataSpec` that do not concern test images."""
+TEST_ONLY = ("test_split", "holdout")
+"""Options of `DataSpec` that do not concern training images of which none is held out."""
 DataOptions = Annotated[dict[str, Any], DataSpec]
 """The options of a `DataSpec` by name: only those that were given, also where a given value is the default."""
+TestImages = Annotated[dict[str, Any], DataSpec, Without(TRAINING_ONLY)]
+TrainingImages = Annotated[dict[str, Any], DataSpec, Without(TEST_ONLY)]
 
 
 def command_line() -> str:

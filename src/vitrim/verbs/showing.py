@@ -31,7 +31,7 @@ def show(
         method: reduction to show, such as "TopK() @ KeepRate(0.7)"; by default the model's own.
         montage: one picture for all images.
         scores: add a heat map of the scores on which each cut was decided.
-        limit: draw so many images at most.
+        limit: largest number of images to draw.
         blocks: numbers of the blocks to show, from 0, in place of all that cut.
         image_size: side of square images in pixels; by default the model's own.
         overwrite: replace pictures that exist.

@@ -42,12 +42,12 @@ def study(
     Args:
         file: study file (YAML).
         out: folder of the study.
-        scale: one of the file's; in vitrim's own studies "smoke" takes seconds and "small" is for a CPU. "full" is the
-            file as it is.
+        scale: one of the scales that the file defines, or "full", the file as it is. In vitrim's own studies "smoke"
+            takes seconds, and "small" is for a CPU.
         root: folder of the images, in place of the one in the file.
-        database: URL of a database, such as postgresql://USER:PASSWORD@HOST/NAME; processes and machines that are
-            given the same command then share the runs. They must share the folder of the study too. Without it, the
-            environment variable VITRIM_DATABASE, which other users of the machine cannot read.
+        database: URL of a database, such as postgresql://USER:PASSWORD@HOST/NAME. All processes and machines that run
+            the same command share the runs; they must share the folder of the study too. Without it, the environment
+            variable VITRIM_DATABASE is used, which other users of the machine cannot read.
         workers: processes to start here; without --database they share the runs by a file in the folder of the study.
     """
     from ..show.progress import live
