@@ -47,7 +47,7 @@ def open_arrays(folder: Path, manifest: Manifest, names: Iterable[str], mode: Li
             array = np.load(path, mmap_mode=mode)
         except FileNotFoundError:
             array, fault = None, "is missing"
-        except (ValueError, EOFError):  # NumPy's words for too few bytes are many.
+        except Exception:  # NumPy's words for damaged bytes are many.
             array, fault = None, "is damaged or cut short"
         else:
             fault = "does not fit the manifest" if (array.dtype, array.shape) != (kind, (manifest.rows, *shape)) else ""

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from hashlib import sha256
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from ..errors import DistillError
 from ..models.outputs import ModelInfo, Wanted
 from .teacher import Grid, Teacher
 
-MANIFEST, FORMAT = "manifest.json", 3
+MANIFEST, FORMAT = "manifest.json", 4
 
 
 @dataclass(frozen=True)
@@ -72,8 +73,9 @@ class Manifest:
         return self.rows * (1 + sum(each))
 
     def to_json(self) -> str:
-        """The text of the file."""
-        return json.dumps(asdict(self), indent=2)
+        """The text of the file, with a digest by which damage is noticed."""
+        data = json.loads(json.dumps(asdict(self)))
+        return json.dumps({**data, "digest": _digest(data)}, indent=2)
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest":
@@ -82,11 +84,13 @@ class Manifest:
         if not path.exists():
             raise DistillError(f"no teacher cache in {folder}; build it first")
         try:
-            data = json.loads(path.read_text())
+            data = json.loads(path.read_text(encoding="utf-8"))
             if not {"format", "teacher", "views", "fields"} <= set(data):
                 raise KeyError("another program's manifest")
             if data["format"] != FORMAT:
                 raise _refusal(folder, "is of another version of vitrim")
+            if data.pop("digest") != _digest(data):
+                raise ValueError("altered")
             grid = None if data["grid"] is None else (data["grid"][0], data["grid"][1])
             fixed = {"info": ModelInfo(**data["info"]), "grid": grid}
             fixed |= {name: tuple(data[name]) for name in ("outputs", "temperatures")}
@@ -121,6 +125,10 @@ class Manifest:
 
     def _parts(self) -> list[str]:
         return [*self.outputs, *(f"temperature {temperature:g}" for temperature in self.temperatures)]
+
+
+def _digest(data: Mapping[str, Any]) -> str:
+    return sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 
 def _refusal(folder: Path, reason: str) -> DistillError:

@@ -71,8 +71,12 @@ class Table:
         """
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
-            return cls(**{**data, "columns": [Column(**column) for column in data["columns"]]})
-        except (ValueError, TypeError, KeyError, RecursionError):
+            table = cls(**{**data, "columns": [Column(**column) for column in data["columns"]]})
+            if not all(is_format(column.form) for column in table.columns):
+                raise ValueError("a format that makes text of any length")
+            table.text(), table.markdown(), table.csv()
+            return table
+        except Exception:  # What cannot be read fails in many ways, and so does what cannot be shown.
             raise CheckpointError(f"{path} is damaged or cut short; remove it and repeat the command") from None
 
     def cells(self) -> list[list[str]]:
