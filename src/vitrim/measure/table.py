@@ -74,7 +74,8 @@ class Table:
             table = cls(**{**data, "columns": [Column(**column) for column in data["columns"]]})
             if not all(is_format(column.form) for column in table.columns):
                 raise ValueError("a format that makes text of any length")
-            table.text(), table.markdown(), table.csv()
+            for show in (table.text, table.markdown, table.csv):
+                show()
             return table
         except Exception:  # What cannot be read fails in many ways, and so does what cannot be shown.
             raise CheckpointError(f"{path} is damaged or cut short; remove it and repeat the command") from None

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from ..text import printable, short_name
-from .pickles import BombError, CodeError, Entry, Unusable
+from .file_tensors import BombError, Entry, Unusable
+from .pickles import CodeError
 from .torch_files import read_legacy, read_zip
 
 log = logging.getLogger(__name__)

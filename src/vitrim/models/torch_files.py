@@ -9,7 +9,8 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from .pickles import BombError, Bounded, CodeError, Reader, Storage
+from .file_tensors import BombError, Bounded, Storage
+from .pickles import CodeError, Reader
 
 _MAX_PICKLE = 32 << 20  # Bytes of a pickle without its tensors; real ones have some 100 kB.
 _LEGACY = 0x1950A86A20F9469CFC6C, 1001  # With which an old file begins, in two pickles.
