@@ -23,9 +23,9 @@ SIZES = {"img_size": 32, "depth": 1, "embed_dim": 16, "num_heads": 2}
 
 
 def refused(action, match):
-    with pytest.raises(VitrimError, match=match) as told:
+    with pytest.raises(VitrimError, match=match) as refused:
         action()
-    assert not fault_of(str(told.value))
+    assert not fault_of(str(refused.value))
 
 
 def build(path):

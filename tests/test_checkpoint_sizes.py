@@ -187,6 +187,6 @@ def test_other_channels_registers_and_depth_are_refused(tmp_path):
 def test_positions_of_odd_shapes_are_refused(shape, tmp_path):
     state = {**made(img_size=32).state_dict(), "pos_embed": torch.ones(shape)}
     torch.save(state, tmp_path / "w.pth")
-    with pytest.raises(CheckpointError, match="positions") as told:
+    with pytest.raises(CheckpointError, match="positions") as refused:
         build(tmp_path / "w.pth", img_size=32)
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(refused.value)

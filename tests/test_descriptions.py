@@ -116,9 +116,9 @@ ALTERED = {
 @pytest.mark.parametrize("name", ALTERED)
 def test_altered_descriptions_are_refused_in_one_line(name, folder, tmp_path):
     altered = changed(folder, tmp_path, ALTERED[name])
-    with pytest.raises(VitrimError) as told:
+    with pytest.raises(VitrimError) as refused:
         vitrim.load(altered)
-    assert not fault_of(str(told.value))
+    assert not fault_of(str(refused.value))
 
 
 def test_an_unaltered_description_is_read(folder, tmp_path):

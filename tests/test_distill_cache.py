@@ -209,12 +209,12 @@ def test_a_cache_of_other_things_is_refused(tmp_path, teacher, change, part):
     made = {name: make() for name, make in change.items()}
     given = {"teacher": teacher, "data": views(), "terms": TERMS, "grid": (4, 4), "top_k": 128} | made
     for verb in (TeacherCache.open, TeacherCache.build):
-        with pytest.raises(VitrimError, match=part) as told:
+        with pytest.raises(VitrimError, match=part) as refused:
             verb(
                 tmp_path / "c", given["teacher"], given["data"], given["terms"],
                 grid=given["grid"], top_k=given["top_k"],
             )  # fmt: skip
-        assert "\n" not in str(told.value)
+        assert "\n" not in str(refused.value)
 
 
 def test_other_mistakes_take_one_line(tmp_path, teacher, monkeypatch):
@@ -262,10 +262,10 @@ def test_a_damaged_cache_takes_one_line(tmp_path, teacher, name, harm, part):
     build(tmp_path / "c", teacher)
     harm(tmp_path / "c" / f"{name}.npy")
     for verb in (TeacherCache.open, TeacherCache.build):
-        with pytest.raises(VitrimError, match=part) as told:
+        with pytest.raises(VitrimError, match=part) as refused:
             verb(tmp_path / "c", teacher, views(), TERMS, grid=(4, 4))
-        assert "\n" not in str(told.value)
-        assert str(told.value).startswith(f"{tmp_path / 'c' / name}.npy ")
+        assert "\n" not in str(refused.value)
+        assert str(refused.value).startswith(f"{tmp_path / 'c' / name}.npy ")
 
 
 def test_a_cache_that_is_damaged_half_way_takes_one_line(tmp_path, teacher):

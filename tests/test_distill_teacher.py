@@ -250,6 +250,6 @@ def test_a_reduced_teacher_is_refused():
 
 
 def test_a_missing_file_is_one_line(tmp_path):
-    with pytest.raises(VitrimError, match="no file of weights at") as told:
+    with pytest.raises(VitrimError, match="no file of weights at") as refused:
         Teacher(build_model("vit_tiny_patch16_224", checkpoint=tmp_path / "none.safetensors"))
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(refused.value)

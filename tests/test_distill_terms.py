@@ -260,7 +260,7 @@ def test_table_holds_all_terms():
     ],
 )
 def test_mistakes_take_one_line(text, part):
-    with pytest.raises(VitrimError) as told:
+    with pytest.raises(VitrimError) as refused:
         Terms.parse(text)
-    assert part in str(told.value)
-    assert "\n" not in str(told.value)
+    assert part in str(refused.value)
+    assert "\n" not in str(refused.value)

@@ -75,9 +75,9 @@ def test_a_chain_that_does_not_fit_its_model_is_refused(net, name, tmp_path, cap
     chain = json.loads((folder / CHAIN).read_text())
     DAMAGE[name](chain)
     (folder / CHAIN).write_text(json.dumps(chain))
-    with pytest.raises(CheckpointError, match=r"differs from the model in|no chain of sub-networks") as told:
+    with pytest.raises(CheckpointError, match=r"differs from the model in|no chain of sub-networks") as refused:
         SuperNet.load(folder)
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(refused.value)
 
 
 def test_a_chain_of_endless_depth_is_refused(net, tmp_path):

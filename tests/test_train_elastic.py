@@ -199,9 +199,9 @@ def test_a_teacher_teaches_without_labels_a_network_without_classifier(tmp_path:
     ],
 )
 def test_what_makes_no_sense_is_told_in_one_line(changes: dict[str, Any], line: str, tmp_path: Path):
-    with pytest.raises(RecipeError, match=line) as told:
+    with pytest.raises(RecipeError, match=line) as refused:
         train(recipe(**changes), tmp_path / "run")
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(refused.value)
     assert not (tmp_path / "run").exists()
 
 

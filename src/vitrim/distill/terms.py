@@ -1,7 +1,7 @@
 """The table of distillation terms: which outputs of the student are compared with which outputs of the teacher.
 
 To add a term, subclass `Term` in this file or in one of your own: say which outputs it reads of both networks, and
-compare them. An output that no other term reads can be defined beside it, see `models/outputs.py`.
+compare them. An output that no other term reads can be defined in the same file, see `models/outputs.py`.
 """
 
 from collections.abc import Sequence

@@ -40,7 +40,7 @@ def read_compensations(path: Path, model: nn.Module, weights: str) -> dict[str, 
     wanted = {f"{name}.mean": n for name, n in sizes.items()}
     wanted |= {f"{name}.factor": n * (n + 1) // 2 for name, n in sizes.items()}
     if found != weights or {name: tensor.numel() for name, tensor in tensors.items()} != wanted:
-        raise CheckpointError(f"{path} belongs to other weights than those beside it; stratify again")
+        raise CheckpointError(f"{path} belongs to other weights than those in its folder; stratify again")
     if not all(tensor.isfinite().all() for tensor in tensors.values()):
         raise CheckpointError(f"{path} holds numbers that are not finite; stratify again")
     compensations: dict[str, Compensation] = {}

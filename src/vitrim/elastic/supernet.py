@@ -134,7 +134,7 @@ class SuperNet:
         chain = Chain.from_json((folder / CHAIN).read_text(encoding="utf-8", errors="replace"))
         model = load(folder)
         if hash_of(model) != chain.weights:
-            raise CheckpointError(f"{folder / CHAIN} belongs to other weights than those beside it; stratify again")
+            raise CheckpointError(f"{folder / CHAIN} belongs to other weights than those in its folder; stratify again")
         if changed := _differences(chain, start_chain(model)):
             raise CheckpointError(
                 f"{folder / CHAIN} differs from the model in {', '.join(changed[:3])}; stratify again"

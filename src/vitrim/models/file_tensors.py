@@ -1,4 +1,4 @@
-"""Tensors as a file of weights declares them: their bytes are read only when they are needed, and never beyond its size."""
+"""Tensors as a file of weights declares them: bytes are read when they are needed, and never beyond the file."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

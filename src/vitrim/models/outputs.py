@@ -1,7 +1,7 @@
 """What a model gives for a batch of images, as named outputs that distillation terms compare.
 
 Each output is one small class that computes a tensor from the features of a forward pass. To add one, subclass `Output`
-in any file: beside the term that reads it, or in the file of the family that gives it. Nothing else has to change: the
+in any file: in that of the term that reads it, or in that of the family that gives it. Nothing else has to change: the
 live teacher, the cache and the student compute it through `Adapter.outputs`.
 
 Shapes: B images, K classes, S stage boundaries, P prefix and N patch tokens, C channels.

@@ -22,7 +22,7 @@ _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#
 _MARKERS = "osD^vPX*"
 _DASHES = ("-", "--", ":", "-.")
 MOST_CURVES = len(_COLOURS) * len(_DASHES)
-"""Runs whose curves can be told apart."""
+"""Runs whose curves can be distinguished."""
 MOST_SERIES = 100
 """Methods in one plot of accuracy against cost."""
 _MOST_LETTERS = 60
