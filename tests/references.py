@@ -192,7 +192,8 @@ def _attention(
     """Output of the attention layer before its residual, the attention (H, T, T), the keys (H, T, D).
 
     Of one that was removed a constant is left, and no head. `places` are those of the tokens, None for prefix tokens;
-    an attention with rotary positions has `turned`: what a row of one head is at a place.
+    an attention with rotary positions has `turned`: what a row of one head is at a place; one with relative positions
+    has `relative`: what is added for a query and a key at their places, in all heads.
     """
     if isinstance(attn, RemovedBranch):
         return attn.bias.expand_as(normed_TC), normed_TC.new_empty(0, *2 * normed_TC.shape[:1]), normed_TC.new_empty(0)
@@ -207,11 +208,16 @@ def _attention(
             ])
             for stream in (query, key)
         )  # fmt: skip
+    bias = None
+    if hasattr(attn, "relative"):
+        bias = torch.stack([torch.stack([attn.relative(query, key) for key in places]) for query in places])
     rows = []
     for h in range(heads):
         logits = query[h] @ key[h].T / math.sqrt(dim)
         if size is not None:
             logits = logits + torch.tensor([math.log(s) for s in size], dtype=logits.dtype)
+        if bias is not None:
+            logits = logits + bias[:, :, h]
         rows.append(logits.exp() / logits.exp().sum(1, keepdim=True))
     attention = torch.stack(rows)
     mixed = torch.cat([attention[h] @ value[h] for h in range(heads)], dim=1)

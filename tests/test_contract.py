@@ -234,6 +234,7 @@ def test_laws_5_and_6_remove_deepcopy_pickle(adapter: str, name: str, case: Case
         ("removed", (0, 2)),
         ("toy", (0, 1)),
         ("dinov3", (0, 1)),
+        ("relpos_cls", (0, 1)),
     ],
 )
 def test_law_7_gradients_survive_recomputation(name: str, at: tuple[int, ...], case: Case) -> None:

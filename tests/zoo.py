@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import toy_family  # noqa: F401  (enters its family)
 from eva_models import EVA
 from hf_models import HF
+from relative_models import BEIT, RELPOS
 from vitrim.models import BlockWidths, adapter_of, build_model, set_widths
 
 SMALL = {"img_size": 40, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 3, "num_classes": 5}
@@ -92,7 +93,14 @@ TOY: dict[str, Callable[[], nn.Module]] = {
     "toy": _toy,
     "toy_removed": lambda: _toy((5, 0), (0, 40), (8, 48)),
 }
-ZOO: dict[str, dict[str, Callable[[], nn.Module]]] = {"timm-vit": TIMM, "timm-eva": EVA, "transformers": HF, "toy": TOY}
+ZOO: dict[str, dict[str, Callable[[], nn.Module]]] = {
+    "timm-vit": TIMM,
+    "timm-eva": EVA,
+    "timm-beit": BEIT,
+    "timm-relpos": RELPOS,
+    "transformers": HF,
+    "toy": TOY,
+}
 """Adapter name -> models. An adapter without an entry fails the contract suite."""
 
 

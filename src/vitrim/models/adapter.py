@@ -49,6 +49,8 @@ class Geometry:
     """Whether all images have that size, so that the number of patch tokens is always the same."""
     rotary: bool = False
     """Whether the blocks rotate queries and keys by the place of their token."""
+    relative: bool = False
+    """Whether attention adds a bias by the places of both tokens."""
 
 
 @dataclass(frozen=True)

@@ -131,7 +131,8 @@ class Policy:
         # What is known may change before this pass is recomputed, which must choose the same tokens again.
         gradients = self.gradients.known() if self.gradients is not None and plan.cuts else None
         reducer = self.reduction.reducer if self.reduction else None
-        return Trace(plan, reducer, x_BTC.shape[0], x_BTC.device, rotary=g.rotary, gradients=gradients)
+        positions = g.rotary or g.relative
+        return Trace(plan, reducer, x_BTC.shape[0], x_BTC.device, positions=positions, gradients=gradients)
 
     def show(self, trace: Trace) -> None:
         """Keep this trace for the user to look at."""

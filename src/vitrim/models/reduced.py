@@ -1,11 +1,12 @@
 """The forward pass of a block with a cut, shared by all families.
 
-A family supplies five steps (`norm_tokens`, `project`, `attend`, `feed_forward`, `head_scale`), and where places are
-rotary two more (`rows_of_table`, `rotate`); everything that decides which work can be left out is here:
+A family supplies five steps (`norm_tokens`, `project`, `attend`, `feed_forward`, `head_scale`), where positions are
+rotary two more (`rows_of_table`, `rotate`), where they are relative one (`position_bias`); everything that decides
+which work can be left out is here:
 - a block without a cut runs its own, original forward pass;
 - where tokens are dropped, their queries, attention rows and output projection are never computed;
 - where the head reads only prefix tokens, the last block computes only those;
-- rotary tables, which the model gives to its blocks for all patch tokens, follow the tokens that are left.
+- rotary tables and relative biases, which are made for all tokens, follow the tokens that are left.
 """
 
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from ..tokens import Assignment, Evidence, take
 from ..tokens.scores import Needs
 from .exchange import OWN_FORWARD, Reduced, intercepted, observed, while_attached
 from .forward_pass import arrive, leave, recomputing
+from .logit_bias import logit_bias
 from .macs import needed, skips_queries
 from .trace import Trace
 
@@ -35,6 +37,9 @@ class ReducedBlock(Reduced):
     """Name of the attention layer within the block; "" where the family names no branches."""
     rotary_argument: ClassVar[str] = ""
     """Name of the first argument after the tokens where that is the rotary table; "" where the block gets none."""
+    bias_argument: ClassVar[str] = ""
+    """The same where it is a relative position bias that all blocks share; such blocks may also have one of their own.
+    """
     mask_argument: ClassVar[str] = ""
     """Name of the only argument that is an attention mask; "" where any argument besides the table may be one."""
 
@@ -80,6 +85,17 @@ class ReducedBlock(Reduced):
         """Queries or keys, prefix tokens first, with the patch tokens rotated by their rows of the table."""
         raise NotImplementedError
 
+    def position_bias(self, shared: Any) -> Tensor | None:
+        """Relative position bias (H, P + N, P + N) for all tokens that the model started with; None without one.
+
+        `shared` is what the model gave the block as `bias_argument`.
+        """
+        return None
+
+    def scored(self, stream_BHTD: Tensor) -> Tensor:
+        """The heads of queries or keys by which tokens are chosen."""
+        return stream_BHTD
+
     @property
     def attends(self) -> bool:
         """False where the attention of this block was removed, so that it gives no keys or scores."""
@@ -106,10 +122,10 @@ class ReducedBlock(Reduced):
     @while_attached
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         """The block on tokens (B, T, C); returns (B, T', C) with T' as the plan says."""
-        policy, index, name = self.vitrim_policy, self.vitrim_index, self.rotary_argument
+        policy, index, name = self.vitrim_policy, self.vitrim_index, self.rotary_argument or self.bias_argument
         if name and args:
             args, kwargs = args[1:], {**kwargs, name: args[0]}
-        table = kwargs.get(name) if name else None
+        table = kwargs.get(name) if self.rotary_argument else None
         others = (*args, *(value for key, value in kwargs.items() if key != name))
         masks = (kwargs.get(self.mask_argument),) if self.mask_argument else others
         trace = arrive(policy, index, x, self.training)
@@ -118,8 +134,8 @@ class ReducedBlock(Reduced):
             x, trace = trace.reinstate(x)
         before, inside = plan.cut(index, "before"), plan.cut(index, "inside")
         prefix_only = plan.prefix_only and index == plan.depth - 1
-        bias, reducer = trace.bias(x.dtype), trace.reducer
-        if before is None and inside is None and bias is None and not prefix_only:
+        reducer, moved = trace.reducer, bool(self.bias_argument) and trace.place_BN is not None
+        if before is None and inside is None and not (prefix_only or moved) and trace.bias(x.dtype) is None:
             if trace.assignments:
                 _refuse_mask(masks)
             whole = super().forward
@@ -129,35 +145,35 @@ class ReducedBlock(Reduced):
                 kwargs = {**kwargs, name: self._rows(table, trace)}
             return leave(policy, index, whole(x, *args, **kwargs), trace)
         _refuse_mask(masks)
+        relative = self.position_bias(kwargs.get(name)) if self.bias_argument and self.attends else None
         if before is not None and reducer is not None:
             needs = self._needs(needed(reducer, before))
             normed = x if needs in ("nothing", "hidden") else self.norm_tokens(x)
-            evidence = self._evidence_by_parts(x, normed, trace, bias, needs, self._rows(table, trace))
+            evidence = self._evidence_by_parts(x, normed, trace, relative, needs, self._rows(table, trace))
             x, trace = self._carry_out(reducer.assign(evidence, before.keep), x, trace)
-            bias = trace.bias(x.dtype)
         normed, rows = self.norm_tokens(x), self._rows(table, trace)
-        whole = self.attend_whole(normed, bias, rows)
+        whole = self.attend_whole(normed, trace.bias(x.dtype), rows)
         if whole is not None:
-            x, trace = self._cut_whole(x, normed, whole, trace, bias, rows)
+            x, trace = self._cut_whole(x, normed, whole, trace, relative, rows)
         elif prefix_only:
             x, query_rows = x[:, : plan.num_prefix], normed[:, : plan.num_prefix]
             key, value = self._streams(normed, 1, 3, rows)
             (query,) = self._streams(query_rows, 0, 1)
+            bias = logit_bias(relative, trace, x.dtype, trace.plan.num_prefix)
             x = x + self.attend(query, key, value, bias, query_rows)
         elif inside is not None and reducer is not None and skips_queries(reducer, inside):
             needs = self._needs(needed(reducer, inside))
             key, value = self._streams(normed, 1, 3, rows)
-            evidence = self._evidence(x, trace, key=key, bias=bias)
-            if needs == "cls_row":
-                evidence = replace(evidence, cls_query_BH1D=self._streams(normed[:, :1], 0, 1)[0])
+            evidence = self._evidence_of_keys(x, normed, key, trace, relative, needs)
             assignment = reducer.assign(evidence, inside.keep)
-            trace = trace.then(index, assignment)
+            entered, trace = trace, trace.then(index, assignment)
             kept = assignment.rows(plan.num_prefix)
             x, query_rows = take(x, kept), take(normed, kept)
             (query,) = self._streams(query_rows, 0, 1, self._rows(table, trace))
-            x = x + self.attend(query, key, value, bias, query_rows)
+            x = x + self.attend(query, key, value, logit_bias(relative, entered, x.dtype, trace), query_rows)
         else:
             query, key, value = self._streams(normed, 0, 3, rows)
+            bias = logit_bias(relative, trace, x.dtype)
             x = x + self.attend(query, key, value, bias, normed)
             if inside is not None and reducer is not None:
                 self._needs(needed(reducer, inside))
@@ -166,7 +182,7 @@ class ReducedBlock(Reduced):
         return leave(policy, index, self._in_parts(self.feed_forward, x), trace)
 
     def _cut_whole(
-        self, x: Tensor, normed: Tensor, whole: Tensor, trace: Trace, bias: Tensor | None, rows: Any
+        self, x: Tensor, normed: Tensor, whole: Tensor, trace: Trace, relative: Tensor | None, rows: Any
     ) -> tuple[Tensor, Trace]:
         """What `forward` does where attention was computed for all tokens: the same cut, which saves no attention."""
         plan, index, reducer = trace.plan, self.vitrim_index, trace.reducer
@@ -177,12 +193,12 @@ class ReducedBlock(Reduced):
             return x + whole, trace
         needs = self._needs(needed(reducer, inside))
         if skips_queries(reducer, inside):  # Which decides on the tokens before attention.
-            evidence = self._evidence_by_parts(x, normed, trace, bias, needs, rows)
+            evidence = self._evidence_by_parts(x, normed, trace, relative, needs, rows)
             assignment = reducer.assign(evidence, inside.keep)
             kept = assignment.rows(plan.num_prefix)
             return take(x, kept) + take(whole, kept), trace.then(index, assignment)
         x = x + whole
-        evidence = self._evidence_by_parts(x, normed, trace, bias, needs, rows)
+        evidence = self._evidence_by_parts(x, normed, trace, relative, needs, rows)
         return self._carry_out(reducer.assign(evidence, inside.keep), x, trace)
 
     def _rows(self, table: Any, trace: Trace) -> Any:
@@ -219,6 +235,7 @@ class ReducedBlock(Reduced):
         key: Tensor | None = None,
         bias: Tensor | None = None,
     ) -> Evidence:
+        query, key = (None if one is None else self.scored(one) for one in (query, key))
         return Evidence(
             num_prefix=trace.plan.num_prefix,
             block=self.vitrim_index,
@@ -228,25 +245,31 @@ class ReducedBlock(Reduced):
             cls_query_BH1D=None if query is None else query[:, :, :1],
             query_BHTD=query,
             key_BHTD=key,
-            bias_B11T=bias,
+            bias_BHTT=bias,
             previous_BN=trace.score_BN,
             gradient_C=None if trace.gradients is None else trace.gradients.get(self.vitrim_index),
         )
 
     def _evidence_by_parts(
-        self, x: Tensor, normed: Tensor, trace: Trace, bias: Tensor | None, needs: Needs, rows: Any
+        self, x: Tensor, normed: Tensor, trace: Trace, relative: Tensor | None, needs: Needs, rows: Any
     ) -> Evidence:
         """Evidence for a cut apart from attention: the queries and keys that it needs, of the normed tokens."""
         if needs in ("nothing", "hidden"):
             return self._evidence(x, trace)
         if needs == "attention":
             query, key = self._streams(normed, 0, 2, rows)
-            return self._evidence(x, trace, query, key, bias)
+            return self._evidence(x, trace, query, key, logit_bias(relative, trace, x.dtype))
         (key,) = self._streams(normed, 1, 2, rows)
-        evidence = self._evidence(x, trace, key=key, bias=bias)
-        if needs == "cls_row":
-            evidence = replace(evidence, cls_query_BH1D=self._streams(normed[:, :1], 0, 1)[0])
-        return evidence
+        return self._evidence_of_keys(x, normed, key, trace, relative, needs)
+
+    def _evidence_of_keys(
+        self, x: Tensor, normed: Tensor, key: Tensor, trace: Trace, relative: Tensor | None, needs: Needs
+    ) -> Evidence:
+        """Evidence of keys, and of the query of CLS if it is needed; no other query is computed."""
+        if needs != "cls_row":
+            return self._evidence(x, trace, key=key)
+        evidence = self._evidence(x, trace, key=key, bias=logit_bias(relative, trace, x.dtype, 1))
+        return replace(evidence, cls_query_BH1D=self.scored(self._streams(normed[:, :1], 0, 1)[0]))
 
     def _in_parts(self, compute: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """`compute(x)`, over a few images of (B, T, C) at a time on a CPU, where it is faster and nobody can see it.

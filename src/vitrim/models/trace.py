@@ -18,7 +18,7 @@ class Trace:
 
     block: the last block that the tokens have left, -1 before the first.
     size_BN: input tokens behind each patch token, None while every token is one input token.
-    rotary: whether blocks rotate queries and keys by the place of their token, so that places must be followed.
+    positions: whether blocks use the places of tokens (rotary or relative positions), so that these are followed.
     place_BN: index of the input token at whose place each patch token is, None while each is at its own.
     score_BN: the scores that the next cut may use again, None if there are none.
     parked: where tokens return later, the whole sequence before each cut; None for a merge, which needs no copy.
@@ -32,7 +32,7 @@ class Trace:
     block: int = -1
     assignments: tuple[tuple[int, Assignment], ...] = ()
     size_BN: Tensor | None = None
-    rotary: bool = False
+    positions: bool = False
     place_BN: Tensor | None = None
     score_BN: Tensor | None = None
     parked: tuple[Tensor | None, ...] = ()
@@ -41,7 +41,7 @@ class Trace:
     def then(self, block: int, assignment: Assignment, before_BTC: Tensor | None = None) -> "Trace":
         """The trace after one more cut of the tokens `before_BTC`."""
         size, place = self.size_BN, self.place_BN
-        if self.rotary:
+        if self.positions:
             if place is None:
                 place = torch.arange(assignment.num_in, device=assignment.kept_BK.device).expand(self.num_images, -1)
             place = assignment.place(place, size)

@@ -35,7 +35,8 @@ class Evidence:
         cls_query_BH1D: query of CLS, after q/k norm as all queries and keys; None unless `needs` is "cls_row".
         query_BHTD: all queries; None unless `needs` is "attention".
         key_BHTD: all keys; None if `needs` is "nothing" or "hidden".
-        bias_B11T: added to the attention logits (log of token sizes), or None.
+        bias_BHTT: added to the attention logits (log of token sizes, relative positions), or None. B, H and the
+            queries may be 1 for all; with `needs` "cls_row" there may be no other query than that of CLS.
         previous_BN: scores carried from earlier cuts, or None.
         gradient_C: mean squared gradient of each channel at this cut in earlier steps; None before the first one.
     """
@@ -48,7 +49,7 @@ class Evidence:
     cls_query_BH1D: Tensor | None = None
     query_BHTD: Tensor | None = None
     key_BHTD: Tensor | None = None
-    bias_B11T: Tensor | None = None
+    bias_BHTT: Tensor | None = None
     previous_BN: Tensor | None = None
     gradient_C: Tensor | None = None
 
@@ -68,14 +69,16 @@ class Evidence:
         """Attention of CLS to all tokens, (B, H, T), from one more row of queries than fused attention."""
         if self.cls_query_BH1D is None:
             raise ScoreError("this score reads the CLS query, which the block did not supply; declare needs='cls_row'")
-        return self._softmax(self.cls_query_BH1D, self.key).squeeze(2)
+        bias = None if self.bias_BHTT is None else self.bias_BHTT[:, :, :1]
+        return self._softmax(self.cls_query_BH1D, self.key, bias).squeeze(2)
 
     def attention_of_head(self, head: int) -> Tensor:
         """Attention of every token to every token in one head, (B, T, T); one head at a time keeps memory small."""
         if self.query_BHTD is None:
             raise ScoreError("this score reads all queries, which the block did not supply; declare needs='attention'")
         one = slice(head, head + 1)
-        return self._softmax(self.query_BHTD[:, one], self.key[:, one]).squeeze(1)
+        bias = self.bias_BHTT if self.bias_BHTT is None or self.bias_BHTT.shape[1] == 1 else self.bias_BHTT[:, one]
+        return self._softmax(self.query_BHTD[:, one], self.key[:, one], bias).squeeze(1)
 
     def mean_over_heads(self, per_head: Callable[[Tensor], Tensor]) -> Tensor:
         """Mean over heads of a function of (B, T, T) attention."""
@@ -85,13 +88,11 @@ class Evidence:
             total = total + per_head(self.attention_of_head(head))
         return total / num_heads
 
-    def _softmax(self, query: Tensor, key: Tensor) -> Tensor:
+    def _softmax(self, query: Tensor, key: Tensor, bias: Tensor | None) -> Tensor:
         # As fused attention does it: logits in half precision overflow, and tie most scores.
         with without_autocast(key):
             logits = (wide(query) * self.scale) @ wide(key).transpose(-2, -1)
-            if self.bias_B11T is not None:
-                logits = logits + self.bias_B11T
-            return logits.softmax(-1)
+            return (logits if bias is None else logits + bias).softmax(-1)
 
 
 @dataclass(frozen=True)

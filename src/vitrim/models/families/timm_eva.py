@@ -5,7 +5,7 @@ that of its largest member, a fused one that of its best-scored member, and pref
 tokens (`ToMe`) are rotated as attention sees them, so that neighbours tend to merge.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -13,14 +13,13 @@ from timm.layers import AttentionRope
 from timm.layers.pos_embed_sincos import apply_rot_embed_cat
 from timm.models.eva import Eva, EvaAttention, EvaBlock, EvaBlockPostNorm, checkpoint_filter_fn
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..adapter import State
 from ..exchange import intercepted
 from ..foreign_macs import macs_per_row
 from ..macs import BlockShape
 from ..reduced import ReducedBlock
-from .timm_reduced import ReducedTimmModel, mix, splits
+from .timm_reduced import ReducedTimmModel, mix, rows_of_qkv, splits
 from .timm_vit import Classes, TimmViT
 
 
@@ -138,20 +137,8 @@ class TimmEva(TimmViT):
         )
 
 
-def _rows(attn: Any, x_BTC: Tensor, first: int, last: int) -> list[Tensor]:
+def _rows(attn: Any, x_BTC: Tensor, first: int, last: int) -> Sequence[Tensor]:
     """Rows `first` to `last` (exclusive) of (query, key, value), each (B, T, H * D), as the layer itself makes them."""
     if attn.qkv is None:
         return [layer(x_BTC) for layer in (attn.q_proj, attn.k_proj, attn.v_proj)[first:last]]
-    dims = attn.num_heads * attn.head_dim
-    part, bias = slice(first * dims, last * dims), attn.qkv.bias
-    apart = getattr(attn, "q_bias", None) is not None
-    if apart:
-        bias = torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
-    if splits(attn.qkv):
-        out = F.linear(x_BTC, attn.qkv.weight[part], None if bias is None else bias[part])
-    elif apart and not attn.qkv_bias_separate:
-        out = F.linear(x_BTC, attn.qkv.weight, bias)[..., part]
-    else:  # Another layer put in its place (LoRA, quantised), or hooks: call it, which computes everything.
-        out = attn.qkv(x_BTC)[..., part]
-        out = out + bias[part] if apart else out
-    return list(out.chunk(last - first, dim=-1))
+    return rows_of_qkv(attn, attn.num_heads * attn.head_dim, x_BTC, first, last)

@@ -25,9 +25,11 @@ def mix(
     else:  # Whoever wants double backward, forward-mode gradients, or attention maps from a hook on attn_drop.
         logits = (query * attn.scale) @ key.transpose(-2, -1)
         out = attn.attn_drop((logits if bias is None else logits + bias).softmax(dim=-1)) @ value
-    out = attn.norm(out.transpose(1, 2).flatten(2))
-    if attn.gate is not None:
-        out = out * attn.gate(normed_BQC).sigmoid()
+    out = out.transpose(1, 2).flatten(2)
+    if (norm := getattr(attn, "norm", None)) is not None:
+        out = norm(out)
+    if (gate := getattr(attn, "gate", None)) is not None:
+        out = out * gate(normed_BQC).sigmoid()
     return attn.proj_drop(attn.proj(out))
 
 
@@ -35,6 +37,22 @@ def splits(qkv: Any) -> bool:
     """Whether queries, keys and values can be computed apart, from slices of the weights of this layer."""
     # A weight that is a subclass of Tensor (quantised, distributed) has no slices that every exporter understands.
     return type(qkv) is nn.Linear and not intercepted(qkv) and not is_traceable_wrapper_subclass(qkv.weight)
+
+
+def rows_of_qkv(attn: Any, dims: int, x_BTC: Tensor, first: int, last: int) -> tuple[Tensor, ...]:
+    """Streams `first` to `last` (exclusive) of queries, keys and values, each (B, T, dims), of a fused layer `qkv`."""
+    part, bias = slice(first * dims, last * dims), attn.qkv.bias
+    apart = getattr(attn, "q_bias", None) is not None
+    if apart:
+        bias = torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
+    if splits(attn.qkv):
+        out = F.linear(x_BTC, attn.qkv.weight[part], None if bias is None else bias[part])
+    elif apart and not attn.qkv_bias_separate:
+        out = F.linear(x_BTC, attn.qkv.weight, bias)[..., part]
+    else:  # Another layer put in its place (LoRA, quantised), or hooks: call it, which computes everything.
+        out = attn.qkv(x_BTC)[..., part]
+        out = out + bias[part] if apart else out
+    return out.chunk(last - first, dim=-1)
 
 
 class ReducedTimmModel(ReducedModel):
@@ -72,9 +90,7 @@ class ReducedTimmModel(ReducedModel):
             bias = trace.bias(x.dtype)
             first = pooled_from(self)
             return self.attn_pool(x[:, first:], attn_mask=None if bias is None else bias[..., first:])
-        size = trace.size_BN.to(torch.promote_types(x.dtype, torch.float32))
-        size = F.pad(size, (self.num_prefix_tokens, 0), value=float(getattr(self, "pool_include_prefix", False)))
-        mean = (x * (size / size.sum(1, keepdim=True)).to(x.dtype).unsqueeze(2)).sum(1)
+        mean = _mean(x, trace.size_BN, self.num_prefix_tokens, getattr(self, "pool_include_prefix", False))
         return mean if kind == "avg" else 0.5 * (super().pool(x, "max") + mean)
 
     @while_attached
@@ -116,6 +132,30 @@ class ReducedTimmModel(ReducedModel):
         return (out[0], whole_maps(out[1])) if isinstance(out, tuple) else whole_maps(out)
 
 
+class ReducedPoolingHead(ReducedTimmModel):
+    """The same where the head has no method of its own that pools: it averages the patch tokens itself."""
+
+    global_pool: str
+
+    @while_attached
+    def forward_head(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.global_pool == "avg":
+            if self.vitrim_handle.cls_only:
+                raise VitrimError("cls_only leaves no patch tokens to pool by 'avg'; attach again without it")
+            trace = trace_at_head(self.vitrim_policy, x)
+            if trace is not None and trace.size_BN is not None:
+                mean = _mean(x, trace.size_BN, self.num_prefix_tokens, False)
+                x = torch.cat([x[:, : self.num_prefix_tokens], mean.unsqueeze(1)], dim=1)  # The mean of one is itself.
+        return super().forward_head(x, *args, **kwargs)
+
+
+def _mean(x_BTC: Tensor, size_BN: Tensor, num_prefix: int, with_prefix: bool) -> Tensor:
+    """The mean of tokens by their sizes, (B, C)."""
+    size = size_BN.to(torch.promote_types(x_BTC.dtype, torch.float32))
+    size = F.pad(size, (num_prefix, 0), value=float(with_prefix))
+    return (x_BTC * (size / size.sum(1, keepdim=True)).to(x_BTC.dtype).unsqueeze(2)).sum(1)
+
+
 def _num_patches(model: Any, images: Any) -> int | None:
     """Patch tokens that reach the first block of these images; None where that is not known."""
     embed = model.patch_embed
@@ -128,7 +168,7 @@ def _num_patches(model: Any, images: Any) -> int | None:
 
 
 def _drops_patches(model: Any) -> bool:
-    return getattr(model.patch_drop, "training", False)
+    return getattr(getattr(model, "patch_drop", None), "training", False)
 
 
 def pooled_from(model: Any) -> int:
@@ -138,10 +178,10 @@ def pooled_from(model: Any) -> int:
 
 def fixed_size(model: Any) -> bool:
     """Whether all images have one size."""
-    return model.patch_embed.img_size is not None and not model.dynamic_img_size
+    return model.patch_embed.img_size is not None and not getattr(model, "dynamic_img_size", False)
 
 
 def left_by_patch_drop(model: Any, num_patches: int, training: bool) -> int:
     """How many of these patch tokens enter the first block."""
-    rate = getattr(model.patch_drop, "prob", 0.0) if training else 0.0
+    rate = getattr(getattr(model, "patch_drop", None), "prob", 0.0) if training else 0.0
     return num_patches if rate == 0 else max(1, int(num_patches * (1 - rate)))

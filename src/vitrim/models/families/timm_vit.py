@@ -7,7 +7,6 @@ from timm.layers import Attention, PatchEmbed
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ...errors import UnsupportedModelError, VitrimError
 from ...tokens import Plan, Reducer
@@ -19,7 +18,15 @@ from ..reduced import ReducedBlock
 from ..removed_branch import RemovedBranch
 from ..sublayers import Elastic
 from .timm_model import TimmModel
-from .timm_reduced import ReducedTimmModel, fixed_size, left_by_patch_drop, mix, pooled_from, splits
+from .timm_reduced import (
+    ReducedTimmModel,
+    fixed_size,
+    left_by_patch_drop,
+    mix,
+    pooled_from,
+    rows_of_qkv,
+    splits,
+)
 from .timm_weights import fit_weights, trained_size
 
 Classes = dict[type[nn.Module], type[nn.Module]]
@@ -35,14 +42,8 @@ class ReducedTimmBlock(ReducedBlock, Block):
         attn: Any = self.attn
         if isinstance(attn, RemovedBranch):  # Nothing is projected, and nothing attends.
             return (normed_BTC.new_empty(normed_BTC.shape[0], 1, normed_BTC.shape[1], 0),) * (last - first)
-        part = slice(first * attn.attn_dim, last * attn.attn_dim)
-        if splits(attn.qkv):
-            bias = attn.qkv.bias
-            out = F.linear(normed_BTC, attn.qkv.weight[part], None if bias is None else bias[part])
-        else:  # Another layer put in its place (LoRA, quantised), or hooks: call it, which computes everything.
-            out = attn.qkv(normed_BTC)[..., part]
-        shape = (out.shape[0], out.shape[1], last - first, attn.num_heads, attn.head_dim)
-        streams = out.reshape(shape).permute(2, 0, 3, 1, 4).unbind(0)
+        rows = rows_of_qkv(attn, attn.attn_dim, normed_BTC, first, last)
+        streams = [out.unflatten(2, (attn.num_heads, attn.head_dim)).transpose(1, 2) for out in rows]
         norms = (attn.q_norm, attn.k_norm, nn.Identity())[first:last]
         return tuple(norm(stream) for norm, stream in zip(norms, streams, strict=True))
 
@@ -118,7 +119,7 @@ class TimmViT(TimmModel):
 
     def geometry(self, model: Any) -> Geometry:
         embed = model.patch_embed
-        reads_prefix = model.attn_pool is None and model.global_pool == "token"
+        reads_prefix = getattr(model, "attn_pool", None) is None and model.global_pool == "token"
         height, width = embed.img_size if embed.img_size is not None else (224, 224)
         return Geometry(
             depth=len(model.blocks),
@@ -170,7 +171,7 @@ class TimmViT(TimmModel):
         return counted(embed, (1, *self.geometry(model).input_size))
 
     def _head_macs(self, model: Any, tokens: int) -> Macs:
-        pool, rows = model.attn_pool, 1
+        pool, rows = getattr(model, "attn_pool", None), 1
         total = Macs()
         if pool is not None:
             read = tokens - pooled_from(model)

@@ -25,7 +25,7 @@ _REGISTERS = ("reg_token", "register_tokens", "storage_tokens")
 _PATCHES = (
     "patch_embed.proj.weight", "visual.conv1.weight", "conv1.weight", "visual.trunk.patch_embed.proj.weight",
 )  # fmt: skip
-_ADVICE = (
+ADVICE = (
     "say the size of the images that they were trained on: NAME@FILE@HEIGHTxWIDTH in a command, model.checkpoint_size "
     "in a recipe, checkpoint_size=(HEIGHT, WIDTH) for vitrim.build_model"
 )
@@ -68,7 +68,7 @@ def _trained_grid(model: Any, state: State, trained_at: Grid | None, resample_pa
     """Rows and columns of the patches that the positions in these weights belong to; None where there are none."""
     _check_registers(model, state)
     found, own = _positions(model, state), model.patch_embed.grid_size
-    if found is None or model.pos_embed is None or own is None:
+    if found is None or getattr(model, "pos_embed", None) is None or own is None:
         return None
     _, positions, prefix = found
     if positions.ndim not in (2, 3) or (positions.ndim == 3 and positions.shape[0] != 1):
@@ -97,13 +97,13 @@ def _grid_of(count: int, own: Grid) -> Grid:
     similar = rows > 0 and rows * columns == count and rows * own[1] == columns * own[0]
     if square and similar:
         raise CheckpointError(
-            f"its {count} positions may be a grid of {root} x {root} or {rows} x {columns} patches; {_ADVICE}"
+            f"its {count} positions may be a grid of {root} x {root} or {rows} x {columns} patches; {ADVICE}"
         )
     if count == own[0] * own[1]:
         return own
     if square:
         return root, root
-    raise CheckpointError(f"its {count} positions make no square grid, so how they lie is not known; {_ADVICE}")
+    raise CheckpointError(f"its {count} positions make no square grid, so how they lie is not known; {ADVICE}")
 
 
 def _positions(model: Any, state: State) -> tuple[str, Tensor, int] | None:
@@ -113,7 +113,7 @@ def _positions(model: Any, state: State) -> tuple[str, Tensor, int] | None:
         return None
     # The official files of DINOv2 with registers hold one more than timm, for CLS.
     official = "register_tokens" in state
-    prefix = 1 if official else 0 if model.no_embed_class else model.num_prefix_tokens
+    prefix = 1 if official else 0 if getattr(model, "no_embed_class", False) else model.num_prefix_tokens
     return name, state[name], prefix
 
 
@@ -124,7 +124,7 @@ def _stem(state: State) -> Tensor | None:
 def _check_registers(model: Any, state: State) -> None:
     registers = next((state[name] for name in _REGISTERS if name in state), None)
     there = 0 if registers is None or registers.ndim != 3 else registers.shape[1]
-    own = 0 if model.reg_token is None else model.reg_token.shape[1]
+    own = 0 if getattr(model, "reg_token", None) is None else model.reg_token.shape[1]
     if there != own and ("cls_token" in state or there):
         name = "reg_tokens" if hasattr(model, "num_reg_tokens") else "num_reg_tokens"
         raise CheckpointError(f"the weights have {there} register tokens, the model {own}; ask for {name}={there}")
