@@ -292,3 +292,13 @@ def test_weights_in_the_names_of_timm_are_named() -> None:
     model = ALL["hf_vit"]()
     with pytest.raises(CheckpointError, match="these are weights in the names of timm"):
         find_adapter(model).fit_weights(model, {"cls_token": torch.zeros(1, 1, 24)})
+
+
+def test_a_tower_whose_tokens_a_head_averages_is_reduced_through_the_whole_model() -> None:
+    model = redrawn(ALL["dinov2"]())
+    with pytest.raises(VitrimError, match="is the tower of a Dinov2ForImageClassification, whose head averages"):
+        vitrim.attach(model.dinov2, CUT)
+    with vitrim.attach(model.dinov2, "TopK(norm) @ KeepRate(0.6, at=(0, 1))"):
+        assert predicted(model, images(1)).isfinite().all()
+    with vitrim.attach(redrawn(ALL["dinov2_bare"]()), CUT), vitrim.attach(model, CUT):
+        pass

@@ -215,6 +215,13 @@ class Adapter:
         """Put a fresh classifier for so many classes in its place; 0 removes it."""
         raise UnsupportedModelError(f"the classifier of this {type(model).__name__} cannot be replaced")
 
+    def class_names(self, model: nn.Module) -> list[str] | None:
+        """The names of its classes, in the order of the classifier, where the model itself holds them."""
+        return None
+
+    def name_classes(self, model: nn.Module, names: Sequence[str]) -> None:
+        """Keep the names of its classes in the model, where such models hold them."""
+
     # Training.
 
     def recompute(self, model: nn.Module, on: bool = True) -> None:

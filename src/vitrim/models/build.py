@@ -15,6 +15,7 @@ from ..errors import CheckpointError, ClassCountError, UnknownNameError
 from .adapter import adapter_of, architectures, build_architecture, builder_of
 from .checkpoints import SUFFIXES, read_weights
 from .create import SOURCES
+from .families.hf_config import SOURCE as HF
 from .shapes_only import shapes_only
 from .store import DESCRIPTION, WEIGHTS, check_heads, known_size, load, weights_path
 from .torchvision_weights import Converted, convert_torchvision, is_torchvision
@@ -34,8 +35,9 @@ def build_model(
     """A model from any of the things that people have.
 
     Args:
-        spec: a timm name (`deit_small_patch16_224`, `hf-hub:...`), a folder written by `save`, or a file of
-            torchvision weights, whose tensors show the architecture.
+        spec: a timm name (`deit_small_patch16_224`, `hf-hub:...`), a folder written by `save`, a file of torchvision
+            weights, whose tensors show the architecture, or a model of Hugging Face transformers: a folder written by
+            `save_pretrained`, or `hf:NAME` with its name on the hub.
         num_classes: classes of the head; by default those of the checkpoint, else the architecture's own. 0: no head.
         checkpoint: weights for the named architecture: a file (timm's names or torchvision's), or a folder by `save`.
         reset_head: take everything but the classifier from the checkpoint.
@@ -52,6 +54,11 @@ def build_model(
     """
     path, name = Path(spec), str(spec)
     check_name(name)
+    if (found := transformers_name(name)) is not None:
+        if checkpoint is not None:
+            raise CheckpointError(f"{spec} brings its own weights; leave checkpoint out, or name an architecture")
+        model = build_architecture(found, {"num_classes": num_classes or None, **args})
+        return _with_classes(model, spec, num_classes, reset_head)
     if checkpoint_size is not None and checkpoint is None:
         raise CheckpointError("checkpoint_size is that of the images of a checkpoint; give checkpoint too, or neither")
     if os.path.isdir(path) or (path.name == WEIGHTS and os.path.exists(path.parent / DESCRIPTION)):
@@ -71,9 +78,10 @@ def open_model(spec: str, image_size: int | None = None) -> nn.Module:
     """A model from one text, as the commands take it.
 
     A run folder, a folder written by `vitrim.save`, a file of torchvision weights, a timm name, `NAME@FILE` (that
-    architecture with weights from a file), `NAME@pretrained` (with timm's published weights, which it downloads), or
-    timm's own `hf-hub:NAME` and `local-dir:FOLDER`, with the weights in them. `NAME@FILE@HEIGHTxWIDTH` says the size of
-    the images that the weights in the file were trained on, where positions do not show it.
+    architecture with weights from a file), `NAME@pretrained` (with timm's published weights, which it downloads),
+    timm's own `hf-hub:NAME` and `local-dir:FOLDER`, with the weights in them, or a model of Hugging Face transformers:
+    a folder written by `save_pretrained`, or `hf:NAME` with its name on the hub. `NAME@FILE@HEIGHTxWIDTH` says the size
+    of the images that the weights in the file were trained on, where positions do not show it.
 
     Args:
         spec: one of these.
@@ -100,7 +108,7 @@ def split_spec(spec: str) -> tuple[str, str | None, tuple[int, int] | None]:
     Raises:
         CheckpointError: nothing follows the @.
     """
-    if "@" not in spec or spec.startswith(SOURCES):
+    if "@" not in spec or spec.startswith((*SOURCES, HF)):
         return spec, None, None
     name, _, weights = spec.partition("@")
     if not weights:
@@ -119,11 +127,21 @@ def saved_folder(spec: str) -> Path | None:
 
 def has_weights(spec: str) -> bool:
     """Whether `open_model` finds trained weights; a timm name by itself gives random ones."""
-    return os.path.exists(spec) or "@" in spec or spec.startswith(SOURCES)
+    return os.path.exists(spec) or "@" in spec or spec.startswith((*SOURCES, HF))
+
+
+def transformers_name(spec: str) -> str | None:
+    """`hf:NAME` for a model of Hugging Face transformers on the hub or in a folder; None for anything else."""
+    if spec.startswith(HF):
+        return spec
+    there = os.path.exists(Path(spec) / "config.json") and saved_folder(spec) is None
+    return f"{HF}{spec}" if there else None
 
 
 def is_architecture(name: str) -> bool:
     """Whether this is the name of an architecture, and not a saved folder or a file of weights."""
+    if name.startswith(HF):
+        return False
     return name.startswith(SOURCES) or not (os.path.isdir(name) or Path(name).suffix in SUFFIXES)
 
 
@@ -189,7 +207,7 @@ def check_name(name: str) -> None:
         UnknownNameError: no such architecture.
         CheckpointError: there is nothing at this path.
     """
-    if name.startswith(SOURCES) or not is_architecture(name):
+    if name.startswith((*SOURCES, HF)) or not is_architecture(name):
         return
     if "/" in name or "\\" in name:
         raise CheckpointError(f"nothing at {name}: no folder written by vitrim.save and no file of weights")

@@ -4,15 +4,18 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from .build import saved_folder, split_spec
+from .build import saved_folder, split_spec, transformers_name
+from .families.hf_config import class_names_at
 from .store import WEIGHTS, read_description, weights_path
 
 
 def classes_of(spec: str | Path) -> list[str] | None:
-    """The names that were saved with a model, given as a run folder, a saved folder, its weights or NAME@FOLDER.
+    """The names that were saved with a model: in a run folder, a saved folder, its weights, NAME@FOLDER or hf:NAME.
 
     None for everything else, and where no names were saved.
     """
+    if (found := transformers_name(str(spec))) is not None:
+        return class_names_at(found)
     path = Path(spec if os.path.exists(spec) else split_spec(str(spec))[1] or spec)
     folder = saved_folder(str(path.parent if path.name == WEIGHTS else path))
     return None if folder is None else read_description(weights_path(folder)).classes

@@ -59,6 +59,8 @@ def save_with(
     folder = Path(folder)
     check_place(folder, overwrite=overwrite)
     _check_plain(extra)
+    names = adapter_of(model).class_names(model)
+    extra = extra if names is None else {"classes": names, **extra}
     text = replace(describe(model), extra=extra).to_json()
     # Copies, because safetensors refuses tensors that share memory.
     state = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in model.state_dict().items()}
@@ -115,6 +117,8 @@ def load(folder: str | Path, *, image_size: int | None = None, **args: Any) -> n
     check_values(model.state_dict(), state, path)
     model.load_state_dict(state, assign=True)
     family = adapter_of(model)
+    if record.classes is not None and len(record.classes) == family.classifier(model).classes:
+        family.name_classes(model, record.classes)
     if image_size is not None and family.input_format(model).size[1:] != (image_size, image_size):
         family.resize(model, image_size)
     if (cut := record.reduction) is not None:

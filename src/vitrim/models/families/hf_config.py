@@ -1,10 +1,11 @@
 """Building and describing models of Hugging Face transformers, and the format of their images."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from ...errors import CheckpointError, UnsupportedModelError, VitrimError
@@ -137,6 +138,12 @@ def reset_classifier(layout: Layout, model: Any, whole: Whole, classes: int) -> 
     model.config.num_labels = model.num_labels = classes
 
 
+def name_classes(model: Any, names: Sequence[str]) -> None:
+    """Note the names of the classes, in the order of the classifier, where transformers looks for them."""
+    model.config.id2label = dict(enumerate(names))
+    model.config.label2id = {name: at for at, name in enumerate(names)}
+
+
 def opened(spec: str, args: Mapping[str, Any]) -> nn.Module:
     """The model in a folder written by `save_pretrained`, or with this name on the hub, with its processor's format.
 
@@ -150,13 +157,22 @@ def opened(spec: str, args: Mapping[str, Any]) -> nn.Module:
         raise VitrimError(f"{spec} brings its own architecture; leave {', '.join(given)} out")
     if not source or ("/" in source and not Path(source).exists() and source.startswith((".", "/", "~"))):
         raise CheckpointError(f"nothing at {source or spec}: give a folder written by save_pretrained or a hub name")
-    config = _loaded(transformers.AutoConfig, source, "configuration (config.json)")
+    config = _configuration(source)
     kind = _kind(config, source)
-    model = _loaded(kind, source, "weights (model.safetensors)")
+    layout = next(layout for layout in LAYOUTS.values() if kind.__name__ in layout.names)
+    fresh: dict[str, Any] = {}
+    classifying = [name for name, whole in layout.wholes.items() if whole.classifies]
+    if classes and kind.__name__ not in classifying and classifying:
+        kind, fresh = getattr(layout.module, classifying[0]), {"num_labels": classes}  # With a new classifier.
+    what = "weights (model.safetensors)"
+    model, report = _loaded(kind, source, what, dtype=torch.float32, output_loading_info=True, **fresh)
+    new = () if not fresh else layout.wholes[kind.__name__].heads
+    missing = [name for name in report["missing_keys"] if name.partition(".")[0] not in (*new, "pooler")]
+    if missing:
+        raise CheckpointError(f"the weights of {source} lack {short_name(sorted(missing)[0])} of a {kind.__name__}")
     processor = _loaded(transformers.AutoImageProcessor, source, "processor (preprocessor_config.json)")
     images, shown = read_processor(processor, source)
     vars(model)[_OWN] = images
-    layout = next(layout for layout in LAYOUTS.values() if kind.__name__ in layout.names)
     if layout.any_size:
         set_image_size(layout, model, shown)
     elif shown != pair(layout.tower_of(model).config.image_size):
@@ -166,9 +182,6 @@ def opened(spec: str, args: Mapping[str, Any]) -> nn.Module:
     adapter = TransformersViT()
     if size is not None and pair(size) != image_size(layout, model):
         adapter.resize(model, pair(size))
-    own = adapter.classifier(model).classes
-    if classes is not None and classes != own:
-        adapter.reset_classifier(model, classes)
     return model.eval()
 
 
@@ -219,9 +232,29 @@ def _kind(config: Any, source: str) -> Any:
     raise CheckpointError(f"{source} is a model of the type {config.model_type!r}; types that vitrim opens: {known}")
 
 
-def _loaded(kind: Any, source: str, what: str) -> Any:
+def class_names(model: Any) -> list[str] | None:
+    """The names of the classes of a model, in the order of its classifier; None where it has only numbers."""
+    return _names(getattr(model, "config", None))
+
+
+def class_names_at(spec: str) -> list[str] | None:
+    """As `class_names`, for what `opened` takes."""
+    return _names(_configuration(spec.removeprefix(SOURCE)))
+
+
+def _names(config: Any) -> list[str] | None:
+    labels = getattr(config, "id2label", None) or {}
+    names = [str(labels[key]) for key in sorted(labels)]
+    return None if names == [f"LABEL_{at}" for at in range(len(names))] else names
+
+
+def _configuration(source: str) -> Any:
+    return _loaded(library().AutoConfig, source, "configuration (config.json)")
+
+
+def _loaded(kind: Any, source: str, what: str, **options: Any) -> Any:
     try:
-        return kind.from_pretrained(source)
+        return kind.from_pretrained(source, **options)
     except Exception as error:  # Hubs, caches and files fail in many ways.
         reason = short_name(" ".join(str(error).split()), 160)
         raise CheckpointError(f"no {what} of {source} can be had: {reason}") from error

@@ -1,5 +1,6 @@
 """Adapter for the Vision Transformers of Hugging Face transformers, whose layouts are in the other `hf_` files."""
 
+import gc
 from collections.abc import Collection, Mapping, Sequence
 from operator import attrgetter
 from typing import Any, ClassVar
@@ -106,6 +107,14 @@ class TransformersViT(Adapter):
     def grid(self, model: nn.Module, image_size: Sequence[int]) -> tuple[int, int]:
         return grid(_layout(model), model, image_size)
 
+    def check_plan(self, model: nn.Module, plan: Plan, reducer: Reducer) -> None:
+        super().check_plan(model, plan, reducer)
+        if plan.cuts and (reducer.merges or reducer.extra_tokens) and (holder := _averaged_by(model)) is not None:
+            raise VitrimError(
+                f"this {type(model).__name__} is the tower of a {type(holder).__name__}, whose head averages patch "
+                "tokens and would count a merged one once; attach to the whole model"
+            )
+
     def macs(self, model: Any, plan: Plan, reducer: Reducer | None) -> Macs:
         layout = _layout(model)
         tower, width = layout.tower_of(model), layout.tower_of(model).config.hidden_size
@@ -193,6 +202,12 @@ class TransformersViT(Adapter):
             return
         hf_config.reset_classifier(_layout(model), model, whole, classes)
 
+    def class_names(self, model: nn.Module) -> list[str] | None:
+        return hf_config.class_names(model) if self.classifier(model).classes else None
+
+    def name_classes(self, model: nn.Module, names: Sequence[str]) -> None:
+        hf_config.name_classes(model, names)
+
     def recompute(self, model: Any, on: bool = True) -> None:
         if on:
             model.activation_checkpointing_enable({"use_reentrant": False})
@@ -250,6 +265,17 @@ def logits_of(layout: Layout, model: Any, final_BTC: Tensor) -> Tensor:
     if len(whole.heads) == 1:
         return getattr(model, whole.heads[0])(pooled)
     return torch.stack([getattr(model, name)(final_BTC[:, at]) for at, name in enumerate(whole.heads)]).mean(0)
+
+
+def _averaged_by(tower: nn.Module) -> nn.Module | None:
+    """The model around this tower whose head averages its tokens, if there is one; no tower knows what holds it."""
+    layout = _layout(tower)
+    if layout.whole(tower) is not None:
+        return None
+    averaging = {name: whole.tower for name, whole in layout.wholes.items() if whole.reads == "tokens"}
+    classes = {getattr(layout.module, name): inside for name, inside in averaging.items()}
+    known = [one for one in gc.get_objects() if type(one) in classes] if classes else []
+    return next((one for one in known if getattr(one, classes[type(one)], None) is tower), None)
 
 
 def _layout(model: nn.Module) -> Layout:

@@ -1,0 +1,159 @@
+"""Opening models of Hugging Face transformers from folders: weights, processor, class names, and what is refused."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import vitrim
+from hf_models import HF, LABELS, MORE, SMALL
+from vitrim.errors import CheckpointError, ClassCountError, UnsupportedModelError, VitrimError
+from vitrim.models import adapter_of, build_model, has_weights, open_model
+from vitrim.models.build import check_name, is_architecture
+from vitrim.models.classes import classes_of
+from vitrim.models.input_format import InputFormat
+from zoo import images, predicted, redrawn
+
+NAMES = ["ant", "bee", "cat, tabby", "dog", "eel"]
+
+
+def written(folder: Path, model: nn.Module, **options: Any) -> Path:
+    """A folder of a model with its processor."""
+    from transformers import ViTImageProcessor
+
+    given = {"size": {"height": 40, "width": 40}, "image_mean": [0.1, 0.2, 0.3], "image_std": [0.5, 0.6, 0.7]}
+    model.save_pretrained(folder)
+    ViTImageProcessor(**{**given, **options}).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    model = redrawn(HF["hf_vit"]())
+    adapter_of(model).name_classes(model, NAMES)
+    return written(tmp_path / "hf", model)
+
+
+def test_a_folder_is_opened_with_its_processor_and_class_names(folder: Path, tmp_path: Path) -> None:
+    x = images(2)
+    for spec in (str(folder), f"hf:{folder}"):
+        model = open_model(spec)
+        assert torch.equal(predicted(model, x), predicted(redrawn(HF["hf_vit"]()), x))
+        form = InputFormat.of(model)
+        assert (form.size, form.mean, form.std) == ((3, 40, 40), (0.1, 0.2, 0.3), (0.5, 0.6, 0.7))
+        assert (form.interpolation, form.crop_pct, form.crop_mode) == ("bilinear", 1.0, "squash")
+        assert classes_of(spec) == NAMES
+        assert has_weights(spec)
+        assert not is_architecture(spec)
+        check_name(spec)
+    vitrim.attach(model, "ToMe() @ ConstantR(4)")
+    vitrim.save(model, tmp_path / "saved")
+    back = vitrim.load(tmp_path / "saved")
+    assert classes_of(tmp_path / "saved") == NAMES
+    assert back.config.id2label[2] == "cat, tabby"
+    assert InputFormat.of(back) == form
+    assert open_model(str(folder), image_size=56)(images(1, 56)).logits.shape == (1, 5)
+    loaded = type(redrawn(HF["hf_vit"]())).from_pretrained(folder)
+    assert InputFormat.of(loaded) == form
+
+
+def test_a_reduced_model_is_written_as_the_model_that_it_is(folder: Path, tmp_path: Path) -> None:
+    model = open_model(str(folder))
+    with vitrim.attach(model, "ToMe() @ ConstantR(4)"):
+        written(tmp_path / "again", model)
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["architectures"] == [
+        "ViTForImageClassification"
+    ]
+    x = images(2)
+    assert torch.equal(predicted(open_model(str(tmp_path / "again")), x), predicted(model, x))
+
+
+def test_the_crop_of_a_processor_is_kept(tmp_path: Path) -> None:
+    model = redrawn(MORE["clip_bare"]())
+    crop = {"size": {"shortest_edge": 50}, "do_center_crop": True, "crop_size": {"height": 40, "width": 40}}
+    form = InputFormat.of(open_model(str(written(tmp_path / "a", model, **crop, resample=3))))
+    assert (form.interpolation, form.crop_pct, form.crop_mode) == ("bicubic", 0.8, "center")
+    dino = redrawn(HF["hf_dinov2"]())
+    opened = open_model(str(written(tmp_path / "b", dino, size={"height": 56, "width": 48})))
+    assert InputFormat.of(opened).size == (3, 56, 48)
+    assert vitrim.cost(opened).token_counts[0] == 3 + 42
+    with pytest.raises(CheckpointError, match=r"the processor of .* gives images of \(56, 48\) px, which its"):
+        open_model(str(written(tmp_path / "c", model, size={"height": 56, "width": 48})))
+    with pytest.raises(CheckpointError, match="does not scale all images to one size"):
+        open_model(str(written(tmp_path / "d", model, size={"shortest_edge": 40})))
+
+
+def test_a_classifier_for_other_classes(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ClassCountError, match="has 5 classes, not the 3 asked for"):
+        build_model(folder, num_classes=3)
+    assert predicted(build_model(folder, num_classes=3, reset_head=True), images(1)).shape == (1, 3)
+    bare = written(tmp_path / "bare", redrawn(MORE["dinov2_bare"]()))
+    model = build_model(bare, num_classes=3)
+    assert type(model).__name__ == "Dinov2ForImageClassification"
+    assert predicted(model, images(1)).shape == (1, 3)
+    assert type(build_model(bare)).__name__ == "Dinov2Model"
+
+
+def test_folders_that_lack_something_say_what(folder: Path, tmp_path: Path) -> None:
+    def without(name: str) -> str:
+        path = written(tmp_path / name, redrawn(HF["hf_vit"]()))
+        (path / name).unlink()
+        return f"hf:{path}"
+
+    for name, said in (
+        ("model.safetensors", r"no weights \(model.safetensors\) of"),
+        ("preprocessor_config.json", r"no processor \(preprocessor_config.json\) of"),
+        ("config.json", r"no configuration \(config.json\) of"),
+    ):
+        with pytest.raises(CheckpointError, match=said) as caught:
+            open_model(without(name))
+        assert "\n" not in str(caught.value)
+    with pytest.raises(CheckpointError, match="nothing at /nowhere/at/all"):
+        open_model("hf:/nowhere/at/all")
+    with pytest.raises(CheckpointError, match="brings its own weights; leave checkpoint out"):
+        build_model(folder, checkpoint=folder / "model.safetensors")
+    with pytest.raises(VitrimError, match="brings its own architecture; leave depth out"):
+        build_model(folder, depth=3)
+    from transformers import ResNetConfig
+
+    ResNetConfig(num_labels=5).save_pretrained(tmp_path / "resnet")
+    with pytest.raises(CheckpointError, match="is a model of the type 'resnet'; types that vitrim opens: "):
+        open_model(str(tmp_path / "resnet"))
+    state = redrawn(HF["hf_vit"]()).state_dict()
+    from safetensors.torch import save_file
+
+    save_file({name.replace("vit.layers", "vit.blocks"): value for name, value in state.items()},
+              folder / "model.safetensors", metadata={"format": "pt"})  # fmt: skip
+    with pytest.raises(CheckpointError, match=r"the weights of .* lack vit.layers.*of a ViTForImageClassification"):
+        open_model(str(folder))
+
+
+def test_a_model_without_its_processor_here_does_not_guess_the_format(folder: Path) -> None:
+    (folder / "preprocessor_config.json").unlink()
+    model = type(redrawn(HF["hf_vit"]())).from_pretrained(folder)
+    with pytest.raises(UnsupportedModelError, match="has no processor here; save it there"):
+        InputFormat.of(model)
+
+
+def test_without_the_library_the_command_to_install_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    for name in ("hf:google/vit-base-patch16-224", "ViTForImageClassification"):
+        with pytest.raises(VitrimError, match=r"transformers is not installed; run: pip install 'vitrim\[hf\]'"):
+            build_model(name)
+
+
+def test_kinds_of_models_are_built_by_name() -> None:
+    given = {name: value for name, value in SMALL.items() if name != "image_size"}
+    model = build_model("DeiTForImageClassification", img_size=40, num_classes=LABELS["num_labels"], **given)
+    assert predicted(model, images(1)).shape == (1, 5)
+    assert InputFormat.of(model).mean == (0.485, 0.456, 0.406)
+    with pytest.raises(VitrimError, match="ViTModel does not take depth; it takes"):
+        build_model("ViTModel", depth=3)
+    with pytest.raises(CheckpointError, match="write hf:NAME, a name on the hub"):
+        build_model("ViTModel", pretrained=True)
+    with pytest.raises(VitrimError, match="ViTModel cannot be built with"):
+        build_model("ViTModel", num_hidden_layers="many")
