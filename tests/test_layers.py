@@ -28,7 +28,7 @@ RANK = {
     "distill": 7,
     "train": 8,
     "export": 9,
-    "compress": 9,
+    "compression": 9,
     "study": 10,
     "show": 11,
     "demo": 12,

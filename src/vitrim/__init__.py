@@ -12,8 +12,10 @@ __version__ = "0.1.0"
 __all__ = [
     "Adaptive",
     "Budget",
+    "Certificate",
     "Cls",
     "ClsStages",
+    "Compressed",
     "Constant",
     "ConstantR",
     "CosineWarmup",
@@ -40,6 +42,7 @@ __all__ = [
     "attached",
     "build_model",
     "compile",
+    "compress",
     "cost",
     "lightning_callback",
     "load",
@@ -51,6 +54,7 @@ __all__ = [
 
 _HOMES = {
     "vitrim.models": ("Handle", "attach", "attached", "build_model", "compile", "load", "save", "set_epoch"),
+    "vitrim.compression": ("Certificate", "Compressed", "compress"),
     "vitrim.elastic": ("SuperNet", "stratify"),
     "vitrim.train.callbacks": ("lightning_callback", "transformers_callback"),
     "vitrim.measure.cost": ("Cost", "cost"),
@@ -60,6 +64,7 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 _TABLES = {"vitrim.tokens": ("REDUCERS", "SCHEDULES", "CURRICULA"), "vitrim.distill": ("TERMS", "WEIGHTS")}
 
 if TYPE_CHECKING:
+    from .compression import Certificate, Compressed, compress
     from .distill import Cls, ClsStages, DistToken, Labels, Logits, Merged, Tokens
     from .distill.objective import Linear
     from .elastic import SuperNet, stratify

@@ -6,6 +6,8 @@ hook, so that another thread may use the model meanwhile.
 
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -21,6 +23,19 @@ _HOOKS = (
 )  # fmt: skip
 
 
+_KNOWN: ContextVar[dict[tuple[int, int], tuple[nn.Module, int]] | None] = ContextVar("known MACs", default=None)
+
+
+@contextmanager
+def counting_once() -> Iterator[None]:
+    """Within this context each layer is counted once, for many plans of models that do not change meanwhile."""
+    token = _KNOWN.set({})
+    try:
+        yield
+    finally:
+        _KNOWN.reset(token)
+
+
 def macs_per_row(layer: nn.Module, width: int) -> int:
     """MACs of a layer, or of all linear layers inside a module, for one row of input of this width.
 
@@ -30,6 +45,15 @@ def macs_per_row(layer: nn.Module, width: int) -> int:
     Raises:
         UncountableError: see `counted`.
     """
+    known, key = _KNOWN.get(), (id(layer), width)
+    if known is None:
+        return _macs_per_row(layer, width)
+    if key not in known:  # The layer is kept too, so that no other one can get its id.
+        known[key] = layer, _macs_per_row(layer, width)
+    return known[key][1]
+
+
+def _macs_per_row(layer: nn.Module, width: int) -> int:
     sized = list(_sized(layer))
     weights = sum(parameter.ndim > 1 for parameter in layer.parameters())
     if weights > sum(any(p.ndim > 1 for p in one.parameters()) for one in _all_sized(layer)):

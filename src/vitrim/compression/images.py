@@ -1,0 +1,149 @@
+"""The images of a search: from whatever the user has, in parts that are used for one purpose each.
+
+A part that fits weights, a part that judges candidates, and a part that neither has seen: a candidate that was fitted
+to the images it is judged by would look better than it is, and so would the winner on the images that made it win.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from ..data.seeding import permutation
+from ..elastic.probing import all_alike, images_of
+from ..errors import DataError
+
+LEAST = 16
+"""Images without which no part of a search says anything."""
+LEAST_FOR_WIDTH = 64
+"""Images without which a projection cannot be fitted and checked."""
+BATCH = 32
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Images (N, channels, height, width), and their classes (N,) where they are known."""
+
+    images: Tensor
+    classes: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def part(self, start: int, stop: int) -> "Pictures":
+        """Images from `start` to before `stop`."""
+        rows = slice(start, stop)
+        return Pictures(self.images[rows], None if self.classes is None else self.classes[rows])
+
+    def batches(self, size: int = BATCH) -> list[Tensor]:
+        """The images in batches."""
+        return list(self.images.split(size))
+
+
+@dataclass(frozen=True)
+class Parts:
+    """fit: for orders and projections; may be empty. judge: to compare candidates on. unseen: for the certificate."""
+
+    fit: Pictures
+    judge: Pictures
+    unseen: Pictures
+
+
+def gather(data: Any, size: tuple[int, int, int], most: int, what: str = "images") -> Pictures:
+    """At most so many images from a tensor, a data set, a loader or any iterable of batches.
+
+    Of a tensor and of a data set by index they are chosen at random, the same ones at every call; of anything else the
+    first ones are taken, so that a loader should shuffle.
+
+    Args:
+        data: a tensor (N, channels, height, width), a pair of it and classes, a `Dataset` of (image, class) or of
+            images, a `DataLoader`, or an iterable of batches of images or of (images, classes).
+        size: (channels, height, width) that the model takes.
+        most: number of images.
+        what: what they are called in messages.
+
+    Raises:
+        DataError: there are none, they are of another size, not finite, or no images at all.
+    """
+    batches: list[tuple[Tensor, Tensor | None]] = []
+    if isinstance(data, Tensor) or _is_pair(data):
+        images, classes = (data, None) if isinstance(data, Tensor) else (data[0], data[1])
+        rows = permutation(len(images), "compress", 0)[:most] if images.ndim == 4 else []
+        batches = [(images[rows], None if classes is None else torch.as_tensor(classes)[rows])] if len(rows) else []
+    elif isinstance(data, Dataset) and not isinstance(data, IterableDataset):
+        items = [_item(data[row], what) for row in permutation(len(data), "compress", 0)[:most]]  # type: ignore[arg-type]
+        batches = [(image[None], None if target is None else torch.tensor([target])) for image, target in items]
+    elif isinstance(data, Iterable):
+        batches = _first(data, most)
+    else:
+        raise DataError(f"{what}: give a tensor, a data set, a DataLoader or batches, not a {type(data).__name__}")
+    if not batches:
+        raise DataError(f"{what}: there are none; give some, from an iterator that is not used up")
+    if any(images.shape[1:] != size for images, _ in batches):
+        found = next(tuple(images.shape[1:]) for images, _ in batches if images.shape[1:] != size)
+        raise DataError(f"{what} are of size {found}, but the model takes {size}; transform them as the model needs")
+    images = torch.cat([images for images, _ in batches])[:most]
+    labelled = all(target is not None for _, target in batches)
+    classes = torch.cat([target for _, target in batches if target is not None])[:most].long() if labelled else None
+    if not images.isfinite().all():
+        raise DataError(f"{what}: some values are not finite; check how they were read")
+    if all_alike([images]):
+        raise DataError(f"{what} are all the same, so nothing can be learnt from them; give different ones")
+    return Pictures(images, classes)
+
+
+def divide(pictures: Pictures, fits: bool, unseen: Pictures | None = None) -> Parts:
+    """The parts of a search: half of the images for fitting, if anything is fitted, the rest in two equal parts.
+
+    Args:
+        pictures: all of them, shuffled.
+        fits: whether weights are fitted.
+        unseen: images for the certificate from somewhere else; then a third of the others judges.
+
+    Raises:
+        DataError: there are too few.
+    """
+    number, least = len(pictures), LEAST_FOR_WIDTH if fits else LEAST
+    if number < least:
+        images = "one image is" if number == 1 else f"{number} images are"
+        raise DataError(f"{images} too few to compare candidates on; give {least} or more, 512 if possible")
+    fit = (number // 2 if unseen is None else 2 * number // 3) if fits else 0
+    last = number if unseen is not None else fit + (number - fit) // 2
+    rest = pictures.part(last, number) if unseen is None else unseen
+    return Parts(pictures.part(0, fit), pictures.part(fit, last), rest)
+
+
+def _is_pair(data: Any) -> bool:
+    """Whether this is (images, classes), not a sequence of two batches."""
+    if not isinstance(data, tuple | list) or len(data) != 2 or isinstance(data, DataLoader):
+        return False
+    images, classes = data
+    return isinstance(images, Tensor) and images.ndim == 4 and isinstance(classes, Tensor) and classes.ndim == 1
+
+
+def _item(item: Any, what: str) -> tuple[Tensor, int | None]:
+    image, target = (item[0], item[1] if len(item) > 1 else None) if isinstance(item, tuple | list) else (item, None)
+    if not isinstance(image, Tensor) or image.ndim != 3:
+        raise DataError(
+            f"{what}: the data set gives a {type(image).__name__} where an image (channels, height, width) is needed; "
+            "give it a transform that makes tensors"
+        )
+    return image, None if target is None else int(target)
+
+
+def _first(data: Iterable[Any], most: int) -> list[tuple[Tensor, Tensor | None]]:
+    found: list[tuple[Tensor, Tensor | None]] = []
+    left = most
+    for batch in islice(data, most):
+        images = images_of(batch)
+        target = batch[1] if isinstance(batch, tuple | list) and len(batch) > 1 else None
+        whole = isinstance(target, Tensor) and target.ndim == 1 and not target.is_floating_point()
+        found.append((images, target if whole else None))
+        left -= len(images)
+        if left <= 0:
+            break
+    return found

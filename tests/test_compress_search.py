@@ -1,0 +1,196 @@
+"""Solving for a budget, and the search among candidates."""
+
+from dataclasses import dataclass, replace
+from itertools import product
+
+import pytest
+import torch
+from torch import nn
+
+from elastic_models import images, small
+from vitrim import KeepRate, PowerLaw, ToMe, TopK, attach, cost, stratify
+from vitrim.compression.candidates import Candidate, first_shapes, reducers, stages
+from vitrim.compression.fidelity import Judge
+from vitrim.compression.images import Pictures
+from vitrim.compression.networks import Hollow, Networks, macs_price, params_price
+from vitrim.compression.progress import Progress, duration
+from vitrim.compression.search import Search, Tried
+from vitrim.models.foreign_macs import counting_once, empty_copy
+from vitrim.tokens import REDUCERS, Reducer, Schedule, render
+
+TINY = {"img_size": 64, "depth": 3, "embed_dim": 24, "num_heads": 2}
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    return small(torch.float32, **TINY)
+
+
+@pytest.fixture(scope="module")
+def networks(model: nn.Module) -> Networks:
+    fit = [images(32, dtype=torch.float32)]
+    net = stratify(model, fit, num_images=32, rounds=1, even=True, say=lambda line: None)
+    return Networks(model, net, fit)
+
+
+def search_for(networks: Networks, fraction: float, *, judged: int = 24) -> Search:
+    judge = Judge(networks.original, Pictures(images(judged, seed=3, dtype=torch.float32)), torch.device("cpu"))
+    limit = fraction * cost(networks.original).macs
+    return Search(networks, judge, limit, macs_price, tokens=True, progress=Progress(1, lambda line: None))
+
+
+@pytest.mark.parametrize("fraction", [0.85, 0.7])
+@pytest.mark.parametrize("reducer", [TopK("norm", fuse="mean"), ToMe()], ids=render)
+@pytest.mark.parametrize("shape", [PowerLaw(1.0, 1.4), KeepRate(0.02, at=(0, 2))], ids=str)
+def test_a_solved_schedule_is_the_weakest_of_all_strengths_that_meets_the_budget(
+    model: nn.Module, reducer: Reducer, shape: Schedule, fraction: float
+) -> None:
+    network, limit = Hollow(0, empty_copy(model)), fraction * cost(model).macs
+    with counting_once():
+        solved = network.solve(reducer, shape, limit, macs_price)
+        prices = {network.macs(network.plan(reducer, shape.scaled(step / 100)), reducer) for step in range(101)}
+    fitting = [price for price in prices if price <= limit]
+    if solved is None:
+        dense = network.macs(network.plan(None, None), None)
+        assert not fitting or dense <= limit
+        return
+    schedule, price = solved
+    assert max(fitting) <= price <= limit, "a finer strength may keep more, none of the coarse ones does"
+    with attach(model, reducer, schedule, cls_only=network.cls_only):
+        assert cost(model).macs == price <= limit
+
+
+def test_every_candidate_costs_what_it_says_and_never_more_than_the_budget(networks: Networks) -> None:
+    search = search_for(networks, 0.7)
+    with counting_once():
+        found = search.candidates()
+    assert {one.kind for one in found} == {"tokens", "width", "joint"}
+    assert {one.share for one in found} == {0.0, 0.25, 0.5, 0.75, 1.0}
+    for one in (found[0], found[len(found) // 2], found[-1]):
+        network = networks.supernet.cut(one.index)  # type: ignore[union-attr]
+        with attach(network, one.reduction, cls_only=networks.full.cls_only):
+            assert cost(network).macs == one.price <= search.limit
+
+
+def test_the_widest_network_within_a_limit_is_found(networks: Networks) -> None:
+    prices = []
+    for index in range(0, len(networks)):
+        network = networks.hollow(index)
+        prices.append(network.macs(network.plan(None, None), None))
+    for limit in (prices[0], prices[3], prices[3] - 1, prices[-1]):
+        assert networks.narrowest_within(limit, macs_price) == next(i for i, p in enumerate(prices) if p <= limit)
+    assert networks.narrowest_within(prices[-1] - 1, macs_price) is None
+    assert networks.hollow(2).params == cost(networks.supernet.cut(2)).params  # type: ignore[union-attr]
+    assert params_price(networks.hollow(2), networks.hollow(2).plan(None, None), None) == networks.hollow(2).params
+
+
+def test_the_answer_is_that_of_brute_force_over_all_candidates(networks: Networks) -> None:
+    search = search_for(networks, 0.7)
+    with counting_once():
+        # All that the first round has of three reducers; each kept round is at least as large as the final one.
+        group = [
+            one for one in search.candidates() if one.reducer is None or render(one.reducer) in ("TopK()", "ToMe()")
+        ]
+        ranked = search.run(0, group)
+    means = {}
+    for one in group:
+        network = networks.real(one.index)
+        with attach(network, one.reduction, cls_only=networks.full.cls_only):
+            means[search.key(one)] = search.judge.compare(network).mean
+    best = min(means.values())
+    assert ranked[0].mean == pytest.approx(means[search.key(ranked[0].candidate)])
+    assert ranked[0].mean <= sorted(means.values())[2], "halving lost the best candidates"
+    assert ranked[0].mean >= best
+    assert {one.candidate.kind for one in ranked} >= {"tokens", "width"}, "pure answers stay to the end"
+    assert all(one.images == len(search.judge) for one in ranked)
+
+
+def test_the_sampler_proposes_candidates_within_the_budget(networks: Networks) -> None:
+    search = search_for(networks, 0.6)
+    with counting_once():
+        group = [one for one in search.candidates() if one.reducer is None or render(one.reducer) == "TopK()"]
+        search.run(6, group)
+    sampled = search.tried[len(group) :]
+    assert sampled
+    assert all(one.candidate.price <= search.limit and one.images > 0 for one in sampled)
+    assert len({search.key(one.candidate) for one in search.tried}) == len(search.tried), "none is tried twice"
+
+
+def test_a_model_that_meets_the_budget_is_the_only_candidate(networks: Networks) -> None:
+    (one,) = search_for(networks, 1.0).candidates()
+    assert (one.kind, one.index, str(one)) == ("none", 0, "all tokens")
+
+
+def test_what_cannot_be_reached_is_known_before_the_search(networks: Networks) -> None:
+    search = search_for(networks, 0.001)
+    with counting_once():
+        least = search.least()
+        assert least > search.limit
+        nearest = Search(
+            networks, search.judge, least, macs_price, tokens=True, progress=Progress(1, lambda line: None)
+        )
+        found = nearest.candidates()
+    assert found
+    assert min(one.price for one in found) == least
+
+
+@pytest.mark.parametrize("has_cls", [True, False])
+def test_reducers_of_a_search_need_no_training_and_see_the_image(has_cls: bool) -> None:
+    names = [render(one) for one in reducers(has_cls)]
+    assert len(names) == len({*names})
+    assert ("TopK()" in names) == has_cls
+    assert {"ToMe()", "TopK(score='norm')", "TopK(score='key_norm', fuse='mean')"} <= {*names}
+    assert not [name for name in names if "gradient" in name or "random" in name]
+
+
+def test_a_reducer_of_the_user_takes_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    @dataclass(frozen=True)
+    class _Own(TopK):
+        score: str = "norm"
+
+    @dataclass(frozen=True)
+    class _NeedsMore(TopK):
+        extra: int = None  # type: ignore[assignment]
+
+    monkeypatch.setitem(REDUCERS._entries, "Own", _Own)
+    monkeypatch.setitem(REDUCERS._entries, "NeedsMore", _NeedsMore)
+    found = [type(one) for one in reducers(True)]
+    assert _Own in found
+    assert _NeedsMore not in found, "it cannot be made without its option"
+
+
+def test_stages_lie_inside_of_every_depth() -> None:
+    for depth, shape in product((1, 2, 3, 12), (0, 1, 2, 3)):
+        shapes = stages(depth)
+        at = shapes[min(shape, len(shapes) - 1)].blocks(depth)
+        assert all(0 <= block < depth for block in at)
+        assert list(at) == sorted({*at})
+    assert [str(one) for one in first_shapes(12)][-1] == "KeepRate(rate=0.02, at=(2, 6))"
+
+
+def test_the_better_of_two_candidates_is_first_and_the_pure_ones_stay() -> None:
+    def tried(divergence: float, index: int, schedule: Schedule | None) -> Tried:
+        return Tried(Candidate(index, 0.5, 1.0, TopK() if schedule else None, schedule), [found(divergence)])
+
+    def found(divergence: float):
+        from vitrim.compression.fidelity import Closeness
+
+        return Closeness(torch.full((4,), divergence), None, torch.zeros(4, 2))
+
+    many = [tried(float(number), 3, KeepRate(0.5)) for number in range(9)]
+    pure, width = tried(50.0, 0, KeepRate(0.5)), tried(60.0, 9, None)
+    search = object.__new__(Search)
+    kept = search._best([*many, pure, width], 2)
+    assert kept == [many[0], many[1], pure, width]
+    assert replace(many[0].candidate, index=0).kind == "tokens"
+
+
+def test_the_time_that_is_left_follows_the_speed_so_far() -> None:
+    now, lines = [0.0], []
+    progress = Progress(100, lines.append, clock=lambda: now[0])
+    now[0] = 30.0
+    progress.add(25, "round 1")
+    assert lines == ["round 1: 25%, 1 min 30 s left"]
+    progress.add(200, "round 1")
+    assert progress.left() == 0
+    assert [duration(5), duration(61)] == ["5 s", "1 min 1 s"]
