@@ -2,5 +2,6 @@
 
 from .certificate import Certificate, Line
 from .run import Compressed, compress
+from .verify import Verified, verify
 
-__all__ = ["Certificate", "Compressed", "Line", "compress"]
+__all__ = ["Certificate", "Compressed", "Line", "Verified", "compress", "verify"]

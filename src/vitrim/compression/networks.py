@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
+from itertools import product
 from typing import Any
 
 import torch
@@ -151,10 +152,11 @@ def _rounded(schedule: Schedule, same: Callable[[Schedule], bool]) -> Schedule:
         for option in dataclasses.fields(schedule)
         if isinstance(value := getattr(schedule, option.name), float)
     }
-    for digits in range(2, 8):
+    for digits, nearest in product(range(2, 8), (True, False)):
+        unit = 10.0**-digits
+        short = {n: round(v if nearest else v + unit / 2, digits) for n, v in numbers.items()}
         with suppress(VitrimError):  # A number may round to one that is refused, such as a keep rate of 0.
-            other = dataclasses.replace(schedule, **{name: round(value, digits) for name, value in numbers.items()})
-            if same(other):
+            if same(other := dataclasses.replace(schedule, **short)):
                 return other
     return schedule
 

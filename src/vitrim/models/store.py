@@ -107,7 +107,7 @@ def load(folder: str | Path, *, image_size: int | None = None, **args: Any) -> n
     path = weights_path(folder)
     record = read_description(path)
     _check_fit(record, path)
-    model = _rebuild(record, args)
+    model = rebuild(record, args)
     state = _read(path)
     if faults := misfits(model.state_dict(), state):
         raise CheckpointError(
@@ -166,7 +166,7 @@ def check_heads(model: nn.Module, path: Path) -> None:
         return
     _check_fit(record, path)
     with shapes_only():
-        trained = _heads(_rebuild(record, {}))
+        trained = _heads(rebuild(record, {}))
     for name, own in _heads(model).items():
         if (heads := trained.get(name, own)) != own:
             raise CheckpointError(
@@ -222,7 +222,7 @@ def _check_fit(record: Record, path: Path) -> None:
     if any(number > len(shapes) for number in _depths(record.args)):
         raise CheckpointError(f"the description of the model in {path} has more layers than the weights; save it again")
     with shapes_only():
-        model = _rebuild(record, {})
+        model = rebuild(record, {})
     own = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     if faults := shape_misfits(own, shapes):
         raise CheckpointError(f"{path} does not fit its own description: {faults}")
@@ -249,13 +249,18 @@ def _heads(model: nn.Module) -> dict[str, int]:
     }
 
 
-def _rebuild(record: Record, args: Mapping[str, Any]) -> nn.Module:
-    """The described model with fresh weights, without reduction."""
+def rebuild(record: Record, args: Mapping[str, Any] | None = None) -> nn.Module:
+    """The described model with fresh weights, without reduction.
+
+    Args:
+        record: what `describe` made.
+        args: arguments of the architecture that take the place of those in the record.
+    """
     if record.family not in (None, *ADAPTERS, *OTHERS):
         raise CheckpointError(
             f"this model is of the family {record.family!r}, which is not known here; give its file with --import"
         )
-    model = build_architecture(record.architecture, {**record.args, **args}, images=record.images)
+    model = build_architecture(record.architecture, {**record.args, **(args or {})}, images=record.images)
     if record.widths is not None:
         set_widths(model, record.widths)
     return model
@@ -265,7 +270,7 @@ def _uneven_widths(model: nn.Module, record: Record) -> tuple[BlockWidths, ...] 
     """Widths of the blocks where they differ from the architecture's own; proves that the model can be rebuilt."""
     own = model.state_dict()
     with shapes_only():
-        stock = _rebuild(record, {})
+        stock = rebuild(record, {})
         if not misfits(stock.state_dict(), own):
             return None
         widths = None

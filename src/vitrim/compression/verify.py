@@ -1,0 +1,187 @@
+"""Measure the statements of a certificate again, here, and say of each one whether it holds."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..elastic.chain import hash_of
+from ..errors import CheckpointError, VitrimError
+from ..measure.cost import cost
+from ..measure.environment import environment
+from ..measure.table import Column, Table
+from ..models import load
+from ..models.description import parse
+from ..models.store import rebuild
+from .certificate import FORMS, Certificate, Line, row_of
+from .fidelity import Judge
+from .images import Pictures
+from .run import accuracy_lines, fidelity_lines
+from .timing import milliseconds, sessions, time_ratio
+
+COUNTED = ("macs", "params")
+COMPARED = ("divergence", "agreement", "accuracy", "drop")
+"""Statements that need the given model with its weights, and images."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A statement of a certificate and what was found here; `here` is None where it could not be measured."""
+
+    line: Line
+    here: Line | None
+    why: str = ""
+
+    @property
+    def holds(self) -> bool | None:
+        """Whether the statement holds here; None where it was not measured.
+
+        What is counted must be equal. What was asked must be met at the bad end of the interval here. Of anything else
+        the two intervals must overlap, or what is found here be better.
+        """
+        if self.here is None:
+            return None
+        if self.line.key in COUNTED:
+            return self.here.value == self.line.value
+        if self.line.asked is not None:
+            return self.here.worst <= self.line.asked
+        there, here = self.line.interval, self.here.interval
+        better = here.high < there.low if FORMS[self.line.key].small_is_good else here.low > there.high
+        return better or here.overlaps(there)
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What `verify` found."""
+
+    certificate: Certificate
+    findings: tuple[Finding, ...]
+
+    @property
+    def holds(self) -> bool:
+        """Whether every statement that was measured holds here."""
+        return all(finding.holds is not False for finding in self.findings)
+
+    def table(self) -> Table:
+        """Every statement, what the certificate says, and what was found here."""
+        rows: list[dict[str, Any]] = []
+        for finding in self.findings:
+            there, here = row_of(finding.line), None if finding.here is None else row_of(finding.here)
+            holds = {None: f"not measured: {finding.why}", True: "yes", False: "NO"}[finding.holds]
+            rows.append({
+                "statement": there["statement"], "certificate": there["found"], "here": here and here["found"],
+                "asked": there["asked"], "holds": holds,
+            })  # fmt: skip
+        notes = [
+            "A statement holds if what is counted is the same, if what was asked is met at the bad end of the interval "
+            "here, and otherwise if the intervals overlap or it is better here.",
+        ]
+        title = f"Verified: {self.certificate.asked}, {'holds' if self.holds else 'DOES NOT HOLD'} here"
+        return Table(title, _COLUMNS, rows, notes=notes, environment=environment())
+
+
+_COLUMNS = (
+    Column("statement", "statement"),
+    Column("certificate", "certificate", "g"),
+    Column("here", "here", "g"),
+    Column("asked", "asked", "g"),
+    Column("holds", "holds here"),
+)
+
+
+def open_certified(folder: str | Path) -> tuple[nn.Module, Certificate]:
+    """The model in a folder and its certificate.
+
+    Raises:
+        CheckpointError: one of them is missing or damaged, or the certificate is of other weights.
+    """
+    certificate = Certificate.read(folder)
+    model = load(folder)
+    if hash_of(model) != certificate.weights:
+        raise CheckpointError(
+            f"the certificate in {folder} is of other weights than those beside it; run vitrim compress again"
+        )
+    return model, certificate
+
+
+def verify(
+    folder: str | Path,
+    images: Pictures | None = None,
+    original: nn.Module | None = None,
+    *,
+    device: str | torch.device | None = None,
+    say: Callable[[str], None] = print,
+) -> Verified:
+    """Measure the statements of the certificate in a folder again.
+
+    Args:
+        folder: what `Compressed.save` or `vitrim compress` wrote.
+        images: to compare on, with classes where accuracies are to be compared; None: nothing is compared.
+        original: the given model. None: one of its description with random weights, which takes the same time.
+        device: where to measure; by default as in the certificate, or the CPU where there is none such.
+        say: called with lines for the user.
+
+    Raises:
+        CheckpointError: no certificate, a damaged one, or one of other weights.
+        VitrimError: the given model is another one than that of the certificate.
+    """
+    model, certificate = open_certified(folder)
+    if original is not None and hash_of(original) != certificate.original:
+        raise VitrimError(f"the certificate in {folder} compares with another model than this; give the one compressed")
+    settings = dict(certificate.settings)
+    place = torch.device(device or settings.get("device", "cpu"))
+    if place.type == "cuda" and not torch.cuda.is_available():
+        say("the certificate is about CUDA, which is not there; times are those of the CPU")
+        place = torch.device("cpu")
+    found: dict[str, Line] = {line.key: line for line in _counted(model, certificate)}
+    why = dict.fromkeys(COMPARED, "no images were given")
+    if images is not None and original is not None:
+        say(f"comparing with the given model on {len(images)} images")
+        found |= {line.key: line for line in _compared(model.to(place), original.to(place), images, place)}
+        why = dict.fromkeys(COMPARED, "the images have no classes of the model")
+    elif images is not None:
+        why = dict.fromkeys(COMPARED, "the given model is not here; name it with --original")
+    whole = original if original is not None else described(certificate)
+    if whole is None:
+        why |= dict.fromkeys(("time", "ms"), "the given model is not here; name it with --original")
+    else:
+        say("measuring the time in fresh rounds")
+        found |= {line.key: line for line in _timed(whole, model, settings, place)}
+    why |= dict.fromkeys(("over_tokens", "over_width"), "only the search had the other answers")
+    return Verified(
+        certificate, tuple(Finding(line, found.get(line.key), why.get(line.key, "")) for line in certificate.lines)
+    )
+
+
+def described(certificate: Certificate) -> nn.Module | None:
+    """A model like the given one with random weights; None where the certificate does not describe it."""
+    text = certificate.source.get("description")
+    return None if not isinstance(text, str) else rebuild(parse(text, "the certificate")).eval()
+
+
+def _counted(model: nn.Module, certificate: Certificate) -> list[Line]:
+    found = cost(model)
+    values = {"macs": found.macs, "params": found.params}
+    return [Line(key, values[key], asked=certificate[key].asked) for key in COUNTED if key in certificate]
+
+
+def _compared(model: nn.Module, original: nn.Module, images: Pictures, device: torch.device) -> list[Line]:
+    judge = Judge(original, images, device)
+    found = judge.compare(model)
+    lines = fidelity_lines(found)
+    return lines if judge.right(found.outputs) is None else [*lines, *accuracy_lines(judge, found, None)]
+
+
+def _timed(original: nn.Module, model: nn.Module, settings: Mapping[str, Any], device: torch.device) -> list[Line]:
+    times = sessions(
+        original, model, batch_size=int(settings.get("batch_size", 32)), device=device,
+        dtype=str(settings.get("dtype", "float32")), compile=bool(settings.get("compile", False)),
+    )  # fmt: skip
+    ms, given = milliseconds(times)
+    return [
+        Line.of_interval("time", time_ratio(times), of=1.0, number=len(times)),
+        Line.of_interval("ms", ms, of=given, number=len(times)),
+    ]

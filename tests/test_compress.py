@@ -1,0 +1,299 @@
+"""`vitrim.compress`: one budget in, a cheaper model and a certificate out."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import vitrim
+from elastic_models import images, small
+from vitrim import Certificate, Compressed, ToMe, TopK
+from vitrim.compression import search, timing, verify
+from vitrim.compression.goal import Goal, check_using
+from vitrim.compression.images import Pictures, divide, gather
+from vitrim.errors import CheckpointError, DataError, UnknownNameError, UnsupportedModelError, VitrimError
+from vitrim.show.report import write_report
+
+TINY = {"img_size": 64, "depth": 3, "embed_dim": 24, "num_heads": 2}
+IMAGES = images(96, dtype=torch.float32)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few() -> Any:
+    """Two reducers and two short sessions, which is enough to see that everything works together."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(search, "reducers", lambda has_cls: [TopK(), ToMe()] if has_cls else [ToMe()])
+        patch.setattr(timing.sessions, "__kwdefaults__", {"number": 2, "rounds": 1})
+        yield
+
+
+def model(**options: Any) -> nn.Module:
+    return small(torch.float32, **TINY | options)
+
+
+def quiet(line: str) -> None:
+    pass
+
+
+def compressed(network: nn.Module, data: Any = IMAGES, **options: Any) -> Compressed:
+    return vitrim.compress(network, data, **{"batch_size": 2, "trials": 2, "say": quiet} | options)
+
+
+@pytest.fixture(scope="module")
+def half() -> Compressed:
+    classes = model()(IMAGES).argmax(1)
+    return compressed(model(), macs=0.7, val=(images(40, seed=9, dtype=torch.float32), classes[:40]), max_drop=1.0)
+
+
+@pytest.fixture(scope="module")
+def folder(half: Compressed, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return half.save(tmp_path_factory.mktemp("half") / "model")
+
+
+def test_the_answer_meets_the_budget_and_the_model_given_stays_as_it_was(half: Compressed) -> None:
+    whole = model()
+    before = {name: tensor.clone() for name, tensor in whole.state_dict().items()}
+    found = compressed(whole, macs=0.9, using="tokens")
+    assert all(torch.equal(before[name], tensor) for name, tensor in whole.state_dict().items())
+    assert vitrim.attached(whole) is None
+    for one, most in ((half, 0.7), (found, 0.9)):
+        assert vitrim.cost(one.model).macs == one.certificate["macs"].value <= most * vitrim.cost(whole).macs
+        assert one.certificate.met
+    assert found.certificate["params"].value == vitrim.cost(whole).params, "tokens alone keep all weights"
+
+
+def test_a_certificate_states_what_was_asked_and_what_was_found(half: Compressed) -> None:
+    found = half.certificate
+    assert found.asked == "at most 0.7 of the MACs"
+    keys = [line.key for line in found.lines]
+    assert keys[:4] == ["macs", "params", "divergence", "agreement"]
+    assert {"accuracy", "drop", "time", "ms"} < {*keys}
+    assert {"over_tokens", "over_width"} & {*keys}, "the answer is compared with the pure ones"
+    assert found["divergence"].number == found["drop"].number == 40, "val is what the search has not seen"
+    assert found["drop"].asked == 1.0
+    assert found["drop"].met
+    assert found["time"].number == 2
+    assert found.settings["batch_size"] == 2
+    assert found.environment["torch"]
+    assert {row["kind"] for row in found.tried} >= {"tokens", "width", "joint"}
+    assert found.tried[0]["divergence"] == min(row["divergence"] for row in found.tried if row["images"] == 32)
+    text = found.table().text()
+    assert "at most 0.7 of the MACs, met" in text
+    assert "same top class" in text
+
+
+def test_a_saved_answer_is_loaded_by_the_lines_of_its_certificate(half: Compressed, folder: Path) -> None:
+    found = Certificate.read(folder)
+    names: dict[str, Any] = {}
+    exec("\n".join(found.load), names)
+    x = images(3, seed=4, dtype=torch.float32)
+    assert torch.equal(names["model"](x), half.model(x))
+    assert (
+        found == half.certificate.in_folder(folder) or found.to_json() == half.certificate.in_folder(folder).to_json()
+    )
+    with pytest.raises(CheckpointError, match="holds a model already"):
+        half.save(folder)
+
+
+def test_a_report_shows_the_certificate(folder: Path, tmp_path: Path) -> None:
+    page = write_report(folder, tmp_path / "report.html").read_text()
+    assert "at most 0.7 of the MACs, met" in page
+    assert "share of the width" in page
+
+
+def test_verify_finds_what_the_certificate_says(folder: Path) -> None:
+    val = Pictures(images(40, seed=9, dtype=torch.float32), model()(IMAGES).argmax(1)[:40])
+    found = verify(folder, val, model(), say=quiet)
+    holds = {finding.line.key: finding.holds for finding in found.findings}
+    for key in ("macs", "params", "divergence", "agreement", "accuracy", "drop"):
+        assert holds[key] is True, key
+    assert holds["time"] is not None
+    assert "certificate" in found.table().text()
+
+
+def test_verify_without_images_or_the_given_model_measures_what_it_can(folder: Path) -> None:
+    found = {finding.line.key: finding for finding in verify(folder, say=quiet).findings}
+    assert found["macs"].holds is True
+    assert found["time"].here is not None, "the certificate describes the given model"
+    assert found["divergence"].holds is None
+    assert found["divergence"].why == "no images were given"
+
+
+def test_verify_sees_worse_images_and_refuses_other_weights(folder: Path, tmp_path: Path, half: Compressed) -> None:
+    wrong = json.loads((folder / "certificate.json").read_text())
+    for line in wrong["lines"]:
+        if line["key"] == "divergence":
+            line.update(value=-2.0, low=-3.0, high=-1.0)
+    altered = half.save(tmp_path / "altered")
+    (altered / "certificate.json").write_text(json.dumps(wrong))
+    found = verify(altered, Pictures(images(40, seed=9, dtype=torch.float32)), model(), say=quiet)
+    assert {one.line.key for one in found.findings if one.holds is False} >= {"divergence"}
+    assert not found.holds
+    assert "DOES NOT HOLD" in found.table().title
+    with pytest.raises(VitrimError, match="another model"):
+        verify(folder, None, model(seed=5), say=quiet)
+    wrong["weights"] = "0" * 64
+    (altered / "certificate.json").write_text(json.dumps(wrong))
+    with pytest.raises(CheckpointError, match="other weights"):
+        verify(altered, say=quiet)
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("{", "damaged"),
+        ("[]", "damaged"),
+        ('{"schema": 99}', "schema 99"),
+        ('{"schema": 1}', "damaged"),
+        ("1", "damaged"),
+    ],
+)
+def test_a_damaged_certificate_is_one_line(tmp_path: Path, text: str, fault: str) -> None:
+    (tmp_path / "certificate.json").write_text(text)
+    with pytest.raises(CheckpointError, match=fault):
+        Certificate.read(tmp_path)
+    with pytest.raises(CheckpointError, match="holds no certificate"):
+        Certificate.read(tmp_path / "nothing")
+
+
+def test_parameters_are_saved_by_width_alone() -> None:
+    found = compressed(model(), params=0.8)
+    assert found.certificate["params"].value <= 0.8 * vitrim.cost(model()).params
+    assert found.certificate.met
+    assert found.certificate.reduction is None
+
+
+def test_an_impossible_wish_gives_the_nearest_model_and_says_so() -> None:
+    lines: list[str] = []
+    found = compressed(model(), macs=0.01, using="tokens", say=lines.append)
+    assert not found.certificate.met
+    assert "cannot be reached" in found.certificate.notes[0]
+    assert "outside of the blocks" in found.certificate.notes[0]
+    assert found.certificate.notes[0] in lines
+    assert "NOT MET" in found.certificate.table().title
+    least = min(row["price"] for row in found.certificate.tried)
+    assert least <= 1
+    assert vitrim.cost(found.model).macs == found.certificate["macs"].value
+
+
+def test_models_without_a_classifier_are_compared_by_their_features() -> None:
+    found = compressed(model(num_classes=0), macs=0.85, using="tokens")
+    assert "agreement" not in found.certificate
+    assert 0 <= found.certificate["divergence"].value < 2
+
+
+def test_a_family_whose_widths_cannot_change_loses_tokens_only() -> None:
+    eva = timm.create_model("eva02_tiny_patch14_224", img_size=56, depth=2, embed_dim=24, num_heads=2, num_classes=5)
+    found = compressed(eva.eval(), torch.randn(80, 3, 56, 56), macs=0.8)
+    assert any(note.startswith("widths stay as they are") for note in found.certificate.notes)
+    assert found.certificate.met
+
+
+@pytest.mark.parametrize(
+    ("options", "fault"),
+    [
+        ({}, "exactly one budget"),
+        ({"macs": 0.5, "params": 0.5}, "exactly one budget"),
+        ({"macs": 0}, "positive number"),
+        ({"macs": -1}, "positive number"),
+        ({"macs": float("nan")}, "positive number"),
+        ({"macs": float("inf")}, "positive number"),
+        ({"macs": True}, "positive number"),
+        ({"params": 0.5, "using": "tokens"}, "save no parameters"),
+        ({"macs": 0.5, "using": ()}, "nothing may be reduced"),
+        ({"macs": 0.5, "max_drop": 0.01}, "needs val"),
+        ({"macs": 0.5, "batch_size": 0}, "batch_size"),
+        ({"macs": 0.5, "trials": -1}, "trials"),
+        ({"macs": 0.5, "val": IMAGES[:20]}, "no classes"),
+    ],
+)
+def test_impossible_options_are_one_line(options: dict[str, Any], fault: str) -> None:
+    with pytest.raises(VitrimError, match=fault):
+        compressed(model(), **options)
+
+
+def test_names_that_do_not_exist_are_refused() -> None:
+    with pytest.raises(UnknownNameError, match="part to reduce"):
+        compressed(model(), macs=0.5, using=("depth",))
+    with pytest.raises(UnknownNameError, match="dtype"):
+        compressed(model(), macs=0.5, dtype="float31")
+    assert check_using(["tokens", "width"], Goal.of(None, 0.5, None)) == ("width",)
+
+
+@pytest.mark.parametrize(
+    ("data", "fault"),
+    [
+        ([], "there are none"),
+        (IMAGES[:0], "there are none"),
+        (IMAGES[:1], "one image is too few"),
+        (IMAGES[:40], "40 images are too few"),
+        (IMAGES[:1].expand(80, -1, -1, -1), "all the same"),
+        (torch.randn(80, 3, 32, 32), r"size \(3, 32, 32\)"),
+        (torch.full((80, 3, 64, 64), float("nan")), "not finite"),
+        (TensorDataset(torch.zeros(80)), "needed"),
+        (7, "not a int"),
+    ],
+    ids=["no batch", "no image", "one", "few", "alike", "size", "nan", "no images", "number"],
+)
+def test_images_that_cannot_be_used_are_one_line(data: Any, fault: str) -> None:
+    with pytest.raises(DataError, match=fault):
+        compressed(model(), data, macs=0.5)
+
+
+def test_models_that_cannot_be_compressed_are_one_line() -> None:
+    reduced = model()
+    vitrim.attach(reduced, "TopK() @ KeepRate(0.7, at=(1,))")
+    with pytest.raises(VitrimError, match=r"handle.remove\(\)"):
+        compressed(reduced, macs=0.5)
+    with pytest.raises(UnsupportedModelError, match="no adapter"):
+        compressed(timm.create_model("resnet10t", num_classes=3), macs=0.5)
+    broken = model()
+    nn.init.constant_(broken.head.weight, float("inf"))
+    with pytest.raises(VitrimError, match="not finite"):
+        compressed(broken, macs=0.5)
+
+
+def test_images_come_in_any_form_users_have() -> None:
+    size, labels = (3, 64, 64), torch.arange(96) % 5
+    forms: dict[str, Any] = {
+        "tensor": IMAGES, "pair": (IMAGES, labels), "batches": list(IMAGES.split(20)),
+        "pairs": list(zip(IMAGES.split(20), labels.split(20), strict=True)),
+        "data set": TensorDataset(IMAGES, labels), "loader": DataLoader(TensorDataset(IMAGES, labels), 16),
+        "iterator": iter(IMAGES.split(20)), "images": list(DataLoader(IMAGES, 8)),
+    }  # fmt: skip
+    for name, form in forms.items():
+        found = gather(form, size, 50)
+        assert found.images.shape == (50, *size), name
+        assert (found.classes is None) == (name in ("tensor", "batches", "iterator", "images")), name
+    whole = gather((IMAGES, labels), size, 50)
+    place = [int((image == IMAGES).flatten(1).all(1).nonzero()) for image in whole.images]
+    assert [int(labels[row]) for row in place] == whole.classes.tolist()  # type: ignore[union-attr]
+
+
+def test_parts_of_the_images_do_not_overlap() -> None:
+    everything = Pictures(torch.arange(100.0).view(100, 1, 1, 1))
+
+    def numbers(part: Pictures) -> list[float]:
+        return part.images.flatten().tolist()
+
+    parts = divide(everything, True)
+    assert [*numbers(parts.fit), *numbers(parts.judge), *numbers(parts.unseen)] == [float(n) for n in range(100)]
+    assert (len(parts.fit), len(parts.judge), len(parts.unseen)) == (50, 25, 25)
+    parts = divide(everything, False)
+    assert (len(parts.fit), len(parts.judge), len(parts.unseen)) == (0, 50, 50)
+    other = Pictures(torch.zeros(7, 1, 1, 1))
+    parts = divide(everything, True, other)
+    assert (len(parts.fit), len(parts.judge), parts.unseen) == (66, 34, other)
+
+
+def test_a_model_with_one_answer_for_all_images_is_warned_about() -> None:
+    lines: list[str] = []
+    constant = model()
+    nn.init.zeros_(constant.head.weight)
+    compressed(constant, macs=0.9, using="tokens", say=lines.append)
+    assert any("same top class for all images" in line for line in lines)

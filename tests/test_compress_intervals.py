@@ -1,0 +1,70 @@
+"""95 % intervals contain the truth in about 95 of 100 repetitions."""
+
+import math
+
+import numpy as np
+import pytest
+
+from vitrim.compression import intervals
+from vitrim.compression.intervals import Interval, of_drop, of_mean, of_sessions, of_share
+
+DICE = np.random.default_rng(0)
+
+
+@pytest.fixture(autouse=True)
+def fewer_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(intervals, "RESAMPLES", 400)
+
+
+@pytest.mark.parametrize(
+    ("draw", "truth"),
+    [
+        (lambda: DICE.normal(1, 1, 96), 1.0),
+        (lambda: DICE.gamma(0.3, 1, 96), 0.3),
+        (lambda: DICE.lognormal(0, 1, 192), math.exp(0.5)),
+    ],
+    ids=["normal", "gamma", "lognormal"],
+)
+def test_intervals_of_means_of_skewed_values_cover(draw, truth: float) -> None:
+    hits = sum(truth in of_mean(draw()) for _ in range(300))
+    assert 0.90 <= hits / 300 <= 0.985
+
+
+@pytest.mark.parametrize("share", [0.5, 0.9, 0.98])
+def test_intervals_of_shares_cover(share: float) -> None:
+    hits = sum(share in of_share(int(DICE.binomial(128, share)), 128) for _ in range(400))
+    assert hits / 400 >= 0.92
+
+
+@pytest.mark.parametrize(("lost", "gained"), [(0.02, 0.0), (0.05, 0.03), (0.2, 0.05)])
+def test_intervals_of_paired_drops_cover(lost: float, gained: float) -> None:
+    def covers() -> bool:
+        u = DICE.random(160)
+        before, after = (u < lost) | (u > lost + gained), u > lost
+        return lost - gained in of_drop(before, after)
+
+    assert sum(covers() for _ in range(400)) / 400 >= 0.92
+
+
+def test_intervals_of_sessions_contain_another_measurement() -> None:
+    def mean_of_another() -> bool:
+        return float(DICE.normal(0.5, 0.02, 5).mean()) in of_sessions(DICE.normal(0.5, 0.02, 5).tolist())
+
+    assert 0.92 <= sum(mean_of_another() for _ in range(400)) / 400 <= 0.98
+
+
+def test_an_interval_is_never_empty_where_all_images_agree() -> None:
+    assert of_share(50, 50).low < 0.95
+    same = of_drop([True] * 50, [True] * 50)
+    assert same.value == 0
+    assert same.low < 0 < same.high
+
+
+def test_values_that_say_nothing_about_their_spread() -> None:
+    assert of_mean([3.0]) == Interval(3.0, -math.inf, math.inf)
+    assert of_mean([2.0, 2.0, 2.0]) == Interval(2.0, 2.0, 2.0)
+    assert of_mean([1.0, math.inf]).high == math.inf
+    assert of_sessions([0.5]).low == -math.inf
+    assert of_mean([1.0, 2.0, 3.0]) == of_mean([1.0, 2.0, 3.0]), "the same at every call"
+    assert Interval(1, 0, 2).overlaps(Interval(3, 2, 4))
+    assert not Interval(1, 0, 2).overlaps(Interval(3, 2.1, 4))
