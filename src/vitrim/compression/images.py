@@ -11,9 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
+from ..data.readers import batches_of
 from ..data.seeding import permutation
+from ..data.streams import Stream
 from ..elastic.probing import all_alike, images_of
 from ..errors import DataError
 
@@ -91,9 +93,36 @@ def gather(data: Any, size: tuple[int, int, int], most: int, what: str = "images
     classes = torch.cat([target for _, target in batches if target is not None])[:most].long() if labelled else None
     if not images.isfinite().all():
         raise DataError(f"{what}: some values are not finite; check how they were read")
-    if all_alike([images]):
+    return _different(Pictures(images, classes), what)
+
+
+def read(stream: Stream, most: int, workers: int, *, labelled: bool = True) -> Pictures:
+    """At most so many of the images of a stream, chosen at random, the same ones at every call.
+
+    Args:
+        stream: of images in the model's format; images that cannot be read are left out where it skips them.
+        most: number of images.
+        workers: processes that read.
+        labelled: whether the classes of the images are those of the model.
+
+    Raises:
+        DataError: there is no image, or one cannot be read and the stream does not skip it.
+    """
+    if not len(stream):
+        raise DataError("there are no images")
+    rows = permutation(len(stream), "compress", 0)[:most]
+    loader = batches_of(Subset(stream, rows), BATCH, workers)
+    found = [(images[index >= 0], classes[index >= 0]) for images, classes, index in loader]
+    images = torch.cat([images for images, _ in found])
+    if not len(images):
+        raise DataError(f"none of {len(rows)} images can be read")
+    return _different(Pictures(images, torch.cat([classes for _, classes in found]) if labelled else None), "images")
+
+
+def _different(pictures: Pictures, what: str) -> Pictures:
+    if all_alike([pictures.images]):
         raise DataError(f"{what} are all the same, so nothing can be learnt from them; give different ones")
-    return Pictures(images, classes)
+    return pictures
 
 
 def divide(pictures: Pictures, fits: bool, unseen: Pictures | None = None) -> Parts:

@@ -27,7 +27,7 @@ from .images import Parts, divide, gather
 from .intervals import of_drop, of_mean, of_share
 from .networks import Networks, Price, device_of, macs_price, params_price
 from .progress import Progress
-from .search import Search, Tried, fit_units, planned_units
+from .search import Search, Tried, fit_units, planned_work
 from .timing import milliseconds, sessions, time_ratio
 
 MOST_IMAGES, MOST_UNSEEN = 1024, 5000
@@ -132,6 +132,8 @@ class Wish:
         check_counts(batch_size=self.batch_size, num_images=self.num_images)
         if type(self.trials) is not int or self.trials < 0:
             raise VitrimError(f"trials is a whole number, 0 or more, not {self.trials!r}")
+        if self.goal.kind == "latency":
+            raise VitrimError("a budget of time is not supported yet; give macs= or params=, and read the time ratio")
         if self.dtype not in DTYPES:
             raise UnknownNameError("dtype", self.dtype, DTYPES)
 
@@ -157,11 +159,14 @@ class Job:
         parts: the images.
         device: where to run.
         say: called with lines for the user.
+        source: what is known of where the model and the images come from, for the certificate.
     """
 
     def __init__(
-        self, model: nn.Module, wish: Wish, parts: Parts, device: torch.device, say: Callable[[str], None]
-    ) -> None:
+        self, model: nn.Module, wish: Wish, parts: Parts, device: torch.device, say: Callable[[str], None],
+        source: Mapping[str, Any] | None = None,
+    ) -> None:  # fmt: skip
+        self.source = dict(source or {})
         self.original = copy.deepcopy(model).to(device).eval()
         self.wish, self.parts, self.device, self.notes = wish, parts, device, list[str]()
         self.progress = Progress(STRATIFY_UNITS * len(parts.fit), say)
@@ -180,7 +185,8 @@ class Job:
             first = search.candidates()
             if not first:
                 raise VitrimError("nothing in this model can be reduced for this budget; allow more with using=")
-            self.progress.total += planned_units(first, search.units, len(judge))
+            each = sum(map(search.units, first)) / len(first)
+            self.progress.total += planned_work(len(first), each, len(judge))
             self.progress.total += fit_units(len(self.parts.fit)) * len({one.index for one in first} - {0})
             ranked = search.run(self.wish.trials, first)
         answers = self._answers(ranked)
@@ -189,8 +195,9 @@ class Job:
         lines = self._lines(model, networks, answers, max_drop, labelled)
         certificate = Certificate(
             asked=str(self.wish.goal), lines=lines, weights=hash_of(model), original=hash_of(self.original),
-            reduction=None if answers["best"].candidate.reduction is None else str(answers["best"].candidate.reduction),
-            settings=self.settings, environment=environment(), source={"description": self._description()},
+            reduction=None if (reduction := answers["best"].candidate.reduction) is None else str(reduction),
+            settings=self.settings, environment=environment(),
+            source={**self.source, "description": self._description()},
             tried=[self._row(tried, search) for tried in _by_images(search.tried)], notes=self.notes,
         )  # fmt: skip
         return Compressed(model, certificate)

@@ -5,7 +5,7 @@ images, few see all; the sampler varies width and shape continuously around the 
 cut widths, and the one without removed tokens, stay to the end, so that the answer can be compared with them.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -260,11 +260,15 @@ def fit_units(images: int) -> float:
     return 8.0 * images
 
 
-def planned_units(candidates: Sequence[Candidate], units: Callable[[Candidate], float], images: int) -> float:
-    """Work of the rounds, without fitting, in images of the given model; somewhat more than it will be."""
-    if not candidates:
-        return 0.0
-    each, number, seen, total = sum(map(units, candidates)) / len(candidates), len(candidates), 0, 0.0
+def planned_work(number: int, each: float, images: int) -> float:
+    """Work of the rounds, without fitting, in images of the given model; somewhat more than it will be.
+
+    Args:
+        number: candidates of the first round.
+        each: work of one image in the mean candidate.
+        images: that the last round sees.
+    """
+    seen, total = 0, 0.0
     for part, stay in ROUNDS:
         if number <= LAST:
             break

@@ -15,8 +15,8 @@ from torch.utils.data import IterableDataset
 
 from ..errors import DataError, UnknownNameError
 from ..text import message
-from .decode import decode, read_image
-from .folder import FolderImages, class_folders
+from .decode import decode, read_image, suffixes
+from .folder import FolderImages, class_folders, natural_key
 from .quiet import quiet
 from .specs import DataSpec
 
@@ -162,6 +162,21 @@ def _report_once(note: str) -> None:
     """Log what is not read, once in a process, and in one of the processes of a run only."""
     if int(os.environ.get("RANK", 0)) == 0:
         log.warning("%s", message(note))
+
+
+def open_unlabelled(root: str | Path) -> Images:
+    """All images in a folder, at any depth, without classes.
+
+    Raises:
+        DataError: the folder is missing or holds no images.
+    """
+    if not os.path.isdir(root):
+        raise DataError(f"{root} is not a folder")
+    kinds = suffixes()
+    found = [str(path) for path in Path(root).rglob("*") if path.suffix.lower() in kinds and path.is_file()]
+    if not found:
+        raise DataError(f"{root} holds no images ({', '.join(sorted(kinds))})")
+    return Images([(path, 0) for path in sorted(found, key=natural_key)])
 
 
 def open_both(spec: DataSpec) -> tuple[Images, Images]:

@@ -4,11 +4,13 @@ torch is imported inside them, so that help is instant.
 """
 
 from .comparing import bench, evaluate, sweep
+from .compressing import compress, verify
 from .cutting import extract, stratify
 from .showing import demo, list_names, report, show
 from .training import study, train
 
 VERBS = {
     "demo": demo, "show": show, "bench": bench, "eval": evaluate, "train": train, "sweep": sweep, "study": study,
-    "stratify": stratify, "extract": extract, "report": report, "list": list_names,
+    "stratify": stratify, "extract": extract, "compress": compress, "verify": verify, "report": report,
+    "list": list_names,
 }  # fmt: skip

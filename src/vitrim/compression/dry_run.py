@@ -1,0 +1,75 @@
+"""What a search would try, and how long it would take, found from the sizes and one forward pass."""
+
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ..measure.table import Column, Table
+from ..models import find_adapter
+from ..models.evaluating import evaluating
+from ..notation import render
+from .candidates import first_shapes, reducers
+from .images import Parts
+from .progress import duration
+from .run import STRATIFY_UNITS, Wish
+from .search import SHARES, fit_units, planned_work
+from .timing import ROUNDS, SESSIONS
+
+_COLUMNS = (Column("what", "what"), Column("number", "number", "d"), Column("of", "these"))
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What would be tried: a table, and the seconds that it takes about."""
+
+    table: Table
+    seconds: float
+
+
+@torch.inference_mode()
+def dry_run(model: nn.Module, wish: Wish, parts: Parts) -> Outlook:
+    """List what `compress` would try for a model and images like these; searches nothing.
+
+    Args:
+        model: the given model, where the search would run.
+        wish: what is asked for.
+        parts: the images.
+    """
+    geometry = find_adapter(model).geometry(model)
+    tokens, width = "tokens" in wish.using, "width" in wish.using
+    methods = reducers(geometry.has_cls) if tokens else []
+    shapes = first_shapes(geometry.depth) if tokens else []
+    widths = [step / SHARES for step in range(0, SHARES + 1, 2)] if width else [0.0]
+    number = len(methods) * len(shapes) * len([share for share in widths if share < 1]) + int(width)
+    narrower = len(widths) - 1
+    left = min(1.0, wish.goal.most) if wish.goal.fraction else 0.5
+    units = planned_work(number, left, len(parts.judge)) + wish.trials * len(parts.judge) / 3 * left
+    units += (STRATIFY_UNITS + narrower * fit_units(1)) * len(parts.fit) + 3 * len(parts.unseen)
+    units += SESSIONS * (ROUNDS + 2) * (1 + left) * wish.batch_size
+    seconds = units * _seconds_per_image(model, parts)
+    rows = [
+        {"what": "reducers", "number": len(methods), "of": ", ".join(map(render, methods)) or "-"},
+        {"what": "shapes of schedules", "number": len(shapes), "of": ", ".join(map(str, shapes)) or "-"},
+        {"what": "shares of the width", "number": len(widths), "of": ", ".join(f"{share:g}" for share in widths)},
+        {"what": "candidates of the first round", "number": number, "of": "those that can meet the budget"},
+        {"what": "candidates of the sampler", "number": wish.trials if tokens else 0, "of": "around the best ones"},
+        {"what": "images to fit widths", "number": len(parts.fit), "of": "-"},
+        {"what": "images to compare candidates", "number": len(parts.judge), "of": "-"},
+        {"what": "images for the certificate", "number": len(parts.unseen), "of": "-"},
+    ]
+    notes = [f"About {duration(seconds)} here, at the speed of one forward pass."]
+    return Outlook(Table(f"Dry run: {wish.goal}", _COLUMNS, rows, notes=notes), seconds)
+
+
+def _seconds_per_image(model: nn.Module, parts: Parts) -> float:
+    parameter = next(model.parameters())
+    images = parts.judge.images[:8].to(parameter.device, parameter.dtype)
+    times: list[float] = []
+    with evaluating(model):
+        for _ in range(3):
+            start = time.perf_counter()
+            float(model(images).float().sum())  # Waits for the device.
+            times.append(time.perf_counter() - start)
+    return min(times) / len(images)

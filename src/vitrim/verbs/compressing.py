@@ -1,0 +1,210 @@
+"""Verbs that turn one budget into a cheaper model with a certificate, and that check the certificate."""
+
+import os
+import sys
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from ..data.specs import DataSpec
+from ..errors import DataError, VitrimError
+from ..options import Range, from_dict
+from .delivery import Count, DataOptions, Device, check_used
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ..compression.images import Pictures
+    from ..data.streams import Stream
+
+
+def compress(
+    model: str,
+    data: DataOptions,
+    out: str | None = None,
+    macs: float | None = None,
+    params: float | None = None,
+    latency: float | str | None = None,
+    max_drop: Annotated[float, Range(0, 1)] | None = None,
+    using: list[Literal["tokens", "width"]] = ["tokens", "width"],  # noqa: B006 (shown as the default; never changed)
+    num_images: Count = 1024,
+    trials: Annotated[int, Range(0, 10_000)] = 12,
+    batch_size: Count = 32,
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    compile: bool = False,
+    dry_run: bool = False,
+    overwrite: bool = False,
+    device: Device = "auto",
+) -> None:
+    """Make a model cheaper within one budget, without training, and certify what that costs.
+
+    Args:
+        model: a timm name with weights (NAME@FILE), a folder written by vitrim, or a run folder.
+        data: the images; training images for the search, test images for the certificate. Without the folder of
+            a training split in data.root, all images below it are used, without classes.
+        out: folder for the model and its certificate.
+        macs: budget of MACs per image; a number up to 1 is a fraction of those of the model.
+        params: budget of parameters; a number up to 1 is a fraction. Width alone is cut then.
+        latency: budget of milliseconds for one batch, measured on the device; a number up to 1 is a fraction, so write
+            0.5ms for half a millisecond.
+        max_drop: largest loss of accuracy on the test images, such as 0.01; only the certificate depends on it.
+        using: what may be reduced.
+        num_images: images for the search at most.
+        trials: candidates that the sampler proposes after the first rounds.
+        batch_size: images per forward pass where times are measured.
+        dtype: number format where times are measured.
+        compile: compile the models where times are measured.
+        dry_run: list what would be tried and how long it would take, and stop.
+        overwrite: replace an existing model.
+        device: where to search and to measure.
+    """
+    from ..compression.dry_run import dry_run as list_plan
+    from ..compression.goal import Goal, check_using
+    from ..compression.images import divide
+    from ..compression.run import Job, Wish, check_model
+    from ..measure.accelerator import make_accelerator
+    from ..models import check_place, has_weights, open_model
+    from ..models.classes import kept_classes
+
+    if out is None and not dry_run:
+        raise VitrimError("a folder for the model is needed; give --out DIR, or --dry_run to see what would be tried")
+    if out is not None:
+        check_place(out, overwrite=overwrite)
+    goal = Goal.of(macs, params, latency)
+    wish = Wish(goal, check_using(using, goal), batch_size, dtype, compile, num_images, trials)
+    check_used("compress", data, ("holdout",), "training and test images")
+    spec = images_of([model], data)
+    network = open_model(model, spec.image_size)
+    check_model(network)
+    network.to(make_accelerator(cpu=device == "cpu").device)
+    if not has_weights(model):
+        print(
+            "vitrim compress: weights are random, so that closeness to the model says nothing; write "
+            f"{model}@pretrained or {model}@FILE",
+            file=sys.stderr,
+        )
+    fits, unseen = training_images(network, spec, num_images), unseen_images(network, model, spec)
+    labelled = unseen is not None and unseen.classes is not None
+    if max_drop is not None and not labelled:
+        raise DataError("max_drop needs test images whose classes are those of the model; leave it out or change data")
+    parts = divide(fits, "width" in wish.using, unseen)
+    if dry_run:
+        print(list_plan(network, wish, parts).table.text())
+        return
+    source = {"model": model, "data": asdict(spec)}
+    found = Job(network, wish, parts, next(network.parameters()).device, print, source).run(max_drop, labelled=labelled)
+    assert out is not None
+    found.save(out, overwrite=overwrite, **kept_classes(model))
+    print(found.certificate.in_folder(out).table().text())
+    print(f"written to {out}")
+
+
+def verify(
+    folder: str, data: DataOptions, original: str | None = None, device: Device = "auto", out: str | None = None
+) -> None:
+    """Measure the statements of a certificate again, here, and say for each one whether it holds.
+
+    Args:
+        folder: folder written by vitrim compress.
+        data: the images to compare on; by default those of the certificate, where they are here.
+        original: the model that was compressed; by default where it was then.
+        device: where to measure; auto takes the kind of device of the certificate where it is here.
+        out: file to write the table to (.md, .csv, .json or .html).
+    """
+    from .delivery import check_table, deliver
+
+    check_table(out)
+    from ..compression.verify import open_certified
+    from ..compression.verify import verify as run
+
+    _, certificate = open_certified(folder)
+    check_used("verify", data, ("train_split", "holdout", "limit"), "the test images")
+    given = _original(original, certificate.source.get("model"), certificate.original)
+    pictures, recorded = None, certificate.source.get("data")
+    if given is not None and (data or isinstance(recorded, dict)):
+        spec = images_of([], data) if data else from_dict(DataSpec, recorded, "the data of the certificate")
+        try:
+            pictures = unseen_images(given, folder, spec) or training_images(given, spec, 1024)
+        except DataError:
+            if data:
+                raise  # The images of the certificate may well be somewhere else.
+    found = run(folder, pictures, given, device=None if device == "auto" else device)
+    deliver(found.table(), out)
+    if not found.holds:
+        raise SystemExit(1)
+
+
+def images_of(models: list[str], data: dict[str, Any]) -> DataSpec:
+    """The images that were named; a root without a name is a folder."""
+    from ..study.compare import data_of, override_data
+
+    named = {"name": "folder", **data} if "root" in data else data
+    return data_of(models, named) if models else override_data(DataSpec(), named)
+
+
+def training_images(network: "nn.Module", spec: DataSpec, most: int) -> "Pictures":
+    """At most so many training images, or images without classes where the folder has no splits."""
+    from ..compression.images import read
+    from ..data.splits import plain_stream
+
+    flat = _flat(network, spec)
+    stream = plain_stream(network, spec, train=True) if flat is None else flat
+    return read(stream, min(most, spec.limit or most), spec.workers, labelled=False)
+
+
+def unseen_images(network: "nn.Module", model: str, spec: DataSpec) -> "Pictures | None":
+    """The test images, with their classes where these are the model's; None where there is no test split."""
+    from ..compression.images import read
+    from ..compression.run import MOST_UNSEEN
+    from ..data.splits import plain_stream
+    from ..models import num_classes
+    from ..models.classes import other_classes
+
+    if _flat(network, spec) is not None:
+        return None
+    try:
+        stream = plain_stream(network, spec)
+    except DataError:
+        if spec.test_split is not None:
+            raise
+        return None  # A folder of training images alone: some of them are kept for the certificate.
+    classes = stream.images.classes
+    own = num_classes(network) == len(classes) > 1 and not other_classes(model, classes)
+    return read(stream, MOST_UNSEEN, spec.workers, labelled=own)
+
+
+def _flat(network: "nn.Module", spec: DataSpec) -> "Stream | None":
+    """All images below a folder that has no training split."""
+    from pathlib import Path
+
+    from ..data.images import open_unlabelled
+    from ..data.streams import Stream
+    from ..data.transforms import transforms_for
+    from ..models.input_format import InputFormat
+
+    if spec.name != "folder" or spec.root is None or (Path(spec.root) / spec.train_split).is_dir():
+        return None
+    images = open_unlabelled(spec.root)
+    images.mode = InputFormat.of(network, spec.image_size).mode
+    return Stream(images, transforms_for(network, spec), skip=spec.on_corrupt == "skip")
+
+
+def _original(given: str | None, recorded: Any, weights: str) -> "nn.Module | None":
+    """The model that was compressed; None where it is not here any more and none was named."""
+    from ..elastic.chain import hash_of
+    from ..models import open_model
+    from ..models.build import split_spec
+
+    # What a file names is opened only where it is here already: nothing is downloaded on its word.
+    if given is None and not (isinstance(recorded, str) and os.path.exists(split_spec(recorded)[1] or recorded)):
+        return None
+    try:
+        model = open_model(given or recorded)
+    except VitrimError:
+        if given is not None:
+            raise
+        return None
+    if hash_of(model) == weights:
+        return model
+    if given is not None:
+        raise VitrimError(f"{given} is another model than the one that was compressed; name that one")
+    return None
