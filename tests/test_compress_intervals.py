@@ -26,14 +26,15 @@ def fewer_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
     ids=["normal", "gamma", "lognormal"],
 )
 def test_intervals_of_means_of_skewed_values_cover(draw, truth: float) -> None:
-    hits = sum(truth in of_mean(draw()) for _ in range(300))
-    assert 0.90 <= hits / 300 <= 0.985
+    hits = sum(truth in of_mean(draw()) for _ in range(200))
+    assert 0.89 <= hits / 200 <= 0.99
 
 
-@pytest.mark.parametrize("share", [0.5, 0.9, 0.98])
+@pytest.mark.parametrize("share", [0.5, 0.97])
 def test_intervals_of_shares_cover(share: float) -> None:
-    hits = sum(share in of_share(int(DICE.binomial(128, share)), 128) for _ in range(400))
-    assert hits / 400 >= 0.92
+    found = [of_share(hits, 128) for hits in range(129)]
+    covers = sum(share in found[int(DICE.binomial(128, share))] for _ in range(1000))
+    assert covers / 1000 >= 0.92
 
 
 @pytest.mark.parametrize(("lost", "gained"), [(0.02, 0.0), (0.05, 0.03), (0.2, 0.05)])

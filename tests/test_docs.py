@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from shutil import copytree
@@ -16,7 +17,7 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits, load_sample_images
 
-from vitrim import demo
+from vitrim import ToMe, TopK, compression, demo, stratify
 from vitrim.cli import main
 from vitrim.data import images
 from vitrim.measure import speed
@@ -61,6 +62,10 @@ def in_small() -> Iterator[None]:
         return replace(whole, data=replace(whole.data, limit=100))
 
     with pytest.MonkeyPatch.context() as patch:
+        for module in (compression.run, compression.verification):  # Whose intervals would depend on the load.
+            patch.setattr(module, "sessions", lambda *models, **options: [(0.5, 2.0, 1.0), (0.6, 2.0, 1.2)])
+        patch.setattr(compression.search, "reducers", lambda has_cls: [TopK() if has_cls else ToMe()])
+        patch.setattr(compression.run, "stratify", partial(stratify, rounds=1))
         patch.setattr(images, "_digits", lambda: (pixels[:450], targets[:450]))
         patch.setattr(demo, "_recipe", few)
         patch.setattr(demo, "bench", lambda models, **options: bench(models, batch_sizes=(4,), rounds=1))

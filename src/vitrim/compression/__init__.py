@@ -2,6 +2,6 @@
 
 from .certificate import Certificate, Line
 from .run import Compressed, compress
-from .verify import Verified, verify
+from .verification import Verified, verify
 
 __all__ = ["Certificate", "Compressed", "Line", "Verified", "compress", "verify"]

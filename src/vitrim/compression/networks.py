@@ -8,7 +8,7 @@ import copy
 import dataclasses
 from collections.abc import Callable
 from contextlib import suppress
-from functools import cache
+from functools import cache, cached_property
 from itertools import product
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..elastic.refit import refit
 from ..elastic.supernet import SuperNet
 from ..errors import ScheduleError, ScoreError, VitrimError
-from ..models import find_adapter, narrow, reads_prefix_only
+from ..models import BlockWidths, find_adapter, narrow, reads_prefix_only, widths_of
 from ..models.adapter import Adapter, Geometry
 from ..models.foreign_macs import empty_copy, num_parameters
 from ..tokens import Budget, Plan, Reducer, Schedule, make_plan
@@ -39,6 +39,11 @@ class Hollow:
         self.geometry: Geometry = self.adapter.geometry(model)
         self.cls_only = reads_prefix_only(model)
         self.params = num_parameters(model)
+
+    @cached_property
+    def widths(self) -> tuple[BlockWidths, ...]:
+        """Of every block."""
+        return widths_of(self.model)
 
     def plan(self, reducer: Reducer | None, schedule: Schedule | None, limits: bool = False) -> Plan:
         """The plan of a schedule; of all tokens without one."""

@@ -19,8 +19,10 @@ from ..measure.speed import DTYPES
 from ..models import attach, attached, find_adapter
 from ..models.foreign_macs import counting_once
 from ..models.store import describe, save_with
-from .candidates import Candidate
+from .block_times import NANO
+from .candidates import Candidate, reducers
 from .certificate import FILE, TRIED, Certificate, Line
+from .clock import Clock, LatencyPrice, table_for
 from .fidelity import Closeness, Judge
 from .goal import Goal, Part, check_using
 from .images import Parts, divide, gather
@@ -132,8 +134,6 @@ class Wish:
         check_counts(batch_size=self.batch_size, num_images=self.num_images)
         if type(self.trials) is not int or self.trials < 0:
             raise VitrimError(f"trials is a whole number, 0 or more, not {self.trials!r}")
-        if self.goal.kind == "latency":
-            raise VitrimError("a budget of time is not supported yet; give macs= or params=, and read the time ratio")
         if self.dtype not in DTYPES:
             raise UnknownNameError("dtype", self.dtype, DTYPES)
 
@@ -170,9 +170,9 @@ class Job:
         self.original = copy.deepcopy(model).to(device).eval()
         self.wish, self.parts, self.device, self.notes = wish, parts, device, list[str]()
         self.progress = Progress(STRATIFY_UNITS * len(parts.fit), say)
-        given = cost(self.original)
-        self.asked = wish.goal.limit(given.params if wish.goal.kind == "params" else given.macs)
-        self.price: Price = params_price if wish.goal.kind == "params" else macs_price
+        self.price, full = self._price()
+        absolute = wish.goal.kind == "latency" and not wish.goal.fraction
+        self.asked = wish.goal.limit(full) * (NANO if absolute else 1)
 
     def run(self, max_drop: float | None = None, *, labelled: bool = False) -> Compressed:
         """Search, measure, and certify; `labelled`: whether the images that nothing has seen have classes."""
@@ -189,7 +189,9 @@ class Job:
             self.progress.total += planned_work(len(first), each, len(judge))
             self.progress.total += fit_units(len(self.parts.fit)) * len({one.index for one in first} - {0})
             ranked = search.run(self.wish.trials, first)
-        answers = self._answers(ranked)
+            answers = self._answers(ranked)
+            if self.wish.goal.kind == "latency":
+                answers = self._in_time(networks, search, answers)
         networks.drop_others({tried.candidate.index for tried in answers.values()})
         model = self._built(networks, answers["best"].candidate)
         lines = self._lines(model, networks, answers, max_drop, labelled)
@@ -201,6 +203,27 @@ class Job:
             tried=[self._row(tried, search) for tried in _by_images(search.tried)], notes=self.notes,
         )  # fmt: skip
         return Compressed(model, certificate)
+
+    def _price(self) -> tuple[Price, float]:
+        """What the budget counts, and how much of it the given model needs."""
+        wish, given = self.wish, cost(self.original)
+        if wish.goal.kind != "latency":
+            return (params_price, given.params) if wish.goal.kind == "params" else (macs_price, given.macs)
+        has_cls = find_adapter(self.original).geometry(self.original).has_cls
+        methods = reducers(has_cls) if "tokens" in wish.using else []
+        table = table_for(
+            self.original, methods, batch_size=wish.batch_size, device=self.device, dtype=wish.dtype,
+            say=self.progress.line,
+        )  # fmt: skip
+        return LatencyPrice(table), NANO * table.dense
+
+    @property
+    def _timing(self) -> dict[str, Any]:
+        """Options of `sessions`."""
+        wish = self.wish
+        return {
+            "batch_size": wish.batch_size, "device": self.device, "dtype": wish.dtype, "compile": wish.compile,
+        }  # fmt: skip
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -218,10 +241,12 @@ class Job:
         if (least := search.least()) <= self.asked:
             return search
         given = self.asked / self.wish.goal.most if self.wish.goal.fraction else None
+        unit, digits = (NANO, 2) if self.wish.goal.kind == "latency" else (1, 0)
         self._note(
-            f"{self.wish.goal} cannot be reached; the least is {least:,.0f}"
+            f"{self.wish.goal} cannot be reached; the least is {least / unit:,.{digits}f}"
             + ("" if given is None else f" ({least / given:.3f} of the given model)")
-            + f", of which {self._fixed(networks):,.0f} lie outside of the blocks (patch embedding, classifier)"
+            + f", of which {self._fixed(networks) / unit:,.{digits}f} lie outside of the blocks (patch embedding, "
+            "classifier)"
         )
         return Search(networks, judge, least, self.price, tokens=tokens, progress=self.progress)
 
@@ -248,6 +273,8 @@ class Job:
     def _fixed(self, networks: Networks) -> float:
         """What of the price no candidate lowers: that of the model without its blocks."""
         chain = start_chain(self.original) if networks.supernet is None else networks.supernet.chain
+        if isinstance(self.price, LatencyPrice):
+            return NANO * self.price.table.empty
         if self.wish.goal.kind == "params":
             return chain.params - sum(unit.width * unit.params for unit in chain.units.values())
         return chain.macs - sum(unit.width * unit.macs for unit in chain.units.values())
@@ -259,6 +286,16 @@ class Job:
             if tried.candidate.kind in ("tokens", "width"):
                 found.setdefault(tried.candidate.kind, tried)
         return found
+
+    def _in_time(self, networks: Networks, search: Search, answers: Mapping[str, Tried]) -> dict[str, Tried]:
+        """The answers, corrected until the clock agrees with the budget."""
+        self.progress.line("timing the best candidates, and correcting them")
+        clock = Clock(networks, search, self.wish.goal.most, self.wish.goal.fraction, self._timing)
+        found: dict[int, Tried] = {}
+        for tried in answers.values():
+            if id(tried) not in found:
+                found[id(tried)] = Tried(clock.corrected(tried.candidate), tried.parts)
+        return {kind: found[id(tried)] for kind, tried in answers.items()}
 
     def _built(self, networks: Networks, candidate: Candidate) -> nn.Module:
         model = copy.deepcopy(networks.real(candidate.index))
@@ -285,13 +322,7 @@ class Job:
         if labelled:
             lines += accuracy_lines(judge, best, max_drop)
         self.progress.line("measuring the time of the answer in fresh rounds")
-        times = sessions(
-            self.original, model, batch_size=self.wish.batch_size, device=self.device, dtype=self.wish.dtype,
-            compile=self.wish.compile,
-        )  # fmt: skip
-        ms, given_ms = milliseconds(times)
-        lines.append(Line.of_interval("time", time_ratio(times), of=1.0, number=len(times)))
-        return [*lines, Line.of_interval("ms", ms, of=given_ms, number=len(times))]
+        return [*lines, *time_lines(sessions(self.original, model, **self._timing), self.wish.goal)]
 
     def _row(self, tried: Tried, search: Search) -> dict[str, Any]:
         candidate, network = tried.candidate, search.networks.hollow(tried.candidate.index)
@@ -311,6 +342,17 @@ class Job:
     def _note(self, text: str) -> None:
         self.notes.append(text)
         self.progress.line(text)
+
+
+def time_lines(times: list[tuple[float, float, float]], goal: Goal | None = None) -> list[Line]:
+    """The ratio of times, and milliseconds, of these sessions, with what was asked of them."""
+    ms, given = milliseconds(times)
+    asked = goal.most if goal is not None and goal.kind == "latency" else None
+    fraction = goal is not None and goal.fraction
+    return [
+        Line.of_interval("time", time_ratio(times), asked=asked if fraction else None, of=1.0, number=len(times)),
+        Line.of_interval("ms", ms, asked=None if fraction else asked, of=given, number=len(times)),
+    ]
 
 
 def fidelity_lines(found: Closeness) -> list[Line]:

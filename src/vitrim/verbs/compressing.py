@@ -113,8 +113,8 @@ def verify(
     from .delivery import check_table, deliver
 
     check_table(out)
-    from ..compression.verify import open_certified
-    from ..compression.verify import verify as run
+    from ..compression.verification import open_certified
+    from ..compression.verification import verify as run
 
     _, certificate = open_certified(folder)
     check_used("verify", data, ("train_split", "holdout", "limit"), "the test images")

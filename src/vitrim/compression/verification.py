@@ -19,8 +19,8 @@ from ..models.store import rebuild
 from .certificate import FORMS, Certificate, Line, row_of
 from .fidelity import Judge
 from .images import Pictures
-from .run import accuracy_lines, fidelity_lines
-from .timing import milliseconds, sessions, time_ratio
+from .run import accuracy_lines, fidelity_lines, time_lines
+from .timing import sessions
 
 COUNTED = ("macs", "params")
 COMPARED = ("divergence", "agreement", "accuracy", "drop")
@@ -180,8 +180,4 @@ def _timed(original: nn.Module, model: nn.Module, settings: Mapping[str, Any], d
         original, model, batch_size=int(settings.get("batch_size", 32)), device=device,
         dtype=str(settings.get("dtype", "float32")), compile=bool(settings.get("compile", False)),
     )  # fmt: skip
-    ms, given = milliseconds(times)
-    return [
-        Line.of_interval("time", time_ratio(times), of=1.0, number=len(times)),
-        Line.of_interval("ms", ms, of=given, number=len(times)),
-    ]
+    return time_lines(times)

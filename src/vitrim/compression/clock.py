@@ -1,0 +1,115 @@
+"""Budgets of time: a price from the table of block times, and candidates that are corrected until the clock agrees."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..models import attach
+from ..tokens import Plan, Reducer
+from .block_times import NANO, BlockTimes, Workbench, kind_of
+from .candidates import Candidate
+from .networks import Hollow, Networks
+from .search import Search
+from .times_file import circumstances, read_table, write_table
+from .timing import sessions
+
+CORRECTIONS = 4
+"""How often a candidate is solved again for what the clock has shown."""
+AIM = 0.98
+"""Part of the budget that is aimed at, so that noise does not spoil the answer."""
+CLOSE = 0.93
+"""A candidate that takes less of the budget than this gives some of it back."""
+
+
+class LatencyPrice:
+    """Predicted nanoseconds of one batch, as a price."""
+
+    def __init__(self, table: BlockTimes) -> None:
+        self.table = table
+
+    def __call__(self, network: Hollow, plan: Plan, reducer: Reducer | None) -> float:
+        """See `networks.Price`."""
+        return NANO * self.table.predict(plan, network.widths, reducer)
+
+
+def table_for(
+    model: nn.Module, reducers: Sequence[Reducer], *, batch_size: int, device: torch.device, dtype: str,
+    say: Callable[[str], None],
+) -> BlockTimes:  # fmt: skip
+    """The table of block times under these circumstances: from the cache, or measured and kept there.
+
+    Raises:
+        UnsupportedModelError: blocks of this family cannot be timed alone.
+    """
+    where = circumstances(model, batch_size, device, dtype)
+    table = read_table(where)
+    bench: Workbench | None = None
+    if table is None:
+        say("measuring how long a block takes with fewer tokens and at smaller widths; kept for the next time")
+        bench = Workbench(model, batch_size, device, dtype)
+        table = bench.measure()
+        write_table(table, where)
+    if missing := [one for one in reducers if kind_of(one) not in table.cuts]:
+        bench = bench or Workbench(model, batch_size, device, dtype)
+        for reducer in missing:
+            bench.measure_cut(table, reducer)
+        write_table(table, where)
+    return table
+
+
+class Clock:
+    """Measures candidates against the given model, and corrects those that are too slow or need not be so fast.
+
+    Args:
+        networks: of the search.
+        search: solves candidates.
+        most: the budget, as a fraction of the time of the given model, or in milliseconds.
+        fraction: which of both it is.
+        options: of `timing.sessions`.
+    """
+
+    def __init__(
+        self, networks: Networks, search: Search, most: float, fraction: bool, options: dict[str, Any]
+    ) -> None:
+        self.networks, self.search, self.most, self.fraction, self.options = networks, search, most, fraction, options
+
+    def spent(self, candidate: Candidate) -> float:
+        """The part of the budget that a candidate takes, measured."""
+        network = self.networks.real(candidate.index)
+        with attach(network, candidate.reduction, cls_only=self.networks.full.cls_only):
+            ((ratio, _, cheaper),) = sessions(self.networks.original, network, **self.options, number=1)
+        return (ratio if self.fraction else cheaper) / self.most
+
+    def corrected(self, candidate: Candidate) -> Candidate:
+        """The candidate, solved again for a smaller or larger price until it takes just less than the budget.
+
+        Where no correction meets the budget, the fastest one is returned.
+        """
+        limit, tried = self.search.limit, list[tuple[float, Candidate]]()
+        for _ in range(CORRECTIONS):
+            spent = self.spent(candidate)
+            tried.append((spent, candidate))
+            if CLOSE <= spent <= 1:
+                break
+            limit *= AIM / spent
+            other = self._solved(candidate, limit)
+            if other is None or any(self.search.key(other) == self.search.key(one) for _, one in tried):
+                break
+            candidate = other
+        fitting = [one for one in tried if one[0] <= 1]
+        # Of those that are fast enough the one that takes most time has lost least.
+        return max(fitting, key=lambda one: one[0])[1] if fitting else min(tried, key=lambda one: one[0])[1]
+
+    def _solved(self, candidate: Candidate, limit: float) -> Candidate | None:
+        price = self.search.price
+        if candidate.reducer is None or candidate.shape is None:
+            index = self.networks.narrowest_within(limit, price)
+            if index is None:
+                return None
+            network = self.networks.hollow(index)
+            return replace(candidate, index=index, price=price(network, network.plan(None, None), None))
+        found = self.networks.hollow(candidate.index).solve(candidate.reducer, candidate.shape, limit, price)
+        return None if found is None else replace(candidate, schedule=found[0], price=found[1])

@@ -1,0 +1,173 @@
+"""Budgets of time: the table of block times, its file, and the corrections by the clock."""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import vitrim
+from elastic_models import images, small
+from vitrim import ToMe, TopK
+from vitrim.compression import clock, run, search, times_file
+from vitrim.compression.block_times import NANO, BlockTimes, Workbench, kind_of
+from vitrim.compression.clock import Clock, LatencyPrice
+from vitrim.compression.networks import Hollow
+from vitrim.errors import UnsupportedModelError
+from vitrim.models import BlockWidths
+from vitrim.models.foreign_macs import empty_copy
+from vitrim.tokens import KeepRate, Plan, make_plan
+
+TINY = {"img_size": 64, "depth": 3, "embed_dim": 24, "num_heads": 2}
+CPU = torch.device("cpu")
+
+
+def table(cuts: dict[str, float] | None = None) -> BlockTimes:
+    """A token takes 2 units in attention and 3 in the MLP at full width; the rest of the model takes 10."""
+    tokens = (2, 5, 17)
+    rows = [[share * number for number in tokens] for share in (0.0, 0.5, 1.0)]
+    attention, mlp = ([[each * value for value in row] for row in rows] for each in (2.0, 3.0))
+    return BlockTimes(tokens, (0, 6, 12), (0, 48, 96), attention, mlp, 10.0 + 3 * 5 * 17, 10.0, cuts or {})
+
+
+FULL = (BlockWidths(12, 96),) * 3
+
+
+def test_a_prediction_adds_what_each_half_of_each_block_takes() -> None:
+    dense = Plan(16, 1, 3, ())
+    assert table().predict(dense, FULL, None) == pytest.approx(table().dense)
+    half = (BlockWidths(6, 48), BlockWidths(0, 96), BlockWidths(12, 0))
+    assert table().predict(dense, half, None) == pytest.approx(10 + 17 * (2.5 + 3 + 2))
+    tome = ToMe()
+    plan = make_plan(KeepRate(0.5, at=(1,)), tome, depth=3, num_patches=16, num_prefix=1)
+    expected = 10 + 5 * 17 + (2 * 17 + 3 * 9) + 5 * 9
+    assert table().predict(plan, FULL, tome) == pytest.approx(expected)
+    assert table({kind_of(tome): 0.25}).predict(plan, FULL, tome) == pytest.approx(expected + 16 * 0.25)
+
+
+def test_queries_that_are_not_computed_and_a_last_block_for_cls_save_time() -> None:
+    dropping = TopK()
+    plan = make_plan(KeepRate(0.5, at=(1,)), dropping, depth=3, num_patches=16, num_prefix=1)
+    attention = 2 * 17 * (0.5 + 0.5 * 9 / 17)
+    assert table().predict(plan, FULL, dropping) == pytest.approx(10 + 5 * 17 + attention + 3 * 9 + 5 * 9)
+    only = Plan(16, 1, 3, ()).for_prefix_only()
+    last = 2 * 17 * (0.5 + 0.5 / 17) + 3 * 2 * 0.5  # Half of what the fewest measured tokens take.
+    assert table().predict(only, FULL, None) == pytest.approx(10 + 2 * 5 * 17 + last)
+
+
+def test_kinds_of_reducers_share_what_their_cuts_take() -> None:
+    assert kind_of(TopK()) == kind_of(TopK(momentum=0.5))
+    assert len({kind_of(one) for one in (TopK(), TopK(fuse="sum"), TopK("norm"), ToMe())}) == 4
+
+
+def by_size(self: Workbench, calls: Mapping[Any, Callable[[], Any]], rounds: int = 5) -> dict[Any, float]:
+    """In place of a clock: what a call returns is large where it takes long; names say the widths."""
+    for call in calls.values():
+        call()  # So that every call can be made.
+    return {name: {"dense": 8.0, "empty": 1.0, "reduced": 7.0}.get(name) or 0.5 + sum(name) / 100 for name in calls}
+
+
+@pytest.fixture
+def fake_times(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(Workbench, "times", by_size)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+
+@pytest.mark.usefixtures("fake_times")
+def test_a_workbench_times_halves_of_blocks_at_tokens_and_widths() -> None:
+    bench = Workbench(small(torch.float32, **TINY), 2, CPU, "float32")
+    found = bench.measure()
+    assert found.tokens == sorted(found.tokens)
+    assert (found.tokens[-1], found.head_dims[-1], found.hiddens[-1]) == (17, 12, 96)
+    assert found.attention[0] == [0.0] * len(found.tokens)
+    assert found.attention[-1][0] == pytest.approx(0.12)
+    assert found.mlp[-1][0] == pytest.approx(0.96)
+    bench.measure_cut(found, ToMe())
+    assert list(found.cuts) == [kind_of(ToMe())]
+
+
+@pytest.mark.usefixtures("fake_times")
+def test_a_table_is_measured_once_and_kept_with_what_it_depends_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    network, lines = small(torch.float32, **TINY), []
+    options: dict[str, Any] = {"batch_size": 2, "device": CPU, "dtype": "float32", "say": lines.append}
+    first = clock.table_for(network, [ToMe()], **options)
+    assert len(lines) == 1
+    (path,) = times_file.cache_folder().glob("*.json")
+    assert json.loads(path.read_text())["circumstances"]["environment"]["torch"]
+    again = clock.table_for(network, [ToMe()], **options)
+    assert len(lines) == 1, "the second time it is read"
+    assert again.dense == first.dense
+    assert again.cuts == first.cuts
+    clock.table_for(network, [ToMe()], **options | {"batch_size": 4})
+    assert len(lines) == 2, "another batch size has other times"
+    for content in ("{", "[]", '{"circumstances": 1}', path.read_text().replace('"dense": 8.0', '"dense": -1')):
+        path.write_text(content)
+        where = times_file.circumstances(network, 2, CPU, "float32")
+        assert times_file.read_table(where) is None, "a damaged table is measured again"
+
+
+@pytest.mark.usefixtures("fake_times")
+def test_blocks_that_take_more_than_tokens_are_refused() -> None:
+    eva = timm.create_model("eva02_tiny_patch14_224", img_size=56, depth=1, embed_dim=24, num_heads=2)
+    with pytest.raises(UnsupportedModelError):
+        Workbench(eva, 2, CPU, "float32").measure()
+
+
+class _Exact(Clock):
+    """A clock by which everything takes `factor` times what the table predicts."""
+
+    factor = 1.0
+
+    def spent(self, candidate: Any) -> float:
+        return self.factor * candidate.price / self.search.limit
+
+
+@pytest.mark.parametrize("factor", [0.5, 1.0, 1.4])
+def test_candidates_are_corrected_until_the_clock_agrees(factor: float) -> None:
+    network = small(torch.float32, **TINY)
+    networks = run.Networks(network, None, [])
+    price = LatencyPrice(table())
+    limit = 0.7 * NANO * table().dense
+    judge: Any = [0] * 8
+    one = search.Search(networks, judge, limit, price, tokens=True, progress=run.Progress(1, print))
+    candidate = one.candidate(0, ToMe(), vitrim.PowerLaw(1.0, 1.4))
+    assert candidate is not None
+    measured = _Exact(networks, one, 0.7, True, {})
+    measured.factor = factor
+    found = measured.corrected(candidate)
+    assert measured.spent(found) <= 1
+    assert measured.spent(found) >= min(0.8, measured.spent(candidate)), "no more is removed than is needed"
+    if factor > 1:
+        assert measured.spent(candidate) > 1
+        assert found.price < candidate.price
+
+
+def test_prices_are_nanoseconds() -> None:
+    network = Hollow(0, empty_copy(small(torch.float32, **TINY)))
+    assert LatencyPrice(table())(network, network.plan(None, None), None) < NANO * table().dense
+
+
+@pytest.mark.parametrize(("latency", "key"), [(0.7, "time"), ("5.6ms", "ms")])
+@pytest.mark.usefixtures("fake_times")
+def test_a_budget_of_time_is_met_by_fresh_measurements(
+    latency: float | str, key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def timed(original: nn.Module, model: nn.Module, *, number: int = 2, **_: Any) -> list[tuple[float, float, float]]:
+        ratio = vitrim.cost(model).macs / vitrim.cost(original).macs
+        return [(ratio, 8.0, 8.0 * ratio)] * number
+
+    for module in (clock, run):
+        monkeypatch.setattr(module, "sessions", timed)
+    monkeypatch.setattr(search, "reducers", lambda has_cls: [ToMe()])
+    monkeypatch.setattr(run, "reducers", lambda has_cls: [ToMe()])
+    found = vitrim.compress(
+        small(torch.float32, **TINY), images(40, dtype=torch.float32), latency=latency, using="tokens", batch_size=2,
+        trials=0, say=lambda line: None,
+    )  # fmt: skip
+    assert found.certificate[key].asked in (0.7, 5.6)
+    assert found.certificate.met
+    assert "time" in found.certificate.asked or "ms" in found.certificate.asked
