@@ -12,10 +12,12 @@ from ..tokens import Plan, Reducer
 from .block_times import NANO, BlockTimes, Workbench, kind_of
 from .candidates import Candidate
 from .networks import Hollow, Networks
-from .search import Search
+from .search import Search, Tried
 from .times_file import circumstances, read_table, write_table
 from .timing import sessions
 
+CANDIDATES = 3
+"""How many candidates of a kind are timed at most."""
 CORRECTIONS = 4
 """How often a candidate is solved again for what the clock has shown."""
 AIM = 0.98
@@ -83,10 +85,21 @@ class Clock:
             ((ratio, _, cheaper),) = sessions(self.networks.original, network, **self.options, number=1)
         return (ratio if self.fraction else cheaper) / self.most
 
-    def corrected(self, candidate: Candidate) -> Candidate:
+    def first_in_time(self, ranked: Sequence[Tried]) -> Tried:
+        """The first of some candidates that meets the budget once it is corrected, or the fastest of them."""
+        tried: list[tuple[float, Tried]] = []
+        for one in ranked[:CANDIDATES]:
+            spent, candidate = self.corrected(one.candidate)
+            tried.append((spent, Tried(candidate, one.parts)))
+            if spent <= 1:
+                return tried[-1][1]
+        return min(tried, key=lambda each: each[0])[1]
+
+    def corrected(self, candidate: Candidate) -> tuple[float, Candidate]:
         """The candidate, solved again for a smaller or larger price until it takes just less than the budget.
 
-        Where no correction meets the budget, the fastest one is returned.
+        Returns:
+            The part of the budget that it takes, and the candidate; the fastest where no correction meets the budget.
         """
         limit, tried = self.search.limit, list[tuple[float, Candidate]]()
         for _ in range(CORRECTIONS):
@@ -101,7 +114,7 @@ class Clock:
             candidate = other
         fitting = [one for one in tried if one[0] <= 1]
         # Of those that are fast enough the one that takes most time has lost least.
-        return max(fitting, key=lambda one: one[0])[1] if fitting else min(tried, key=lambda one: one[0])[1]
+        return max(fitting, key=lambda one: one[0]) if fitting else min(tried, key=lambda one: one[0])
 
     def _solved(self, candidate: Candidate, limit: float) -> Candidate | None:
         price = self.search.price

@@ -191,7 +191,7 @@ class Job:
             ranked = search.run(self.wish.trials, first)
             answers = self._answers(ranked)
             if self.wish.goal.kind == "latency":
-                answers = self._in_time(networks, search, answers)
+                answers = self._in_time(networks, search, ranked)
         networks.drop_others({tried.candidate.index for tried in answers.values()})
         model = self._built(networks, answers["best"].candidate)
         lines = self._lines(model, networks, answers, max_drop, labelled)
@@ -287,15 +287,17 @@ class Job:
                 found.setdefault(tried.candidate.kind, tried)
         return found
 
-    def _in_time(self, networks: Networks, search: Search, answers: Mapping[str, Tried]) -> dict[str, Tried]:
-        """The answers, corrected until the clock agrees with the budget."""
+    def _in_time(self, networks: Networks, search: Search, ranked: Sequence[Tried]) -> dict[str, Tried]:
+        """The answers as `_answers`, corrected until the clock agrees with the budget."""
         self.progress.line("timing the best candidates, and correcting them")
         clock = Clock(networks, search, self.wish.goal.most, self.wish.goal.fraction, self._timing)
-        found: dict[int, Tried] = {}
-        for tried in answers.values():
-            if id(tried) not in found:
-                found[id(tried)] = Tried(clock.corrected(tried.candidate), tried.parts)
-        return {kind: found[id(tried)] for kind, tried in answers.items()}
+        found = {"best": clock.first_in_time(ranked)}
+        for kind in ("tokens", "width"):
+            if found["best"].candidate.kind == kind:
+                found[kind] = found["best"]
+            elif own := [tried for tried in ranked if tried.candidate.kind == kind]:
+                found[kind] = clock.first_in_time(own)
+        return found
 
     def _built(self, networks: Networks, candidate: Candidate) -> nn.Module:
         model = copy.deepcopy(networks.real(candidate.index))

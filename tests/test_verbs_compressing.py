@@ -1,0 +1,163 @@
+"""`vitrim compress` and `vitrim verify` as commands: what they refuse, list, warn about and write."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from vitrim import Certificate, ToMe, TopK, build_model, load, save
+from vitrim.cli import main
+from vitrim.compression import run, search, verification
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few() -> Iterator[None]:
+    """Two reducers, and times that do not depend on the load."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (run, verification):
+            patch.setattr(module, "sessions", lambda *models, **options: [(0.5, 2.0, 1.0), (0.6, 2.0, 1.2)])
+        patch.setattr(search, "reducers", lambda has_cls: [TopK(), ToMe()])
+        yield
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    torch.manual_seed(0)
+    network = build_model("vitrim_digits_vit", depth=2, embed_dim=16, num_heads=2)
+    nn.init.normal_(network.head.weight, std=0.5)
+    return str(save(network, tmp_path_factory.mktemp("model") / "digits"))
+
+
+def call(capsys: pytest.CaptureFixture[str], *words: Any) -> tuple[Any, str, str]:
+    code: Any = 0
+    try:
+        main([str(word) for word in words])
+    except SystemExit as end:
+        code = end.code
+    said = capsys.readouterr()
+    return code, said.out, said.err
+
+
+QUICK = ("--num_images", 40, "--trials", 0, "--batch_size", 2, "--data.workers", 0, "--using", "tokens")
+
+
+def test_a_folder_is_written_and_verified_and_never_overwritten(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "cheaper"
+    code, said, _ = call(capsys, "compress", model, "--macs", 0.8, "--max_drop", 1, *QUICK, "--out", out)
+    assert code == 0
+    assert "at most 0.8 of the MACs, met" in said
+    found = Certificate.read(out)
+    assert found.load[-1] == f"model = vitrim.load({str(out)!r})"
+    assert found["macs"].met
+    assert found["drop"].asked == 1, "digits are of the classes of this model"
+    assert load(out)
+    assert call(capsys, "compress", model, "--macs", 0.8, *QUICK, "--out", out)[0] == 2
+    code, said, _ = call(capsys, "verify", out, "--out", tmp_path / "verified.md")
+    assert code == 0, said
+    assert "holds here" in said
+    assert "not measured" not in said.replace("not measured: only", "")
+    code, _, err = call(capsys, "verify", out, "--original", "vitrim_digits_vit")
+    assert (code, "another model" in err) == (2, True)
+    torch.manual_seed(3)
+    save(load(out), tmp_path / "other")
+    (tmp_path / "other" / "certificate.json").write_text((out / "certificate.json").read_text().replace("0", "1"))
+    code, _, err = call(capsys, "verify", tmp_path / "other")
+    assert code == 2, "numbers were changed"
+
+
+def test_a_line_that_does_not_hold_ends_with_1(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "cheaper"
+    call(capsys, "compress", model, "--macs", 0.8, *QUICK, "--out", out)
+    file = out / "certificate.json"
+    macs = f'"value": {Certificate.read(out)["macs"].value:.0f}'
+    assert macs in file.read_text()
+    file.write_text(file.read_text().replace(macs, '"value": 12345'))
+    code, said, _ = call(capsys, "verify", out)
+    assert code == 1
+    assert "DOES NOT HOLD" in said
+
+
+def test_photos_without_classes_do(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number in range(40):
+        folder = tmp_path / "photos" / f"{number % 3}"
+        folder.mkdir(parents=True, exist_ok=True)
+        noise = torch.randint(0, 255, (9, 9), generator=torch.Generator().manual_seed(number), dtype=torch.uint8)
+        Image.fromarray(noise.numpy()).save(folder / f"{number}.png")
+    words = ("compress", model, "--data.root", tmp_path / "photos", "--macs", 0.8, *QUICK)
+    code, said, err = call(capsys, *words, "--out", tmp_path / "cheaper")
+    assert code == 0, err
+    assert "accuracy" not in said
+    assert Certificate.read(tmp_path / "cheaper")["divergence"].number == 20
+    code, _, err = call(capsys, *words, "--max_drop", 0.1, "--out", tmp_path / "again")
+    assert (code, "max_drop needs test images" in err) == (2, True)
+    (tmp_path / "photos" / "0" / "bad.png").write_bytes(b"no image")
+    code, _, err = call(capsys, *words, "--out", tmp_path / "again")
+    assert code == 2
+    assert "bad.png" in err
+    assert not (tmp_path / "again").exists()
+    skip = ("--data.on_corrupt", "skip")
+    assert call(capsys, *words, *skip, "--dry_run")[0] == 0
+
+
+def test_a_dry_run_lists_what_would_be_tried(
+    model: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run.Job, "run", lambda *_, **__: pytest.fail("nothing is searched"))
+    code, said, _ = call(capsys, "compress", model, "--macs", 0.5, "--data.workers", 0, "--num_images", 80, "--dry_run")
+    assert code == 0
+    assert "candidates of the first round" in said
+    assert "ToMe()" in said
+    assert "About" in said
+
+
+def test_random_weights_are_warned_about(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("compress", "vitrim_digits_vit", "--macs", 0.5, "--data.workers", 0, "--num_images", 80, "--dry_run")
+    code, _, err = call(capsys, *words)
+    assert code == 0
+    assert "weights are random" in err
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("--macs 0.5", "give --out"),
+        ("--out new", "exactly one budget"),
+        ("--macs 0.5 --params 0.5 --out new", "exactly one budget"),
+        ("--macs -1 --out new", "positive number"),
+        ("--latency 12s --out new", "such as 0.5ms"),
+        ("--macs 0.5 --using depth --out new", "'tokens', 'width'"),
+        ("--macs 0.5 --out file", "there is a file of this name"),
+        ("--macs 0.5 --data.root nowhere --out new", "nowhere is not a folder"),
+        ("--macs 0.5 --data.root empty --out new", "holds no images"),
+        ("--macs 0.5 --data.holdout 0.2 --out new", "no effect"),
+        ("--macs 0.5 --num_images 20 --data.workers 0 --out new", "20 images are too few"),
+        ("--macs 0.5 --num_images 1 --data.workers 0 --out new", "one image is too few"),
+    ],
+)
+def test_what_cannot_be_done_is_one_line(
+    words: str,
+    says: str,
+    model: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("x")
+    Path("empty").mkdir()
+    code, _, err = call(capsys, "compress", model, *words.split())
+    assert code == 2
+    assert says in err
+    assert len(err.strip().splitlines()) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file"]
+
+
+def test_verify_needs_a_certificate(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = call(capsys, "verify", model)
+    assert (code, "holds no certificate.json" in err) == (2, True)
