@@ -65,7 +65,8 @@ def in_small() -> Iterator[None]:
         for module in (compression.run, compression.verification):  # Whose intervals would depend on the load.
             patch.setattr(module, "sessions", lambda *models, **options: [(0.5, 2.0, 1.0), (0.6, 2.0, 1.2)])
         patch.setattr(compression.search, "reducers", lambda has_cls: [TopK() if has_cls else ToMe()])
-        patch.setattr(compression.run, "stratify", partial(stratify, rounds=1))
+        patch.setattr(compression.run, "stratify", partial(stratify, even=True))
+        patch.setattr(compression.run, "MOST_UNSEEN", 60)
         patch.setattr(images, "_digits", lambda: (pixels[:450], targets[:450]))
         patch.setattr(demo, "_recipe", few)
         patch.setattr(demo, "bench", lambda models, **options: bench(models, batch_sizes=(4,), rounds=1))
