@@ -43,6 +43,7 @@ __all__ = [
     "build_model",
     "compile",
     "compress",
+    "convert",
     "cost",
     "lightning_callback",
     "load",
@@ -53,7 +54,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "vitrim.models": ("Handle", "attach", "attached", "build_model", "compile", "load", "save", "set_epoch"),
+    "vitrim.models": ("Handle", "attach", "attached", "build_model", "compile", "convert", "load", "save", "set_epoch"),
     "vitrim.compression": ("Certificate", "Compressed", "compress"),
     "vitrim.elastic": ("SuperNet", "stratify"),
     "vitrim.train.callbacks": ("lightning_callback", "transformers_callback"),
@@ -69,7 +70,7 @@ if TYPE_CHECKING:
     from .distill.objective import Linear
     from .elastic import SuperNet, stratify
     from .measure.cost import Cost, cost
-    from .models import Handle, attach, attached, build_model, compile, load, save, set_epoch
+    from .models import Handle, attach, attached, build_model, compile, convert, load, save, set_epoch
     from .tokens import (
         Adaptive,
         Budget,

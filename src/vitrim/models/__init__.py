@@ -17,6 +17,7 @@ from .attach import Handle, attach, attached, handles_inside, set_epoch
 from .build import build_model, has_weights, open_model
 from .checkpoints import read_weights
 from .compiling import compile, without_limit
+from .families.hf_timm import convert
 from .removed_branch import RemovedBranch
 from .store import check_place, load, save
 from .trace import Trace, trace_of
@@ -43,6 +44,7 @@ __all__ = [
     "builder_of",
     "check_place",
     "compile",
+    "convert",
     "detached",
     "find_adapter",
     "handles_inside",

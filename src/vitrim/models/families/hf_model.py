@@ -247,7 +247,8 @@ class TransformersViT(Adapter):
     ) -> State:
         if "cls_token" in state or "blocks.0.attn.qkv.weight" in state:
             raise CheckpointError(
-                "these are weights in the names of timm; vitrim.from_timm makes a model of transformers of a timm one"
+                "these are weights in the names of timm; load them into a model of timm, and convert that with "
+                "vitrim.convert(model, 'transformers')"
             )
         return hf_sizes.fit_weights(_layout(model), model, state, trained_at)
 
