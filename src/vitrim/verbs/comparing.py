@@ -16,7 +16,8 @@ def evaluate(
     """Evaluate models, each dense and under every method, side by side.
 
     Args:
-        model: timm names, NAME@FILE (with weights from a file), folders written by vitrim, or run folders.
+        model: timm names, NAME@FILE (with weights from a file), folders written by vitrim or transformers, hf:NAME, or
+            run folders.
         data: the test images; by default those of the first model, if it is a run folder.
         method: reductions to attach at test time, such as "TopK() @ KeepRate(0.7)"; "dense" removes any.
         batch_size: images at a time.
@@ -45,7 +46,8 @@ def bench(
     """Time models and methods side by side, in interleaved rounds, as ratios to the first.
 
     Args:
-        model: timm names, NAME@FILE (with weights from a file), folders written by vitrim, or run folders.
+        model: timm names, NAME@FILE (with weights from a file), folders written by vitrim or transformers, hf:NAME, or
+            run folders.
         method: "dense", or reductions such as "ToMe() @ ConstantR(13)"; by default dense and "TopK() @ KeepRate(0.7)".
         batch_size: images at a time.
         dtype: number format of weights and images.
@@ -81,7 +83,8 @@ def sweep(
     """Evaluate one method at many settings, at test time only; with --out, the same command continues after a kill.
 
     Args:
-        model: timm names, NAME@FILE (with weights from a file), folders written by vitrim, or run folders.
+        model: timm names, NAME@FILE (with weights from a file), folders written by vitrim or transformers, hf:NAME, or
+            run folders.
         data: the test images; by default those of the first model, if it is a run folder.
         method: a reduction with names in braces, such as "TopK() @ PowerLaw({r_max}, {alpha})".
         vary: values for each name, such as '{"r_max": [0.5, 0.7], "alpha": [1, 2]}'; with tpe, the lowest and the

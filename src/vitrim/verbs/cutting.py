@@ -37,7 +37,8 @@ def stratify(
     """Turn a trained model into a super-network from which smaller ones are cut; trains it if epochs are given.
 
     Args:
-        model: a timm name with weights (NAME@FILE), a folder written by vitrim, or a run folder.
+        model: a timm name with weights (NAME@FILE), a folder written by vitrim or transformers, hf:NAME, or a run
+            folder.
         data: the images; the training split is used. Test images and held-out ones (test_split, holdout) are used by
             training only.
         out: folder for the super-network; with training, a run folder, which the same command continues.

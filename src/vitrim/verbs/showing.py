@@ -25,7 +25,8 @@ def show(
     """Draw which patches survive, or merge, at each cut.
 
     Args:
-        model: a timm name, NAME@FILE (with weights from a file), a folder written by vitrim, or a run folder.
+        model: a timm name, NAME@FILE (with weights from a file), a folder written by vitrim or transformers, hf:NAME,
+            or a run folder.
         images: folder of images, or one image.
         out: folder for the pictures.
         method: reduction to show, such as "TopK() @ KeepRate(0.7)"; by default the model's own.
