@@ -193,7 +193,9 @@ def _attention(
 
     Of one that was removed a constant is left, and no head. `places` are those of the tokens, None for prefix tokens;
     an attention with rotary positions has `turned`: what a row of one head is at a place; one with relative positions
-    has `relative`: what is added for a query and a key at their places, in all heads.
+    has `relative`: what is added for a query and a key at their places, in all heads. Differential attention has
+    `differ`, which makes the rows of a head from two attention maps, of which the first counts. An MLP that works in
+    parallel is `parallel`.
     """
     if isinstance(attn, RemovedBranch):
         return attn.bias.expand_as(normed_TC), normed_TC.new_empty(0, *2 * normed_TC.shape[:1]), normed_TC.new_empty(0)
@@ -220,11 +222,17 @@ def _attention(
             logits = logits + bias[:, :, h]
         rows.append(logits.exp() / logits.exp().sum(1, keepdim=True))
     attention = torch.stack(rows)
-    mixed = torch.cat([attention[h] @ value[h] for h in range(heads)], dim=1)
+    if hasattr(attn, "differ"):
+        values = value.unflatten(0, (heads // 2, 2)).transpose(1, 2).flatten(2)
+        mixed = [attn.differ(attention[2 * h], attention[2 * h + 1], values[h]) for h in range(heads // 2)]
+        mixed, attention, key = torch.cat(mixed, dim=1), attention[::2], key[::2]
+    else:
+        mixed = torch.cat([attention[h] @ value[h] for h in range(heads)], dim=1)
     mixed = attn.norm(mixed)
     if attn.gate is not None:
         mixed = mixed * torch.sigmoid(attn.gate(normed_TC))
-    return attn.proj(mixed), attention, key
+    out = attn.proj(mixed)
+    return out + attn.parallel(normed_TC) if hasattr(attn, "parallel") else out, attention, key
 
 
 def _head(model: nn.Module, tokens: Tokens, weighted_attention: bool) -> Tensor:
@@ -282,7 +290,14 @@ def reduced_vit(
 
         def attend(block: nn.Module = block) -> tuple[Tensor, Tensor, Tensor]:
             size = [1] * num_prefix + [len(m) for m in tokens.members] if reducer.prop_attn else None
-            return _attention(block.attn, block.norm1(tokens.rows()), size, [*[None] * num_prefix, *tokens.places])
+            places = [*[None] * num_prefix, *tokens.places]
+            each = getattr(block, "attentions", None) or [(block.attn, block.norm1)]
+            outs = [_attention(attn, norm(tokens.rows()), size, places) for attn, norm in each]
+            return (
+                sum(out for out, _, _ in outs),
+                torch.cat([a for _, a, _ in outs]),
+                torch.cat([k for _, _, k in outs]),
+            )
 
         before, inside = plan.cut(index, "before"), plan.cut(index, "inside")
         if before is not None:

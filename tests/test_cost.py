@@ -25,6 +25,12 @@ MODELS = [
     "eva02_tiny_patch14_224",
     "vit_pe_core_tiny_patch16_384",
     "vit_base_patch16_sapiens2",
+    "beit_base_patch16_224",
+    "vit_relpos_small_patch16_rpn_224",
+    "vit_dwee_patch16_reg1_gap_256",
+    "vit_pwee_patch16_reg1_gap_256",
+    "vit_dpwee_patch16_reg1_gap_256",
+    "vit_small_patch16_18x2_224",
 ]
 REDUCTIONS = [
     "TopK() @ KeepRate(0.7, at=(1, 3))",

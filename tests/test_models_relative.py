@@ -121,16 +121,6 @@ def test_it_is_saved_and_loaded(tmp_path: Any) -> None:
     assert torch.equal(vitrim.load(tmp_path / "model")(x), expected)
 
 
-@pytest.mark.parametrize("name", ["beit", "relpos_shared"])
-def test_costs_equal_those_that_pytorch_counts(name: str) -> None:
-    model = {**BEIT, **MORE}[name]().eval()
-    for block in model.blocks:
-        block.attn.fused_attn = False  # PyTorch does not count fused attention with a mask.
-    with torch.utils.flop_counter.FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(images(1))
-    assert vitrim.cost(model).macs == counter.get_total_flops() // 2
-
-
 def test_export_with_another_batch_size() -> None:
     model = redrawn(RELPOS["relpos_cls"]())
     model.blocks = model.blocks[:1]

@@ -11,6 +11,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 import toy_family  # noqa: F401  (enters its family)
+from block_models import BLOCKS
 from eva_models import EVA
 from hf_models import HF
 from relative_models import BEIT, RELPOS
@@ -95,6 +96,7 @@ TOY: dict[str, Callable[[], nn.Module]] = {
 }
 ZOO: dict[str, dict[str, Callable[[], nn.Module]]] = {
     "timm-vit": TIMM,
+    "timm-vit-blocks": BLOCKS,
     "timm-eva": EVA,
     "timm-beit": BEIT,
     "timm-relpos": RELPOS,
@@ -116,7 +118,8 @@ def redrawn(model: nn.Module) -> nn.Module:
     with torch.no_grad():
         for parameter in model.parameters():
             draw = torch.randn(parameter.shape, generator=generator)
-            fan_in = parameter[0].numel() if parameter.ndim > 1 and parameter.shape[0] > 1 else parameter.shape[-1]
+            last = parameter.shape[-1] if parameter.ndim else 1
+            fan_in = parameter[0].numel() if parameter.ndim > 1 and parameter.shape[0] > 1 else last
             # Matrices keep the scale of their input; vectors (norms, biases, layer scale) are far from 0 and from 1.
             parameter.copy_(draw / fan_in**0.5 if parameter.ndim > 1 else 0.6 + 0.3 * draw)
     return model

@@ -127,6 +127,9 @@ class Adapter:
         """Modules besides the blocks and the model that a reduction changes: a tower inside it, a pooling layer."""
         return ()
 
+    def check_widths(self, model: nn.Module) -> None:
+        """Raise `UnsupportedModelError` where no width can change; else each sub-layer decides."""
+
     def grid(self, model: nn.Module, image_size: Sequence[int]) -> tuple[int, int]:
         """Rows and columns of the patches of images of (height, width)."""
         raise UnsupportedModelError(f"the patches of this {type(model).__name__} are not known")

@@ -32,6 +32,7 @@ class BlockShape:
     whole_attention: whether attention as a whole has a hook or a `forward` of its own, and computes all rows.
     proj_macs: of the output projection. gate_macs: of the gate on the output of attention.
     mlp_macs: of the MLP.
+    mix_macs: of one query with one key, both products of attention; None: twice attn_dim.
     """
 
     width: int
@@ -44,6 +45,7 @@ class BlockShape:
     whole_qkv: bool = False
     whole_attention: bool = False
     query_macs: int | None = None
+    mix_macs: int | None = None
 
     def project(self, tokens: int, queries: int, others: int) -> int:
         """MACs of queries (0 or 1) and of so many of keys and values for these tokens, computed in one call."""
@@ -78,7 +80,8 @@ def block_macs(
         total += Macs(0, _scoring(shape, tokens, needs)) + _deciding(shape, reducer, inside)
     leaving = num_prefix if prefix_only else num_prefix + inside.num_out if inside is not None else tokens
     linear = projected + queries * (shape.proj_macs + shape.gate_macs) + leaving * shape.mlp_macs
-    return total + Macs(linear, 2 * queries * tokens * shape.attn_dim)
+    each = 2 * shape.attn_dim if shape.mix_macs is None else shape.mix_macs
+    return total + Macs(linear, queries * tokens * each)
 
 
 def needed(reducer: Reducer, cut: Cut) -> Needs:

@@ -157,6 +157,7 @@ def sublayers(model: nn.Module) -> list[Sublayer]:
     names = {module: name for name, module in model.named_modules()}
     found: list[Sublayer] = []
     adapter = find_adapter(model)
+    adapter.check_widths(model)
     for index, block in enumerate(adapter.blocks(model)):
         for branch, norm in adapter.branches_of(model).items():
             child = getattr(block, branch)

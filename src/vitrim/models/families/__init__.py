@@ -11,6 +11,7 @@ from . import hf_model as _hf_model  # noqa: F401
 from . import hf_siglip as _hf_siglip  # noqa: F401
 from . import hf_vit as _hf_vit  # noqa: F401
 from . import timm_beit as _timm_beit  # noqa: F401
+from . import timm_blocks as _timm_blocks  # noqa: F401
 from . import timm_eva as _timm_eva  # noqa: F401
 from . import timm_layers as _timm_layers  # noqa: F401  (enters its layers in the table of elastic ones)
 from . import timm_model as _timm_model  # noqa: F401

@@ -1,6 +1,6 @@
 """Adapter for timm's `VisionTransformer` and `VisionTransformerDistilled` built on the standard `Block`."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from timm.layers import Attention, PatchEmbed
@@ -103,12 +103,10 @@ class TimmViT(TimmModel):
                 f"{type(model).__qualname__} overrides parts of {base} that the {self.name} adapter cannot keep; it "
                 f"covers {self.covers}"
             )
-        blocks = (*self._reduced_blocks, *self._reduced_blocks.values())
         for index, block in enumerate(model.blocks):
-            attn = getattr(block, "attn", None)
-            if isinstance(attn, Elastic) or isinstance(getattr(block, "mlp", None), Elastic):
+            if isinstance(getattr(block, "attn", None), Elastic) or isinstance(getattr(block, "mlp", None), Elastic):
                 raise VitrimError("the model runs as a sub-network of a super-network; leave that context first")
-            for part, known in ((block, blocks), (attn, self._attentions)):
+            for part, known in self._parts(block):
                 if type(part) not in known:
                     raise UnsupportedModelError(
                         f"blocks.{index} holds a {type(part).__name__}, which the {self.name} adapter cannot cut; "
@@ -116,6 +114,11 @@ class TimmViT(TimmModel):
                     )
         if model.global_pool == "prr":
             raise UnsupportedModelError(f"the {self.name} adapter cannot weigh tokens in a head that pools by 'prr'")
+
+    def _parts(self, block: Any) -> Sequence[tuple[Any, tuple[type[nn.Module], ...]]]:
+        """The block and its attention, each with the classes that it may have."""
+        blocks = (*self._reduced_blocks, *self._reduced_blocks.values())
+        return (block, blocks), (getattr(block, "attn", None), self._attentions)
 
     def geometry(self, model: Any) -> Geometry:
         embed = model.patch_embed
