@@ -43,6 +43,8 @@ MORE: dict[str, Callable[[], nn.Module]] = {
     "ijepa_bare": lambda: _made("IJepaModel", "IJepaConfig"),
     "dinov2": lambda: _plain("Dinov2ForImageClassification", "Dinov2Config", mlp_ratio=2, use_swiglu_ffn=True),
     "dinov2_bare": lambda: _plain("Dinov2Model", "Dinov2Config", mlp_ratio=2),
+    "beit": lambda: _beit("BeitForImageClassification"),
+    "beit_cls": lambda: _beit("BeitModel", use_mean_pooling=False, use_absolute_position_embeddings=True),
     "dinov3": lambda: _made("DINOv3ViTModel", "DINOv3ViTConfig", hidden_size=36, num_register_tokens=2),
     "dinov3_gated": lambda: _made("DINOv3ViTModel", "DINOv3ViTConfig", hidden_size=36, use_gated_mlp=True),
     "clip": lambda: _two_towers("CLIPForImageClassification", "CLIPConfig"),
@@ -60,6 +62,10 @@ def _plain(name: str, config: str, **options: object) -> nn.Module:
 
     given = {**SMALL, **LABELS, **options}
     return getattr(transformers, name)(getattr(transformers, config)(**given))
+
+
+def _beit(name: str, **options: object) -> nn.Module:
+    return _made(name, "BeitConfig", **{"use_relative_position_bias": True, "layer_scale_init_value": 0.5, **options})
 
 
 def _two_towers(name: str, config: str) -> nn.Module:
@@ -96,8 +102,17 @@ def in_timm_words(model: Any) -> Any:
     def layer(block: Any) -> Any:
         attn, mlp = (getattr(block, name) for name in layout.parts)
         norm1, norm2 = (getattr(block, name) for name in layout.norms)
-        ls1, ls2 = (nn.Sequential(*(getattr(block, name) for name in names)) for names in layout.after)
-        return SimpleNamespace(attn=heads(attn), norm1=norm1, norm2=norm2, mlp=mlp, ls1=ls1, ls2=ls2)
+        ls1, ls2 = ((lambda x, names=names: after(block, names, x)) for names in layout.after)
+        view = heads(attn)
+        if layout.relative(tower):
+            table = block.relative_position_bias((5, 5))[0]
+            view.relative = lambda query, key: table[:, _row(query), _row(key)]
+        return SimpleNamespace(attn=view, norm1=norm1, norm2=norm2, mlp=mlp, ls1=ls1, ls2=ls2)
+
+    def after(block: Any, names: tuple[str, ...], x: Tensor) -> Tensor:
+        for part in (getattr(block, name) for name in names):
+            x = part(x) if isinstance(part, nn.Module) else part * x
+        return x
 
     def head(pooled: Tensor) -> Tensor:
         """Of all final tokens, as the reference repeats those that stand for several patches."""
@@ -114,6 +129,11 @@ def in_timm_words(model: Any) -> Any:
     if whole is not None and len(whole.heads) > 1:
         view.head, view.head_dist = (getattr(model, name) for name in whole.heads)
     return view
+
+
+def _row(place: int | None) -> int:
+    """The row of a token in the bias of BEiT: CLS first."""
+    return 0 if place is None else place + 1
 
 
 VIEWS["transformers"] = in_timm_words

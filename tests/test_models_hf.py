@@ -84,7 +84,7 @@ def test_cost_agrees_with_the_flop_counter(name: str) -> None:
             handle.remove()
 
 
-@pytest.mark.parametrize("name", [*HF, "clip", "deit_distilled", "dinov2", "dinov3", "ijepa_bare"])
+@pytest.mark.parametrize("name", [*HF, "beit", "clip", "deit_distilled", "dinov2", "dinov3", "ijepa_bare"])
 def test_a_saved_model_comes_back_whole(name: str, tmp_path: Path) -> None:
     model, x = redrawn(ALL[name]()), images(2)
     vitrim.attach(model, CUT)
@@ -107,7 +107,7 @@ def test_pickles_of_reduced_models_are_read_where_nothing_was_attached(monkeypat
     assert torch.equal(predicted(pickle.loads(text), x), expected)
 
 
-@pytest.mark.parametrize("name", ["hf_vit", "dinov2", "clip", "hf_siglip"])
+@pytest.mark.parametrize("name", ["hf_vit", "dinov2", "clip", "hf_siglip", "beit"])
 def test_stratify_and_extract(name: str) -> None:
     model, x = redrawn(ALL[name]()), images(8)
     net = stratify(model, [x], num_images=8, width_multiple=4, max_saving=0.6, rounds=1, say=lambda _: None)
@@ -276,6 +276,21 @@ def test_the_encoder_of_a_masked_autoencoder() -> None:
             out = model(x, noise=noise).last_hidden_state
             assert out.shape[1] == handle.token_counts[-1] == 1 + (entering + 1) // 2
         assert torch.equal(model(x, noise=noise).last_hidden_state, dense)
+
+
+def test_masks_and_shared_bias_of_beit_are_refused_and_other_sizes_follow() -> None:
+    from transformers import BeitConfig, BeitModel
+
+    model = redrawn(ALL["beit"]())
+    with vitrim.attach(model, CUT) as handle:
+        assert model(images(1, 56)).logits.isfinite().all()
+        assert handle.states[0].origin.shape[1] == 49
+        with pytest.raises(VitrimError, match="attention mask cannot be combined"):
+            model(images(1), attention_mask=torch.tensor([[1] * 20 + [0] * 6]))
+    small = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 3, "intermediate_size": 48}
+    shared = BeitModel(BeitConfig(use_shared_relative_position_bias=True, image_size=40, patch_size=8, **small))
+    with pytest.raises(UnsupportedModelError, match="whose blocks share one relative bias"):
+        vitrim.attach(shared, CUT)
 
 
 def test_an_own_class_is_refused_by_name() -> None:

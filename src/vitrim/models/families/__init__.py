@@ -4,6 +4,7 @@ Families that are imported later are tried first; `any_module`, which takes ever
 """
 
 from . import any_module as _any_module  # noqa: F401
+from . import hf_beit as _hf_beit  # noqa: F401
 from . import hf_clip as _hf_clip  # noqa: F401
 from . import hf_dinov2 as _hf_dinov2  # noqa: F401
 from . import hf_dinov3 as _hf_dinov3  # noqa: F401

@@ -55,6 +55,7 @@ class Layout:
     out, heads, scale, dropout: names in an attention layer.
     prefix_tokens: without registers. any_size: whether images of all sizes are taken without asking for it.
     rotary: name of the argument of a block that is the rotary table. elastic_attention: whether heads can be narrowed.
+    relative: whether blocks of this tower have relative positions. check: raises for towers that cannot be cut.
     others: classes inside the tower that change -> their mixins.
     pool_macs: (tower, tokens) -> MACs of its pooling. entering: (config, patches) -> patch tokens at the first block.
     block: mixin of reduced blocks; None: the plain one.
@@ -84,6 +85,8 @@ class Layout:
     has_cls: bool = True
     any_size: bool = False
     rotary: str = ""
+    relative: Callable[[Any], bool] = lambda tower: False
+    check: Callable[[Any], None] = lambda tower: None
     elastic_attention: bool = True
     others: Mapping[str, type[nn.Module]] = field(default_factory=dict)
     pool_macs: Callable[[Any, int], Macs] = lambda tower, tokens: Macs()

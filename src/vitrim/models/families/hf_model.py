@@ -32,7 +32,7 @@ class TransformersViT(Adapter):
     name = "transformers"
     covers = (
         "Hugging Face transformers: ViT, DeiT, DINOv2 (with registers), DINOv3-ViT, CLIP and MetaCLIP 2 vision, "
-        "SigLIP, I-JEPA, ViT-MAE encoder, ViT-MSN; bare, for classification, or as the tower of another model"
+        "SigLIP, I-JEPA, BEiT, ViT-MAE encoder, ViT-MSN; bare, for classification, or as the tower of another model"
     )
     branches: ClassVar[Mapping[str, str]] = {}
     speed_settings = frozenset({"training", "gradient_checkpointing"})
@@ -65,6 +65,7 @@ class TransformersViT(Adapter):
                 f"the {type(model).__name__} of transformers {__version__} is built in another way ({error}); install "
                 "the version that vitrim knows: pip install 'vitrim[hf]'"
             ) from None
+        layout.check(layout.tower_of(model))
         for index, (block, (attn, mlp)) in enumerate(zip(blocks, parts, strict=True)):
             if isinstance(attn, Elastic) or isinstance(mlp, Elastic):
                 raise VitrimError("the model runs as a sub-network of a super-network; leave that context first")
@@ -102,6 +103,7 @@ class TransformersViT(Adapter):
             input_size=(config.num_channels, *size),
             fixed_size=False,
             rotary=bool(layout.rotary),
+            relative=layout.relative(layout.tower_of(model)),
         )
 
     def grid(self, model: nn.Module, image_size: Sequence[int]) -> tuple[int, int]:
