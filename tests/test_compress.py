@@ -14,6 +14,7 @@ import vitrim
 from elastic_models import images, small
 from vitrim import Certificate, Compressed, ToMe, TopK
 from vitrim.compression import search, timing, verify
+from vitrim.compression.candidates import power, stages
 from vitrim.compression.goal import Goal, check_using
 from vitrim.compression.images import Pictures, divide, gather
 from vitrim.errors import CheckpointError, DataError, UnknownNameError, UnsupportedModelError, VitrimError
@@ -28,6 +29,7 @@ def few() -> Any:
     """Two reducers and two short sessions, which is enough to see that everything works together."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(search, "reducers", lambda has_cls: [TopK(), ToMe()] if has_cls else [ToMe()])
+        patch.setattr(search, "first_shapes", lambda depth: [power(1.4), *stages(depth)[:1]])
         patch.setattr(timing.sessions, "__kwdefaults__", {"number": 2, "rounds": 1})
         yield
 

@@ -65,6 +65,7 @@ def in_small() -> Iterator[None]:
         for module in (compression.run, compression.verification):  # Whose intervals would depend on the load.
             patch.setattr(module, "sessions", lambda *models, **options: [(0.5, 2.0, 1.0), (0.6, 2.0, 1.2)])
         patch.setattr(compression.search, "reducers", lambda has_cls: [TopK() if has_cls else ToMe()])
+        patch.setattr(compression.search, "first_shapes", lambda depth: compression.candidates.stages(depth)[:2])
         patch.setattr(compression.run, "stratify", partial(stratify, even=True))
         patch.setattr(compression.run, "MOST_UNSEEN", 60)
         patch.setattr(images, "_digits", lambda: (pixels[:450], targets[:450]))

@@ -9,9 +9,10 @@ import torch
 from PIL import Image
 from torch import nn
 
-from vitrim import Certificate, ToMe, TopK, build_model, load, save
+from vitrim import Certificate, ToMe, TopK, attached, build_model, load, save
 from vitrim.cli import main
 from vitrim.compression import run, search, verification
+from vitrim.compression.candidates import power, stages
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -21,6 +22,7 @@ def few() -> Iterator[None]:
         for module in (run, verification):
             patch.setattr(module, "sessions", lambda *models, **options: [(0.5, 2.0, 1.0), (0.6, 2.0, 1.2)])
         patch.setattr(search, "reducers", lambda has_cls: [TopK(), ToMe()])
+        patch.setattr(search, "first_shapes", lambda depth: [power(1.4), *stages(depth)[:1]])
         yield
 
 
@@ -49,15 +51,15 @@ def test_a_folder_is_written_and_verified_and_never_overwritten(
     model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "cheaper"
-    code, said, _ = call(capsys, "compress", model, "--macs", 0.8, "--max_drop", 1, *QUICK, "--out", out)
+    code, said, _ = call(capsys, "compress", model, "--macs", 0.6, "--max_drop", 1, *QUICK, "--out", out)
     assert code == 0
-    assert "at most 0.8 of the MACs, met" in said
+    assert "at most 0.6 of the MACs, met" in said
     found = Certificate.read(out)
     assert found.load[-1] == f"model = vitrim.load({str(out)!r})"
     assert found["macs"].met
     assert found["drop"].asked == 1, "digits are of the classes of this model"
     assert load(out)
-    assert call(capsys, "compress", model, "--macs", 0.8, *QUICK, "--out", out)[0] == 2
+    assert call(capsys, "compress", model, "--macs", 0.6, *QUICK, "--out", out)[0] == 2
     code, said, _ = call(capsys, "verify", out, "--out", tmp_path / "verified.md")
     assert code == 0, said
     assert "holds here" in said
@@ -73,7 +75,7 @@ def test_a_folder_is_written_and_verified_and_never_overwritten(
 
 def test_a_line_that_does_not_hold_ends_with_1(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "cheaper"
-    call(capsys, "compress", model, "--macs", 0.8, *QUICK, "--out", out)
+    call(capsys, "compress", model, "--macs", 0.6, *QUICK, "--out", out)
     file = out / "certificate.json"
     macs = f'"value": {Certificate.read(out)["macs"].value:.0f}'
     assert macs in file.read_text()
@@ -83,13 +85,30 @@ def test_a_line_that_does_not_hold_ends_with_1(model: str, tmp_path: Path, capsy
     assert "DOES NOT HOLD" in said
 
 
+def test_an_answer_can_learn_from_the_model_afterwards(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "learnt"
+    words = ("--finetune.epochs", 1, "--finetune.lr", 0.01, "--data.limit", 60)
+    code, _, err = call(capsys, "compress", model, "--macs", 0.6, *QUICK, *words, "--out", out)
+    assert code == 0, err
+    before, after = Certificate.read(out / "start"), Certificate.read(out)
+    assert after.weights != before.weights
+    assert after["macs"] == before["macs"]
+    assert after.notes[-1] == "Learnt from the given model after the search, epochs: 1."
+    assert (out / "finetune" / "result.json").exists()
+    assert str(attached(load(out)).reduction) == after.reduction  # type: ignore[union-attr]
+    assert call(capsys, "verify", out)[0] == 0
+    assert call(capsys, "compress", model, "--macs", 0.6, *QUICK, *words, "--out", out)[0] == 2
+
+
 def test_photos_without_classes_do(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for number in range(40):
         folder = tmp_path / "photos" / f"{number % 3}"
         folder.mkdir(parents=True, exist_ok=True)
         noise = torch.randint(0, 255, (9, 9), generator=torch.Generator().manual_seed(number), dtype=torch.uint8)
         Image.fromarray(noise.numpy()).save(folder / f"{number}.png")
-    words = ("compress", model, "--data.root", tmp_path / "photos", "--macs", 0.8, *QUICK)
+    words = ("compress", model, "--data.root", tmp_path / "photos", "--macs", 0.6, *QUICK)
     code, said, err = call(capsys, *words, "--out", tmp_path / "cheaper")
     assert code == 0, err
     assert "accuracy" not in said

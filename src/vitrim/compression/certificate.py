@@ -149,14 +149,14 @@ class Certificate:
                 raise CheckpointError(
                     f"{source} has schema {raw['schema']}, this vitrim reads up to {SCHEMA}; update it"
                 )
-            own = {name: raw[name] for name in cls.__dataclass_fields__ if name != "lines"}
+            own: dict[str, Any] = {name: raw[name] for name in cls.__dataclass_fields__ if name != "lines"}
             lines = [Line(**{name: _number(value) for name, value in line.items()}) for line in raw["lines"]]
             if unknown := [line.key for line in lines if line.key not in FORMS]:
                 raise CheckpointError(f"{source} has a line {unknown[0]!r}, which is not known here; update vitrim")
             for name in ("weights", "original"):
                 if not isinstance(own[name], str):
                     raise TypeError(f"{name} is no text")
-            return cls(lines=lines, **own | {"notes": list(raw["notes"])})
+            return cls(lines=lines, **own)
         except CheckpointError:
             raise
         except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:

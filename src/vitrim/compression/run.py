@@ -2,7 +2,8 @@
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -194,7 +195,12 @@ class Job:
                 answers = self._in_time(networks, search, ranked)
         networks.drop_others({tried.candidate.index for tried in answers.values()})
         model = self._built(networks, answers["best"].candidate)
-        lines = self._lines(model, networks, answers, max_drop, labelled)
+        others = {
+            kind: partial(self._built, networks, tried.candidate)
+            for kind, tried in answers.items()
+            if tried is not answers["best"]
+        }
+        lines = self._lines(model, others, max_drop, labelled)
         certificate = Certificate(
             asked=str(self.wish.goal), lines=lines, weights=hash_of(model), original=hash_of(self.original),
             reduction=None if (reduction := answers["best"].candidate.reduction) is None else str(reduction),
@@ -202,6 +208,14 @@ class Job:
             source={**self.source, "description": self._description()},
             tried=[self._row(tried, search) for tried in _by_images(search.tried)], notes=self.notes,
         )  # fmt: skip
+        return Compressed(model, certificate)
+
+    def again(
+        self, model: nn.Module, before: Certificate, note: str, max_drop: float | None, *, labelled: bool
+    ) -> Compressed:
+        """The certificate of an answer whose weights were trained further; `before` is that of the search."""
+        lines = self._lines(model, {}, max_drop, labelled)
+        certificate = replace(before, lines=lines, weights=hash_of(model), notes=[*before.notes, note])
         return Compressed(model, certificate)
 
     def _price(self) -> tuple[Price, float]:
@@ -305,7 +319,7 @@ class Job:
         return model.eval()
 
     def _lines(
-        self, model: nn.Module, networks: Networks, answers: Mapping[str, Tried], max_drop: float | None, labelled: bool
+        self, model: nn.Module, others: Mapping[str, Callable[[], nn.Module]], max_drop: float | None, labelled: bool
     ) -> list[Line]:
         goal, spent, given = self.wish.goal.kind, cost(model), cost(self.original)
         lines = [
@@ -316,11 +330,9 @@ class Job:
         judge = Judge(self.original, self.parts.unseen, self.device)
         best = judge.compare(model)
         lines += fidelity_lines(best)
-        for kind in ("tokens", "width"):
-            if kind in answers and answers[kind] is not answers["best"]:
-                other = judge.compare(self._built(networks, answers[kind].candidate))
-                difference = of_mean((best.divergence - other.divergence).numpy())
-                lines.append(Line.of_interval(f"over_{kind}", difference, number=len(judge)))
+        for kind, build in others.items():
+            difference = of_mean((best.divergence - judge.compare(build()).divergence).numpy())
+            lines.append(Line.of_interval(f"over_{kind}", difference, number=len(judge)))
         if labelled:
             lines += accuracy_lines(judge, best, max_drop)
         self.progress.line("measuring the time of the answer in fresh rounds")

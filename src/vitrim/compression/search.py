@@ -196,7 +196,7 @@ class Search:
 
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=0))
-        by_name = {render(tried.candidate.reducer): tried.candidate.reducer for tried in known}
+        by_name = {render(one): one for tried in known if (one := tried.candidate.reducer) is not None}
         steps = SHARES - (self.narrowest is not None) if len(self.networks) > 1 else 0
         space = _Space(sorted(by_name), self.networks.full.geometry.depth, steps)
         for tried in known:

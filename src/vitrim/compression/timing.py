@@ -34,9 +34,8 @@ def sessions(
     for session in range(number):
         table = bench({"given": original, "cheaper": model}, rounds=rounds, seed=session, **options)
         given, cheaper = (np.array(row.seconds) for row in table.measured)
-        found.append(
-            (float(np.median(cheaper / given)), *(1e3 * float(np.median(times)) for times in (given, cheaper)))
-        )
+        ms = 1e3 * float(np.median(given)), 1e3 * float(np.median(cheaper))
+        found.append((float(np.median(cheaper / given)), *ms))
     return found
 
 

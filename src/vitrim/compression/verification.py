@@ -137,7 +137,7 @@ def verify(
         say("the certificate is about CUDA, which is not there; times are those of the CPU")
         place = torch.device("cpu")
     found: dict[str, Line] = {line.key: line for line in _counted(model, certificate)}
-    why = dict.fromkeys(COMPARED, "no images were given")
+    why: dict[str, str] = dict.fromkeys(COMPARED, "no images were given")
     if images is not None and original is not None:
         say(f"comparing with the given model on {len(images)} images")
         found |= {line.key: line for line in _compared(model.to(place), original.to(place), images, place)}

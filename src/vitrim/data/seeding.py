@@ -22,6 +22,7 @@ Purpose = Literal[
     "networks",  # (seed, update): sub-networks that one update trains.
     "probe",  # (seed): training images on which importance is measured.
     "entropy",  # (seed): held-out images on which attention entropy is measured.
+    "compress",  # (seed): images of a search for a cheaper model, and those of its certificate.
 ]
 """What a random choice is for. It is part of every seed, so that no two choices share one."""
 

@@ -133,3 +133,18 @@ class OptimSpec:
         known = [name for name in list_optimizers() if isinstance(name, str)]
         if self.name.lower().removeprefix("lookahead_") not in known:
             raise UnknownNameError("optimiser", self.name, known)
+
+
+@dataclass
+class FinetuneSpec:
+    """How a cheaper model learns from the given one afterwards.
+
+    Args:
+        epochs: passes over the training images; 0 trains nothing.
+        lr: learning rate of AdamW at the start; it falls along a cosine.
+        batch_size: images per update.
+    """
+
+    epochs: Annotated[int, Range(0, 1_000_000)] = 0
+    lr: Annotated[float, Range(0, 1)] = 5e-5
+    batch_size: Annotated[int, Range(1, 1_000_000)] = 32

@@ -8,11 +8,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from ..data.specs import DataSpec
 from ..errors import DataError, VitrimError
 from ..options import Range, from_dict
-from .delivery import Count, DataOptions, Device, check_used
+from ..train.specs import FinetuneSpec
+from .delivery import Count, DataOptions, Device, check_used, command_line
+
+START, RUN = "start", "finetune"
+"""Folders of an answer that learnt afterwards: what it started from, and the run."""
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from ..compression import Compressed
     from ..compression.images import Pictures
     from ..data.streams import Stream
 
@@ -20,6 +25,7 @@ if TYPE_CHECKING:
 def compress(
     model: str,
     data: DataOptions,
+    finetune: Annotated[dict[str, Any], FinetuneSpec],
     out: str | None = None,
     macs: float | None = None,
     params: float | None = None,
@@ -41,6 +47,7 @@ def compress(
         model: a timm name with weights (NAME@FILE), a folder written by vitrim, or a run folder.
         data: the images; training images for the search, test images for the certificate. Without the folder of
             a training split in data.root, all images below it are used, without classes.
+        finetune: learn from the model afterwards, on the training images.
         out: folder for the model and its certificate.
         macs: budget of MACs per image; a number up to 1 is a fraction of those of the model.
         params: budget of parameters; a number up to 1 is a fraction. Width alone is cut then.
@@ -67,8 +74,10 @@ def compress(
 
     if out is None and not dry_run:
         raise VitrimError("a folder for the model is needed; give --out DIR, or --dry_run to see what would be tried")
+    further = FinetuneSpec(**finetune)
     if out is not None:
-        check_place(out, overwrite=overwrite)
+        for place in (out, *([f"{out}/{START}"] if further.epochs else [])):
+            check_place(place, overwrite=overwrite)
     goal = Goal.of(macs, params, latency)
     wish = Wish(goal, check_using(using, goal), batch_size, dtype, compile, num_images, trials)
     check_used("compress", data, ("holdout",), "training and test images")
@@ -91,8 +100,13 @@ def compress(
         print(list_plan(network, wish, parts).table.text())
         return
     source = {"model": model, "data": asdict(spec)}
-    found = Job(network, wish, parts, next(network.parameters()).device, print, source).run(max_drop, labelled=labelled)
+    job = Job(network, wish, parts, next(network.parameters()).device, print, source)
+    found = job.run(max_drop, labelled=labelled)
     assert out is not None
+    if further.epochs:
+        note = f"Learnt from the given model after the search, epochs: {further.epochs}."
+        learnt = _learnt(found, further, model, spec, out, kept_classes(model), overwrite)
+        found = job.again(learnt.to(job.device), found.certificate, note, max_drop, labelled=labelled)
     found.save(out, overwrite=overwrite, **kept_classes(model))
     print(found.certificate.in_folder(out).table().text())
     print(f"written to {out}")
@@ -121,7 +135,8 @@ def verify(
     given = _original(original, certificate.source.get("model"), certificate.original)
     pictures, recorded = None, certificate.source.get("data")
     if given is not None and (data or isinstance(recorded, dict)):
-        spec = images_of([], data) if data else from_dict(DataSpec, recorded, "the data of the certificate")
+        named: Any = recorded
+        spec = images_of([], data) if data else from_dict(DataSpec, named, "the data of the certificate")
         try:
             pictures = unseen_images(given, folder, spec) or training_images(given, spec, 1024)
         except DataError:
@@ -131,6 +146,19 @@ def verify(
     deliver(found.table(), out)
     if not found.holds:
         raise SystemExit(1)
+
+
+def _learnt(
+    found: "Compressed", spec: Any, model: str, data: DataSpec, out: str, classes: dict[str, Any], overwrite: bool
+) -> "nn.Module":
+    """The answer after it has learnt from the given model; its start and its run are kept in the folder."""
+    from ..compression.finetune import finetune, recipe_for
+    from ..show.progress import live
+
+    start = found.save(f"{out}/{START}", overwrite=overwrite, **classes)
+    recipe = recipe_for(spec, start, model, data)
+    with live() as report:
+        return finetune(found.model, recipe, f"{out}/{RUN}", command=command_line(), report=report)
 
 
 def images_of(models: list[str], data: dict[str, Any]) -> DataSpec:
