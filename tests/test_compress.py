@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import vitrim
 from elastic_models import images, small
 from vitrim import Certificate, Compressed, ToMe, TopK
-from vitrim.compression import search, timing, verify
+from vitrim.compression import search, timing, verification, verify
 from vitrim.compression.candidates import power, stages
 from vitrim.compression.goal import Goal, check_using
 from vitrim.compression.images import Pictures, divide, gather
@@ -161,6 +161,23 @@ def test_a_damaged_certificate_is_one_line(tmp_path: Path, text: str, fault: str
         Certificate.read(tmp_path)
     with pytest.raises(CheckpointError, match="holds no certificate"):
         Certificate.read(tmp_path / "nothing")
+
+
+def test_an_altered_certificate_is_one_line(half: Compressed, tmp_path: Path) -> None:
+    good = json.loads(half.certificate.to_json())
+    for change in (
+        {"settings": {"batch_size": 10**9}}, {"settings": {"batch_size": "2"}}, {"settings": {"dtype": "float8"}},
+        {"settings": {"device": "../x"}}, {"settings": []}, {"lines": [{"key": "macs", "value": "many"}]},
+        {"lines": [{"key": ["macs"], "value": 1}]}, {"lines": [{"key": "joy", "value": 1}]}, {"lines": 3},
+        {"weights": 7},
+    ):  # fmt: skip
+        (tmp_path / "certificate.json").write_text(json.dumps(good | change))
+        with pytest.raises(CheckpointError, match="certificate"):
+            Certificate.read(tmp_path)
+    source = {"description": good["source"]["description"].replace('"depth": 3', '"depth": 4')}
+    assert source["description"] != good["source"]["description"]
+    with pytest.raises(CheckpointError, match="describes another model"):
+        verification.described(Certificate.from_json(json.dumps(good | {"source": source})))
 
 
 def test_parameters_are_saved_by_width_alone() -> None:

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
+from ..measure.speed import DTYPES
 from ..measure.table import Column, Table
 from .intervals import Interval
 
 FILE, TRIED = "certificate.json", "tried.json"
 SCHEMA = 1
+MOST_BATCH = 65_536
 
 
 @dataclass(frozen=True)
@@ -153,9 +155,14 @@ class Certificate:
             lines = [Line(**{name: _number(value) for name, value in line.items()}) for line in raw["lines"]]
             if unknown := [line.key for line in lines if line.key not in FORMS]:
                 raise CheckpointError(f"{source} has a line {unknown[0]!r}, which is not known here; update vitrim")
-            for name in ("weights", "original"):
+            for name in ("weights", "original", "asked"):
                 if not isinstance(own[name], str):
                     raise TypeError(f"{name} is no text")
+            for line in lines:
+                numbers = [value for name, value in vars(line).items() if name != "key" and value is not None]
+                if not all(type(value) in (int, float) for value in numbers):
+                    raise TypeError(f"{line.key} is no number")
+            _check_settings(own["settings"])
             return cls(lines=lines, **own)
         except CheckpointError:
             raise
@@ -226,6 +233,15 @@ def _finite(data: Any) -> Any:
     if isinstance(data, list | tuple):
         return [_finite(value) for value in data]
     return str(data) if isinstance(data, float) and not math.isfinite(data) else data
+
+
+def _check_settings(settings: Mapping[str, Any]) -> None:
+    """Raise `ValueError` for settings under which nothing could be timed."""
+    size, dtype = settings.get("batch_size", 1), settings.get("dtype", "float32")
+    if type(size) is not int or not 1 <= size <= MOST_BATCH or dtype not in DTYPES:
+        raise ValueError("settings of the times")
+    if settings.get("device", "cpu") not in ("cpu", "cuda", "mps", "xpu"):
+        raise ValueError("device of the times")
 
 
 def _number(value: Any) -> Any:

@@ -15,6 +15,8 @@ from ..measure.environment import environment
 from ..measure.table import Column, Table
 from ..models import load
 from ..models.description import parse
+from ..models.foreign_macs import num_parameters
+from ..models.shapes_only import shapes_only
 from ..models.store import rebuild
 from .certificate import FORMS, Certificate, Line, row_of
 from .fidelity import Judge
@@ -159,7 +161,14 @@ def verify(
 def described(certificate: Certificate) -> nn.Module | None:
     """A model like the given one with random weights; None where the certificate does not describe it."""
     text = certificate.source.get("description")
-    return None if not isinstance(text, str) else rebuild(parse(text, "the certificate")).eval()
+    if not isinstance(text, str):
+        return None
+    record = parse(text, "the certificate")
+    with shapes_only():
+        size = num_parameters(rebuild(record))
+    if size != certificate["params"].of:  # Before memory is taken for what may be any size.
+        raise CheckpointError("the certificate describes another model than the one it compares with; compress again")
+    return rebuild(record).eval()
 
 
 def _counted(model: nn.Module, certificate: Certificate) -> list[Line]:
