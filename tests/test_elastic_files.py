@@ -151,3 +151,13 @@ def test_images_without_refit_are_refused(net, tmp_path):
             extract(str(tmp_path), options.get("data", {}), str(tmp_path / "out"), num_images=options.get("num_images"))
     with pytest.raises(RecipeError, match=r"training images only; --data\.test_split would have no effect"):
         extract(str(tmp_path), {"test_split": "val"}, str(tmp_path / "out"), macs=0.5, refit=True)
+
+
+def test_a_flipped_bit_in_the_compensations_is_noticed(net, tmp_path):
+    net.save(tmp_path)
+    path = tmp_path / COMPENSATION
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1 << 5  # In the exponent of a number, which stays finite.
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"compensation\.safetensors is damaged; stratify again"):
+        SuperNet.load(tmp_path)

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from numbers import Integral
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import CheckpointError, UnknownNameError, VitrimError
 from ..measure.cost import cost
@@ -193,8 +193,13 @@ def start_chain(model: nn.Module, *, groups: Mapping[Kind, int] = GROUPS, width_
 
 def hash_of(model: nn.Module) -> str:
     """SHA-256 of names, types, shapes and bytes of all weights and buffers that are saved."""
+    return hash_tensors(model.state_dict())
+
+
+def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of names, types, shapes and bytes of these tensors, in the order of their names."""
     digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
+    for name, value in sorted(tensors.items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()

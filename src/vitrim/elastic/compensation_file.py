@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..errors import CheckpointError
 from ..models.compensation import Compensation
 from ..models.sublayers import elastic
+from .chain import hash_tensors
 
 
 def write_compensations(compensations: Mapping[str, Compensation], path: Path, weights: str) -> None:
@@ -20,7 +21,7 @@ def write_compensations(compensations: Mapping[str, Compensation], path: Path, w
         tensors[f"{name}.mean"] = each.mean.float().cpu().contiguous()
         if each.factor is not None:
             tensors[f"{name}.factor"] = each.factor.float().cpu()[_lower(each.mean.numel())]
-    save_file(tensors, path, metadata={"weights": weights})
+    save_file(tensors, path, metadata={"weights": weights, "digest": hash_tensors(tensors)})
 
 
 def read_compensations(path: Path, model: nn.Module, weights: str) -> dict[str, Compensation]:
@@ -31,7 +32,7 @@ def read_compensations(path: Path, model: nn.Module, weights: str) -> dict[str, 
     """
     try:
         with safe_open(path, "pt") as file:
-            found = (file.metadata() or {}).get("weights")
+            metadata = file.metadata() or {}
         tensors = load_file(path)
     except SafetensorError:
         raise CheckpointError(f"{path} is damaged or cut short; stratify again") from None
@@ -39,10 +40,12 @@ def read_compensations(path: Path, model: nn.Module, weights: str) -> dict[str, 
         sizes = {name: layer.last.in_features for name, layer in layers.items()}
     wanted = {f"{name}.mean": n for name, n in sizes.items()}
     wanted |= {f"{name}.factor": n * (n + 1) // 2 for name, n in sizes.items()}
-    if found != weights or {name: tensor.numel() for name, tensor in tensors.items()} != wanted:
+    if metadata.get("weights") != weights or {name: tensor.numel() for name, tensor in tensors.items()} != wanted:
         raise CheckpointError(f"{path} belongs to other weights than those in its folder; stratify again")
     if not all(tensor.isfinite().all() for tensor in tensors.values()):
         raise CheckpointError(f"{path} holds numbers that are not finite; stratify again")
+    if metadata.get("digest") != hash_tensors(tensors):  # A flipped bit may leave numbers that are finite, and wrong.
+        raise CheckpointError(f"{path} is damaged; stratify again")
     compensations: dict[str, Compensation] = {}
     for name, n in sizes.items():
         factor = torch.zeros(n, n)

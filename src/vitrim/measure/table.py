@@ -74,6 +74,8 @@ class Table:
             table = cls(**{**data, "columns": [Column(**column) for column in data["columns"]]})
             if not all(is_format(column.form) for column in table.columns):
                 raise ValueError("a format that makes text of any length")
+            if not all(isinstance(part, list) for part in (table.rows, table.notes)):
+                raise ValueError("text in place of a list")
             for show in (table.text, table.markdown, table.csv):
                 show()
             return table

@@ -51,7 +51,7 @@ class Trials:
     def _read(self, path: Path) -> None:
         try:
             first, *lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
-            known = first["settings"]
+            known = dict(first["settings"])
             for line in lines:
                 self.steps(line["model"]).append([dict(row) for row in line["rows"]])
         except (ValueError, KeyError, TypeError, RecursionError):
