@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
+from ..measure.columns import columns
 from ..measure.speed import DTYPES
-from ..measure.table import Column, Table
+from ..measure.table import Table
 from .intervals import Interval
 
 FILE, TRIED = "certificate.json", "tried.json"
@@ -186,24 +187,8 @@ class Certificate:
         return replace(self, load=["import vitrim", f"model = vitrim.load({str(folder)!r})"])
 
 
-COLUMNS = (
-    Column("statement", "statement"),
-    Column("found", "found", "g"),
-    Column("given", "given model", "g"),
-    Column("asked", "asked", "g"),
-    Column("met", "met"),
-    Column("number", "n", "d"),
-)
-TRIED_COLUMNS = (
-    Column("kind", "kind"),
-    Column("reduction", "tokens"),
-    Column("share", "share of the width", ".2f"),
-    Column("width_macs", "MACs of the width", ".3f"),
-    Column("price", "budget used", ".3f"),
-    Column("divergence", "divergence", ".4f"),
-    Column("agreement", "agreement", ".2%"),
-    Column("images", "images", "d"),
-)
+COLUMNS = columns("statement", "found", "given", "asked", "met", "n")
+TRIED_COLUMNS = columns("kind", "reduction", "share", "width_macs", "price", "divergence", "agreement", "images")
 
 
 def row_of(line: Line) -> dict[str, Any]:
@@ -217,7 +202,7 @@ def row_of(line: Line) -> dict[str, Any]:
     asked = None if line.asked is None else f"at most {written(line.asked, form.form)}"
     return {
         "key": line.key, "statement": form.words, "found": found, "given": given, "asked": asked, "met": met,
-        "number": line.number,
+        "n": line.number,
     }  # fmt: skip
 
 

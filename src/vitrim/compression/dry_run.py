@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..measure.table import Column, Table
+from ..measure.columns import columns
+from ..measure.table import Table
 from ..models import find_adapter
 from ..models.evaluating import evaluating
 from ..notation import render
@@ -17,7 +18,7 @@ from .run import STRATIFY_UNITS, Wish
 from .search import SHARES, fit_units, planned_work
 from .timing import ROUNDS, SESSIONS
 
-_COLUMNS = (Column("what", "what"), Column("number", "number", "d"), Column("of", "these"))
+_COLUMNS = columns("what", "number", "values")
 
 
 @dataclass(frozen=True)
@@ -50,14 +51,14 @@ def dry_run(model: nn.Module, wish: Wish, parts: Parts) -> Outlook:
     units += SESSIONS * (ROUNDS + 2) * (1 + left) * wish.batch_size
     seconds = units * _seconds_per_image(model, parts)
     rows = [
-        {"what": "reducers", "number": len(methods), "of": ", ".join(map(render, methods)) or "-"},
-        {"what": "shapes of schedules", "number": len(shapes), "of": ", ".join(map(str, shapes)) or "-"},
-        {"what": "shares of the width", "number": len(widths), "of": ", ".join(f"{share:g}" for share in widths)},
-        {"what": "candidates of the first round", "number": number, "of": "those that can meet the budget"},
-        {"what": "candidates of the sampler", "number": wish.trials if tokens else 0, "of": "around the best ones"},
-        {"what": "images to fit widths", "number": len(parts.fit), "of": "-"},
-        {"what": "images to compare candidates", "number": len(parts.judge), "of": "-"},
-        {"what": "images for the certificate", "number": len(parts.unseen), "of": "-"},
+        {"what": "reducers", "number": len(methods), "values": ", ".join(map(render, methods)) or "-"},
+        {"what": "shapes of schedules", "number": len(shapes), "values": ", ".join(map(str, shapes)) or "-"},
+        {"what": "shares of the width", "number": len(widths), "values": ", ".join(f"{share:g}" for share in widths)},
+        {"what": "candidates of the first round", "number": number, "values": "those that can meet the budget"},
+        {"what": "candidates of the sampler", "number": wish.trials if tokens else 0, "values": "around the best ones"},
+        {"what": "images to fit widths", "number": len(parts.fit), "values": "-"},
+        {"what": "images to compare candidates", "number": len(parts.judge), "values": "-"},
+        {"what": "images for the certificate", "number": len(parts.unseen), "values": "-"},
     ]
     notes = [f"About {duration(seconds)} here, at the speed of one forward pass."]
     return Outlook(Table(f"Dry run: {wish.goal}", _COLUMNS, rows, notes=notes), seconds)

@@ -10,9 +10,10 @@ from torch import nn
 
 from ..elastic.chain import hash_of
 from ..errors import CheckpointError, VitrimError
+from ..measure.columns import columns
 from ..measure.cost import cost
 from ..measure.environment import environment
-from ..measure.table import Column, Table
+from ..measure.table import Table
 from ..models import load
 from ..models.description import parse
 from ..models.foreign_macs import num_parameters
@@ -85,13 +86,7 @@ class Verified:
         return Table(title, _COLUMNS, rows, notes=notes, environment=environment())
 
 
-_COLUMNS = (
-    Column("statement", "statement"),
-    Column("certificate", "certificate", "g"),
-    Column("here", "here", "g"),
-    Column("asked", "asked", "g"),
-    Column("holds", "holds here"),
-)
+_COLUMNS = columns("statement", "certificate", "here", "asked", "holds")
 
 
 def open_certified(folder: str | Path) -> tuple[nn.Module, Certificate]:

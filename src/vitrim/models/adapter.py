@@ -323,7 +323,7 @@ def find_adapter(model: nn.Module) -> Adapter:
     if inner := name_inside(model, _reducible):
         hint = f"use the model inside it, before wrapping or compiling it: vitrim.attach({inner}, ...)"
     else:
-        hint = "adapters: " + "; ".join(f"{adapter.name} ({adapter.covers})" for adapter in ADAPTERS.values())
+        hint = f"adapters: {', '.join(ADAPTERS)}; vitrim list says what each covers"
     raise UnsupportedModelError(f"no adapter for {name}; {hint}")
 
 

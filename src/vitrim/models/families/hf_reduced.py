@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from ...errors import VitrimError
 from ..exchange import while_attached
 from ..forward_pass import finish
+from ..heads import split_heads
 from ..reduced import ReducedBlock
 from ..reduced_model import ReducedModel
 from ..removed_branch import RemovedBranch
@@ -56,7 +57,7 @@ class ReducedLayer(ReducedBlock):
         if not self.attends:  # Nothing is projected, and nothing attends.
             return (normed_BTC.new_empty(normed_BTC.shape[0], 1, normed_BTC.shape[1], 0),) * (last - first)
         layers = (attn.q_proj, attn.k_proj, attn.v_proj)[first:last]
-        return tuple(layer(normed_BTC).unflatten(-1, (-1, attn.head_dim)).transpose(1, 2) for layer in layers)
+        return tuple(split_heads(layer(normed_BTC), dim=attn.head_dim) for layer in layers)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, normed_BQC: Tensor) -> Tensor:
         attn, layout = self._attention, self.vitrim_layout

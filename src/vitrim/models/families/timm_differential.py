@@ -9,6 +9,7 @@ from timm.models.vision_transformer import Block, DiffParallelScalingBlock
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..heads import split_heads
 from ..reduced import ReducedBlock
 from .timm_parallel import ReducedParallel
 from .timm_reduced import rows_of_qkv
@@ -65,7 +66,7 @@ def _pairs(part: Any, rows: tuple[Tensor, ...], first: int) -> tuple[Tensor, ...
     counts = (2 * part.num_heads, 2 * part.num_heads, part.num_heads)[first:]
     norms = (part.q_norm, part.k_norm, nn.Identity())[first:]
     parts = zip(norms, rows, counts, strict=False)
-    return tuple(norm(out.unflatten(2, (count, -1)).transpose(1, 2)) for norm, out, count in parts)
+    return tuple(norm(split_heads(out, count)) for norm, out, count in parts)
 
 
 def _differ(part: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, training: bool) -> Tensor:

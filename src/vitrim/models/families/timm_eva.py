@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..adapter import State
 from ..exchange import intercepted
 from ..foreign_macs import macs_per_row
+from ..heads import split_heads
 from ..macs import BlockShape
 from ..reduced import ReducedBlock
 from .timm_reduced import ReducedTimmModel, mix, rows_of_qkv, splits
@@ -31,9 +32,7 @@ class _ReducedEva(ReducedBlock):
 
     def project(self, normed_BTC: Tensor, first: int, last: int) -> tuple[Tensor, ...]:
         attn = self.attn
-        streams = [
-            out.unflatten(2, (-1, attn.head_dim)).transpose(1, 2) for out in _rows(attn, normed_BTC, first, last)
-        ]
+        streams = [split_heads(out, dim=attn.head_dim) for out in _rows(attn, normed_BTC, first, last)]
         norms = (attn.q_norm, attn.k_norm, nn.Identity())[first:last]
         streams = [norm(stream) for norm, stream in zip(norms, streams, strict=True)]
         # Heads of one group read the same keys and values.

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from ...errors import VitrimError
 from ..exchange import intercepted
+from ..heads import split_heads
 from ..reduced import ReducedBlock
 from .timm_reduced import mix, rows_of_qkv, splits
 
@@ -130,6 +131,6 @@ def streams_of(attn: Any, normed_BTC: Tensor, first: int, last: int) -> tuple[Te
 
 
 def _heads(part: Any, rows: tuple[Tensor, ...], first: int) -> tuple[Tensor, ...]:
-    streams = [out.unflatten(2, (part.num_heads, -1)).transpose(1, 2) for out in rows]
+    streams = [split_heads(out, part.num_heads) for out in rows]
     norms = (part.q_norm, part.k_norm, nn.Identity())[first:]
     return tuple(norm(stream) for norm, stream in zip(norms, streams, strict=False))

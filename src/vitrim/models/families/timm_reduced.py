@@ -41,17 +41,16 @@ def splits(qkv: Any) -> bool:
 
 def rows_of_qkv(attn: Any, dims: int, x_BTC: Tensor, first: int, last: int) -> tuple[Tensor, ...]:
     """Streams `first` to `last` (exclusive) of queries, keys and values, each (B, T, dims), of a fused layer `qkv`."""
-    part, bias = slice(first * dims, last * dims), attn.qkv.bias
-    apart = getattr(attn, "q_bias", None) is not None
-    if apart:
-        bias = torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
+    part, separate = slice(first * dims, last * dims), getattr(attn, "q_bias", None) is not None
+    bias = torch.cat((attn.q_bias, attn.k_bias, attn.v_bias)) if separate else None
     if splits(attn.qkv):
+        bias = bias if separate else attn.qkv.bias
         out = F.linear(x_BTC, attn.qkv.weight[part], None if bias is None else bias[part])
-    elif apart and not attn.qkv_bias_separate:
+    elif separate and not attn.qkv_bias_separate:
         out = F.linear(x_BTC, attn.qkv.weight, bias)[..., part]
     else:  # Another layer put in its place (LoRA, quantised), or hooks: call it, which computes everything.
         out = attn.qkv(x_BTC)[..., part]
-        out = out + bias[part] if apart else out
+        out = out if bias is None else out + bias[part]
     return out.chunk(last - first, dim=-1)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ...errors import CheckpointError
 from ..adapter import Geometry, State
 from ..foreign_macs import macs_per_row
+from ..heads import split_heads
 from ..macs import BlockShape
 from ..reduced import ReducedBlock
 from .timm_reduced import mix, rows_of_qkv, splits
@@ -31,7 +32,7 @@ class ReducedRelativeBlock(ReducedBlock):
     def project(self, normed_BTC: Tensor, first: int, last: int) -> tuple[Tensor, ...]:
         attn = self.attn
         rows = rows_of_qkv(attn, attn.proj.in_features, normed_BTC, first, last)
-        streams = [out.unflatten(2, (attn.num_heads, -1)).transpose(1, 2) for out in rows]
+        streams = [split_heads(out, attn.num_heads) for out in rows]
         same = nn.Identity()
         norms = (getattr(attn, "q_norm", same), getattr(attn, "k_norm", same), same)[first:last]
         return tuple(norm(stream) for norm, stream in zip(norms, streams, strict=True))

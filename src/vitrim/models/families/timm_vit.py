@@ -13,6 +13,7 @@ from ...tokens import Plan, Reducer
 from ..adapter import Geometry, State
 from ..exchange import intercepted
 from ..foreign_macs import counted, macs_per_row
+from ..heads import split_heads
 from ..macs import BlockShape, Macs, block_macs
 from ..reduced import ReducedBlock
 from ..removed_branch import RemovedBranch
@@ -43,7 +44,7 @@ class ReducedTimmBlock(ReducedBlock, Block):
         if isinstance(attn, RemovedBranch):  # Nothing is projected, and nothing attends.
             return (normed_BTC.new_empty(normed_BTC.shape[0], 1, normed_BTC.shape[1], 0),) * (last - first)
         rows = rows_of_qkv(attn, attn.attn_dim, normed_BTC, first, last)
-        streams = [out.unflatten(2, (attn.num_heads, attn.head_dim)).transpose(1, 2) for out in rows]
+        streams = [split_heads(out, attn.num_heads, attn.head_dim) for out in rows]
         norms = (attn.q_norm, attn.k_norm, nn.Identity())[first:last]
         return tuple(norm(stream) for norm, stream in zip(norms, streams, strict=True))
 
