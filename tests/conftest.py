@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from functools import partial
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # Else it starts an interpreter for each core.
@@ -13,6 +14,15 @@ import torch
 import processes  # noqa: F401  (says what the processes of tests have imported)
 from vitrim import save
 from vitrim.data import images
+
+
+@pytest.fixture(autouse=True)
+def _compiled_without_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trace and differentiate compiled code, but do not turn it into C++, which takes most of the time and tests torch.
+
+    A test that names a backend gets it.
+    """
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
 
 
 @pytest.fixture(autouse=True)

@@ -16,11 +16,13 @@ from typing import Any
 import pytest
 from PIL import Image
 from sklearn.datasets import load_digits, load_sample_images
+from torch import nn
 
 from vitrim import ToMe, TopK, compression, demo, stratify
 from vitrim.cli import main
 from vitrim.data import images
 from vitrim.measure import speed
+from vitrim.models import small_vits
 from vitrim.show import report
 from vitrim.show.runs import points
 from vitrim.train.recipe import Recipe
@@ -53,9 +55,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module", autouse=True)
 def in_small() -> Iterator[None]:
-    """A quarter of the digits, and fewer repetitions of what takes time: a demo of few images, a few timed calls."""
+    """A quarter of the digits, a network of half the depth, and fewer repetitions of what takes time."""
     pixels, targets = images._digits()
-    recipe, bench = demo._recipe, demo.bench
+    recipe, bench, create = demo._recipe, demo.bench, small_vits._create
+
+    def shallow(name: str, pretrained: bool, args: dict[str, Any], **own: Any) -> nn.Module:
+        return create(name, pretrained, args, **(own | ({"depth": 4} if name == "vitrim_digits_vit" else {})))
 
     def few(*words: Any) -> Recipe:
         whole = recipe(*words)
@@ -69,6 +74,7 @@ def in_small() -> Iterator[None]:
         patch.setattr(compression.run, "stratify", partial(stratify, even=True))
         patch.setattr(compression.run, "MOST_UNSEEN", 60)
         patch.setattr(images, "_digits", lambda: (pixels[:450], targets[:450]))
+        patch.setattr(small_vits, "_create", shallow)
         patch.setattr(demo, "_recipe", few)
         patch.setattr(demo, "bench", lambda models, **options: bench(models, batch_sizes=(4,), rounds=1))
         patch.setattr(speed, "_CALLS_AT_BATCH_1", 2)
@@ -109,40 +115,18 @@ MADE: dict[tuple[str, ...], Path] = {}
 """Command without its folder -> what it made."""
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_examples_run(page: Path, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    monkeypatch.chdir(place)
-    names: dict[str, object] = {}
-    examples = FENCE.findall(page.read_text())
-    for language, text in examples:
-        if language == "python":
-            exec(compile(text, f"{page.name} example", "exec"), names)
-        elif language == "sh":
-            for line in text.replace("\\\n", " ").strip().splitlines():
-                words = shlex.split(line, comments=True)
-                if words:
-                    assert words[0] == "vitrim", f"{page.name}: only vitrim commands belong in a sh block, not {line}"
-                    run_once(words[1:], MADE)
-    assert examples, f"{page.name} shows no example"
-
-
-def test_system_1_in_miniature(place: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.chdir(place)
-    run_once(["study", "recipes/system1/study.yaml", "--scale", "smoke", "--out", "runs/miniature"], MADE)
-    found = {name: json.loads(Path(f"runs/miniature/{name}.json").read_text())["rows"] for name in ("table", "sweep")}
+def check_system_1(folder: Path) -> None:
+    found = {name: json.loads((folder / f"{name}.json").read_text())["rows"] for name in ("table", "sweep")}
     tests = ("pruning off", "pruning on")
     names = [(row["row"], row["test"]) for row in found["table"]]
     assert names == [(row, test) for row in ("baseline", "trained with pruning") for test in tests]
     assert found["table"][1]["macs_ratio"] > 1.2
-    lines = Path("runs/miniature/trained-with-pruning-s0/metrics.jsonl").read_text().splitlines()
+    lines = (folder / "trained-with-pruning-s0" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["strength"] for line in lines] == [0.0] * 4 + [1.0] * 2
     assert [row.get("alpha") for row in found["sweep"]] == [None, 1.0, 2.0] * 2
 
 
-def test_system_5_in_miniature(place: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.chdir(place)
-    folder = Path("runs/super-networks")
-    run_once(["study", "recipes/system5/study.yaml", "--scale", "smoke", "--out", f"{folder}"], MADE)
+def check_system_5(folder: Path) -> None:
     table, written = (json.loads((folder / f"{name}.json").read_text()) for name in ("table", "curve"))
     rows, said = written["rows"], " ".join(written["notes"])
     assert "trained longer: WPAC, trained on | PIAD original | PIAD sandwich + KD." in said
@@ -170,18 +154,53 @@ def test_system_5_in_miniature(place: Path, monkeypatch: pytest.MonkeyPatch):
     assert "Compared with networks trained alone, where both are known, curves are " in page
 
 
+CHECKS = {"system1": check_system_1, "system5": check_system_5}
+"""Page -> what the study of its system finds in miniature."""
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_examples_run(page: Path, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.chdir(place)
+    names: dict[str, object] = {}
+    examples = FENCE.findall(page.read_text())
+    for language, text in examples:
+        if language == "python":
+            exec(compile(text, f"{page.name} example", "exec"), names)
+        elif language == "sh":
+            for line in text.replace("\\\n", " ").strip().splitlines():
+                words = shlex.split(line, comments=True)
+                if words:
+                    assert words[0] == "vitrim", f"{page.name}: only vitrim commands belong in a sh block, not {line}"
+                    run_once(words[1:], MADE)
+    assert examples, f"{page.name} shows no example"
+    if check := CHECKS.get(page.stem):
+        check(Path("runs") / f"{page.stem}-smoke")
+
+
 FRESH = """
-import os, sys, timm, torch
-for number, text in enumerate(sys.stdin.read().split(chr(0))):
+import ast, os, sys, types, timm, torch
+for text in sys.stdin.read().split(chr(0)):
     if not os.fork():
-        exec(compile(text, f"example {number}", "exec"), {})
+        names, tree = {}, ast.parse(text)
+        imports = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+        exec(compile(ast.Module(imports, []), "imports", "exec"), names)
+        for node in ast.walk(tree):
+            parts = []
+            while isinstance(node, ast.Attribute):
+                parts.insert(0, node.attr)
+                node = node.value
+            found = names.get(node.id) if isinstance(node, ast.Name) else None
+            for part in parts:
+                if not isinstance(found, types.ModuleType):
+                    break
+                found = getattr(found, part)
         os._exit(0)
     assert os.wait()[1] == 0, text
 """
 
 
-def test_pages_that_begin_with_python_run_in_an_interpreter_of_their_own():
-    """Nothing that another page has imported helps them."""
+def test_pages_that_begin_with_python_import_what_they_use():
+    """In an interpreter of their own, where nothing that another page has imported helps them."""
     first = [examples[0] for page in PAGES if (examples := FENCE.findall(page.read_text()))]
     texts = [text for language, text in first if language == "python"]
     assert len(texts) > 4

@@ -45,7 +45,7 @@ def test_all_of_the_time_is_the_full_network(net):
     assert vitrim.cost(net.extract(latency="1000000 ms")).macs == net.chain.macs
 
 
-@pytest.mark.parametrize("wrong", range(1, 16))
+@pytest.mark.parametrize("wrong", [1, 2, 3, 5, 8, 13])
 @pytest.mark.parametrize("factor", [0.1, 10])
 def test_one_wrong_sample_costs_one_group_at_most(net, wrong, factor):
     calls = []
