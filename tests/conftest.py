@@ -14,6 +14,11 @@ import torch
 import processes  # noqa: F401  (says what the processes of tests have imported)
 from vitrim import save
 from vitrim.data import images
+from vitrim.distill.losses import LOSSES
+from vitrim.distill.objective import TERMS, WEIGHTS
+from vitrim.models import ADAPTERS
+from vitrim.models.sublayers import ELASTIC
+from vitrim.tokens import CURRICULA, REDUCERS, SCHEDULES, SCORES
 
 
 @pytest.fixture(autouse=True)
@@ -28,6 +33,14 @@ def _compiled_without_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def entries_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forget what a test enters into the tables of methods."""
+    for table in (SCORES, REDUCERS, SCHEDULES, CURRICULA, TERMS, WEIGHTS, LOSSES, ADAPTERS, ELASTIC):
+        monkeypatch.setattr(table, "_entries", dict(table._entries))
+        monkeypatch.setattr(table, "_homes", dict(table._homes))
 
 
 @pytest.fixture(scope="module")

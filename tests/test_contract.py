@@ -78,6 +78,9 @@ RETURNING = [Case(vitrim.TopK(), 2), Case(vitrim.TopK(fuse="sum"), 2), Case(vitr
 CASES = [*map(Case, REDUCTIONS), *RETURNING]
 # What returns is the same in every family; these differ in prefix tokens, heads, attention and what is left of it.
 RETURNED_IN = ("toy", "vit", "deit_distilled", "dinov2_registers", "siglip", "gap", "gated", "removed")
+# Every reducer on one model of each family; models that differ from it in norms, heads or positions meet fewer of them.
+FIRST = {next(iter(ZOO[adapter])) for adapter in ZOO}
+FURTHER = (vitrim.TopK(fuse="sum"), vitrim.TopK("norm", fuse="mean"), vitrim.ToMe())
 # Models of transformers share all but their layers and heads with each other, and their blocks with timm's.
 IN_TRANSFORMERS = (vitrim.TopK(), vitrim.TopK(fuse="sum"), vitrim.ToMe())
 PAIRS = [
@@ -85,6 +88,7 @@ PAIRS = [
     for model in MODELS
     for case in CASES
     if (case.reinstate is None or model[1] in RETURNED_IN)
+    and (model[1] in FIRST or model[1] in RETURNED_IN or case.reducer in FURTHER)
     and (model[0] != "transformers" or case.reducer in IN_TRANSFORMERS)
 ]
 FAMILY = {name: adapter for adapter, name in MODELS}
@@ -305,7 +309,7 @@ def test_law_8_export_and_onnx_with_another_batch_size(name: str, case: Case, tm
         program = torch.export.export(model, (x,), dynamic_shapes=(batch,))
         assert handle.policy.last is None, "tensors of the tracer must not stay behind"
         run = [program.module()]
-        if name in ("vit", "dinov3"):
+        if name in ("vit", "dinov3") and case.reducer != vitrim.TopK():
             file = str(tmp_path / "model.onnx")
             torch.onnx.export(program, (), file, dynamo=True, verbose=False)
             session = onnxruntime.InferenceSession(file)

@@ -7,17 +7,13 @@ import torch
 
 import test_contract as contract
 import vitrim
-from vitrim.tokens import REDUCERS, SCHEDULES, Assignment, Evidence, KeepRate, Reducer, Reduction
+from vitrim.tokens import Assignment, Evidence, KeepRate, Reducer, Reduction
 from zoo import build
 
 MODELS_SEEN = ("vit", "gap", "removed")
 
 
-@pytest.fixture(autouse=True)
-def _entries_stay(monkeypatch: pytest.MonkeyPatch) -> None:
-    for table in (REDUCERS, SCHEDULES):
-        monkeypatch.setattr(table, "_entries", dict(table._entries))
-        monkeypatch.setattr(table, "_homes", dict(table._homes))
+pytestmark = pytest.mark.usefixtures("entries_stay")
 
 
 def first_tokens() -> type[Reducer]:

@@ -158,6 +158,7 @@ CHECKS = {"system1": check_system_1, "system5": check_system_5}
 """Page -> what the study of its system finds in miniature."""
 
 
+@pytest.mark.usefixtures("entries_stay")
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_examples_run(page: Path, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     monkeypatch.chdir(place)

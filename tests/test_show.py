@@ -20,6 +20,7 @@ from timm.models.vision_transformer import VisionTransformer
 import vitrim
 from vitrim import cli
 from vitrim.errors import DataError, ScheduleError, ScoreError, VitrimError
+from vitrim.show import report
 from vitrim.show.draw import draw_scores, draw_tokens, make_canvas
 from vitrim.show.figures import format_figure
 from vitrim.show.files import picture_paths, spread_evenly
@@ -454,7 +455,8 @@ def test_curves_of_many_runs_are_compared_by_row(tmp_path, monkeypatch):
     assert mean == {"a, mean of 2 seeds": [{"loss": 1.5, "tokens": [3]}]}  # Over the epochs that both have.
 
 
-def test_curves_that_cannot_be_told_apart_are_left_out_with_a_word(tmp_path):
+def test_curves_that_cannot_be_told_apart_are_left_out_with_a_word(tmp_path, monkeypatch):
+    monkeypatch.setattr("vitrim.show.report.curves_plot", lambda metrics, file: False)
     for row in range(33):
         write_run(tmp_path / f"row{row}-s0", metrics=metrics_of(2))
     assert "The curves of 33 runs are too many for one plot" in Page(write_report(tmp_path)).text

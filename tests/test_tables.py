@@ -17,11 +17,7 @@ BASES = [(Reducer, REDUCERS), (Schedule, SCHEDULES), (Curriculum, CURRICULA), (T
 TABLES = [table for _, table in BASES] + [SCORES, LOSSES, ADAPTERS, ELASTIC]
 
 
-@pytest.fixture(autouse=True)
-def _entries_stay(monkeypatch: pytest.MonkeyPatch) -> None:
-    for table in TABLES:
-        monkeypatch.setattr(table, "_entries", dict(table._entries))
-        monkeypatch.setattr(table, "_homes", dict(table._homes))
+pytestmark = pytest.mark.usefixtures("entries_stay")
 
 
 @pytest.mark.parametrize("table", TABLES, ids=lambda table: table.kind)

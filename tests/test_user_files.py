@@ -10,10 +10,10 @@ import pytest
 import vitrim
 from vitrim import user_files
 from vitrim.cli import main
-from vitrim.distill import LOSSES, TERMS, WEIGHTS
+from vitrim.distill import TERMS
 from vitrim.errors import VitrimError
 from vitrim.study import local_workers as workers
-from vitrim.tokens import CURRICULA, REDUCERS, SCHEDULES, SCORES
+from vitrim.tokens import REDUCERS
 from vitrim.train.checkpoint import RunFolder
 from vitrim.user_files import import_files, import_options, split_imports
 
@@ -90,15 +90,11 @@ def my_l1(student, target):
     """Mean absolute difference."""
     return (student - target).abs().mean(-1)
 '''
-TABLES = (SCORES, REDUCERS, SCHEDULES, CURRICULA, TERMS, WEIGHTS, LOSSES)
 
 
 @pytest.fixture
-def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def mine(tmp_path: Path, entries_stay: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The user's file; what it adds is gone after the test."""
-    for table in TABLES:
-        monkeypatch.setattr(table, "_entries", dict(table._entries))
-        monkeypatch.setattr(table, "_homes", dict(table._homes))
     monkeypatch.setattr(user_files, "_imported", {})
     monkeypatch.setattr(sys, "path", list(sys.path))
     path = tmp_path / "my_methods.py"
