@@ -20,7 +20,6 @@ from timm.models.vision_transformer import VisionTransformer
 import vitrim
 from vitrim import cli
 from vitrim.errors import DataError, ScheduleError, ScoreError, VitrimError
-from vitrim.show import report
 from vitrim.show.draw import draw_scores, draw_tokens, make_canvas
 from vitrim.show.figures import format_figure
 from vitrim.show.files import picture_paths, spread_evenly

@@ -80,11 +80,16 @@ class At:
 
 
 VARIANTS = {
-    "plain": {},
     "workers": {"data__workers": 2, "augment__crop": "pad", "augment__randaugment": "rand-m5-n1"},
-    "ema, mixup": {"optim__ema": 0.8, "augment__mixup": 0.4, "augment__cutmix": 1.0, "augment__smoothing": 0.1},
+    "ema, mixup, dropout": {
+        "optim__ema": 0.8,
+        "augment__mixup": 0.4,
+        "augment__cutmix": 1.0,
+        "augment__smoothing": 0.1,
+        "model__args": {"drop_path_rate": 0.2, "proj_drop_rate": 0.2},
+        "augment__erasing": 0.5,
+    },
     "accumulation": {"optim__accumulate": 4, "batch_size": 32, "epochs": 4, "data__limit": 200},
-    "dropout": {"model__args": {"drop_path_rate": 0.2, "proj_drop_rate": 0.2}, "augment__erasing": 0.5},
     "delayed": {"reduction": "TopK() @ PowerLaw(0.6, 2.0) @ Delayed(1)"},
     "per step": {"reduction": "ToMe() @ KeepRate(0.5, at=[1]) @ Polynomial(0, 2, per_step=True)", "phase": "train"},
     "adaptive": {"reduction": "TopK() @ KeepRate(0.5, at=[1]) @ Adaptive(step=0.5)", "optim__ema": 0.5},
