@@ -5,20 +5,23 @@
 
 Calibration images are drawn from the training split by several seeds and have no labels; all networks are tested on the
 same images of the test split. A network that was trained for minutes has width to spare, so that every method is good
-there: take one that was trained for long.
+there: take one that was trained for long. A benchmark that was stopped goes on where it was when the same command is
+given again.
 """
 
 import statistics
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from itertools import islice
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from finished import Finished, Values
 from vitrim import SuperNet, arguments, stratify
 from vitrim.data.specs import DataSpec
 from vitrim.data.splits import plain_stream
@@ -57,6 +60,41 @@ def outputs(model: nn.Module, data: list[tuple[Tensor, Tensor]]) -> Tensor:
     return torch.cat([model(images) for images, _ in data])
 
 
+def cases() -> Iterator[tuple[float, str, str]]:
+    """Budget, how widths were chosen, and what makes up for lost units."""
+    for macs in BUDGETS:
+        yield from ((macs, "even", "means"), (macs, "even", "regression"), (macs, "measured", "regression"))
+        if macs in REFITTED:
+            yield macs, "measured", "regression, refitted"
+
+
+class Cuts:
+    """Sub-networks of one super-network, which is made when the first is asked for.
+
+    Args:
+        network: the full network.
+        images: reads the calibration images.
+        number: of calibration images.
+    """
+
+    def __init__(self, network: nn.Module, images: Callable[[], list[tuple[Tensor, Tensor]]], number: int) -> None:
+        self.network, self.images, self.number = network, images, number
+        self._nets = cache(self._make)
+
+    def cut(self, macs: float, widths: str, how: str) -> nn.Module:
+        """One sub-network."""
+        data, nets = self._nets()
+        if how == "regression, refitted":
+            return nets[widths].extract(macs=macs, data=data)
+        return nets[widths].extract(macs=macs, compensate="means" if how == "means" else "regression")
+
+    def _make(self) -> tuple[list[Tensor], dict[str, SuperNet]]:
+        data = [batch for batch, _ in self.images()]
+        net = stratify(self.network, data, num_images=self.number)
+        even = replace(grow_evenly(start_chain(net.model), 0.875), weights=net.chain.weights)
+        return data, {"even": SuperNet(net.model, even, net.compensations), "measured": net}
+
+
 def main(
     model: str,
     root: str,
@@ -75,28 +113,21 @@ def main(
     classes = torch.cat([each for _, each in test])
     full = outputs(network, test)
     right = (full.argmax(1) == classes).double().mean().item()
-    found: dict[tuple[float, str, str], list[tuple[float, float]]] = defaultdict(list)
+    settings: Values = {"model": model, "root": root, "images": images, "test_images": len(classes)}
+    finished = Finished(Path(f"{out}.finished.jsonl"), settings)
 
-    def measure(macs: float, widths: str, how: str, cut: Callable[[], nn.Module]) -> None:
+    def closeness(cut: Callable[[], nn.Module]) -> Values:
         logits = outputs(cut(), test)
         divergence = F.kl_div(logits.log_softmax(1), full.log_softmax(1), reduction="batchmean", log_target=True).item()
-        found[macs, widths, how].append((divergence, (logits.argmax(1) == classes).double().mean().item()))
-        print(
-            f"{macs:.2f} {widths}, {how}: KL {divergence:.4f}, accuracy {found[macs, widths, how][-1][1]:.1%}",
-            flush=True,
-        )
+        return {"divergence": divergence, "accuracy": (logits.argmax(1) == classes).double().mean().item()}
 
+    found: dict[tuple[float, str, str], list[tuple[float, float]]] = defaultdict(list)
     for seed in range(1, seeds + 1):
-        data = [batch for batch, _ in batches(network, spec, images, seed, train=True)]
-        net = stratify(network, data, num_images=images)
-        even = replace(grow_evenly(start_chain(net.model), 0.875), weights=net.chain.weights)
-        nets = {"even": SuperNet(net.model, even, net.compensations), "measured": net}
-        for macs in BUDGETS:
-            for widths, net in nets.items():
-                for how in ("means", "regression") if widths == "even" else ("regression",):
-                    measure(macs, widths, how, partial(net.extract, macs=macs, compensate=how))
-                if macs in REFITTED and widths == "measured":
-                    measure(macs, widths, "regression, refitted", partial(net.extract, macs=macs, data=data))
+        cuts = Cuts(network, partial(batches, network, spec, images, seed, train=True), images)
+        for macs, widths, how in cases():
+            key = {"seed": seed, "macs": macs, "widths": widths, "compensation": how}
+            values = finished.measured(partial(closeness, partial(cuts.cut, macs, widths, how)), **key)
+            found[macs, widths, how].append((values["divergence"], values["accuracy"]))
 
     def mean(key: tuple[float, str, str], which: int) -> float:
         return statistics.fmean(each[which] for each in found[key])
@@ -124,6 +155,7 @@ def main(
     table = Table("Widths without training", COLUMNS, rows, notes=notes, environment=environment())
     print(table.text())
     table.write_all(out)
+    finished.close()
 
 
 if __name__ == "__main__":
