@@ -1,0 +1,133 @@
+"""Which reducer, score and shape of schedule lose least at equal MACs, without training, on a trained model.
+
+    vitrim train --config recipes/system5/finetune-vits14.yaml --out runs/vits14
+    python benchmarks/tokens.py runs/vits14 --root data/imagenette160 --out results/tokens-vits14-cpu
+
+Every reducer, score and fuse under one shape of schedule, then several shapes for the reducers in common use.
+All rows see the same test images, and a budget is solved exactly, so rows of one budget cost the same. A benchmark that
+was stopped goes on where it was when the same command is given again.
+"""
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from finished import Finished, Values
+from vitrim import Budget, ToMe, TopK, arguments, attach, cost
+from vitrim.compression.candidates import first_shapes, power, reducers
+from vitrim.compression.fidelity import Judge
+from vitrim.compression.images import read
+from vitrim.compression.intervals import of_drop, of_mean
+from vitrim.data.specs import DataSpec
+from vitrim.data.splits import plain_stream
+from vitrim.errors import ScheduleError
+from vitrim.measure.environment import environment
+from vitrim.measure.table import Column, Table
+from vitrim.models import open_model
+from vitrim.models.adapter import find_adapter
+from vitrim.notation import render
+from vitrim.tokens import Reducer, Schedule
+
+BUDGETS = (0.9, 0.75, 0.5, 0.35, 0.25)
+SHAPE = power(1.4)
+"""The shape of schedule under which reducers and scores are compared."""
+IN_USE = (TopK(), TopK(fuse="sum"), ToMe())
+"""The reducers for which shapes are compared."""
+COLUMNS = (
+    Column("reducer", "reducer"), Column("shape", "shape"), Column("budget", "MACs / full", ".2f"),
+    Column("macs", "counted", ".3f"),
+    Column("divergence", "KL(full || reduced)", ".4f"),
+    Column("divergence_low", "from", ".4f"), Column("divergence_high", "to", ".4f"),
+    Column("agreement", "same class", ".1%"), Column("drop", "accuracy lost", "+.2%"),
+    Column("drop_low", "from", "+.2%"), Column("drop_high", "to", "+.2%"),
+)  # fmt: skip
+
+
+def cases(has_cls: bool, depth: int) -> Iterator[tuple[Reducer, Schedule]]:
+    """All reducers under one shape, blind choice as the control; then other shapes for those in use."""
+    for reducer in [*reducers(has_cls), TopK("random")]:
+        yield reducer, SHAPE
+    for reducer in IN_USE:
+        for shape in first_shapes(depth):
+            if shape != SHAPE:
+                yield reducer, shape
+
+
+def measure(model: nn.Module, judge: Judge, reducer: Reducer, shape: Schedule, budget: float, full: int) -> Values:
+    """One method at one budget; empty where it cannot go so low."""
+    try:
+        handle = attach(model, reducer, Budget(budget, shape))
+    except ScheduleError:
+        return {}
+    with handle:
+        macs, found = cost(model).macs / full, judge.compare(model)
+    values: Values = {"macs": macs, "agreement": found.agreement}
+    before, after = judge.right(judge.reference), judge.right(found.outputs)
+    intervals = {"divergence": of_mean(found.divergence.tolist())}
+    if before is not None and after is not None:
+        intervals["drop"] = of_drop(before.tolist(), after.tolist())
+    for name, interval in intervals.items():
+        values |= {name: interval.value, f"{name}_low": interval.low, f"{name}_high": interval.high}
+    return values
+
+
+def main(
+    model: str,
+    root: str,
+    image_size: int | None = None,
+    test_images: int = 1000,
+    threads: int | None = 2,
+    out: str = "results/tokens-vits14-cpu",
+) -> None:
+    """Measure, print, and write OUT.md, OUT.csv and OUT.json.
+
+    Args:
+        model: run folder of a trained model, or whatever else commands open.
+        root: folder of its images, with train/ and val/.
+        image_size: pixels, if other than the model's own.
+        test_images: images of the test split, drawn once.
+        threads: CPU threads.
+        out: stem of the files to write.
+    """
+    torch.set_num_threads(threads or torch.get_num_threads())
+    network = open_model(model).eval()
+    spec = DataSpec(name="folder", root=root, image_size=image_size, workers=0)
+    judge = Judge(network, read(plain_stream(network, spec), test_images, 0), torch.device("cpu"))
+    right, full = judge.right(judge.reference), cost(network).macs
+    geometry = find_adapter(network).geometry(network)
+    finished = Finished(
+        Path(f"{out}.finished.jsonl"), {"model": model, "root": root, "size": image_size, "images": len(judge)}
+    )
+    rows = []
+    for reducer, shape in cases(geometry.num_prefix > 0, geometry.depth):
+        for budget in BUDGETS:
+            key = {"reducer": render(reducer), "shape": render(shape), "budget": budget}
+            values = finished.measured(partial(measure, network, judge, reducer, shape, budget, full), **key)
+            rows += [key | values] if values else []
+    notes = [
+        f"{len(judge):,} test images, the same for all rows"
+        + ("." if right is None else f"; the full network has {right.double().mean():.1%} on them."),
+        "Intervals of 95 %: divergence by a studentised bootstrap over images, accuracy lost paired by image.",
+        *map(partial(closest, rows), BUDGETS),
+    ]
+    table = Table("Tokens without training", COLUMNS, rows, notes=notes, environment=environment())
+    print(table.text())
+    table.write_all(out)
+    finished.close()
+
+
+def closest(rows: list[Values], budget: float) -> str:
+    """What loses least at one budget, in words."""
+    best, second = sorted((row for row in rows if row["budget"] == budget), key=lambda row: row["divergence"])[:2]
+    apart = best["divergence_high"] < second["divergence_low"]
+    return (
+        f"At {budget} of the MACs {best['reducer']} with {best['shape']} is closest (KL {best['divergence']:.4f}), "
+        f"{'beyond' if apart else 'within'} the interval of the next, {second['reducer']} with {second['shape']}."
+    )
+
+
+if __name__ == "__main__":
+    arguments.run(main, "benchmarks/tokens.py")
