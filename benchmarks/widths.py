@@ -25,7 +25,7 @@ from finished import Finished, Values
 from vitrim import SuperNet, arguments, stratify
 from vitrim.data.specs import DataSpec
 from vitrim.data.splits import plain_stream
-from vitrim.data.streams import make_loader
+from vitrim.data.streams import shuffled_batches
 from vitrim.elastic.chain import start_chain
 from vitrim.elastic.growth import grow_evenly
 from vitrim.measure.environment import environment
@@ -50,8 +50,8 @@ COLUMNS = (
 
 def batches(model: nn.Module, spec: DataSpec, number: int, seed: int, train: bool) -> list[tuple[Tensor, Tensor]]:
     """The first `number` images of the training or test split in an order drawn by the seed, with their classes."""
-    loader, _ = make_loader(plain_stream(model, spec, train=train), 64, spec.workers, seed=seed, shuffle=True)
-    return [(images, classes) for images, classes, *_ in islice(loader, -(-number // 64))]
+    stream = plain_stream(model, spec, train=train)
+    return list(islice(shuffled_batches(stream, spec.workers, seed), -(-number // 64)))
 
 
 @torch.no_grad()

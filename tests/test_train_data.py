@@ -16,7 +16,7 @@ from sklearn.datasets import load_digits
 from vitrim.data.images import open_both, open_images
 from vitrim.data.specs import AugmentSpec, DataSpec
 from vitrim.data.splits import make_splits, plain_stream
-from vitrim.data.streams import Stream
+from vitrim.data.streams import Stream, shuffled_batches
 from vitrim.data.transforms import transforms_for
 from vitrim.errors import CheckpointError, DataError, UnknownNameError, VitrimError
 from vitrim.measure.accuracy import evaluate
@@ -148,6 +148,15 @@ def test_damaged_images_are_skipped_and_counted_once(root: Path):
         path.write_bytes(b"hello")
     with pytest.raises(DataError, match="none of the 12 images can be read"):
         stream[0]
+
+
+def test_shuffled_batches_leave_damaged_images_out(root: Path):
+    truncate(root / "train" / "digit0" / "0.png")
+    stream = plain_stream(tiny(), spec(root, on_corrupt="skip"), train=True)
+    first, again, other = (list(shuffled_batches(stream, 0, seed)) for seed in (0, 0, 1))
+    assert torch.cat([classes for _, classes in first]).bincount().tolist() == [9, 10, 10]
+    assert all(torch.equal(one[0], two[0]) for one, two in zip(first, again, strict=True))
+    assert not torch.equal(first[0][1], other[0][1])
 
 
 def test_figures_against_single_images(root: Path):

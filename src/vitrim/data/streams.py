@@ -152,3 +152,12 @@ def make_loader(
         pin_memory=torch.cuda.is_available(),
     )  # fmt: skip
     return loader, sampler
+
+
+def shuffled_batches(stream: Stream, workers: int, seed: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of 64 images (B, C, H, W) and their classes (B,), in an order drawn by the seed, once through the stream.
+
+    Images that cannot be read are left out where the stream skips them.
+    """
+    loader, _ = make_loader(stream, 64, workers, seed=seed, shuffle=True)
+    return ((images[index >= 0], classes[index >= 0]) for images, classes, index in loader)

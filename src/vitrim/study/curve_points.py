@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..data.specs import DataSpec
 from ..data.splits import plain_stream
-from ..data.streams import make_loader
+from ..data.streams import shuffled_batches
 from ..elastic import SuperNet, stratify
 from ..measure.accelerator import make_accelerator
 from ..measure.columns import columns
@@ -91,7 +91,7 @@ def curve_networks(
         if key not in opened:
             opened[key] = _supernet(curve, line, folders[line.row], data_for(line.row, data), seed, place)
         for budget in curve.budgets:
-            images = _batches(opened[key].model, data_for(line.row, data), seed) if line.refit else None
+            images = _training_batches(opened[key].model, data_for(line.row, data), seed) if line.refit else None
             found[name, line.row, budget] = opened[key].extract(
                 macs=budget, compensate=line.compensate, data=images, num_images=curve.images
             )
@@ -104,15 +104,14 @@ def _supernet(curve: Curve, line: Line, folder: Path, data: DataSpec, seed: int,
         return SuperNet.load(RunFolder(folder).model_path)
     model = open_model(str(folder)).to(device)
     return stratify(
-        model, _batches(model, data, seed), num_images=curve.images, ordering=line.ordering,
+        model, _training_batches(model, data, seed), num_images=curve.images, ordering=line.ordering,
         width_multiple=curve.width_multiple, even=line.even, say=lambda line: None,
     )  # fmt: skip
 
 
-def _batches(model: nn.Module, data: DataSpec, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _training_batches(model: nn.Module, data: DataSpec, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Shuffled training images with their classes, the same for every line of one seed."""
-    loader, _ = make_loader(plain_stream(model, data, train=True), 64, data.workers, seed=seed, shuffle=True)
-    return ((images, classes) for images, classes, _ in loader)
+    return shuffled_batches(plain_stream(model, data, train=True), data.workers, seed)
 
 
 def _row(curve: Curve, point: Point, per_seed: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -2,21 +2,13 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
-from ..data.specs import DataSpec
 from ..errors import DataError, RecipeError, VitrimError
 from ..options import Range
 from ..train.recipe import Recipe
 from ..train.specs import ElasticSpec, OptimSpec
 from .delivery import TEST_ONLY, Count, DataOptions, Device, TrainingImages, check_used, command_line
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from torch import Tensor
-
-    from ..data.streams import Stream
 
 PUBLISHED = Recipe(optim=OptimSpec(lr=2.5e-4, min_lr=1e-5), elastic=ElasticSpec(), epochs=300)
 """What `stratify --epochs` does without a recipe: published rates and growth, without augmentation."""
@@ -61,6 +53,7 @@ def stratify(
         _train(_recipe_for(model, data, recipe, epochs, num_images, width_multiple), out, device)
         return
     from ..data.splits import plain_stream
+    from ..data.streams import shuffled_batches
     from ..elastic.supernet import stratify as run
     from ..measure.accelerator import make_accelerator
     from ..models import check_place, has_weights, open_model
@@ -78,18 +71,11 @@ def stratify(
         raise DataError(fault)
     number = ElasticSpec().images if num_images is None else num_images
     multiple = ElasticSpec().width_multiple if width_multiple is None else width_multiple
-    supernet = run(network, _batches(stream, spec), num_images=number, labels=bool(labels), width_multiple=multiple)
+    batches = shuffled_batches(stream, spec.workers)
+    supernet = run(network, batches, num_images=number, labels=bool(labels), width_multiple=multiple)
     supernet.save(out, overwrite=overwrite, **kept_classes(model))
     chain = supernet.chain
     print(_summary(len(chain), chain.macs_at(-1) / chain.macs, min(number, len(stream)), out))
-
-
-def _batches(stream: "Stream", spec: DataSpec) -> "Iterator[tuple[Tensor, Tensor]]":
-    """Batches of the readable images of a stream, shuffled, with their classes."""
-    from ..data.streams import make_loader
-
-    loader, _ = make_loader(stream, 64, spec.workers, shuffle=True)
-    return ((images[index >= 0], classes[index >= 0]) for images, classes, index in loader)
 
 
 def _recipe_for(
@@ -190,10 +176,11 @@ def extract(
     batches = None
     if refit:
         from ..data.splits import plain_stream
+        from ..data.streams import shuffled_batches
         from ..study.compare import data_of
 
         spec = data_of([supernet], data)
-        batches = _batches(plain_stream(family.model, spec, train=True), spec)
+        batches = shuffled_batches(plain_stream(family.model, spec, train=True), spec.workers)
     network = family.extract(
         macs=macs, params=params, latency=latency, compensate=compensate, data=batches, num_images=num_images or 1024
     )
