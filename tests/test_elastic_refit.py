@@ -8,12 +8,16 @@ import torch
 
 import vitrim
 from elastic_models import digits, images, small, trained
+from hf_models import HF, MORE
 from vitrim.elastic import SuperNet, stratify
+from vitrim.elastic.block_tokens import branch_scale
 from vitrim.elastic.chain import start_chain
 from vitrim.elastic.growth import grow_evenly
-from vitrim.elastic.refit import RIDGES, Fit, Seen, _scale, best_ridge, refit
+from vitrim.elastic.probing import output_of
+from vitrim.elastic.refit import RIDGES, Fit, best_ridge, refit
 from vitrim.errors import DataError, VitrimError
 from vitrim.models import RemovedBranch, narrow
+from vitrim.models.sublayers import sublayers
 
 
 def error(one: torch.nn.Module, other: torch.nn.Module) -> float:
@@ -107,9 +111,9 @@ def test_a_branch_counts_as_added_with_a_scale_or_not_at_all():
     generator = torch.Generator().manual_seed(0)
     before, output = (torch.randn(2, 5, 4, generator=generator, dtype=torch.float64) for _ in range(2))
     scale = torch.tensor([1.0, 1e-3, -2.0, 0.0], dtype=torch.float64)
-    found = _scale(Seen(before, before + scale * output, output, output))
+    found = branch_scale(before, output, before + scale * output)
     torch.testing.assert_close(found, torch.tensor([1.0, 1e3, -0.5, 0.0], dtype=torch.float64))
-    assert _scale(Seen(before, before + output.softmax(-1), output, output)) is None
+    assert branch_scale(before, output, before + output.softmax(-1)) is None
 
 
 def test_a_change_that_held_out_images_do_not_bear_out_is_not_made():
@@ -162,3 +166,20 @@ def test_both_networks_are_left_as_they_were_but_for_the_projections():
     assert not any(
         module._forward_hooks or module._forward_pre_hooks for one in (model, net) for module in one.modules()
     )
+
+
+@pytest.mark.parametrize("name", ["hf_vit", "beit", "dinov2", "clip", "siglip_headless"])
+def test_networks_of_transformers_are_refitted(name: str) -> None:
+    """Their attention layers return a pair, and a tower without a head returns no pooled features."""
+    model = (HF | MORE)[name]().eval()
+    net = copy.deepcopy(model)
+    narrow(net, {part.name: 2 if part.kind == "attention" else 8 for part in sublayers(net)})
+    x = torch.randn(32, 3, 40, 40, generator=torch.Generator().manual_seed(0))
+
+    def difference() -> float:
+        with torch.no_grad():
+            return (output_of(net, x) - output_of(model, x)).square().mean().item()
+
+    before = difference()
+    refit(net, model, [x])
+    assert difference() < 0.9 * before

@@ -120,9 +120,11 @@ def test_stratify_and_extract(name: str) -> None:
         assert predicted(small, x).isfinite().all()
 
 
-def test_removed_halves_run_and_are_saved(tmp_path: Path) -> None:
-    model, x = redrawn(ALL["hf_dinov2"]()), images(2)
-    names = [name for name, _ in model.named_modules() if name.endswith(("attention", ".mlp"))]
+@pytest.mark.parametrize("name", ["hf_dinov2", "siglip"])
+def test_removed_halves_run_and_are_saved(name: str, tmp_path: Path) -> None:
+    """Blocks of SigLIP give their attention its tokens by keyword."""
+    model, x = redrawn(ALL[name]()), images(2)
+    names = [name for name, _ in model.named_modules() if name.endswith((".attention", ".self_attn", ".mlp"))]
     vitrim.models.narrow(model, {names[0]: 0, names[3]: 0, names[4]: 4})
     dense = predicted(model, x)
     with vitrim.attach(model, "TopK('norm') @ KeepRate(0.6, at=(0, 1))"):

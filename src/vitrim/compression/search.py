@@ -257,7 +257,7 @@ class _Space:
 
 def fit_units(images: int) -> float:
     """Work of fitting one cut network, in images of the given model."""
-    return 8.0 * images
+    return 6.0 * images
 
 
 def planned_work(number: int, each: float, images: int) -> float:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..errors import DataError, VitrimError
 from ..models import as_tensor, num_classes
+from ..models.adapter import adapter_of
 from ..models.evaluating import evaluating
 
 Batch = Tensor | tuple[Tensor, ...] | list[Tensor]
@@ -16,7 +17,7 @@ Batch = Tensor | tuple[Tensor, ...] | list[Tensor]
 
 def output_of(model: Callable[[Tensor], Any], images: Tensor) -> Tensor:
     """Logits (B, classes) or pooled features (B, C) of any served model, heads of a distilled one averaged."""
-    return as_tensor(model(images))
+    return adapter_of(model).predict(model, images) if isinstance(model, nn.Module) else as_tensor(model(images))
 
 
 def is_headless(model: nn.Module) -> bool:

@@ -6,8 +6,7 @@ makes, in a ridge regression: the sum of its output and the tokens before it has
 it also makes up for the errors of the blocks before. In closed form, without labels, and free at run time.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,17 +19,15 @@ from ..models.adapter import find_adapter
 from ..models.compensation import TINY, Moments, cholesky
 from ..models.removed_branch import RemovedBranch
 from ..models.slicing import store
-from ..models.sublayers import Elastic, elastic
+from ..models.sublayers import elastic
 from ..tokens.precision import exact, exact_device, wide
-from .probing import Batch, all_reduce, batches, frozen, objective_of, output_of
-from .statistics import held_out_images, tensors_in, token_weights
+from .block_tokens import Tokens, branch_scale, observe, tokens_before_blocks
+from .probing import Batch, all_reduce, batches, frozen
+from .statistics import held_out_images, tensors_in
 
 RIDGES = (1e-2, 1e-1, 1.0, 10.0)
 """Ridges, as fractions of the mean variance; a projection takes the one that is best on held-out images, or none."""
-Call = Callable[[nn.Module, Tensor], Tensor]
 LEAST_IMAGES = 16
-SAME = 1e-3
-"""Largest part of a change of the tokens that may be unexplained where a branch counts as added to them."""
 
 
 @dataclass
@@ -80,21 +77,6 @@ class Fit:
         return (explained - spent - shift.square().sum() * self.inputs.weight).item()
 
 
-@dataclass
-class Tokens:
-    """One batch on its way through both networks.
-
-    full, cut: tokens (B, N, C) before the present block, in the full network and in the cut one.
-    calls: run a block with its other arguments, in the full network and in the cut one.
-    weights: of the tokens after each block, (B, N).
-    """
-
-    full: Tensor
-    cut: Tensor
-    calls: tuple[list[Call], list[Call]]
-    weights: list[Tensor]
-
-
 def refit(network: nn.Module, original: nn.Module, data: Iterable[Batch], *, num_images: int = 1024) -> None:
     """Fit the last projection of every sub-layer of a cut network again, in place.
 
@@ -103,7 +85,7 @@ def refit(network: nn.Module, original: nn.Module, data: Iterable[Batch], *, num
         original: the full network, whose tokens after each sub-layer are the goal.
         data: batches of images (B, channels, height, width), or of (images, labels); labels are not used.
         num_images: number of images to use; all tokens of one layer are kept for them, twice. The cost is about that
-            of eight forward passes.
+            of six forward passes.
 
     Raises:
         VitrimError: the networks do not belong together, a token reduction is attached, or a fit is not finite.
@@ -119,40 +101,30 @@ def refit(network: nn.Module, original: nn.Module, data: Iterable[Batch], *, num
         raise VitrimError("the network was not cut from this original: other blocks")
     with frozen(network), frozen(original):
         flows = [
-            _start(network, original, ours, theirs, images) for images, _ in batches(data, network, num_images, False)
+            tokens_before_blocks(network, original, ours, theirs, images)
+            for images, _ in batches(data, network, num_images, False)
         ]
         images = sum(len(flow.cut) for flow in flows)
         if images < LEAST_IMAGES:
             raise DataError(f"{images} images are too few to fit and to check on; give {LEAST_IMAGES} or more")
+        branches = adapter.branches_of(network)
         with elastic(network), torch.no_grad():
             for index, (block, reference) in enumerate(zip(ours, theirs, strict=True)):
-                for branch in adapter.branches_of(network):
-                    _refit_branch(block, reference, adapter.branches_of(network), branch, flows, index)
+                for branch in branches:
+                    _refit_branch(block, reference, branches, branch, flows, index)
                 for flow in flows:
-                    flow.cut = flow.calls[1][index](block, flow.cut)
-                    flow.full = flow.calls[0][index](reference, flow.full)
+                    flow.cut = flow.cut_calls[index](block, flow.cut)
 
 
 def _refit_branch(
     block: nn.Module, reference: nn.Module, branches: Mapping[str, str], branch: str, flows: list[Tokens], index: int
 ) -> None:
+    """Fit the last projection of one branch; the last branch of a block takes the full network's tokens through it."""
     layer: Any = block.get_submodule(branch)
     removed = isinstance(layer, RemovedBranch)
-    weight = None if removed else layer.last.weight
+    weight: Tensor | None = None if removed else layer.last.weight
     bias: Tensor | None = layer.bias if removed else layer.last.bias
-    inputs, outputs = (0, layer.bias.numel()) if removed else (layer.last.in_features, layer.last.out_features)
-    device = exact_device(flows[0].cut.device)
-    most, held_out = Fit.zeros(inputs, outputs, device), Fit.zeros(inputs, outputs, device)
-    for flow in flows:
-        seen = _observe(reference, branches, branch, flow.full, flow.calls[0][index])
-        now = _observe(block, branches, branch, flow.cut, flow.calls[1][index])
-        errors = seen.output - now.output
-        if (scale := _scale(seen)) is not None:
-            errors = errors + (seen.before - now.before) * scale
-        given = now.inputs if inputs else errors[..., :0]
-        apart = held_out_images(len(errors), errors.device)
-        for sums, images in ((most, ~apart), (held_out, apart)):
-            sums.add(*(wide(x[images].flatten(0, 1)).to(device) for x in (given, errors, flow.weights[index])))
+    most, held_out = _sums_of_branch(block, reference, branches, branch, flows, index)
     for each in (*tensors_in(most), *tensors_in(held_out)):
         all_reduce(each)
     together = most + held_out
@@ -167,108 +139,33 @@ def _refit_branch(
         store(bias, exact(bias) + shift.to(exact(bias).device))
 
 
+def _sums_of_branch(
+    block: nn.Module, reference: nn.Module, branches: Mapping[str, str], branch: str, flows: list[Tokens], index: int
+) -> tuple[Fit, Fit]:
+    """Sums over the images that a branch is fitted on, and over those that are held out."""
+    layer: Any = block.get_submodule(branch)
+    removed = isinstance(layer, RemovedBranch)
+    inputs, outputs = (0, layer.bias.numel()) if removed else (layer.last.in_features, layer.last.out_features)
+    device = exact_device(flows[0].cut.device)
+    most, held_out = Fit.zeros(inputs, outputs, device), Fit.zeros(inputs, outputs, device)
+    wanted = ("before", "output") if removed else ("before", "output", "inputs")
+    for flow in flows:
+        goal = observe(reference, branches, branch, flow.full, flow.full_calls[index], ("before", "output", "after"))
+        now = observe(block, branches, branch, flow.cut, flow.cut_calls[index], wanted)
+        if branch == list(branches)[-1]:  # The full network is not needed in this block any more.
+            flow.full = goal["after"]
+        errors = goal["output"] - now["output"]
+        if (scale := branch_scale(goal["before"], goal["output"], goal["after"])) is not None:
+            errors = errors + (goal["before"] - now["before"]) * scale
+        given = errors[..., :0] if removed else now["inputs"]
+        apart = held_out_images(len(errors), errors.device)
+        for sums, chosen in ((most, ~apart), (held_out, apart)):
+            sums.add(*(wide(x[chosen].flatten(0, 1)).to(device) for x in (given, errors, flow.weights[index])))
+    return most, held_out
+
+
 def best_ridge(most: Fit, held_out: Fit, bias: bool) -> float | None:
     """The ridge whose fit lowers the error on held-out images most; None if each raises it."""
     gains = {ridge: held_out.gain(*most.solve(ridge, bias)) for ridge in RIDGES}
     best = max(gains, key=lambda ridge: gains[ridge])
     return best if gains[best] > 0 else None
-
-
-@dataclass
-class Seen:
-    """A branch at work: tokens before and after it, its output, and the inputs of its last projection, if known."""
-
-    before: Tensor
-    after: Tensor
-    output: Tensor
-    inputs: Tensor
-
-
-def _observe(block: nn.Module, branches: Mapping[str, str], branch: str, x: Tensor, call: Call) -> Seen:
-    """Run a block; tokens before a branch are those that enter its norm, after it those that enter the next norm."""
-    found: dict[str, Tensor] = {}
-    names = list(branches)
-    following = names[names.index(branch) + 1 :]
-    layer: Any = block.get_submodule(branch)
-
-    def keep(name: str) -> Callable[..., None]:
-        return lambda module, args, *_: found.update({name: args[0]})
-
-    hooks = [
-        block.get_submodule(branches[branch]).register_forward_pre_hook(keep("before")),
-        layer.register_forward_hook(lambda module, args, out: found.update(output=out)),
-    ]
-    if following:
-        hooks.append(block.get_submodule(branches[following[0]]).register_forward_pre_hook(keep("after")))
-    if isinstance(layer, Elastic):
-        layer.vitrim_tap = lambda name, tensor: None if name == "qkv" else found.update(inputs=tensor)
-    try:
-        out = call(block, x)
-    finally:
-        for hook in hooks:
-            hook.remove()
-        if isinstance(layer, Elastic):
-            layer.vitrim_tap = None
-    return Seen(found["before"], found.get("after", out), found["output"], found.get("inputs", out))
-
-
-def _scale(seen: Seen) -> Tensor | None:
-    """What turns a difference of tokens into one of the branch's output, (C,); None if the branch is not just added.
-
-    Found from the tokens: after = before + scale * output, with one factor for each channel (LayerScale), or 1.
-    """
-    output, added = (exact(x).flatten(0, 1) for x in (seen.output, seen.after - seen.before))
-    factor = (output * added).sum(0) / output.square().sum(0).clamp_min(torch.finfo(torch.float64).tiny)
-    if (added - output * factor).square().sum() > SAME * added.square().sum():
-        return None
-    inverse = torch.where(factor.abs() > 1e-6 * factor.abs().amax(), 1 / factor, 0.0)
-    return inverse.to(seen.output)
-
-
-def _start(
-    network: nn.Module, original: nn.Module, ours: list[nn.Module], theirs: list[nn.Module], images: Tensor
-) -> Tokens:
-    """Run both networks once, for what enters their first block and what each block gets besides."""
-    objective = objective_of(original, False)
-    with _recorded(theirs) as (full, calls), torch.enable_grad():
-        objective(output_of(original, images), None).backward()
-    with _recorded(ours) as (cut, own_calls), torch.no_grad():
-        output_of(network, images)
-    return Tokens(full[0].detach(), cut[0].detach(), (calls, own_calls), [_weights(x) for x in full[1:]])
-
-
-def _weights(tokens: Tensor) -> Tensor:
-    assert tokens.grad is not None
-    return token_weights(tokens.grad)
-
-
-@contextmanager
-def _recorded(
-    blocks: list[nn.Module],
-) -> Iterator[tuple[list[Tensor], list[Call]]]:
-    """While this is entered, tokens before each block and after the last are kept, and each block's other arguments."""
-    tokens: list[Tensor] = []
-    calls: list[Call] = []
-
-    def keep(x: Tensor) -> None:
-        if torch.is_grad_enabled():
-            if not x.requires_grad:
-                x.requires_grad_()
-            x.retain_grad()
-        tokens.append(x)
-
-    def before(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        rest = args[1:]
-        keep(args[0])
-        calls.append(lambda other, x: other(x, *rest, **kwargs))
-
-    def after(block: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
-        keep(out)
-
-    hooks = [block.register_forward_pre_hook(before, with_kwargs=True) for block in blocks]
-    hooks.append(blocks[-1].register_forward_hook(after))
-    try:
-        yield tokens, calls
-    finally:
-        for hook in hooks:
-            hook.remove()

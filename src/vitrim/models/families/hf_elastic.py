@@ -16,9 +16,9 @@ from .hf_layout import Layout
 class RemovedAttention(RemovedBranch):
     """What remains of an attention layer of width 0, for blocks that take a pair from it."""
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
         """The constant, and no attention map."""
-        return super().forward(x), None
+        return super().forward(hidden_states), None
 
 
 class _ElasticAttention(ElasticHeads):
