@@ -13,10 +13,11 @@ from torch import nn
 import vitrim
 from elastic_models import images, small
 from vitrim import ToMe, TopK
-from vitrim.compression import clock, run, search, times_file
+from vitrim.compression import budget, clock, job, search, times_file
 from vitrim.compression.block_times import NANO, BlockTimes, Workbench, kind_of
 from vitrim.compression.clock import Clock, LatencyPrice
-from vitrim.compression.networks import Hollow
+from vitrim.compression.networks import Hollow, Networks
+from vitrim.compression.progress import Progress
 from vitrim.errors import UnsupportedModelError
 from vitrim.models import BlockWidths
 from vitrim.models.foreign_macs import empty_copy
@@ -131,11 +132,11 @@ class _Exact(Clock):
 @pytest.mark.parametrize("factor", [0.5, 1.0, 1.4])
 def test_candidates_are_corrected_until_the_clock_agrees(factor: float) -> None:
     network = small(torch.float32, **TINY)
-    networks = run.Networks(network, None, [])
+    networks = Networks(network, None, [])
     price = LatencyPrice(table())
     limit = 0.7 * NANO * table().dense
     judge: Any = [0] * 8
-    one = search.Search(networks, judge, limit, price, tokens=True, progress=run.Progress(1, print))
+    one = search.Search(networks, judge, limit, price, tokens=True, progress=Progress(1, print))
     candidate = one.candidate(0, ToMe(), KeepRate(0.02, at=(0, 1)))
     assert candidate is not None
     measured = _Exact(networks, one, 0.7, True, {})
@@ -162,10 +163,10 @@ def test_a_budget_of_time_is_met_by_fresh_measurements(
         ratio = vitrim.cost(model).macs / vitrim.cost(original).macs
         return [(ratio, 8.0, 8.0 * ratio)] * number
 
-    for module in (clock, run):
+    for module in (clock, job):
         monkeypatch.setattr(module, "sessions", timed)
     monkeypatch.setattr(search, "reducers", lambda has_cls: [ToMe()])
-    monkeypatch.setattr(run, "reducers", lambda has_cls: [ToMe()])
+    monkeypatch.setattr(budget, "reducers", lambda has_cls: [ToMe()])
     found = vitrim.compress(
         small(torch.float32, **TINY), images(40, dtype=torch.float32), latency=latency, using="tokens", batch_size=2,
         trials=0, say=lambda line: None,

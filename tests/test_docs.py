@@ -67,11 +67,11 @@ def in_small() -> Iterator[None]:
         return replace(whole, data=replace(whole.data, limit=100))
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in (compression.run, compression.verification):  # Whose intervals would depend on the load.
+        for module in (compression.job, compression.verification):  # Whose intervals would depend on the load.
             patch.setattr(module, "sessions", lambda *models, **options: [(0.5, 2.0, 1.0), (0.6, 2.0, 1.2)])
         patch.setattr(compression.search, "reducers", lambda has_cls: [TopK() if has_cls else ToMe()])
         patch.setattr(compression.search, "first_shapes", lambda depth: compression.candidates.stages(depth)[:2])
-        patch.setattr(compression.run, "stratify", partial(stratify, even=True))
+        patch.setattr(compression.job, "stratify", partial(stratify, even=True))
         patch.setattr(compression.run, "MOST_UNSEEN", 60)
         patch.setattr(images, "_digits", lambda: (pixels[:300], targets[:300]))
         patch.setattr(small_vits, "_create", shallow)

@@ -11,7 +11,7 @@ from torch import nn
 
 from vitrim import Certificate, ToMe, TopK, attached, build_model, load, save
 from vitrim.cli import main
-from vitrim.compression import run, search, verification
+from vitrim.compression import job, search, verification
 from vitrim.compression.candidates import power, stages
 
 
@@ -19,7 +19,7 @@ from vitrim.compression.candidates import power, stages
 def few() -> Iterator[None]:
     """Two reducers, and times that do not depend on the load."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (run, verification):
+        for module in (job, verification):
             patch.setattr(module, "sessions", lambda *models, **options: [(0.5, 2.0, 1.0), (0.6, 2.0, 1.2)])
         patch.setattr(search, "reducers", lambda has_cls: [TopK(), ToMe()])
         patch.setattr(search, "first_shapes", lambda depth: [power(1.4), *stages(depth)[:1]])
@@ -127,7 +127,7 @@ def test_photos_without_classes_do(model: str, tmp_path: Path, capsys: pytest.Ca
 def test_a_dry_run_lists_what_would_be_tried(
     model: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run.Job, "run", lambda *_, **__: pytest.fail("nothing is searched"))
+    monkeypatch.setattr(job.Job, "run", lambda *_, **__: pytest.fail("nothing is searched"))
     code, said, _ = call(capsys, "compress", model, "--macs", 0.5, "--data.workers", 0, "--num_images", 80, "--dry_run")
     assert code == 0
     assert "candidates of the first round" in said

@@ -1,7 +1,8 @@
 """One budget in, a cheaper model and a certificate out: tokens and width together."""
 
 from .certificate import Certificate, Line
-from .run import Compressed, compress
+from .compressed import Compressed
+from .run import compress
 from .verification import Verified, verify
 
 __all__ = ["Certificate", "Compressed", "Line", "Verified", "compress", "verify"]

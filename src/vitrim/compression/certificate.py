@@ -83,7 +83,7 @@ FORMS: dict[str, Form] = {
 class Certificate:
     """What a cheaper model was asked to be, what it is, and how that was measured.
 
-    asked: the wish in words. lines: all statements. reduction: of tokens, as text. weights, original: hashes of the
+    asked: the budget in words. lines: all statements. reduction: of tokens, as text. weights, original: hashes of the
     weights of the cheaper and of the given model. settings: batch size, device, dtype and so on of the measured times.
     source: what the given model was opened from, its description, and its images, where these are known. tried: every
     candidate of the search as a row. load: lines of Python that load the model. notes: sentences for the reader.

@@ -13,8 +13,9 @@ from ..models.evaluating import evaluating
 from ..notation import render
 from .candidates import first_shapes, reducers
 from .images import Parts
+from .job import STRATIFY_UNITS
 from .progress import duration
-from .run import STRATIFY_UNITS, Wish
+from .request import Request
 from .search import SHARES, fit_units, planned_work
 from .timing import ROUNDS, SESSIONS
 
@@ -30,38 +31,42 @@ class Outlook:
 
 
 @torch.inference_mode()
-def dry_run(model: nn.Module, wish: Wish, parts: Parts) -> Outlook:
+def dry_run(model: nn.Module, request: Request, parts: Parts) -> Outlook:
     """List what `compress` would try for a model and images like these; searches nothing.
 
     Args:
         model: the given model, where the search would run.
-        wish: what is asked for.
+        request: what is asked for.
         parts: the images.
     """
     geometry = find_adapter(model).geometry(model)
-    tokens, width = "tokens" in wish.using, "width" in wish.using
+    tokens, width = "tokens" in request.using, "width" in request.using
     methods = reducers(geometry.has_cls) if tokens else []
     shapes = first_shapes(geometry.depth) if tokens else []
     widths = [step / SHARES for step in range(0, SHARES + 1, 2)] if width else [0.0]
     number = len(methods) * len(shapes) * len([share for share in widths if share < 1]) + int(width)
     narrower = len(widths) - 1
-    left = min(1.0, wish.goal.most) if wish.goal.fraction else 0.5
-    units = planned_work(number, left, len(parts.judge)) + wish.trials * len(parts.judge) / 3 * left
+    left = min(1.0, request.goal.most) if request.goal.fraction else 0.5
+    units = planned_work(number, left, len(parts.judge)) + request.trials * len(parts.judge) / 3 * left
     units += (STRATIFY_UNITS + narrower * fit_units(1)) * len(parts.fit) + 3 * len(parts.unseen)
-    units += SESSIONS * (ROUNDS + 2) * (1 + left) * wish.batch_size
+    units += SESSIONS * (ROUNDS + 2) * (1 + left) * request.batch_size
     seconds = units * _seconds_per_image(model, parts)
     rows = [
         {"what": "reducers", "number": len(methods), "values": ", ".join(map(render, methods)) or "-"},
         {"what": "shapes of schedules", "number": len(shapes), "values": ", ".join(map(str, shapes)) or "-"},
         {"what": "shares of the width", "number": len(widths), "values": ", ".join(f"{share:g}" for share in widths)},
         {"what": "candidates of the first round", "number": number, "values": "those that can meet the budget"},
-        {"what": "candidates of the sampler", "number": wish.trials if tokens else 0, "values": "around the best ones"},
+        {
+            "what": "candidates of the sampler",
+            "number": request.trials if tokens else 0,
+            "values": "around the best ones",
+        },
         {"what": "images to fit widths", "number": len(parts.fit), "values": "-"},
         {"what": "images to compare candidates", "number": len(parts.judge), "values": "-"},
         {"what": "images for the certificate", "number": len(parts.unseen), "values": "-"},
     ]
     notes = [f"About {duration(seconds)} here, at the speed of one forward pass."]
-    return Outlook(Table(f"Dry run: {wish.goal}", _COLUMNS, rows, notes=notes), seconds)
+    return Outlook(Table(f"Dry run: {request.goal}", _COLUMNS, rows, notes=notes), seconds)
 
 
 def _seconds_per_image(model: nn.Module, parts: Parts) -> float:

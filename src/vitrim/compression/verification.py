@@ -22,7 +22,7 @@ from ..models.store import rebuild
 from .certificate import FORMS, Certificate, Line, row_of
 from .fidelity import Judge
 from .images import Pictures
-from .run import accuracy_lines, fidelity_lines, time_lines
+from .measured_lines import accuracy_lines, fidelity_lines, time_lines
 from .timing import sessions
 
 COUNTED = ("macs", "params")

@@ -67,7 +67,8 @@ def compress(
     from ..compression.dry_run import dry_run as list_plan
     from ..compression.goal import Goal, check_using
     from ..compression.images import divide
-    from ..compression.run import Job, Wish, check_model
+    from ..compression.job import Job
+    from ..compression.request import Request, check_model
     from ..measure.accelerator import make_accelerator
     from ..models import check_place, has_weights, open_model
     from ..models.classes import kept_classes
@@ -79,7 +80,7 @@ def compress(
         for place in (out, *([f"{out}/{START}"] if further.epochs else [])):
             check_place(place, overwrite=overwrite)
     goal = Goal.of(macs, params, latency)
-    wish = Wish(goal, check_using(using, goal), batch_size, dtype, compile, num_images, trials)
+    request = Request(goal, check_using(using, goal), batch_size, dtype, compile, num_images, trials)
     check_used("compress", data, ("holdout",), "training and test images")
     spec = images_of([model], data)
     network = open_model(model, spec.image_size)
@@ -95,12 +96,12 @@ def compress(
     labelled = unseen is not None and unseen.classes is not None
     if max_drop is not None and not labelled:
         raise DataError("max_drop needs test images whose classes are those of the model; leave it out or change data")
-    parts = divide(fits, "width" in wish.using, unseen)
+    parts = divide(fits, "width" in request.using, unseen)
     if dry_run:
-        print(list_plan(network, wish, parts).table.text())
+        print(list_plan(network, request, parts).table.text())
         return
     source = {"model": model, "data": asdict(spec)}
-    job = Job(network, wish, parts, next(network.parameters()).device, print, source)
+    job = Job(network, request, parts, next(network.parameters()).device, print, source)
     found = job.run(max_drop, labelled=labelled)
     assert out is not None
     if further.epochs:

@@ -1,0 +1,229 @@
+"""One call of `vitrim.compress` at work: search for the best candidate, measure it, and certify it."""
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..elastic import SuperNet, stratify
+from ..elastic.chain import hash_of
+from ..errors import UnsupportedModelError, VitrimError
+from ..measure.cost import cost
+from ..measure.environment import environment
+from ..models import attach
+from ..models.foreign_macs import counting_once
+from ..models.store import describe
+from .block_times import NANO
+from .budget import fixed_part, largest_saving, price_for
+from .candidates import Candidate
+from .certificate import Certificate, Line
+from .clock import Clock
+from .compressed import Compressed
+from .fidelity import Judge
+from .images import Parts
+from .intervals import of_mean
+from .measured_lines import accuracy_lines, fidelity_lines, time_lines
+from .networks import Networks
+from .progress import Progress
+from .request import Request
+from .search import Search, Tried, fit_units, planned_work
+from .timing import sessions
+
+STRATIFY_UNITS = 10
+"""Work of ordering and of measuring a chain, in images of the given model for each image."""
+
+
+class Job:
+    """One call of `compress` with everything checked.
+
+    Args:
+        model: the given model; it is copied.
+        request: what is asked for.
+        parts: the images.
+        device: where to run.
+        say: called with lines for the user.
+        source: what is known of where the model and the images come from, for the certificate.
+    """
+
+    def __init__(
+        self, model: nn.Module, request: Request, parts: Parts, device: torch.device, say: Callable[[str], None],
+        source: Mapping[str, Any] | None = None,
+    ) -> None:  # fmt: skip
+        self.source = dict(source or {})
+        self.original = copy.deepcopy(model).to(device).eval()
+        self.request, self.parts, self.device, self.notes = request, parts, device, list[str]()
+        self.progress = Progress(STRATIFY_UNITS * len(parts.fit), say)
+        self.price, full = price_for(self.original, request, device, self.progress.line)
+        absolute = request.goal.kind == "latency" and not request.goal.fraction
+        self.asked = request.goal.limit(full) * (NANO if absolute else 1)
+
+    def run(self, max_drop: float | None = None, *, labelled: bool = False) -> Compressed:
+        """Search, measure, and certify; `labelled`: whether the images that nothing has seen have classes."""
+        judge = Judge(self.original, self.parts.judge, self.device)
+        if judge.one_class:
+            self._note("the given model has the same top class for all images, so agreement with it says little")
+        networks = Networks(self.original, self._supernet(), self.parts.fit.batches())
+        search, answers = self._searched(networks, judge)
+        networks.drop_others({tried.candidate.index for tried in answers.values()})
+        best = answers.pop("best").candidate
+        model = self._built(networks, best)
+        others = {
+            kind: partial(self._built, networks, tried.candidate)
+            for kind, tried in answers.items()
+            if tried.candidate is not best
+        }
+        lines = self._lines(model, others, max_drop, labelled)
+        certificate = Certificate(
+            asked=str(self.request.goal), lines=lines, weights=hash_of(model), original=hash_of(self.original),
+            reduction=None if best.reduction is None else str(best.reduction),
+            settings=self.settings, environment=environment(),
+            source={**self.source, "description": self._description()},
+            tried=[self._row(tried, search) for tried in _by_images(search.tried)], notes=self.notes,
+        )  # fmt: skip
+        return Compressed(model, certificate)
+
+    def _searched(self, networks: Networks, judge: Judge) -> tuple[Search, dict[str, Tried]]:
+        """The search, and its answers: the best candidate, and the best ones of one kind."""
+        with counting_once():
+            search = self.search(networks, judge)
+            first = search.candidates()
+            if not first:
+                raise VitrimError("nothing in this model can be reduced for this budget; allow more with using=")
+            each = sum(map(search.units, first)) / len(first)
+            self.progress.total += planned_work(len(first), each, len(judge))
+            self.progress.total += fit_units(len(self.parts.fit)) * len({one.index for one in first} - {0})
+            ranked = search.run(self.request.trials, first)
+            if self.request.goal.kind == "latency":
+                return search, self._in_time(networks, search, ranked)
+            return search, self._answers(ranked)
+
+    def again(
+        self, model: nn.Module, before: Certificate, note: str, max_drop: float | None, *, labelled: bool
+    ) -> Compressed:
+        """The certificate of an answer whose weights were trained further; `before` is that of the search."""
+        lines = self._lines(model, {}, max_drop, labelled)
+        certificate = replace(before, lines=lines, weights=hash_of(model), notes=[*before.notes, note])
+        return Compressed(model, certificate)
+
+    @property
+    def _timing(self) -> dict[str, Any]:
+        """Options of `sessions`."""
+        request = self.request
+        return {
+            "batch_size": request.batch_size, "device": self.device, "dtype": request.dtype, "compile": request.compile,
+        }  # fmt: skip
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What times depend on."""
+        return {**self._timing, "device": self.device.type, "threads": torch.get_num_threads()}
+
+    def search(self, networks: Networks, judge: Judge) -> Search:
+        """The search for the budget, or for the nearest one that can be reached."""
+        tokens = "tokens" in self.request.using
+        search = Search(networks, judge, self.asked, self.price, tokens=tokens, progress=self.progress)
+        if (least := search.least()) <= self.asked:
+            return search
+        given = self.asked / self.request.goal.most if self.request.goal.fraction else None
+        unit, digits = (NANO, 2) if self.request.goal.kind == "latency" else (1, 0)
+        fixed = fixed_part(networks, self.price, self.request.goal)
+        self._note(
+            f"{self.request.goal} cannot be reached; the least is {least / unit:,.{digits}f}"
+            + ("" if given is None else f" ({least / given:.3f} of the given model)")
+            + f", of which {fixed / unit:,.{digits}f} lie outside of the blocks (patch embedding, classifier)"
+        )
+        return Search(networks, judge, least, self.price, tokens=tokens, progress=self.progress)
+
+    def _supernet(self) -> SuperNet | None:
+        if "width" not in self.request.using:
+            return None
+        self.progress.line("ordering the widths and measuring what each costs")
+        images = len(self.parts.fit)
+        try:
+            net = stratify(
+                self.original,
+                self.parts.fit.batches(),
+                num_images=images,
+                max_saving=largest_saving(self.request.goal),
+                say=lambda line: None,
+            )
+        except UnsupportedModelError as error:
+            if "tokens" not in self.request.using:
+                raise
+            self._note(f"widths stay as they are: {error}")
+            return None
+        self.progress.add(STRATIFY_UNITS * images, "ordering widths")
+        return net
+
+    def _answers(self, ranked: Sequence[Tried]) -> dict[str, Tried]:
+        """The best candidate, and the best ones of one kind."""
+        found = {"best": ranked[0]}
+        for tried in ranked:
+            if tried.candidate.kind in ("tokens", "width"):
+                found.setdefault(tried.candidate.kind, tried)
+        return found
+
+    def _in_time(self, networks: Networks, search: Search, ranked: Sequence[Tried]) -> dict[str, Tried]:
+        """The answers as `_answers`, corrected until the clock agrees with the budget."""
+        self.progress.line("timing the best candidates, and correcting them")
+        clock = Clock(networks, search, self.request.goal.most, self.request.goal.fraction, self._timing)
+        found = {"best": clock.first_in_time(ranked)}
+        for kind in ("tokens", "width"):
+            if found["best"].candidate.kind == kind:
+                found[kind] = found["best"]
+            elif own := [tried for tried in ranked if tried.candidate.kind == kind]:
+                found[kind] = clock.first_in_time(own)
+        return found
+
+    def _built(self, networks: Networks, candidate: Candidate) -> nn.Module:
+        model = copy.deepcopy(networks.real(candidate.index))
+        attach(model, candidate.reduction, cls_only=networks.full.cls_only)
+        return model.eval()
+
+    def _lines(
+        self, model: nn.Module, others: Mapping[str, Callable[[], nn.Module]], max_drop: float | None, labelled: bool
+    ) -> list[Line]:
+        goal, spent, given = self.request.goal.kind, cost(model), cost(self.original)
+        lines = [
+            Line("macs", spent.macs, asked=self.asked if goal == "macs" else None, of=given.macs),
+            Line("params", spent.params, asked=self.asked if goal == "params" else None, of=given.params),
+        ]
+        self.progress.line(f"measuring the answer on {len(self.parts.unseen)} images that the search has not seen")
+        judge = Judge(self.original, self.parts.unseen, self.device)
+        best = judge.compare(model)
+        lines += fidelity_lines(best)
+        for kind, build in others.items():
+            difference = of_mean((best.divergence - judge.compare(build()).divergence).numpy())
+            lines.append(Line.of_interval(f"over_{kind}", difference, number=len(judge)))
+        if labelled:
+            lines += accuracy_lines(judge, best, max_drop)
+        self.progress.line("measuring the time of the answer in fresh rounds")
+        return [*lines, *time_lines(sessions(self.original, model, **self._timing), self.request.goal)]
+
+    def _row(self, tried: Tried, search: Search) -> dict[str, Any]:
+        candidate, network = tried.candidate, search.networks.hollow(tried.candidate.index)
+        width = network.macs(network.plan(None, None), None) / search.full
+        return {
+            "kind": candidate.kind, "reduction": str(candidate), "share": candidate.share, "width_macs": width,
+            "price": candidate.price / search.limit, "divergence": tried.mean, "agreement": tried.closeness.agreement,
+            "images": tried.images,
+        }  # fmt: skip
+
+    def _description(self) -> str | None:
+        try:
+            return describe(self.original).to_json()
+        except VitrimError:  # Made in a way that cannot be described; only `verify` uses it.
+            return None
+
+    def _note(self, text: str) -> None:
+        self.notes.append(text)
+        self.progress.line(text)
+
+
+def _by_images(tried: Sequence[Tried]) -> list[Tried]:
+    seen = [one for one in tried if one.parts]
+    return sorted(seen, key=lambda one: (-one.images, one.mean))
