@@ -107,7 +107,7 @@ def test_trials_go_when_the_table_is_written_and_stay_when_it_is_not(tmp_path: P
     Trials(path, {}).add("m", [{"a": 1.0}])
     assert not opened.__exit__(Killed, Killed(), None)
     assert path.exists()
-    with kept_trials(out) as path, pytest.raises(BusyError, match="another process is at the sweep"), kept_trials(out):
+    with kept_trials(out) as path, pytest.raises(BusyError, match="another process runs the sweep"), kept_trials(out):
         pass
     assert [path.name for path in tmp_path.iterdir()] == []
     with kept_trials(None) as path:

@@ -1,4 +1,4 @@
-"""How long one block takes with so many tokens at such widths: a table that is measured once, and what it predicts.
+"""How long one block takes at several numbers of tokens and widths: measured once as a table, from which others follow.
 
 The time of a candidate is that of the model without its blocks, and for each block that of its attention and of its MLP
 at the tokens and the width that they have, and for each cut what choosing tokens costs. The table only proposes

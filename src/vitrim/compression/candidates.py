@@ -22,8 +22,9 @@ ALPHAS = (0.6, 1.4, 3.0)
 class Candidate:
     """A network of one width under one reduction, with the budget solved.
 
-    index: of the network in the chain. share: of the saving that is the width's, on a scale of logarithms; 0: tokens
-    only, 1: width only. reducer, schedule: None where all tokens stay. shape: what was scaled to get the schedule.
+    index: of the network in the chain. share: the part of the saving that its width makes, on a logarithmic scale;
+    0: tokens only, 1: width only. reducer, schedule: None where all tokens stay. shape: what was scaled to get the
+    schedule.
     price: what the budget counts: MACs, parameters or milliseconds.
     """
 
@@ -82,7 +83,7 @@ def _choices(kind: type[Reducer]) -> Iterator[dict[str, Any]]:
 
 
 def _names(hint: Any) -> list[Any]:
-    """The values of an option that takes one of several names, None among them where it may be; else nothing."""
+    """The values of an option that takes one of several names, with None where that is allowed; empty for others."""
     if get_origin(hint) in (Union, UnionType):
         parts = [_names(part) for part in get_args(hint) if part is not NoneType]
         return [None, *(name for part in parts for name in part)] if all(parts) else []

@@ -19,7 +19,7 @@ from .timing import sessions
 CANDIDATES = 3
 """How many candidates of a kind are timed at most."""
 CORRECTIONS = 4
-"""How often a candidate is solved again for what the clock has shown."""
+"""How often a candidate is solved again for a corrected price."""
 AIM = 0.98
 """Part of the budget that is aimed at, so that noise does not spoil the answer."""
 CLOSE = 0.93
@@ -69,7 +69,7 @@ class Clock:
         networks: of the search.
         search: solves candidates.
         most: the budget, as a fraction of the time of the given model, or in milliseconds.
-        fraction: which of both it is.
+        fraction: whether `most` is a fraction.
         options: of `timing.sessions`.
     """
 

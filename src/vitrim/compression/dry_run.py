@@ -24,7 +24,7 @@ _COLUMNS = columns("what", "number", "values")
 
 @dataclass(frozen=True)
 class Outlook:
-    """What would be tried: a table, and the seconds that it takes about."""
+    """What would be tried, as a table, and about how many seconds that would take."""
 
     table: Table
     seconds: float

@@ -77,7 +77,7 @@ class Judge:
         out, full = self._run(model, start, stop), self.reference[start:stop]
         same = (out.argmax(1) == full.argmax(1)) if self._classes else None
         found = self._loss(out, None, full)
-        # A model that broke is the worst of all, not one without a place.
+        # A model with outputs that are not finite is the worst of all; NaN could not be ranked.
         return Closeness(torch.where(found.isfinite(), found.clamp_min(0.0), torch.inf), same, out)
 
     def right(self, outputs: Tensor) -> Tensor | None:

@@ -33,7 +33,7 @@ def accuracy_lines(judge: Judge, found: Closeness, max_drop: float | None) -> li
     """Accuracy, and how much of it is lost, on images with classes."""
     before, after = judge.right(judge.reference), judge.right(found.outputs)
     if before is None or after is None:
-        raise VitrimError("this model has no classes to be right about; leave val out")
+        raise VitrimError("this model has no classifier, so it has no accuracy; leave val out")
     share = of_share(int(after.sum()), len(judge))
     drop = of_drop(before.numpy(), after.numpy())
     return [

@@ -24,7 +24,7 @@ from ..models.foreign_macs import empty_copy, num_parameters
 from ..tokens import Budget, Plan, Reducer, Schedule, make_plan
 
 Price = Callable[["Hollow", Plan, Reducer | None], float]
-"""What one image costs in a network under a plan, in any unit of which 1 is little."""
+"""What one image costs in a network under a plan, in any unit in which 1 is negligible."""
 
 
 class Hollow:

@@ -44,7 +44,7 @@ def compress(
             if possible. Half of them fit narrower networks, the others compare candidates and measure the answer.
         macs: most multiply-accumulates per image, attention products included.
         params: most parameters; width alone is cut then.
-        latency: longest time of one batch in milliseconds; "0.5ms" where that is not more than 1.
+        latency: longest time of one batch in milliseconds; write "0.5ms" for half a millisecond.
         val: images with their classes, on which the certificate states the loss of accuracy; used for nothing else.
         max_drop: largest loss of accuracy, such as 0.01; only the certificate depends on it.
         using: what may be reduced.

@@ -1,8 +1,9 @@
 """Find the candidate that stays closest to the given model: successive halving on images, then optuna's sampler.
 
-Every candidate meets the budget, since its schedule is solved for what its width leaves. Many candidates see few
-images, few see all; the sampler varies width and shape continuously around the good ones. The best candidates without
-cut widths, and the one without removed tokens, stay to the end, so that the answer can be compared with them.
+Every candidate meets the budget: its schedule is solved for the part of the budget that its width leaves. Many
+candidates are compared on few images, few on all; the sampler varies width and shape continuously around the good ones.
+The best candidates without cut widths, and the one without removed tokens, stay to the end, so that the answer can be
+compared with them.
 """
 
 from collections.abc import Sequence
@@ -63,7 +64,7 @@ class Search:
         limit: the budget, in units of `price`.
         price: what the budget counts.
         tokens: whether tokens may be removed.
-        progress: told of every step.
+        progress: counts the work that is done.
     """
 
     def __init__(
@@ -78,7 +79,7 @@ class Search:
         self._width_of: dict[int, int] = {0: 0}
 
     def width_at(self, step: int) -> int:
-        """The network whose width makes `step` of `SHARES` of the saving that width can make, up to the budget."""
+        """The network that makes `step / SHARES` of the saving that width alone can make within the budget."""
         if step not in self._width_of:
             last = len(self.networks) - 1
             dense, least = self._dense(0), max(self.limit, self._dense(last))

@@ -99,7 +99,7 @@ def open_certified(folder: str | Path) -> tuple[nn.Module, Certificate]:
     model = load(folder)
     if hash_of(model) != certificate.weights:
         raise CheckpointError(
-            f"the certificate in {folder} is of other weights than those beside it; run vitrim compress again"
+            f"the certificate in {folder} belongs to other weights than those in that folder; run vitrim compress again"
         )
     return model, certificate
 
@@ -131,7 +131,7 @@ def verify(
     settings = dict(certificate.settings)
     place = torch.device(device or settings.get("device", "cpu"))
     if place.type == "cuda" and not torch.cuda.is_available():
-        say("the certificate is about CUDA, which is not there; times are those of the CPU")
+        say("the certificate was measured on CUDA, which is not available; times are those of the CPU")
         place = torch.device("cpu")
     found: dict[str, Line] = {line.key: line for line in _counted(model, certificate)}
     why: dict[str, str] = dict.fromkeys(COMPARED, "no images were given")

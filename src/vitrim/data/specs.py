@@ -26,11 +26,11 @@ class DataSpec:
         test_split: name of the test split; by default test, val or validation, whichever exists.
         holdout: fraction of the training images, below 0.9, that is held out to choose the epoch on; 0 holds none out
             and keeps the last epoch.
-        limit: use at most so many training images, held-out ones included; the same seed chooses the same ones.
+        limit: largest number of training images, held-out ones included; the same seed chooses the same ones.
         image_size: side of square images in pixels; by default the model's own.
         crop_pct: share of the resized image that evaluation crops out; by default the model's own.
         workers: processes that read images; 0 reads them in the process that computes.
-        on_corrupt: "refuse" stops at an image that cannot be read; "skip" takes the next one instead and counts it.
+        on_corrupt: "refuse" stops at an image that cannot be read; "skip" counts it and takes the next one.
     """
 
     name: str = "digits"
@@ -65,7 +65,7 @@ class AugmentSpec:
         cutmix: alpha of CutMix; 0 switches it off.
         mix_prob: probability that a batch is mixed.
         smoothing: label smoothing.
-        views: random forms per image, shown in turn by the epochs; by default every epoch shows a new one.
+        views: random variants of each image, used by the epochs in turn; by default every epoch shows a new one.
     """
 
     crop: Literal["none", "pad", "resized"] = "none"

@@ -1,8 +1,8 @@
-"""Order hidden units by backward elimination: at each step go those whose loss the others can best make up for.
+"""Order hidden units by backward elimination: each step removes those that the others can best replace.
 
 This is Optimal Brain Surgeon (Hassibi & Stork 1993) for whole inputs of a linear projection: without unit j, and with
 the best new weights of the others, the squared error grows by |w_j|^2 / [S^-1]_jj, where S is the covariance of the
-units. An order by the size of each unit alone would keep several units that say the same.
+units. An order by the size of each unit alone would keep several units that carry the same information.
 """
 
 import torch

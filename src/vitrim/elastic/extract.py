@@ -30,7 +30,7 @@ def choose(
         chain: its sub-networks.
         macs: most multiply-accumulates per image, attention products included.
         params: most parameters.
-        latency: longest time of one forward pass, in milliseconds; "0.5ms" where that is not more than 1.
+        latency: longest time of one forward pass, in milliseconds; write "0.5ms" for half of one.
         clock: measures latency; default: at batch size 1 on the device of the model, see `latency.milliseconds`.
 
     Any number in (0, 1] is a fraction of what the full network costs.

@@ -1,7 +1,7 @@
 """How a chain grows: which units a network loses next.
 
-The outer units of a sub-layer whose loss costs least per MAC that it saves go first. Neighbouring groups are merged so
-that the cost per MAC falls outwards. Growth ends at the saving that is asked for.
+The outer units of a sub-layer whose removal raises the loss least per MAC saved are removed first. Neighbouring groups
+are merged so that the cost per MAC falls outwards. Growth ends at the saving that is asked for.
 """
 
 from collections.abc import Iterable, Mapping

@@ -3,7 +3,7 @@
 For every sub-layer the rise of the divergence from the full network is measured at a few widths, on some images, with
 compensation in place; between them it follows the error that the regression leaves. Sub-layers then lose width where
 that costs least per MAC. This is repeated on the smallest network so far, so that what sub-layers do to each other is
-measured too. At last the networks are compared with those of the even cut at equal MACs.
+measured too. Finally the networks are compared with those of the even cut at equal MACs.
 """
 
 from collections.abc import Mapping, Sequence

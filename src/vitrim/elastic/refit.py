@@ -119,7 +119,7 @@ def refit(network: nn.Module, original: nn.Module, data: Iterable[Batch], *, num
 def _refit_branch(
     block: nn.Module, reference: nn.Module, branches: Mapping[str, str], branch: str, flows: list[Tokens], index: int
 ) -> None:
-    """Fit the last projection of one branch; the last branch of a block takes the full network's tokens through it."""
+    """Fit the last projection of one branch; the last branch of a block also moves `flow.full` behind it."""
     layer: Any = block.get_submodule(branch)
     removed = isinstance(layer, RemovedBranch)
     weight: Tensor | None = None if removed else layer.last.weight
@@ -152,7 +152,7 @@ def _sums_of_branch(
     for flow in flows:
         goal = observe(reference, branches, branch, flow.full, flow.full_calls[index], ("before", "output", "after"))
         now = observe(block, branches, branch, flow.cut, flow.cut_calls[index], wanted)
-        if branch == list(branches)[-1]:  # The full network is not needed in this block any more.
+        if branch == list(branches)[-1]:  # Its tokens in this block are not needed any more.
             flow.full = goal["after"]
         errors = goal["output"] - now["output"]
         if (scale := branch_scale(goal["before"], goal["output"], goal["after"])) is not None:

@@ -41,7 +41,7 @@ def draw(rule: str, size: int, seed: int, step: int) -> dict[str, int]:
 def narrowed(
     model: nn.Module, widths: Mapping[str, int], compensations: Mapping[str, Compensation] | None = None
 ) -> Iterator[None]:
-    """While this is entered, the model runs on the leading `widths` of its sub-layers, in smaller matrix products.
+    """Within this context, the model runs on the leading `widths` of its sub-layers, in smaller matrix products.
 
     Args:
         model: the super-network.

@@ -62,11 +62,11 @@ class SuperNet:
         Args:
             macs: most multiply-accumulates per image, attention products included.
             params: most parameters.
-            latency: longest forward pass at batch size 1, in milliseconds, measured where the model is; "0.5ms" where
-                that is not more than 1.
+            latency: longest forward pass at batch size 1, in milliseconds, measured where the model is; write
+                "0.5ms" for half of one.
             compensate: what makes up for removed units, at no cost in the network: "regression" lets the units that
-                stay predict them, "means" moves their mean into biases, "none" leaves them out. After training as a
-                super-network nothing does.
+                stay predict them, "means" moves their mean into biases, "none" leaves them out. It changes nothing
+                after training as a super-network.
             data: batches of images (B, channels, height, width), or of (images, labels), from the training set. Where
                 given, the last projections are then fitted to the full network on them, block after block, see
                 `refit.refit`: takes a few forward passes, and keeps more of the accuracy, most where much is cut.
@@ -94,7 +94,7 @@ class SuperNet:
 
     @contextmanager
     def at(self, index: int) -> Iterator[nn.Module]:
-        """Run the super-network itself as sub-network `index`, without compensation, while this is entered."""
+        """Run the super-network itself as sub-network `index`, without compensation, within this context."""
         with narrowed(self.model, self.chain.widths(index)):
             yield self.model
 

@@ -103,7 +103,7 @@ def few_tokens(sums: Mapping[str, Sums]) -> str | None:
 
 @contextmanager
 def _exact_products() -> Iterator[None]:
-    """Matrix products in full float32 while this is entered, where TensorFloat-32 would round to three digits."""
+    """Matrix products in full float32 within this context, where TensorFloat-32 would round to three digits."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:

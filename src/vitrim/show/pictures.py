@@ -105,7 +105,7 @@ def show(
 
 @contextmanager
 def _evaluating(model: nn.Module, device: str | torch.device | None) -> Iterator[torch.device]:
-    """Eval mode on this device while this is entered; mode and device are restored."""
+    """Eval mode on this device within this context; mode and device are restored."""
     home = next(model.parameters()).device
     there = home if device is None else torch.device(device)
     with evaluating(model):

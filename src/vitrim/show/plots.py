@@ -206,7 +206,7 @@ def _axes(figure: Figure, panels: int, at: int, x: str, y: str, title: str = "")
 
 
 def _save(figure: Figure, path: Target) -> None:
-    """Write the figure, with one legend below all panels where there is something to tell apart."""
+    """Write the figure, with one legend below all panels where there are several series."""
     entries: dict[str, Any] = {}
     for axes in figure.axes:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):

@@ -44,7 +44,7 @@ def write_report(folder: str | Path | Sequence[str | Path], out: str | Path | No
 
     Raises:
         DataError: a folder is missing or holds nothing to report.
-        VitrimError: `out` exists and is not a report of vitrim, or is needed.
+        VitrimError: `out` exists and is not a report of vitrim, or must be given.
     """
     folders = [Path(folder)] if isinstance(folder, str | Path) else [Path(one) for one in folder]
     if not folders:
@@ -57,7 +57,7 @@ def write_report(folder: str | Path | Sequence[str | Path], out: str | Path | No
     if path.exists() and not _is_report(path):
         raise VitrimError(f"{path} exists and is no report of vitrim; choose another file with --out")
     check_folder(path.parent)
-    # Names and texts come from anywhere: nothing in the page may act on a terminal, or be no UTF-8.
+    # Names and texts may hold anything; the page must be valid UTF-8 without control characters.
     page = printable(render([read_folder(one) for one in folders]), keep="\n\t\u202f")
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as part:

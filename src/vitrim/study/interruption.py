@@ -11,7 +11,7 @@ from ..train.stopping import Stopped
 
 @contextmanager
 def stopping_on_sigterm() -> Iterator[None]:
-    """Raise `Stopped` on SIGTERM while this is entered. A run inside replaces the handler and saves its state first."""
+    """Raise `Stopped` on SIGTERM within this context. A run inside replaces the handler and saves its state first."""
     if threading.current_thread() is not threading.main_thread():  # Python handles signals in the main thread only.
         yield
         return

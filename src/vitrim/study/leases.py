@@ -1,4 +1,4 @@
-"""Which worker is at which run: leases in a database that several workers share, each renewed by a heartbeat.
+"""Which worker trains which run: leases in a database that several workers share, each renewed by a heartbeat.
 
 A lease is a row that a worker inserts, counts up while it works, and deletes when it has finished. A lease whose count
 has not changed for the grace period belongs to a dead worker, and another may take it over. Each worker measures that
@@ -42,7 +42,7 @@ _TABLE = Table(
 class Leases:
     """The leases of one worker, and its view of those of the others.
 
-    Once the database has answered, an error is taken for an outage: requests are repeated until the grace period is
+    Once the database has answered, an error counts as an outage: requests are repeated until the grace period is
     over, as heartbeats are.
 
     Args:
@@ -69,7 +69,7 @@ class Leases:
             self._create_table()
 
     def acquire(self, run: str) -> bool:
-        """Lease a run that nobody is at, or whose worker has died; False where a living worker is at it.
+        """Lease a run that no living worker holds; False where one does.
 
         Raises:
             VitrimError: the database has been away for longer than the grace period.
@@ -78,7 +78,7 @@ class Leases:
 
     @contextmanager
     def held(self, run: str) -> Iterator[Event]:
-        """Renew a lease while this is entered, then give it up; the event is set once the lease is lost."""
+        """Renew a lease within this context, then give it up; the event is set once the lease is lost."""
         over, lost = Event(), Event()
         thread = Thread(target=self._renew, args=(run, over, lost), daemon=True)
         thread.start()
@@ -148,7 +148,7 @@ class Leases:
                 if not self.beat(run):
                     break
                 alive = sent
-            if time.monotonic() - alive > self.grace - pause:  # Before others may take this worker for dead.
+            if time.monotonic() - alive > self.grace - pause:  # Before others may count this worker as dead.
                 break
         else:
             return

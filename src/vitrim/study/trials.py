@@ -71,7 +71,7 @@ def kept_trials(out: str | Path | None) -> Iterator[Path | None]:
     Write the table inside the block: the trials are removed when it ends without an exception.
 
     Raises:
-        BusyError: another process is at this sweep.
+        BusyError: another process is running this sweep.
     """
     if out is None:
         yield None
@@ -82,7 +82,7 @@ def kept_trials(out: str | Path | None) -> Iterator[Path | None]:
     try:
         lock.acquire(timeout=_PATIENCE)
     except Timeout:
-        raise BusyError(f"another process is at the sweep of {out}; let it finish, or choose another --out") from None
+        raise BusyError(f"another process runs the sweep of {out}; let it finish, or choose another --out") from None
     with lock:
         yield path
         path.unlink(missing_ok=True)

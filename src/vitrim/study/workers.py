@@ -21,7 +21,7 @@ from .study import Study, run_folder
 from .study_folder import study_id
 
 POLL_SECONDS = 2.0
-"""Pause between two looks at what the other workers do."""
+"""Seconds between two checks of what the other workers have finished."""
 
 
 def join_study(database: str, out: Path, report: Report, grace: float = GRACE) -> Leases:
@@ -68,19 +68,19 @@ def run_once(leases: Leases, name: str, done: Callable[[], bool], work: Callable
 def _train(
     study: Study, out: Path, leases: Leases, row: str, seed: int, command: str, report: Report
 ) -> bool:  # fmt: skip
-    """Train one run unless another process is at it; returns whether this worker was."""
+    """Train one run unless another process is training it; returns whether this worker trained it."""
     folder = run_folder(out, row, seed)
     if not leases.acquire(folder.name):
         return False
     with leases.held(folder.name) as lost, suppress(RunAbandoned):
 
         def report_unless_lost(event: str, figures: Mapping[str, Any]) -> None:
-            if lost.is_set():  # Another worker has taken this one for dead, and has taken over its run.
+            if lost.is_set():  # Another worker has counted this one as dead, and has taken over its run.
                 raise RunAbandoned
             report(event, figures)
 
         try:
-            with RunFolder(folder).locked():  # A worker that others take for dead may still be there, or a stranger.
+            with RunFolder(folder).locked():  # By a worker that counts as dead, or by another command.
                 pass
             recipe = study.recipe(row, seed, out)
             report("run", {"name": folder.name})

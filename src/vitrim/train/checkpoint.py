@@ -71,7 +71,7 @@ class RunFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep other processes from writing here while this is entered; the lock dies with its process.
+        """Keep other processes from writing here within this context; the lock dies with its process.
 
         Raises:
             BusyError: another process is writing.

@@ -26,7 +26,7 @@ class Meter:
         self._indices: list[Tensor] = []
 
     def add(self, learnt: Distilled, labels: Tensor) -> None:
-        """Take in one loss of a step, its terms, and how many of its classes agree with the labels (B,)."""
+        """Add one loss of a step, its terms, and how many of its classes agree with the labels (B,)."""
         means = {"loss": learnt.loss.detach(), **learnt.terms}
         if learnt.logits is not None:
             means["accuracy"] = (learnt.logits.argmax(1) == labels).float().mean()
@@ -34,7 +34,7 @@ class Meter:
             self.sums[name] = self.sums.get(name, 0.0) + value.float() * len(labels)
 
     def close_step(self, index: Tensor, seconds: float) -> None:
-        """Take in the indices (B,) of the images of a step and the time that it took."""
+        """Add the indices (B,) of the images of a step and the time that it took."""
         self.sums["images"] = self.sums.get("images", 0) + len(index)
         self.spend(seconds)
         self._indices.append(index)

@@ -43,7 +43,7 @@ class Recipe:
         cache: keep the teacher's outputs on disk instead of computing them in every epoch; needs augment.views.
         epochs: passes over the training images.
         batch_size: images per update, of all processes together.
-        seed: of the initial weights, the order of the images, augmentation and dropout.
+        seed: seed of the initial weights, the order of the images, augmentation and dropout.
         compile: use torch.compile.
         checkpointing: recompute activations in the backward pass, to save memory.
         track: name of an experiment tracker that accelerate knows, such as tensorboard or wandb.

@@ -22,7 +22,7 @@ class RunAbandoned(Exception):
 
 
 class StopSignals:
-    """Notes SIGTERM and Ctrl-C while it is entered, so that the run can stop where its state is whole.
+    """Notes SIGTERM and Ctrl-C within its context, so that the run can stop where its state is whole.
 
     number: the signal that has arrived, 0 if none has.
 

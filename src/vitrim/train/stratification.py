@@ -206,7 +206,7 @@ def _named(split: str, found: Mapping[str, Figures]) -> dict[str, Any]:
 
 
 class _Output(nn.Module):
-    """The network as processes wrap it: whatever narrows it, it gives logits or features."""
+    """The network in the form that several processes wrap: it returns logits or features at any width."""
 
     def __init__(self, student: nn.Module) -> None:
         super().__init__()

@@ -12,7 +12,7 @@ from ..train.specs import FinetuneSpec
 from .delivery import Count, DataOptions, Device, check_used, command_line
 
 START, RUN = "start", "finetune"
-"""Folders of an answer that learnt afterwards: what it started from, and the run."""
+"""Folders in that of a model which was fine-tuned after the search: the model before that, and the run."""
 
 if TYPE_CHECKING:
     from torch import nn
@@ -121,7 +121,7 @@ def verify(
     Args:
         folder: folder written by vitrim compress.
         data: the images to compare on; by default those of the certificate, where they are here.
-        original: the model that was compressed; by default where it was then.
+        original: the model that was compressed; by default it is opened from where it was then.
         device: where to measure; auto takes the kind of device of the certificate where it is here.
         out: file to write the table to (.md, .csv, .json or .html).
     """
@@ -142,7 +142,7 @@ def verify(
             pictures = unseen_images(given, folder, spec) or training_images(given, spec, 1024)
         except DataError:
             if data:
-                raise  # The images of the certificate may well be somewhere else.
+                raise  # The images of the certificate may be on another machine.
     found = run(folder, pictures, given, device=None if device == "auto" else device)
     deliver(found.table(), out)
     if not found.holds:
@@ -223,7 +223,7 @@ def _original(given: str | None, recorded: Any, weights: str) -> "nn.Module | No
     from ..models import open_model
     from ..models.build import split_spec
 
-    # What a file names is opened only where it is here already: nothing is downloaded on its word.
+    # A model that only a file names is opened from this machine alone: a file never starts a download.
     if given is None and not (isinstance(recorded, str) and os.path.exists(split_spec(recorded)[1] or recorded)):
         return None
     try:

@@ -112,7 +112,9 @@ def _train(recipe: Recipe, out: str, device: Device) -> None:
     from ..train.loop import train
 
     if device == "cpu" and torch.cuda.is_available():
-        raise VitrimError("training takes the CUDA device that it finds; hide it by CUDA_VISIBLE_DEVICES= in front")
+        raise VitrimError(
+            "training uses the CUDA device that it finds; to hide it, put CUDA_VISIBLE_DEVICES= before the command"
+        )
     with live() as report:
         result = train(recipe, out, command=command_line(), report=report)
     assert recipe.elastic is not None

@@ -68,7 +68,7 @@ def report(folder: list[str], out: str | None = None) -> None:
 
 
 def demo(out: str = "runs/demo", epochs: Count | None = None) -> None:
-    """Everything in miniature on real images, offline, in under four minutes on two cores.
+    """Run everything in miniature on real images, offline, in under four minutes on two cores.
 
     Args:
         out: folder for the runs, pictures and the report; a finished demo there is shown again, not repeated.

@@ -20,7 +20,7 @@ def train(recipe: Recipe, out: str) -> None:
     from ..show.progress import live
     from ..train.loop import train as run
 
-    first = int(os.environ.get("RANK", 0)) == 0  # Of processes that a launcher started, one speaks.
+    first = int(os.environ.get("RANK", 0)) == 0  # Of processes that a launcher started, one prints.
     with live() if first else nullcontext() as report:
         result = run(recipe, out, command=command_line(), report=report)
     if not first:
