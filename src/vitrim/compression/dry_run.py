@@ -16,7 +16,8 @@ from .images import Parts
 from .job import STRATIFY_UNITS
 from .progress import duration
 from .request import Request
-from .search import SHARES, fit_units, planned_work
+from .sampler_space import SHARES
+from .search import fit_units, planned_work
 from .timing import ROUNDS, SESSIONS
 
 _COLUMNS = columns("what", "number", "values")

@@ -8,18 +8,16 @@ compared with them.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from ..models import attach
 from ..notation import render
 from ..tokens import Plan, Reducer, Schedule
-from .candidates import Candidate, can_cut, first_shapes, power, reducers, stages
+from .candidates import Candidate, can_cut, first_shapes, reducers
 from .fidelity import Closeness, Judge, joined
 from .networks import Networks, Price
 from .progress import Progress
+from .sampler_space import SHARES, Space
 
-SHARES = 8
-"""Into how many steps the share of the width is divided; the first round tries every second one."""
 ROUNDS = ((8, 4), (3, 4))
 """(part of the images that a round sees, part of the candidates that stay): one eighth and a quarter, ..."""
 LAST = 6
@@ -199,9 +197,9 @@ class Search:
         study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=0))
         by_name = {render(one): one for tried in known if (one := tried.candidate.reducer) is not None}
         steps = SHARES - (self.narrowest is not None) if len(self.networks) > 1 else 0
-        space = _Space(sorted(by_name), self.networks.full.geometry.depth, steps)
+        space = Space(sorted(by_name), self.networks.full.geometry.depth, steps)
         for tried in known:
-            study.add_trial(space.finished(tried))
+            study.add_trial(space.finished(tried.candidate, tried.mean))
         met = {self.key(tried.candidate) for tried in self.tried}
         found = list(ranked)
         for _ in range(trials):
@@ -218,42 +216,6 @@ class Search:
             self.tried.append(tried)
             found.append(tried)
         return sorted(found, key=lambda one: one.mean)
-
-
-class _Space:
-    """What the sampler varies: the reducer, the share of the width, stages or a power law and its exponent."""
-
-    def __init__(self, names: list[str], depth: int, last: int) -> None:
-        self.names, self.last = names, last
-        self.shapes = {"power": None, **{str(shape): shape for shape in stages(depth)}}
-
-    def propose(self, trial: Any) -> tuple[str, int, Schedule]:
-        """Reducer by name, step of the width, and shape."""
-        name = trial.suggest_categorical("reducer", self.names)
-        step = trial.suggest_int("step", 0, self.last)
-        shape = self.shapes[trial.suggest_categorical("shape", list(self.shapes))]
-        return name, step, power(trial.suggest_float("alpha", 0.3, 6.0, log=True)) if shape is None else shape
-
-    def finished(self, tried: Tried) -> Any:
-        """What is known of a candidate of an earlier round, as a trial."""
-        import optuna
-
-        candidate = tried.candidate
-        alpha = getattr(candidate.shape, "alpha", None)
-        params: dict[str, Any] = {
-            "reducer": render(candidate.reducer),
-            "step": round(candidate.share * SHARES),
-            "shape": "power" if alpha is not None else str(candidate.shape),
-        }
-        ranges: dict[str, Any] = {
-            "reducer": optuna.distributions.CategoricalDistribution(self.names),
-            "step": optuna.distributions.IntDistribution(0, self.last),
-            "shape": optuna.distributions.CategoricalDistribution(list(self.shapes)),
-        }
-        if alpha is not None:
-            params["alpha"] = alpha
-            ranges["alpha"] = optuna.distributions.FloatDistribution(0.3, 6.0, log=True)
-        return optuna.trial.create_trial(params=params, distributions=ranges, values=[min(tried.mean, 1e9)])
 
 
 def fit_units(images: int) -> float:
