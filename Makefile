@@ -29,6 +29,7 @@ lint: $(STAMP)
 
 docs: $(STAMP)
 	$(BIN)/python -m vitrim.show.listing docs/list.md
+	$(BIN)/python -m vitrim.models.census docs/models.md
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache

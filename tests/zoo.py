@@ -14,6 +14,7 @@ import toy_family  # noqa: F401  (enters its family)
 from block_models import BLOCKS
 from eva_models import EVA
 from hf_models import HF
+from naflex_models import NAFLEX
 from relative_models import BEIT, RELPOS
 from vitrim.models import BlockWidths, adapter_of, build_model, set_widths
 
@@ -100,6 +101,7 @@ ZOO: dict[str, dict[str, Callable[[], nn.Module]]] = {
     "timm-eva": EVA,
     "timm-beit": BEIT,
     "timm-relpos": RELPOS,
+    "timm-naflex": NAFLEX,
     "transformers": HF,
     "toy": TOY,
 }

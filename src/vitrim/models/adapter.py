@@ -24,6 +24,7 @@ from ..tokens import Plan, Reducer
 from .input_format import InputFormat
 from .macs import Macs, needed
 from .outputs import Features, ModelInfo, Wanted
+from .refused import reason
 from .removed_branch import RemovedBranch
 from .wrapped import name_inside
 
@@ -322,6 +323,8 @@ def find_adapter(model: nn.Module) -> Adapter:
     name = f"{type(model).__module__}.{type(model).__qualname__}"
     if inner := name_inside(model, _reducible):
         hint = f"use the model inside it, before wrapping or compiling it: vitrim.attach({inner}, ...)"
+    elif known := reason(model):
+        raise UnsupportedModelError(f"the tokens of {known[0]} ({name}) cannot be reduced: {known[1]}")
     else:
         hint = f"adapters: {', '.join(ADAPTERS)}; vitrim list says what each covers"
     raise UnsupportedModelError(f"no adapter for {name}; {hint}")

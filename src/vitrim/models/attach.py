@@ -14,6 +14,7 @@ from ..tokens.reduction import Phase
 from .adapter import Geometry, find_adapter
 from .exchange import Exchange, reduced_blocks
 from .forward_pass import CHANGED
+from .padded import PaddedTrace
 from .policy import Policy
 from .trace import Trace
 
@@ -148,7 +149,7 @@ class Handle:
         self._exchange = None
         self.policy.last = None
 
-    def last_trace(self) -> Trace:
+    def last_trace(self) -> Trace | PaddedTrace:
         """The trace of the latest forward pass."""
         if self.policy.last is None:
             raise VitrimError("no forward pass has been made since the reduction was attached")

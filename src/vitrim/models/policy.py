@@ -14,6 +14,7 @@ from ..errors import ScoreError, VitrimError
 from ..tokens import Constant, Plan, Reduction, Schedule, make_plan, render
 from ..tokens.gradients import GradientMemory
 from .adapter import Adapter, Geometry
+from .padded import PaddedTrace
 from .trace import Trace
 
 
@@ -36,7 +37,7 @@ class Policy:
         learns = reduction is not None and reduction.reducer.training_only
         self.gradients = GradientMemory() if learns else None
         """What the score has learnt from training steps; None where it learns nothing."""
-        self.last: Trace | None = None
+        self.last: Trace | PaddedTrace | None = None
         """Of the latest forward pass, for the user to look at. Nothing is computed from it."""
         self._origin: weakref.ref[Policy] | None = None
         self._moved = False

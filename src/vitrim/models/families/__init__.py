@@ -16,5 +16,6 @@ from . import timm_blocks as _timm_blocks  # noqa: F401
 from . import timm_eva as _timm_eva  # noqa: F401
 from . import timm_layers as _timm_layers  # noqa: F401  (enters its layers in the table of elastic ones)
 from . import timm_model as _timm_model  # noqa: F401
+from . import timm_naflex as _timm_naflex  # noqa: F401
 from . import timm_relpos as _timm_relpos  # noqa: F401
 from . import timm_vit as _timm_vit  # noqa: F401

@@ -1,5 +1,6 @@
 """What reduced ViTs of timm share: attention in parts, pooling that weighs tokens, maps over the whole grid."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -66,6 +67,10 @@ class ReducedTimmModel(ReducedModel):
     def expected_patches(self, images: Any) -> int | None:
         return _num_patches(self, images)
 
+    def grid_of(self, size: Sequence[int]) -> tuple[int, int]:
+        """Rows and columns of the patches of images of (height, width)."""
+        return self.patch_embed.dynamic_feat_size(tuple(size))
+
     @while_attached
     def set_input_size(self, *args: Any, **kwargs: Any) -> None:
         super().set_input_size(*args, **kwargs)
@@ -78,19 +83,26 @@ class ReducedTimmModel(ReducedModel):
 
     @while_attached
     def pool(self, x: Tensor, pool_type: str | None = None) -> Tensor:
-        kind = self.global_pool if pool_type is None else pool_type
+        weighed = self.weighed(x, self.global_pool if pool_type is None else pool_type)
+        return super().pool(x, pool_type) if weighed is None else weighed
+
+    def weighed(self, x: Tensor, kind: Any) -> Tensor | None:
+        """What the head reads of tokens of which some stand for several; None where each counts the same."""
         if self.vitrim_handle.cls_only and kind not in ("", "token"):
             raise VitrimError(f"cls_only leaves no patch tokens to pool by {kind!r}; attach again without it")
         weighs = self.attn_pool is not None or kind in ("avg", "avgmax", "map")
         trace = trace_at_head(self.vitrim_policy, x) if weighs else None
         if trace is None or trace.size_BN is None:
-            return super().pool(x, pool_type)
+            return None
         if self.attn_pool is not None:
             bias = trace.bias(x.dtype)
             first = pooled_from(self)
             return self.attn_pool(x[:, first:], attn_mask=None if bias is None else bias[..., first:])
         mean = _mean(x, trace.size_BN, self.num_prefix_tokens, getattr(self, "pool_include_prefix", False))
-        return mean if kind == "avg" else 0.5 * (super().pool(x, "max") + mean)
+        if kind == "avg":
+            return mean
+        first = 0 if getattr(self, "pool_include_prefix", False) else self.num_prefix_tokens
+        return 0.5 * (x[:, first:].amax(dim=1) + mean)
 
     @while_attached
     def forward_intermediates(
@@ -115,7 +127,7 @@ class ReducedTimmModel(ReducedModel):
             return out
         if trace is None:
             raise VitrimError(CHANGED)
-        grid = self.patch_embed.dynamic_feat_size(tuple(x.shape[-2:]))
+        grid = self.grid_of(x.shape[-2:])
         blocks = sorted(set(feature_take_indices(len(self.blocks), indices)[0]))
 
         def spread(block: int, tokens: Any) -> Any:

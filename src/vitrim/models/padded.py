@@ -1,0 +1,101 @@
+"""Batches of images of several sizes, padded to one length: images of each length are computed by themselves.
+
+Padding is left out, so that no score or reducer ever sees it, and an image gives what it gives alone. What comes out is
+padded again. Every length is one pass through the blocks: batches of few different lengths are the fastest.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..errors import VitrimError
+from ..tokens import TokenState
+from .trace import Trace
+
+_GROUPS = "vitrim_groups"
+
+
+@dataclass(frozen=True)
+class Group:
+    """Images of one batch that have the same number of patches.
+
+    rows: their indices in the batch. length: patches of each. tokens: what was computed of them, (b, T, C).
+    """
+
+    rows: tuple[int, ...]
+    length: int
+    tokens: Tensor
+
+    def part(self, value: Tensor) -> Tensor:
+        """Their rows of a tensor (B, N, ...), without padding."""
+        return value[list(self.rows), : self.length]
+
+
+def lengths_of(valid_BN: Tensor) -> list[int]:
+    """Patches of each image, from a mask that is true for patches and false for padding.
+
+    Raises:
+        VitrimError: an image has none, or padding lies between its patches.
+    """
+    valid = valid_BN.bool()
+    lengths: list[int] = valid.sum(1).tolist()
+    if 0 in lengths:
+        raise VitrimError(f"the mask leaves no patch of image {lengths.index(0)} of the batch; leave that image out")
+    first = torch.arange(valid.shape[1], device=valid.device) < valid.sum(1, keepdim=True)
+    if not torch.equal(valid, first):
+        raise VitrimError("padding lies between the patches of an image; put the patches first and padding behind them")
+    return lengths
+
+
+def by_length(lengths: Sequence[int]) -> dict[int, tuple[int, ...]]:
+    """The rows of a batch by the number of their patches."""
+    return {length: tuple(row for row, own in enumerate(lengths) if own == length) for length in sorted(set(lengths))}
+
+
+def joined(groups: Sequence[Group], values: Sequence[Tensor], fill: float = 0.0) -> Tensor:
+    """One value for each group, (b, ...) or (b, M, ...) with an M of its own, as a batch in its original order."""
+    if values[0].ndim > 1:
+        longest = max(value.shape[1] for value in values)
+        values = [
+            F.pad(value, (0, 0) * (value.ndim - 2) + (0, longest - value.shape[1]), value=fill) for value in values
+        ]
+    order = torch.tensor([row for group in groups for row in group.rows], device=values[0].device)
+    return torch.cat(list(values)).index_select(0, order.argsort())
+
+
+def valid_of(groups: Sequence[Group], num_prefix: int) -> Tensor:
+    """Which patch tokens of the padded batch are none of the padding, (B, M)."""
+    ones = [group.tokens.new_ones(group.tokens.shape[:2], dtype=torch.bool)[:, num_prefix:] for group in groups]
+    return joined(groups, ones)
+
+
+def mark_groups(x_BTC: Tensor, groups: Sequence[Group]) -> Tensor:
+    """Send the groups along with the padded tokens that were made of them."""
+    setattr(x_BTC, _GROUPS, tuple(groups))
+    return x_BTC
+
+
+def groups_of(x_BTC: Tensor) -> tuple[Group, ...] | None:
+    """The groups that these padded tokens were made of; None if they have none, as after `clone()` or a cast."""
+    return getattr(x_BTC, _GROUPS, None)
+
+
+@dataclass(frozen=True)
+class PaddedTrace:
+    """What one forward pass has done to a padded batch: the trace of each group."""
+
+    groups: tuple[Group, ...]
+    traces: tuple[Trace, ...]
+    num_patches: int
+
+    def state(self, block: int | None = None) -> TokenState:
+        """Where the patches are after `block`: padding counts as dropped (-1), slots without a token have size 0."""
+        states = [trace.state(block) for trace in self.traces]
+        origin = joined(self.groups, [state.origin for state in states], fill=-1)
+        origin = F.pad(origin, (0, self.num_patches - origin.shape[1]), value=-1)
+        scores = [state.score for state in states if state.score is not None]
+        score = joined(self.groups, scores) if len(scores) == len(states) else None
+        return TokenState(origin, joined(self.groups, [state.size for state in states]), score)
