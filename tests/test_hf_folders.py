@@ -38,6 +38,22 @@ def folder(tmp_path: Path) -> Path:
     return written(tmp_path / "hf", model)
 
 
+def test_a_file_of_weights_names_its_folder_and_a_folder_its_missing_processor(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    for opens in (lambda: build_model(file), lambda: open_model(f"vit_tiny_patch16_224@{file}")):
+        with pytest.raises(
+            CheckpointError, match=f"give the folder that holds it as the model: {folder} or hf:{folder}"
+        ):
+            opens()
+    (folder / "preprocessor_config.json").unlink()
+    for spec in (str(folder), f"hf:{folder}"):
+        with pytest.raises(CheckpointError, match=r"has no preprocessor_config.json.*\.save_pretrained\(FOLDER\)"):
+            open_model(spec)
+    (folder / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"the folder that holds it, with its config.json"):
+        build_model(folder)
+
+
 def test_a_folder_is_opened_with_its_processor_and_class_names(folder: Path, tmp_path: Path) -> None:
     x = images(2)
     for spec in (str(folder), f"hf:{folder}"):
@@ -106,7 +122,7 @@ def test_folders_that_lack_something_say_what(folder: Path, tmp_path: Path) -> N
 
     for name, said in (
         ("model.safetensors", r"no weights \(model.safetensors\) of"),
-        ("preprocessor_config.json", r"no processor \(preprocessor_config.json\) of"),
+        ("preprocessor_config.json", r"has no preprocessor_config.json, which says what images"),
         ("config.json", r"no configuration \(config.json\) of"),
     ):
         with pytest.raises(CheckpointError, match=said) as caught:

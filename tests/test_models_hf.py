@@ -4,6 +4,7 @@ import ast
 import copy
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -197,7 +198,7 @@ def test_the_tower_inside_another_model_is_reduced_and_the_rest_stays() -> None:
     model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision)).eval()
     x, tokens = images(2), torch.tensor([[1, 2, 3]])
     dense = model(input_ids=tokens, pixel_values=x).logits_per_image
-    with pytest.raises(UnsupportedModelError, match=r"use the model inside it.*vitrim.attach\(model.vision_model"):
+    with pytest.raises(UnsupportedModelError, match=r"give the model inside it: model\.vision_model "):
         vitrim.attach(model, CUT)
     with vitrim.attach(model.vision_model, CUT) as handle:
         out = model(input_ids=tokens, pixel_values=x)
@@ -278,6 +279,31 @@ def test_the_encoder_of_a_masked_autoencoder() -> None:
             out = model(x, noise=noise).last_hidden_state
             assert out.shape[1] == handle.token_counts[-1] == 1 + (entering + 1) // 2
         assert torch.equal(model(x, noise=noise).last_hidden_state, dense)
+        with pytest.raises(UnsupportedModelError, match="patches in random order"):  # Pictures would show other places.
+            find_adapter(model).grid(model, (40, 40))
+
+
+@pytest.mark.parametrize("kind", ["ViTMAE", "ViT", "DeiT", "Beit"])
+def test_an_encoder_whose_owner_reads_every_place_is_cut_only_as_a_copy(kind: str) -> None:
+    import transformers
+
+    small: dict[str, Any] = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "image_size": 40}
+    small |= {"intermediate_size": 48, "patch_size": 8}
+    if kind == "ViTMAE":
+        small |= {f"decoder_{name}": small[name] for name in list(small)[:3]} | {"decoder_intermediate_size": 24}
+    elif kind in ("ViT", "DeiT"):
+        small |= {"encoder_stride": 8}
+    name = f"{kind}For{'PreTraining' if kind == 'ViTMAE' else 'MaskedImageModeling'}"
+    owner = getattr(transformers, name)(getattr(transformers, f"{kind}Config")(**small))
+    with pytest.raises(UnsupportedModelError, match=f"{name} needs the tokens of all patches") as caught:
+        vitrim.attach(owner, CUT)
+    assert "inside it: model" not in str(caught.value)
+    encoder = getattr(owner, {"DeiT": "deit", "Beit": "beit"}.get(kind, "vit"))
+    cut = "TopK(norm) @ KeepRate(0.5, at=(1,))"
+    with pytest.raises(UnsupportedModelError, match=rf"{name} needs .*copy\.deepcopy\(model\)"):
+        vitrim.attach(encoder, cut)
+    assert vitrim.attached(owner) is None
+    vitrim.attach(copy.deepcopy(encoder), cut).remove()
 
 
 def test_masks_and_shared_bias_of_beit_are_refused_and_other_sizes_follow() -> None:

@@ -10,8 +10,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import vitrim
-from vitrim.errors import CheckpointError, OutputError, UnknownNameError
-from vitrim.models import BlockWidths, set_widths, widths_of
+from vitrim.errors import CheckpointError, OutputError, UnknownNameError, VitrimError
+from vitrim.models import BlockWidths, open_model, set_widths, widths_of
 from vitrim.models import store as store_module
 from vitrim.models.description import SCHEMA
 
@@ -237,3 +237,32 @@ def test_folders_that_are_not_what_they_should_be(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(content)
     with pytest.raises(CheckpointError, match="damaged"):
         vitrim.load(tmp_path)
+
+
+def test_unmerged_lora_is_to_be_merged_first(tmp_path):
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(tiny(), peft.LoraConfig(target_modules=["qkv"]))
+    for given in (model, model.base_model, model.base_model.model):
+        with pytest.raises(CheckpointError, match=r"merge the adapters .*merge_and_unload\(\)"):
+            vitrim.save(given, tmp_path / "lora")
+    vitrim.save(model.merge_and_unload(), tmp_path / "merged")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_a_quantised_model_is_refused_by_save_and_compress(tmp_path):
+    model = torch.ao.quantization.quantize_dynamic(tiny(), {torch.nn.Linear}, torch.qint8)
+    for call in (
+        lambda: vitrim.save(model, tmp_path / "saved"),
+        lambda: vitrim.compress(model, torch.zeros(64, 3, 32, 32), macs=0.7, using=("tokens",)),
+    ):
+        with pytest.raises(CheckpointError, match=r"not all plain tensors .*after vitrim has compressed or saved it"):
+            call()
+
+
+def test_images_of_too_many_patches_are_refused_before_memory_is_taken(tmp_path):
+    vitrim.save(tiny(), tmp_path / "saved")
+    for spec in ("vit_tiny_patch16_224", str(tmp_path / "saved")):
+        with pytest.raises(
+            VitrimError, match=r"16000 x 16000 px give 1,000,000 patches .* choose a smaller image size"
+        ):
+            open_model(spec, image_size=16000)

@@ -3,6 +3,7 @@
 import copy
 import functools
 import io
+import math
 import pickle
 
 import pytest
@@ -17,6 +18,7 @@ from torch.nn.modules.module import register_module_forward_hook
 import vitrim
 from test_contract import in_threads
 from vitrim.errors import UnsupportedModelError, VitrimError
+from vitrim.measure.speed import bench
 from vitrim.models import reduced, trace_of
 from zoo import SMALL, build, images
 
@@ -416,11 +418,11 @@ class Net(nn.Module):
 @pytest.mark.parametrize(
     ("wrap", "inner"),
     [
-        (lambda: Net(), r"vitrim.attach\(model.layers\[1\], ...\)"),
-        (lambda: nn.DataParallel(build("timm-vit", "vit")), r"model\.module,"),
-        (lambda: torch.optim.swa_utils.AveragedModel(build("timm-vit", "vit")), r"model\.module,"),
-        (lambda: torch.compile(build("timm-vit", "vit"), backend="eager"), r"model\._orig_mod,"),
-        (lambda: nn.DataParallel(Net()), r"model\.module\.layers\[1\],"),
+        (lambda: Net(), r": model\.layers\[1\] "),
+        (lambda: nn.DataParallel(build("timm-vit", "vit")), r": model\.module "),
+        (lambda: torch.optim.swa_utils.AveragedModel(build("timm-vit", "vit")), r": model\.module "),
+        (lambda: torch.compile(build("timm-vit", "vit"), backend="eager"), r": model\._orig_mod "),
+        (lambda: nn.DataParallel(Net()), r": model\.module\.layers\[1\] "),
     ],
 )
 def test_the_model_inside_a_wrapper_is_named(wrap, inner: str) -> None:
@@ -437,3 +439,61 @@ def test_a_handle_is_not_a_model_and_says_so() -> None:
             use()
     assert not hasattr(handle, "parameters")
     assert not hasattr(handle, "nonsense")
+
+
+NOT_MODELS = {
+    "name": ("vit_tiny", r"'vit_tiny' is a name, not a model; .*vitrim.build_model\('vit_tiny'\)"),
+    "nothing": (None, r"None is not a model; give a torch\.nn\.Module"),
+    "number": (123, r"the type int is not a model; give a torch\.nn\.Module"),
+    "weights": ({"cls_token": torch.zeros(2)}, r"a dict of weights is not a model; .*load_state_dict"),
+    "class": (VisionTransformer, "VisionTransformer is a class, not a model"),
+    "holder": (vitrim.SuperNet(nn.Identity(), None), "a SuperNet is not a model; give the model in it, its .model"),
+}
+
+
+@pytest.mark.parametrize("kind", NOT_MODELS)
+def test_what_is_no_model_is_refused_in_one_line_by_every_call(kind: str, tmp_path) -> None:
+    given, message = NOT_MODELS[kind]
+    calls = (
+        lambda: vitrim.attach(given, TOPK),
+        lambda: vitrim.attached(given),
+        lambda: vitrim.cost(given),
+        lambda: vitrim.save(given, tmp_path / "saved"),
+        lambda: vitrim.stratify(given, [images(2)]),
+        lambda: vitrim.compress(given, images(2), macs=0.5),
+        lambda: vitrim.convert(given, "timm"),
+        lambda: vitrim.compile(given),
+        lambda: vitrim.set_epoch(given, epoch=0),
+        lambda: bench({"mine": given}),
+    )
+    for call in calls:
+        with pytest.raises(VitrimError, match=message):
+            call()
+
+
+def test_bench_asks_for_names_of_the_models() -> None:
+    with pytest.raises(VitrimError, match="bench takes models by name"):
+        bench(build("timm-vit", "vit"))
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, lambda model: torch.compile(model, backend="eager")])
+def test_saving_and_converting_a_wrapper_name_the_model_inside(wrap, tmp_path) -> None:
+    model = wrap(build("timm-vit", "vit"))
+    inner = r"the model inside it: model\.(module|_orig_mod)"
+    for call in (lambda: vitrim.save(model, tmp_path), lambda: vitrim.convert(model, "transformers"),
+                 lambda: vitrim.cost(model)):  # fmt: skip
+        with pytest.raises(VitrimError, match=inner) as caught:
+            call()
+        assert "vitrim.attach" not in str(caught.value)
+
+
+@pytest.mark.parametrize("epoch", ["1", None, -1, math.nan, math.inf])
+def test_an_epoch_that_is_no_number_moves_nothing(epoch) -> None:
+    model = build("timm-vit", "vit")
+    with vitrim.attach(model, vitrim.TopK(), vitrim.KeepRate(0.5), curriculum=vitrim.Delayed(2)) as handle:
+        vitrim.set_epoch(model, epoch=2)
+        with pytest.raises(VitrimError, match="epoch is a number, 0 or more, not"):
+            vitrim.set_epoch(model, epoch=epoch)
+        with pytest.raises(VitrimError, match="strength is between 0 and 1, not '1'"):
+            handle.set_strength("1")  # pyright: ignore[reportArgumentType]
+        assert handle.strength == 1

@@ -20,6 +20,7 @@ from timm.models.vision_transformer import VisionTransformer
 import vitrim
 from vitrim import cli
 from vitrim.errors import DataError, ScheduleError, ScoreError, VitrimError
+from vitrim.models.input_format import InputFormat
 from vitrim.show.draw import draw_scores, draw_tokens, make_canvas
 from vitrim.show.figures import format_figure
 from vitrim.show.files import picture_paths, spread_evenly
@@ -541,3 +542,16 @@ def test_a_study_draws_its_rows_on_the_same_images(tmp_path: Path):
     assert ImageChops.difference(one, other).crop((0, 0, 190, one.size[1])).getbbox() is None  # The images themselves.
     assert ImageChops.difference(one, other).getbbox() is not None
     assert "tokens half s0" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_a_name_of_a_picture_is_no_folder(tmp_path):
+    for out, montage, message in (("a.png", False, "give a folder, or montage"), ("a.jpg", True, "PNG files")):
+        with pytest.raises(DataError, match=message):
+            picture_paths(["one.jpg"], tmp_path / out, montage)
+    assert picture_paths(["one.jpg"], tmp_path / "v1.2", montage=False) == [tmp_path / "v1.2" / "one.png"]
+
+
+def test_images_that_are_left_out_are_counted(model, tmp_path):
+    vitrim.attach(model, "TopK() @ KeepRate(0.5)")
+    drawn = show(model, torch.rand(3, *InputFormat.of(model).size), tmp_path / "pictures", limit=2)
+    assert (len(drawn.paths), drawn.left_out) == (2, 1)

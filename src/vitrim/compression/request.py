@@ -9,6 +9,7 @@ from ..elastic.probing import check_counts
 from ..errors import UnknownNameError, VitrimError
 from ..measure.speed import DTYPES
 from ..models import attached, find_adapter
+from ..models.weights import check_tensors
 from .goal import Goal, Part
 
 MOST_IMAGES = 1024
@@ -41,7 +42,10 @@ def check_model(model: nn.Module) -> tuple[int, int, int]:
     Raises:
         VitrimError: a reduction is attached already.
         UnsupportedModelError: no adapter can reduce it.
+        CheckpointError: quantised weights, or weights in shards.
     """
     if attached(model) is not None:
         raise VitrimError("token reduction is attached to this model; compress after handle.remove()")
-    return find_adapter(model).geometry(model).input_size
+    adapter = find_adapter(model)
+    check_tensors(model)
+    return adapter.geometry(model).input_size

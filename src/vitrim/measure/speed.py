@@ -19,6 +19,7 @@ from torch.utils import benchmark
 from ..errors import UncountableError, UnknownNameError, UnsupportedModelError, VitrimError
 from ..models import adapter_of, find_adapter, open_model, variant, without_limit
 from ..models.foreign_macs import counted
+from ..models.wrapped import check_is_model
 from .bench_table import BenchRow, BenchTable, ratios
 from .cost import cost
 from .environment import environment
@@ -74,8 +75,11 @@ def bench(
     Raises:
         VitrimError: nothing to measure, a number below 1, or a model whose input size is not known.
     """
-    references = dict.fromkeys(models, next(iter(models), "")) | dict(references or {})
-    _check(models, batch_sizes, dtype, rounds, threads, references)
+    _check(models, batch_sizes, dtype, rounds, threads)
+    references = dict.fromkeys(models, next(iter(models))) | dict(references or {})
+    for reference in references.values():
+        if reference not in models:
+            raise UnknownNameError("model", reference, models)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     sizes = {name: _input_size(model, input_size) for name, model in models.items()}
     macs = {name: _macs(model, sizes[name]) for name, model in models.items()}
@@ -241,8 +245,11 @@ def _check(
     dtype: str,
     rounds: int,
     threads: int | None,
-    references: Mapping[str, str],
 ) -> None:
+    if not isinstance(models, Mapping):
+        raise VitrimError('bench takes models by name: {"mine": model}')
+    for model in models.values():
+        check_is_model(model)
     if not models or not batch_sizes:
         raise VitrimError("nothing to measure; give at least one model and one batch size")
     for what, number in (
@@ -254,6 +261,3 @@ def _check(
             raise VitrimError(f"{what} is 1 or more, not {number}")
     if dtype not in DTYPES:
         raise UnknownNameError("dtype", dtype, DTYPES)
-    for reference in references.values():
-        if reference not in models:
-            raise UnknownNameError("model", reference, models)

@@ -5,7 +5,7 @@ change), and import it in `families/__init__.py`, or give the file to `vitrim --
 and `vitrim list` find it in the table. A family registered later is tried first.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -26,7 +26,8 @@ from .macs import Macs, needed
 from .outputs import Features, ModelInfo, Wanted
 from .refused import reason
 from .removed_branch import RemovedBranch
-from .wrapped import name_inside
+from .shapes_only import shapes_only
+from .wrapped import check_is_model, find_inside
 
 Head = Literal["prefix", "tokens"]
 State = dict[str, Tensor]
@@ -34,6 +35,9 @@ ADAPTERS: Table[str, "Adapter"] = Table("model family")
 """Families whose tokens can be reduced."""
 OTHERS: Table[str, "Adapter"] = Table("model family")
 """Families that only give outputs: teachers, or models to measure."""
+MOST_PATCHES = 1 << 16
+"""Of one image: 4,096 px with patches of 16."""
+_SURELY_SMALL = 512  # Pixels; has at most that many patches of 2 px and more.
 
 
 @dataclass(frozen=True)
@@ -140,6 +144,15 @@ class Adapter:
     def reduced_class(self, module: nn.Module) -> type[nn.Module]:
         """The module-level subclass that replaces the class of this block, of this one of `parts`, or of the model."""
         raise NotImplementedError
+
+    def dense_owner(self, model: nn.Module, among: Iterable[object] | None = None) -> nn.Module | None:
+        """The network that holds this model and reads the tokens of all patches by their places, if there is one.
+
+        Args:
+            model: the model.
+            among: where to look for it; by default among all objects that exist.
+        """
+        return None
 
     def check_plan(self, model: nn.Module, plan: Plan, reducer: Reducer) -> None:
         """Raise `ScoreError` if a block where the plan cuts cannot supply what the reducer reads."""
@@ -306,7 +319,12 @@ class Adapter:
 
 
 def adapter_of(model: nn.Module) -> Adapter:
-    """The adapter of any model at all; it may be unable to reduce tokens, see `find_adapter`."""
+    """The adapter of any model at all; it may be unable to reduce tokens, see `find_adapter`.
+
+    Raises:
+        VitrimError: not a model but its name, its weights, or something else.
+    """
+    check_is_model(model)
     return next(adapter for adapter in _tried() if adapter.claims(model))
 
 
@@ -321,13 +339,21 @@ def find_adapter(model: nn.Module) -> Adapter:
         adapter.check(model)
         return adapter
     name = f"{type(model).__module__}.{type(model).__qualname__}"
-    if inner := name_inside(model, _reducible):
-        hint = f"use the model inside it, before wrapping or compiling it: vitrim.attach({inner}, ...)"
+    found = find_inside(model, _reducible)
+    if found is not None and (owner := adapter_of(found[1]).dense_owner(found[1], model.modules())) is not None:
+        hint = needs_all_tokens(owner)
+    elif found is not None:
+        hint = f"give the model inside it: {found[0]} (attach a reduction before wrapping or compiling)"
     elif known := reason(model):
         raise UnsupportedModelError(f"the tokens of {known[0]} ({name}) cannot be reduced: {known[1]}")
     else:
         hint = f"adapters: {', '.join(ADAPTERS)}; vitrim list says what each covers"
     raise UnsupportedModelError(f"no adapter for {name}; {hint}")
+
+
+def needs_all_tokens(owner: nn.Module) -> str:
+    """Why nothing can be cut in a model inside `owner`."""
+    return f"a {type(owner).__name__} needs the tokens of all patches in their places, so none can be cut inside it"
 
 
 def num_classes(model: nn.Module) -> int:
@@ -345,6 +371,23 @@ def architectures() -> list[str]:
     return sorted({name for adapter in _tried() for name in adapter.architectures()})
 
 
+def check_patches(model: nn.Module, size: int | Sequence[int]) -> None:
+    """Raise `VitrimError` for images of (height, width), or square ones, with more patches than memory has room for.
+
+    Not attention takes it, which is computed in parts, but the positions and what the MLP makes of every patch.
+    """
+    height, width = (size, size) if isinstance(size, int) else size
+    try:
+        rows, columns = adapter_of(model).grid(model, (height, width))
+    except UnsupportedModelError:
+        return
+    if rows * columns > MOST_PATCHES:
+        raise VitrimError(
+            f"images of {height} x {width} px give {rows * columns:,} patches each, more than {MOST_PATCHES:,}; choose "
+            "a smaller image size"
+        )
+
+
 def build_architecture(
     name: str, args: Mapping[str, Any], *, pretrained: bool = False, images: Mapping[str, Any] | None = None
 ) -> nn.Module:
@@ -352,6 +395,10 @@ def build_architecture(
     adapter = builder_of(name)
     if adapter is None:
         raise UnknownNameError("architecture", name, architectures())
+    size = args.get("img_size")
+    if name in adapter.architectures() and isinstance(size, int) and size > _SURELY_SMALL:
+        with shapes_only():
+            check_patches(adapter.build(name, args, pretrained=False, images={}), size)
     return adapter.build(name, args, pretrained=pretrained, images=images or {})
 
 

@@ -1,22 +1,26 @@
 """Put a reduction into a model, and remove it again without a trace."""
 
 from collections.abc import Mapping
+from math import isfinite
+from numbers import Real
 from types import TracebackType
 from typing import Any, NoReturn
 
 from torch import nn
 
-from ..errors import VitrimError
+from ..errors import UnsupportedModelError, VitrimError
+from ..text import short
 from ..tokens import Constant, Curriculum, Plan, Reducer, Reduction, Schedule, TokenState
 from ..tokens.curricula import History
 from ..tokens.gradients import GradientMemory
 from ..tokens.reduction import Phase
-from .adapter import Geometry, find_adapter
+from .adapter import Geometry, find_adapter, needs_all_tokens
 from .exchange import Exchange, reduced_blocks
 from .forward_pass import CHANGED
 from .padded import PaddedTrace
 from .policy import Policy
 from .trace import Trace
+from .wrapped import check_is_model
 
 
 class NotAModelError(VitrimError, AttributeError):
@@ -103,6 +107,8 @@ class Handle:
         Returns:
             The strength that acts from now on, in [0, 1].
         """
+        if not isinstance(epoch, Real) or not isfinite(epoch) or epoch < 0:
+            raise VitrimError(f"epoch is a number, 0 or more, not {short(epoch)}")
         if self.reduction is not None:
             self.set_strength(self.reduction.curriculum.strength(epoch, history))
         return self.strength
@@ -138,6 +144,10 @@ class Handle:
         """Attach again what `remove` has removed."""
         if attached(self.model) is not None:
             raise VitrimError("a reduction is attached to this model already; call handle.remove() first")
+        if (owner := self.adapter.dense_owner(self.model)) is not None:
+            raise UnsupportedModelError(
+                f"{needs_all_tokens(owner)}; attach to a copy of the encoder: copy.deepcopy(model)"
+            )
         self._exchange = Exchange.of(self.model, self.adapter, self.policy)
         vars(self.model)["vitrim_handle"] = self
 
@@ -233,6 +243,7 @@ def attached(model: nn.Module) -> Handle | None:
     Raises:
         VitrimError: several models inside have one; give the one that is meant.
     """
+    check_is_model(model)
     own = vars(model).get("vitrim_handle")
     if isinstance(own, Handle):
         return own
@@ -273,6 +284,7 @@ def set_epoch(*models: nn.Module | Handle, epoch: float, history: History = ()) 
 
 def handles_inside(model: nn.Module) -> list[Handle]:
     """The handles of this model and of all models inside it, in the order of its modules."""
+    check_is_model(model)
     found = (vars(module).get("vitrim_handle") for module in model.modules())
     return [handle for handle in found if isinstance(handle, Handle)]
 

@@ -19,7 +19,7 @@ from .families.hf_config import SOURCE as HF
 from .shapes_only import shapes_only
 from .store import DESCRIPTION, WEIGHTS, check_heads, known_size, load, weights_path
 from .torchvision_weights import Converted, convert_torchvision, is_torchvision
-from .weights import aligned, class_count, load_weights
+from .weights import aligned, check_not_hugging_face, class_count, load_weights
 
 
 def build_model(
@@ -176,6 +176,7 @@ def _from_checkpoint(
 def _from_file(path: Path, num_classes: int | None, reset_head: bool, args: dict[str, Any]) -> nn.Module:
     state = read_weights(path)
     if not is_torchvision(state):
+        check_not_hugging_face(state, path)
         raise CheckpointError(
             f"{path} does not say its architecture; give that as the name and this file as checkpoint, or both as "
             f"NAME@{path}"

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .wrapped import check_is_model
+
 FORMS = 1024
 """Forms in which the same code may be compiled; more than there are numbers of tokens."""
 
@@ -24,6 +26,7 @@ def compile(model: nn.Module, **options: Any) -> nn.Module:
     Returns:
         The model.
     """
+    check_is_model(model)
     model.compile(**options)
     compiled = model._compiled_call_impl
     assert compiled is not None  # As `compile` has just set it.

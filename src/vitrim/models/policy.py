@@ -5,12 +5,14 @@ import warnings
 import weakref
 from collections.abc import Callable, Mapping
 from functools import cache
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import ScoreError, VitrimError
+from ..text import short
 from ..tokens import Constant, Plan, Reduction, Schedule, make_plan, render
 from ..tokens.gradients import GradientMemory
 from .adapter import Adapter, Geometry
@@ -88,8 +90,8 @@ class Policy:
         Raises:
             VitrimError: the model cannot do this; the strength stays as it was.
         """
-        if not 0 <= strength <= 1:
-            raise VitrimError(f"strength is between 0 and 1, not {strength}")
+        if not isinstance(strength, Real) or not 0 <= strength <= 1:
+            raise VitrimError(f"strength is between 0 and 1, not {short(strength)}")
         if strength != self.strength:
             plans = self._plans_at(strength)
             self._check_plans(plans, model, adapter)

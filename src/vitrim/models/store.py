@@ -19,13 +19,14 @@ from ..errors import CheckpointError, VitrimError
 from ..output import check_folder, recover, replacing_files, write_errors
 from ..text import short_name
 from ..tokens import Reduction
-from .adapter import ADAPTERS, OTHERS, adapter_of, build_architecture
+from .adapter import ADAPTERS, OTHERS, adapter_of, build_architecture, check_patches
 from .attach import attach, attached
 from .checkpoints import opened, read_header
 from .description import Cut, Record, check_args, parse
 from .shapes_only import shapes_only
-from .weights import check_values, misfits, shape_misfits
+from .weights import check_not_hugging_face, check_tensors, check_values, misfits, shape_misfits
 from .widths import BlockWidths, set_widths, widths_of
+from .wrapped import find_inside
 
 WEIGHTS, DESCRIPTION = "model.safetensors", "vitrim.json"
 _KEY = "vitrim"
@@ -59,6 +60,7 @@ def save_with(
     folder = Path(folder)
     check_place(folder, overwrite=overwrite)
     _check_plain(extra)
+    check_tensors(model)
     names = adapter_of(model).class_names(model)
     extra = extra if names is None else {"classes": names, **extra}
     text = replace(describe(model), extra=extra).to_json()
@@ -120,6 +122,7 @@ def load(folder: str | Path, *, image_size: int | None = None, **args: Any) -> n
     if record.classes is not None and len(record.classes) == family.classifier(model).classes:
         family.name_classes(model, record.classes)
     if image_size is not None and family.input_format(model).size[1:] != (image_size, image_size):
+        check_patches(model, image_size)
         family.resize(model, image_size)
     if (cut := record.reduction) is not None:
         reduction = None if cut.text is None or cut.phase is None else Reduction.parse(cut.text, cut.phase)
@@ -143,6 +146,7 @@ def read_description(path: Path) -> Record:
     """The description in a file of weights; `CheckpointError` if `save` did not write it, or it was altered."""
     record = _description(path)
     if record is None:
+        check_not_hugging_face(read_header(path)[1], path)
         raise CheckpointError(
             f"{path} was not written by vitrim.save; give its architecture as the name and this file as checkpoint, or "
             f"both as NAME@{path}"
@@ -175,7 +179,24 @@ def check_heads(model: nn.Module, path: Path) -> None:
 
 
 def describe(model: nn.Module) -> Record:
-    """All that `load` needs to build the model again, its weights aside."""
+    """All that `load` needs to build the model again, its weights aside.
+
+    Raises:
+        CheckpointError: a model that cannot be built again; says what to save in its place, where that is known.
+    """
+    try:
+        return _described(model)
+    except CheckpointError as error:
+        if _holds_lora(model):
+            advice = "merge the adapters into the weights first: model = peft_model.merge_and_unload()"
+        elif (found := find_inside(model, lambda part: _is_whole(part, model))) is not None:
+            advice = f"save the model inside it: {found[0]}"
+        else:
+            raise
+        raise CheckpointError(f"this {type(model).__name__} cannot be rebuilt from a description; {advice}") from error
+
+
+def _described(model: nn.Module) -> Record:
     handle, adapter = attached(model), adapter_of(model)
     found = adapter.describe(model)
     _check_plain(found.args)
@@ -283,6 +304,21 @@ def _uneven_widths(model: nn.Module, record: Record) -> tuple[BlockWidths, ...] 
                 "number of classes use model.reset_classifier(CLASSES), or write model.state_dict() with safetensors"
             )
     return widths
+
+
+def _holds_lora(model: nn.Module) -> bool:
+    return any(type(module).__module__.startswith("peft.") for module in model.modules())
+
+
+def _is_whole(part: nn.Module, model: nn.Module) -> bool:
+    """Whether `part` has all the parameters of the model around it, and can be saved by itself."""
+    if {id(each) for each in part.parameters()} != {id(each) for each in model.parameters()}:
+        return False
+    try:
+        _described(part)
+    except VitrimError:
+        return False
+    return True
 
 
 def _check_plain(values: Mapping[str, object]) -> None:

@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -12,6 +12,7 @@ from ..errors import CheckpointError, ClassCountError
 from ..text import printable, short_name
 from .adapter import adapter_of
 from .checkpoints import AVERAGED, State
+from .wrapped import check_is_model
 
 log = logging.getLogger(__name__)
 _HUGGING_FACE = ("embeddings.patch_embeddings.projection.weight", "embeddings.patch_embedding.weight")
@@ -30,13 +31,11 @@ def aligned(state: State, names: Collection[str], source: str | Path) -> State:
         source: where the weights are from, for messages.
 
     Raises:
-        CheckpointError: two parts fit equally well, or the names are those of Hugging Face transformers.
+        CheckpointError: two parts fit equally well, or the names are those of Hugging Face transformers,
+            and those of the model differ.
     """
-    if any(name.endswith(_HUGGING_FACE) for name in state):
-        raise CheckpointError(
-            f"{source} has the names of Hugging Face transformers, which cannot be read yet; use the timm model of the "
-            "same weights, such as NAME@pretrained"
-        )
+    if not set(names) <= set(state):
+        check_not_hugging_face(state, source)
     found = _prefixes(state, set(names))
     most = max(found.values(), default=0)
     if not most or found[""] == most:
@@ -53,6 +52,17 @@ def aligned(state: State, names: Collection[str], source: str | Path) -> State:
     besides = f", without {_few(others)}" if others else ""
     log.warning("%s: took the weights under %s%s", printable(source), short_name(prefix), besides)
     return part
+
+
+def check_not_hugging_face(names: Iterable[str], source: str | Path) -> None:
+    """Raise `CheckpointError` with the way to open a file whose weights have the names of Hugging Face transformers."""
+    if any(name.endswith(_HUGGING_FACE) for name in names):
+        folder = Path(source).parent
+        lacks = "" if (folder / "config.json").exists() else ", with its config.json and preprocessor_config.json,"
+        raise CheckpointError(
+            f"{source} has the names of Hugging Face transformers; give the folder that holds it{lacks} as the model: "
+            f"{folder} or hf:{folder}"
+        )
 
 
 def _prefixes(state: State, wanted: set[str]) -> Counter[str]:
@@ -138,6 +148,17 @@ def check_values(own: Mapping[str, Tensor], state: Mapping[str, Tensor], source:
             raise CheckpointError(f"{source} holds {kind} values for {where}; convert them to {_words(mine)} first")
         if not value.isfinite().all() and mine.isfinite().all():
             raise CheckpointError(f"{source} holds values that are not finite (in {where}); use an earlier one")
+
+
+def check_tensors(model: nn.Module) -> None:
+    """Raise `CheckpointError` unless all weights of a model are plain tensors, as those of quantised layers are not."""
+    check_is_model(model)
+    for name, value in model.state_dict().items():
+        if not isinstance(value, Tensor) or type(value.detach()) is not Tensor or value.is_quantized:
+            raise CheckpointError(
+                f"the weights are not all plain tensors ({short_name(name)}); quantise a model, or cut it into shards, "
+                "after vitrim has compressed or saved it"
+            )
 
 
 def _words(tensor: Tensor) -> str:

@@ -51,9 +51,12 @@ def picture_paths(names: Sequence[str], out: Path, montage: bool) -> list[Path]:
     """Where each image is drawn: PNGs of its own in the folder `out`, all different, or one montage for all.
 
     Raises:
-        DataError: `out` is a file where a folder is needed.
+        DataError: `out` is a file where a folder is needed, or has the name of a picture that is not written.
     """
     single = montage and out.suffix.lower() == ".png"
+    if not single and not out.is_dir() and out.suffix.lower() in {*suffixes(), ".svg", ".pdf"}:
+        advice = "pictures are PNG files: choose another name" if montage else "give a folder, or montage for one"
+        raise DataError(f"{out} is the name of a picture, and {advice}")
     folder = out.parent if single else out
     if folder.exists() and not folder.is_dir():
         raise DataError(f"{folder} is a file; pictures need a folder")

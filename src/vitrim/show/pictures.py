@@ -17,15 +17,19 @@ from .files import picture_paths, spread_evenly
 from .sheet import Tile, montage_rows, sheet, wrap_rows
 from .view import Images, Source, View
 
-_BATCH = 16
+_BATCH, _TOKENS = 16, 1 << 16
 
 
 @dataclass(frozen=True)
 class Pictures:
-    """The pictures that `show` has written, and a line for each image that it could not read. Iterates over paths."""
+    """The pictures that `show` has written. Iterates over their paths.
+
+    skipped: a line for each image that could not be read. left_out: images that were not drawn because of `limit`.
+    """
 
     paths: tuple[Path, ...]
     skipped: tuple[str, ...] = ()
+    left_out: int = 0
 
     def __iter__(self) -> Iterator[Path]:
         return iter(self.paths)
@@ -70,7 +74,8 @@ def show(
     if limit is not None and limit < 1:
         raise DataError(f"limit is the number of images to draw, 1 or more, not {limit}")
     view = View(model, handle)
-    sources = spread_evenly(view.sources(images), limit)
+    found = view.sources(images)
+    sources = spread_evenly(found, limit)
     targets = picture_paths([source.name for source in sources], Path(out), montage)
     taken = [path for path in targets if path.exists()]
     if taken and not overwrite:
@@ -81,8 +86,10 @@ def show(
     rows: list[list[Tile]] = []
     heading = str(handle.reduction)
     with _evaluating(model, device) as device_now:
-        for start in range(0, len(sources), _BATCH):
-            part = slice(start, start + _BATCH)
+        # Large images are drawn a few at a time, so that memory does not grow with their number.
+        size = max(1, min(_BATCH, _TOKENS // handle.geometry.num_patches))
+        for start in range(0, len(sources), size):
+            part = slice(start, start + size)
             ready = _load(sources[part], targets[part], skipped)
             if not ready:
                 continue
@@ -100,7 +107,7 @@ def show(
         written.append(targets[0])
     if not written:
         raise DataError(f"none of the {len(sources)} images can be read; the first: {skipped[0]}")
-    return Pictures(tuple(written), tuple(skipped))
+    return Pictures(tuple(written), tuple(skipped), len(found) - len(sources))
 
 
 @contextmanager

@@ -53,6 +53,8 @@ def show(
     )  # fmt: skip
     for line in (*drawn, *drawn.skipped):
         print(printable(line))
+    if drawn.left_out:
+        print(f"vitrim show: {drawn.left_out} more images were not drawn; give a larger --limit", file=sys.stderr)
 
 
 def report(folder: list[str], out: str | None = None) -> None:

@@ -10,7 +10,7 @@ from torch import nn
 
 from ...errors import CheckpointError, UnsupportedModelError, VitrimError
 from ...text import short_name
-from ..adapter import Description
+from ..adapter import Description, check_patches
 from .hf_layout import LAYOUTS, Layout, Whole, layout_of
 
 SOURCE = "hf:"
@@ -170,6 +170,7 @@ def opened(spec: str, args: Mapping[str, Any]) -> nn.Module:
     missing = [name for name in report["missing_keys"] if name.partition(".")[0] not in (*new, "pooler")]
     if missing:
         raise CheckpointError(f"the weights of {source} lack {short_name(sorted(missing)[0])} of a {kind.__name__}")
+    _check_processor(source)
     processor = _loaded(transformers.AutoImageProcessor, source, "processor (preprocessor_config.json)")
     images, shown = read_processor(processor, source)
     vars(model)[_OWN] = images
@@ -181,6 +182,7 @@ def opened(spec: str, args: Mapping[str, Any]) -> nn.Module:
 
     adapter = TransformersViT()
     if size is not None and pair(size) != image_size(layout, model):
+        check_patches(model, pair(size))
         adapter.resize(model, pair(size))
     return model.eval()
 
@@ -252,11 +254,22 @@ def _configuration(source: str) -> Any:
     return _loaded(library().AutoConfig, source, "configuration (config.json)")
 
 
+def _check_processor(source: str) -> None:
+    """Raise `CheckpointError` for a folder that does not say what images its model expects."""
+    files = ("preprocessor_config.json", "processor_config.json")
+    if Path(source).is_dir() and not any((Path(source) / file).exists() for file in files):
+        raise CheckpointError(
+            f"{source} has no {files[0]}, which says what images the model expects; save its image processor there: "
+            "AutoImageProcessor.from_pretrained(NAME).save_pretrained(FOLDER)"
+        )
+
+
 def _loaded(kind: Any, source: str, what: str, **options: Any) -> Any:
     try:
         return kind.from_pretrained(source, **options)
     except Exception as error:  # Hubs, caches and files fail in many ways.
-        reason = short_name(" ".join(str(error).split()), 160)
+        # Its first sentence is the reason; advice that is about transformers follows.
+        reason = short_name(" ".join(str(error).split()).partition(". ")[0], 160)
         raise CheckpointError(f"no {what} of {source} can be had: {reason}") from error
 
 

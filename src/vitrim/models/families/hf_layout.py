@@ -46,6 +46,7 @@ class Layout:
 
     package: below `transformers.models`. prefix: of the names of its classes.
     tower: class of the bare model. wholes: classes that hold one.
+    dense: classes that hold one and read all its patch tokens by their places -> its name in them.
     pool: what the bare model returns as pooled output. pool_reads: what `pool` looks at.
     layers, projection: paths in the tower to its blocks and the projection of patches.
     final_norm: name in the tower of the norm of all final tokens; "" where there is none.
@@ -54,6 +55,7 @@ class Layout:
     after: names in a block of what follows its attention and its MLP, before the residual.
     out, heads, scale, dropout: names in an attention layer.
     prefix_tokens: without registers. any_size: whether images of all sizes are taken without asking for it.
+    shuffled: whether patches enter the first block in random order.
     rotary: name of the argument of a block that is the rotary table. elastic_attention: whether heads can be narrowed.
     relative: whether blocks of this tower have relative positions. check: raises for towers that cannot be cut.
     others: classes inside the tower that change -> their mixins.
@@ -68,6 +70,7 @@ class Layout:
     wholes: Mapping[str, Whole]
     pool: Pool
     pool_reads: Literal["prefix", "tokens"] = "prefix"
+    dense: Mapping[str, str] = field(default_factory=dict)
     layers: str = "layers"
     projection: str = "embeddings.patch_embeddings.projection"
     layer: str = "Layer"
@@ -84,6 +87,7 @@ class Layout:
     prefix_tokens: int = 1
     has_cls: bool = True
     any_size: bool = False
+    shuffled: bool = False
     rotary: str = ""
     relative: Callable[[Any], bool] = lambda tower: False
     check: Callable[[Any], None] = lambda tower: None

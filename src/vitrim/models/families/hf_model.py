@@ -1,7 +1,7 @@
 """Adapter for the Vision Transformers of Hugging Face transformers, whose layouts are in the other `hf_` files."""
 
 import gc
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from operator import attrgetter
 from typing import Any, ClassVar
 
@@ -107,7 +107,15 @@ class TransformersViT(Adapter):
         )
 
     def grid(self, model: nn.Module, image_size: Sequence[int]) -> tuple[int, int]:
-        return grid(_layout(model), model, image_size)
+        layout = _layout(model)
+        if layout.shuffled:
+            raise UnsupportedModelError(
+                f"a {type(model).__name__} takes its patches in random order, so it is not known where each token lies"
+            )
+        return grid(layout, model, image_size)
+
+    def dense_owner(self, model: nn.Module, among: Iterable[object] | None = None) -> nn.Module | None:
+        return _holder(model, _layout(model).dense, among)
 
     def check_plan(self, model: nn.Module, plan: Plan, reducer: Reducer) -> None:
         super().check_plan(model, plan, reducer)
@@ -275,9 +283,14 @@ def _averaged_by(tower: nn.Module) -> nn.Module | None:
     layout = _layout(tower)
     if layout.whole(tower) is not None:
         return None
-    averaging = {name: whole.tower for name, whole in layout.wholes.items() if whole.reads == "tokens"}
-    classes = {getattr(layout.module, name): inside for name, inside in averaging.items()}
-    known = [one for one in gc.get_objects() if type(one) in classes] if classes else []
+    return _holder(tower, {name: whole.tower for name, whole in layout.wholes.items() if whole.reads == "tokens"})
+
+
+def _holder(tower: nn.Module, names: Mapping[str, str], among: Iterable[object] | None = None) -> nn.Module | None:
+    """The object of one of these classes that holds this tower under the name that belongs to the class."""
+    classes = {getattr(_layout(tower).module, name): inside for name, inside in names.items()}
+    objects = () if not classes else gc.get_objects() if among is None else among
+    known: list[Any] = [one for one in objects if type(one) in classes]
     return next((one for one in known if getattr(one, classes[type(one)], None) is tower), None)
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import UnsupportedModelError, VitrimError
-from ..adapter import State, adapter_of, build_architecture
+from ..adapter import State, adapter_of, build_architecture, find_adapter
 from ..attach import attached
 from .hf_config import library, pair
 from .hf_layout import LAYOUTS, Layout, layout_of
@@ -41,6 +41,7 @@ def convert(model: nn.Module, to: Library) -> nn.Module:
         raise VitrimError(f"a model is converted to 'timm' or 'transformers', not to {to!r}")
     if attached(model) is not None:
         raise VitrimError("a reduction is attached to this model; call handle.remove(), and attach to the new one")
+    find_adapter(model)
     library()
     layout = layout_of(model)
     if (layout is None) == (to == "timm"):

@@ -18,6 +18,7 @@ VIT = Layout(
     prefix="ViT",
     tower="ViTModel",
     wholes={"ViTForImageClassification": Whole("vit", first_token, "prefix")},
+    dense={"ViTForMaskedImageModeling": "vit"},
     pool=own_pooler,
     pool_macs=_pooler_macs,
 )
@@ -34,6 +35,7 @@ enter(
             "DeiTForImageClassification": Whole("deit", first_token, "prefix"),
             "DeiTForImageClassificationWithTeacher": _BOTH,
         },
+        dense={"DeiTForMaskedImageModeling": "deit"},
         prefix_tokens=2,
         stats=IMAGENET,
     )
@@ -45,6 +47,7 @@ enter(
         prefix="ViTMSN",
         tower="ViTMSNModel",
         wholes={"ViTMSNForImageClassification": Whole("vit", first_token, "prefix")},
+        dense={},
         stats=IMAGENET,
     )
 )
@@ -55,6 +58,7 @@ enter(
         prefix="IJepa",
         tower="IJepaModel",
         wholes={"IJepaForImageClassification": Whole("ijepa", mean_of_patches, "tokens")},
+        dense={},
         pool=mean_of_patches,
         pool_reads="tokens",
         prefix_tokens=0,
@@ -69,6 +73,8 @@ enter(
         prefix="ViTMAE",
         tower="ViTMAEModel",
         wholes={},
+        dense={"ViTMAEForPreTraining": "vit"},
+        shuffled=True,
         entering=lambda config, patches: int(patches * (1 - config.mask_ratio)),
         stats=IMAGENET,
     )
