@@ -7,7 +7,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import vitrim
-from vitrim.models import find_adapter
+from vitrim.models import build_model, find_adapter
+from vitrim.models.shapes_only import shapes_only
 
 MODELS = [
     "vit_tiny_patch16_224",
@@ -44,7 +45,7 @@ REDUCTIONS = [
 
 
 def meta(name: str, **options: object) -> nn.Module:
-    with torch.device("meta"):
+    with shapes_only():
         return timm.create_model(name, **options).eval().requires_grad_(False)
 
 
@@ -75,6 +76,13 @@ def test_agrees_with_the_flop_counter(name: str) -> None:
         ):
             with vitrim.attach(model, text, cls_only=cls_only):
                 assert vitrim.cost(model).macs == pytest.approx(counted(model), rel=1e-3), (text, cls_only)
+
+
+@pytest.mark.parametrize(("patch", "size"), [(1, 8), (2, 10), (4, 12), (8, 24)])
+def test_a_convolutional_stem_agrees_with_the_flop_counter(patch: int, size: int) -> None:
+    with shapes_only():
+        model = build_model("vitrim_digits_vit", depth=1, patch_size=patch, img_size=size).eval()
+    assert vitrim.cost(model).macs == counted(model)
 
 
 def test_published_figures() -> None:

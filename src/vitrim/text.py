@@ -14,10 +14,9 @@ def printable(text: object, keep: str = "") -> str:
     >>> printable("red\x1b[31m")
     'red\\x1b[31m'
     """
-    return "".join(
-        letter if letter.isprintable() or letter in keep else ascii(letter)[1:-1].replace("\\udc", "\\x")
-        for letter in str(text)
-    )
+    text = str(text)
+    bad = [letter for letter in {*text} - {*keep} if not letter.isprintable()]  # Few, also in a page of megabytes.
+    return text.translate({ord(letter): ascii(letter)[1:-1].replace("\\udc", "\\x") for letter in bad})
 
 
 def shortened(text: str, most: int) -> str:

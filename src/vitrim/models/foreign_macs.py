@@ -61,6 +61,19 @@ def _macs_per_row(layer: nn.Module, width: int) -> int:
     return sum(one.in_features * one.out_features for one in sized)
 
 
+def macs_of_convolutions(layers: nn.Module, height: int, width: int) -> int | None:
+    """MACs of plain convolutions one after another, on one image; None where anything else may cost some."""
+    total = 0
+    for layer in layers if type(layers) is nn.Sequential else [layers]:
+        if type(layer) is nn.Conv2d and not isinstance(layer.padding, str):
+            sizes = zip((height, width), layer.kernel_size, layer.stride, layer.padding, layer.dilation, strict=True)
+            height, width = ((n + 2 * pad - gap * (kernel - 1) - 1) // step + 1 for n, kernel, step, pad, gap in sizes)
+            total += height * width * layer.weight.numel()
+        elif type(layer) not in (nn.BatchNorm2d, nn.GELU, nn.ReLU, nn.Identity):
+            return None
+    return total
+
+
 def num_parameters(model: nn.Module) -> int:
     """Parameters of a model, shared ones once; the weights of quantised layers that hide them count by their sizes."""
     packed = [one for one in _all_sized(model) if not any(True for _ in one.parameters())]

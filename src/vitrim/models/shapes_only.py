@@ -8,8 +8,14 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-_FILLING = {"normal_", "uniform_", "erfinv_", "clamp_", "mul_", "add_", "fill_", "zero_", "copy_"}
-"""Methods that change the values of a tensor in place, of those that initialisations use; none changes a shape."""
+_FILLING = {
+    "normal_", "uniform_", "erfinv_", "clamp_", "mul_", "add_", "fill_", "zero_", "copy_",
+    "kaiming_uniform_", "kaiming_normal_", "constant_",
+}  # fmt: skip
+"""What changes the values of a tensor in place, of that which initialisations call; none changes a shape.
+
+Methods of tensors, and functions of `torch.nn.init`, which hand over their tensor by its name.
+"""
 
 
 @contextmanager
@@ -23,6 +29,9 @@ class _Unfilled(TorchFunctionMode):
     """Leaves out what would only fill a tensor without values; PyTorch takes milliseconds to do that to nothing."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__name__", "") in _FILLING and args and isinstance(args[0], Tensor) and args[0].is_meta:
-            return args[0]
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") in _FILLING:
+            filled = args[0] if args else kwargs.get("tensor")
+            if isinstance(filled, Tensor) and filled.is_meta:
+                return filled
+        return func(*args, **kwargs)

@@ -12,11 +12,12 @@ from ...errors import UnsupportedModelError, VitrimError
 from ...tokens import Plan, Reducer
 from ..adapter import Geometry, State
 from ..exchange import intercepted
-from ..foreign_macs import counted, macs_per_row
+from ..foreign_macs import counted, macs_of_convolutions, macs_per_row
 from ..heads import split_heads
 from ..macs import BlockShape, Macs, block_macs
 from ..reduced import ReducedBlock
 from ..removed_branch import RemovedBranch
+from ..small_vits import ConvStem
 from ..sublayers import Elastic
 from .timm_model import TimmModel
 from .timm_reduced import (
@@ -172,7 +173,10 @@ class TimmViT(TimmModel):
         embed = model.patch_embed
         if type(embed) is PatchEmbed and type(embed.proj) is nn.Conv2d:
             return Macs(embed.num_patches * embed.proj.weight[0].numel() * embed.proj.out_channels)
-        return counted(embed, (1, *self.geometry(model).input_size))
+        size = self.geometry(model).input_size
+        if type(embed) is ConvStem and (macs := macs_of_convolutions(embed.proj, *size[1:])) is not None:
+            return Macs(macs)
+        return counted(embed, (1, *size))
 
     def _head_macs(self, model: Any, tokens: int) -> Macs:
         pool, rows = getattr(model, "attn_pool", None), 1
