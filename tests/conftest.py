@@ -21,6 +21,14 @@ from vitrim.models.sublayers import ELASTIC
 from vitrim.tokens import CURRICULA, REDUCERS, SCHEDULES, SCORES
 
 
+LONG = ("test_docs", "test_curve", "test_train_resume", "test_study", "test_study_workers", "test_distill_student")
+"""Files whose tests take long. They come first, so that what is left for the end can be shared among processes."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+
+
 @pytest.fixture(autouse=True)
 def _compiled_without_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
     """Trace and differentiate compiled code, but do not turn it into C++, which takes most of the time and tests torch.

@@ -1,6 +1,7 @@
 """Curves of a study: every figure of the table is that of the network cut and evaluated by hand."""
 
-from functools import cache
+from collections.abc import Iterator
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,13 @@ from torch import Tensor, nn
 from vitrim.data.specs import DataSpec
 from vitrim.data.splits import plain_stream
 from vitrim.data.streams import make_loader
-from vitrim.elastic import SuperNet, stratify
+from vitrim.elastic import SuperNet, measured_chain, supernet
 from vitrim.errors import CheckpointError, RecipeError, UnknownNameError, VitrimError
 from vitrim.measure.cost import cost
 from vitrim.models import load
 from vitrim.models.build import build_model
 from vitrim.models.widths import widths_of
+from vitrim.study import curve_points
 from vitrim.study.comparisons import compare_with_trained_alone, published_budgets_note
 from vitrim.study.curve import Curve
 from vitrim.study.curve_points import curve_networks, measure_curve
@@ -24,6 +26,7 @@ from vitrim.study.study import Study
 from vitrim.train.loop import train
 from vitrim.train.recipe import Recipe
 
+pytestmark = pytest.mark.usefixtures("few_test_digits")
 ROOT = Path(__file__).parents[1]
 DATA = {"workers": 0, "limit": 200, "holdout": 0.0}
 LINES = {
@@ -48,7 +51,18 @@ def ordered(model: nn.Module, ordering: str, seed: int) -> SuperNet:
     """The super-network of 64 training images, in the order of that seed."""
     loader, _ = make_loader(plain_stream(model, DataSpec(**DATA), train=True), 64, 0, seed=seed, shuffle=True)
     images = next(iter(loader))[0]
-    return stratify(model, [images], num_images=64, ordering=ordering, width_multiple=2, say=lambda told: None)
+    return supernet.stratify(
+        model, [images], num_images=64, ordering=ordering, width_multiple=2, rounds=1, say=lambda told: None
+    )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def measured_once() -> Iterator[None]:
+    """Chains measured in one round and compared with the even one at three sizes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(curve_points, "stratify", partial(supernet.stratify, rounds=1))
+        patch.setattr(measured_chain, "BUDGETS", 3)
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from io import BytesIO
@@ -14,6 +14,7 @@ from shutil import copytree
 from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 from sklearn.datasets import load_digits, load_sample_images
 from torch import nn
@@ -21,6 +22,8 @@ from torch import nn
 from vitrim import ToMe, TopK, compression, demo, stratify
 from vitrim.cli import main
 from vitrim.data import images
+from vitrim.elastic import measured_chain, supernet
+from vitrim.elastic.chain import Chain
 from vitrim.measure import speed
 from vitrim.models import small_vits
 from vitrim.show import report
@@ -55,9 +58,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module", autouse=True)
 def in_small() -> Iterator[None]:
-    """A sixth of the digits, a network of half the depth, and fewer repetitions of what takes time."""
+    """A sixth of the digits, a network of half the depth, coarse pictures, and fewer repetitions of what takes time."""
     pixels, targets = images._digits()
-    recipe, bench, create = demo._recipe, demo.bench, small_vits._create
+    recipe, bench, create, savefig = demo._recipe, demo.bench, small_vits._create, Figure.savefig
+    chain_of = supernet.measured_chain
 
     def shallow(name: str, pretrained: bool, args: dict[str, Any], **own: Any) -> nn.Module:
         return create(name, pretrained, args, **(own | ({"depth": 4} if name == "vitrim_digits_vit" else {})))
@@ -66,7 +70,16 @@ def in_small() -> Iterator[None]:
         whole = recipe(*words)
         return replace(whole, data=replace(whole.data, limit=100))
 
+    def coarse(figure: Figure, file: Any, **options: Any) -> None:
+        savefig(figure, file, **{**options, "dpi": 40})
+
+    def measured_once(*parts: Any, **options: Any) -> Chain:
+        return chain_of(*parts, **{**options, "rounds": 1})
+
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", coarse)
+        patch.setattr(supernet, "measured_chain", measured_once)
+        patch.setattr(measured_chain, "BUDGETS", 3)
         for module in (compression.job, compression.verification):  # Whose intervals would depend on the load.
             patch.setattr(module, "sessions", lambda *models, **options: [(0.5, 2.0, 1.0), (0.6, 2.0, 1.2)])
         patch.setattr(compression.search, "reducers", lambda has_cls: [TopK() if has_cls else ToMe()])
@@ -83,20 +96,24 @@ def in_small() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def few_plots(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of all curves of runs the first are drawn; the others are copies of that picture."""
-    drawn: list[bytes] = []
-    draw = report.curves_plot
+    """Of all plots of a kind the first is drawn; the others in the reports of a page are copies of that picture."""
 
-    def drawn_or_copied(metrics: Any, file: BytesIO) -> bool:
-        if not drawn:
-            wanted = draw(metrics, file)
-            if wanted:
-                drawn.append(file.getvalue())
-            return wanted
-        file.write(drawn[0])
-        return True
+    def drawn_once(draw: Callable[[Any, BytesIO], bool]) -> Callable[[Any, BytesIO], bool]:
+        drawn: list[bytes] = []
 
-    monkeypatch.setattr(report, "curves_plot", drawn_or_copied)
+        def drawn_or_copied(figures: Any, file: BytesIO) -> bool:
+            if not drawn:
+                wanted = draw(figures, file)
+                if wanted:
+                    drawn.append(file.getvalue())
+                return wanted
+            file.write(drawn[0])
+            return True
+
+        return drawn_or_copied
+
+    for name in ("curves_plot", "cost_accuracy_plot"):
+        monkeypatch.setattr(report, name, drawn_once(getattr(report, name)))
 
 
 def run_once(words: list[str], done: dict[tuple[str, ...], Path]) -> None:

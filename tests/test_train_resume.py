@@ -80,7 +80,12 @@ class At:
 
 
 VARIANTS = {
-    "workers": {"data__workers": 2, "augment__crop": "pad", "augment__randaugment": "rand-m5-n1"},
+    "workers, delayed": {
+        "data__workers": 2,
+        "augment__crop": "pad",
+        "augment__randaugment": "rand-m5-n1",
+        "reduction": "TopK() @ PowerLaw(0.6, 2.0) @ Delayed(1)",
+    },
     "ema, mixup, dropout": {
         "optim__ema": 0.8,
         "augment__mixup": 0.4,
@@ -89,12 +94,16 @@ VARIANTS = {
         "model__args": {"drop_path_rate": 0.2, "proj_drop_rate": 0.2},
         "augment__erasing": 0.5,
     },
-    "accumulation": {"optim__accumulate": 4, "batch_size": 32, "epochs": 4, "data__limit": 200},
-    "delayed": {"reduction": "TopK() @ PowerLaw(0.6, 2.0) @ Delayed(1)"},
+    "accumulation, entropy": {
+        "optim__accumulate": 4,
+        "batch_size": 32,
+        "epochs": 4,
+        "data__limit": 200,
+        "reduction": "TopK() @ KeepRate(0.5, at=[1]) @ Adaptive(signal='entropy', threshold=0.01)",
+    },
     "per step": {"reduction": "ToMe() @ KeepRate(0.5, at=[1]) @ Polynomial(0, 2, per_step=True)", "phase": "train"},
     "adaptive": {"reduction": "TopK() @ KeepRate(0.5, at=[1]) @ Adaptive(step=0.5)", "optim__ema": 0.5},
     "gradient": {"reduction": "TopK(gradient) @ KeepRate(0.5, at=[0])", "phase": "train", "checkpointing": True},
-    "entropy": {"reduction": "TopK() @ KeepRate(0.5, at=[1]) @ Adaptive(signal='entropy', threshold=0.01)"},
 }
 
 
@@ -147,11 +156,11 @@ def _in_child(
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_killed_at_random_moments(workers: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]):
-    options = recipe(data__workers=workers, optim__ema=0.9, epochs=4, data__limit=200)
+    options = recipe(data__workers=workers, optim__ema=0.9, epochs=4, data__limit=150)
     train(options, tmp_path / "whole")
     dice = random.Random(workers)
     ends = []
-    for _ in range(6):
+    for _ in range(4):
         kill = KillSoonAfter(dice.randint(1, 12), dice.uniform(0, 0.05))
         child = _in_child(options, tmp_path / "parts", report=kill)
         child.join()
