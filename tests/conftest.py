@@ -20,7 +20,6 @@ from vitrim.models import ADAPTERS
 from vitrim.models.sublayers import ELASTIC
 from vitrim.tokens import CURRICULA, REDUCERS, SCHEDULES, SCORES
 
-
 LONG = ("test_docs", "test_curve", "test_train_resume", "test_study", "test_study_workers", "test_distill_student")
 """Files whose tests take long. They come first, so that what is left for the end can be shared among processes."""
 

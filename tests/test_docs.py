@@ -14,15 +14,16 @@ from shutil import copytree
 from typing import Any
 
 import pytest
+import torch
 from matplotlib.figure import Figure
 from PIL import Image
 from sklearn.datasets import load_digits, load_sample_images
 from torch import nn
 
-from vitrim import ToMe, TopK, compression, demo, stratify
+from vitrim import ToMe, TopK, compression, cost, demo, stratify
 from vitrim.cli import main
 from vitrim.data import images
-from vitrim.elastic import measured_chain, supernet
+from vitrim.elastic import latency, measured_chain, supernet
 from vitrim.elastic.chain import Chain
 from vitrim.measure import speed
 from vitrim.models import small_vits
@@ -80,6 +81,7 @@ def in_small() -> Iterator[None]:
         patch.setattr(Figure, "savefig", coarse)
         patch.setattr(supernet, "measured_chain", measured_once)
         patch.setattr(measured_chain, "BUDGETS", 3)
+        patch.setattr(latency, "milliseconds", lambda *models: torch.tensor([[cost(one).macs / 1e6 for one in models]]))
         for module in (compression.job, compression.verification):  # Whose intervals would depend on the load.
             patch.setattr(module, "sessions", lambda *models, **options: [(0.5, 2.0, 1.0), (0.6, 2.0, 1.2)])
         patch.setattr(compression.search, "reducers", lambda has_cls: [TopK() if has_cls else ToMe()])
