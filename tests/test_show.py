@@ -545,7 +545,7 @@ def test_a_study_draws_its_rows_on_the_same_images(tmp_path: Path):
 
 
 def test_a_name_of_a_picture_is_no_folder(tmp_path):
-    for out, montage, message in (("a.png", False, "give a folder, or montage"), ("a.jpg", True, "PNG files")):
+    for out, montage, message in (("a.png", False, "need a folder, unless"), ("a.jpg", True, "montage is a PNG")):
         with pytest.raises(DataError, match=message):
             picture_paths(["one.jpg"], tmp_path / out, montage)
     assert picture_paths(["one.jpg"], tmp_path / "v1.2", montage=False) == [tmp_path / "v1.2" / "one.png"]

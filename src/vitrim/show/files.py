@@ -55,8 +55,8 @@ def picture_paths(names: Sequence[str], out: Path, montage: bool) -> list[Path]:
     """
     single = montage and out.suffix.lower() == ".png"
     if not single and not out.is_dir() and out.suffix.lower() in {*suffixes(), ".svg", ".pdf"}:
-        advice = "pictures are PNG files: choose another name" if montage else "give a folder, or montage for one"
-        raise DataError(f"{out} is the name of a picture, and {advice}")
+        advice = "a montage is a PNG file" if montage else "pictures need a folder, unless all are in one montage"
+        raise DataError(f"{out} is the name of a file; {advice}")
     folder = out.parent if single else out
     if folder.exists() and not folder.is_dir():
         raise DataError(f"{folder} is a file; pictures need a folder")

@@ -54,7 +54,7 @@ def show(
     for line in (*drawn, *drawn.skipped):
         print(printable(line))
     if drawn.left_out:
-        print(f"vitrim show: {drawn.left_out} more images were not drawn; give a larger --limit", file=sys.stderr)
+        print(f"vitrim show: images left out by --limit {limit}: {drawn.left_out}", file=sys.stderr)
 
 
 def report(folder: list[str], out: str | None = None) -> None:

@@ -281,16 +281,21 @@ def logits_of(layout: Layout, model: Any, final_BTC: Tensor) -> Tensor:
 def _averaged_by(tower: nn.Module) -> nn.Module | None:
     """The model around this tower whose head averages its tokens, if there is one; no tower knows what holds it."""
     layout = _layout(tower)
-    if layout.whole(tower) is not None:
-        return None
     return _holder(tower, {name: whole.tower for name, whole in layout.wholes.items() if whole.reads == "tokens"})
 
 
 def _holder(tower: nn.Module, names: Mapping[str, str], among: Iterable[object] | None = None) -> nn.Module | None:
     """The object of one of these classes that holds this tower under the name that belongs to the class."""
-    classes = {getattr(_layout(tower).module, name): inside for name, inside in names.items()}
-    objects = () if not classes else gc.get_objects() if among is None else among
-    known: list[Any] = [one for one in objects if type(one) in classes]
+    layout = _layout(tower)
+    if layout.whole(tower) is not None or not names:
+        return None
+    if among is None:
+        # Few towers are held under such a name: only then is it worth the time to look at all objects.
+        dicts = [one for one in gc.get_referrers(tower) if type(one) is dict]
+        held = any(one.get(name) is tower for one in dicts for name in names.values())
+        among = gc.get_objects() if held else ()
+    classes = {getattr(layout.module, name): inside for name, inside in names.items()}
+    known: list[Any] = [one for one in among if type(one) in classes]
     return next((one for one in known if getattr(one, classes[type(one)], None) is tower), None)
 
 
