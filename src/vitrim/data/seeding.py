@@ -23,6 +23,7 @@ Purpose = Literal[
     "probe",  # (seed): training images on which importance is measured.
     "entropy",  # (seed): held-out images on which attention entropy is measured.
     "compress",  # (seed): images of a search for a cheaper model, and those of its certificate.
+    "export",  # (seed): noise as small as rounding, to see whether it decides which tokens stay.
 ]
 """What a random choice is for. It is part of every seed, so that no two choices share one."""
 

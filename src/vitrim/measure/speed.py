@@ -23,6 +23,7 @@ from ..models.wrapped import check_is_model
 from .bench_table import BenchRow, BenchTable, ratios
 from .cost import cost
 from .environment import environment
+from .served import ServedFile, check_files, is_file, open_file
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _CALLS_AT_BATCH_1 = 10  # A single image is over too soon for one call per round, and p95 wants many.
@@ -61,7 +62,7 @@ def bench(
     """Time forward passes of several models in interleaved rounds. The models given are left as they are.
 
     Args:
-        models: by name, reduced already where they are to be (`vitrim.attach`).
+        models: by name, reduced already where they are to be (`vitrim.attach`), or files (`open_file`).
         batch_sizes: images per forward pass, each measured on its own.
         input_size: (channels, height, width), or the side in pixels; by default each model's own.
         dtype: "float32", "bfloat16" or "float16", of weights and images.
@@ -73,15 +74,18 @@ def bench(
         references: the model each one is compared with; by default the first of all.
 
     Raises:
-        VitrimError: nothing to measure, a number below 1, or a model whose input size is not known.
+        VitrimError: nothing to measure, a number below 1, a model whose input size is not known, or a file that does
+            not take such images.
     """
     _check(models, batch_sizes, dtype, rounds, threads)
     references = dict.fromkeys(models, next(iter(models))) | dict(references or {})
     for reference in references.values():
         if reference not in models:
             raise UnknownNameError("model", reference, models)
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     sizes = {name: _input_size(model, input_size) for name, model in models.items()}
+    files = {name: model for name, model in models.items() if isinstance(model, ServedFile)}
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() and not files else "cpu"))
+    check_files(files, sizes, batch_sizes, dtype, device)
     macs = {name: _macs(model, sizes[name]) for name, model in models.items()}
     rows: list[BenchRow] = []
     with _threads(threads), torch.inference_mode():
@@ -110,6 +114,7 @@ def bench(
                     )
                 )
         settings = {"dtype": dtype, "device": device.type, "compile": compile, "rounds": rounds, "seed": seed}
+        settings |= {name: f"by {file.runtime}" for name, file in files.items()}
         return BenchTable.of(rows, environment(), settings)
 
 
@@ -122,7 +127,8 @@ def bench_methods(
 
     Args:
         model: modules, or anything that `open_model` takes: run folders, folders of saved models, timm names (random
-            weights: speed does not depend on them).
+            weights: speed does not depend on them); or files (.onnx, .pt2), which run as they are. Where there are
+            files, the first row of all is the reference of all others.
         methods: "dense", "dense+cls_only", "own" (what is attached already), or reductions such as
             "TopK() @ KeepRate(0.7)". Reductions run with the last block on prefix tokens alone where the head reads
             nothing else. The first is the reference of its model.
@@ -133,17 +139,25 @@ def bench_methods(
         raise VitrimError("nothing to measure; name at least one model and one method")
     models: dict[str, nn.Module] = {}
     references: dict[str, str] = {}
+    given = [open_file(one, options.get("threads")) if isinstance(one, str) and is_file(one) else one for one in given]
+    files = any(isinstance(one, ServedFile) for one in given)
     for one in given:
+        if isinstance(one, ServedFile):
+            _enter(models, one.path, one)
+            continue
         side = options.get("input_size")
         dense = open_model(one, side if isinstance(side, int) else None) if isinstance(one, str) else one
         prefix = f"{one if isinstance(one, str) else type(one).__name__}: " if len(given) > 1 else ""
         for method in methods:
-            name = prefix + method
-            if name in models:
-                raise VitrimError(f"{name!r} is named twice; every row needs its own name")
-            models[name] = variant(dense, method)
-            references[name] = prefix + methods[0]
-    return bench(models, references=references, **options)
+            _enter(models, prefix + method, variant(dense, method))
+            references[prefix + method] = prefix + methods[0]
+    return bench(models, references={} if files else references, **options)
+
+
+def _enter(models: dict[str, nn.Module], name: str, model: nn.Module) -> None:
+    if name in models:
+        raise VitrimError(f"{name!r} is named twice; every row needs its own name")
+    models[name] = model
 
 
 class _Trial:
@@ -152,6 +166,7 @@ class _Trial:
     def __init__(self, model: nn.Module, images: Tensor, compiled: bool) -> None:
         self.model = model
         self.images = images
+        compiled = compiled and not isinstance(model, ServedFile)
         self.run = without_limit(torch.compile(model, dynamic=False)) if compiled else model
         # torch's clock waits for the accelerator; timeit switches garbage collection off.
         self._timer = Timer(lambda: self.run(self.images), timer=benchmark.timer)
@@ -199,6 +214,8 @@ def _percentiles(times: Sequence[Sequence[float]]) -> tuple[float, float]:
 
 def _macs(model: nn.Module, size: Size) -> int | None:
     """MACs per image: vitrim's count where an adapter knows the model at this size, else PyTorch's on empty tensors."""
+    if isinstance(model, ServedFile):
+        return model.macs
     try:
         if find_adapter(model).geometry(model).input_size == size:
             return cost(model, training=False).macs  # As it is timed.
@@ -214,7 +231,7 @@ def _input_size(model: nn.Module, given: Size | int | None) -> Size:
     if isinstance(given, tuple):
         return given
     try:
-        own = adapter_of(model).input_format(model).size
+        own = model.size if isinstance(model, ServedFile) else adapter_of(model).input_format(model).size
     except UnsupportedModelError:
         own = None
     if isinstance(given, int):

@@ -6,6 +6,7 @@ and `vitrim list` find it in the table. A family registered later is tried first
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -190,6 +191,10 @@ class Adapter:
     def predict(self, model: nn.Module, images: Tensor) -> Tensor:
         """Logits (B, K) as the model gives them, or pooled features (B, C) where it has no classifier."""
         return as_tensor(model(images))
+
+    def exporting(self) -> AbstractContextManager[None]:
+        """The context in which a model is exported, so that the graph holds no more than its forward pass computes."""
+        return nullcontext()
 
     def output_width(self, model: nn.Module) -> int:
         """Columns of what `predict` returns; 0 where that is not known."""

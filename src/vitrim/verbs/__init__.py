@@ -6,11 +6,12 @@ torch is imported inside them, so that help is instant.
 from .comparing import bench, evaluate, sweep
 from .compressing import compress, verify
 from .cutting import extract, stratify
+from .exporting import export
 from .showing import demo, list_names, report, show
 from .training import study, train
 
 VERBS = {
     "demo": demo, "show": show, "bench": bench, "eval": evaluate, "train": train, "sweep": sweep, "study": study,
-    "stratify": stratify, "extract": extract, "compress": compress, "verify": verify, "report": report,
-    "list": list_names,
+    "stratify": stratify, "extract": extract, "compress": compress, "verify": verify, "export": export,
+    "report": report, "list": list_names,
 }  # fmt: skip

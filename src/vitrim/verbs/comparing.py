@@ -2,6 +2,7 @@
 
 from typing import Literal
 
+from ..errors import VitrimError
 from .delivery import TRAINING_ONLY, Count, Device, Pixels, TestImages, Threads, check_table, check_used, deliver
 
 
@@ -46,9 +47,11 @@ def bench(
     """Time models and methods side by side, in interleaved rounds, as ratios to the first.
 
     Args:
-        model: timm names, NAME@FILE (with weights from a file), folders written by vitrim or transformers, hf:NAME, or
-            run folders.
+        model: timm names, NAME@FILE (with weights from a file), folders written by vitrim or transformers, hf:NAME, run
+            folders, or files for other runtimes (.onnx, .pt2; a .pt2 file is a program, so name none that you do not
+            trust).
         method: "dense", or reductions such as "ToMe() @ ConstantR(13)"; by default dense and "TopK() @ KeepRate(0.7)".
+            Files run as they are.
         batch_size: images at a time.
         dtype: number format of weights and images.
         compile: compile the models with torch.compile first.
@@ -59,8 +62,11 @@ def bench(
         out: file to write the table to (.md, .csv, .json or .html).
     """
     check_table(out)
+    from ..measure.served import is_file
     from ..measure.speed import bench_methods
 
+    if method and all(map(is_file, model)):
+        raise VitrimError("files run as they are, so that --method would have no effect; leave it out")
     table = bench_methods(
         model, method or ["dense", "TopK() @ KeepRate(0.7)"], batch_sizes=tuple(batch_size), dtype=dtype,
         compile=compile, threads=threads, rounds=rounds, input_size=image_size,

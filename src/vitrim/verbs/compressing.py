@@ -201,6 +201,22 @@ def unseen_images(network: "nn.Module", model: str, spec: DataSpec) -> "Pictures
     return read(stream, MOST_UNSEEN, spec.workers, labelled=own)
 
 
+def images_to_compare(network: "nn.Module", spec: DataSpec, most: int) -> "Pictures":
+    """At most so many images without classes: test images, or training images where there is no test split."""
+    from ..compression.images import read
+    from ..data.splits import plain_stream
+
+    stream = _flat(network, spec)
+    if stream is None:
+        try:
+            stream = plain_stream(network, spec)
+        except DataError:
+            if spec.test_split is not None:
+                raise
+            stream = plain_stream(network, spec, train=True)
+    return read(stream, most, spec.workers, labelled=False)
+
+
 def _flat(network: "nn.Module", spec: DataSpec) -> "Stream | None":
     """All images below a folder that has no training split."""
     from pathlib import Path

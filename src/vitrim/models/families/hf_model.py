@@ -2,6 +2,7 @@
 
 import gc
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from operator import attrgetter
 from typing import Any, ClassVar
 
@@ -22,6 +23,7 @@ from ..sublayers import Elastic
 from . import hf_config, hf_sizes
 from .hf_config import image_size, pair
 from .hf_elastic import enter_elastic
+from .hf_export import without_idle_masks
 from .hf_layout import LAYOUTS, Layout, layout_of
 from .hf_reduced import grid, reduced_class
 
@@ -39,6 +41,9 @@ class TransformersViT(Adapter):
 
     def claims(self, model: nn.Module) -> bool:
         return layout_of(model) is not None
+
+    def exporting(self) -> AbstractContextManager[None]:
+        return without_idle_masks()
 
     def branches_of(self, model: nn.Module) -> Mapping[str, str]:
         layout = _layout(model)

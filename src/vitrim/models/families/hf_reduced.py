@@ -18,6 +18,7 @@ from ..reduced import ReducedBlock
 from ..reduced_model import ReducedModel
 from ..removed_branch import RemovedBranch
 from .hf_config import pair
+from .hf_export import while_exporting
 from .hf_layout import LAYOUTS, Layout
 
 _PREFIX = "Reduced"
@@ -138,7 +139,7 @@ class ReducedTower(_ReducedTransformer):
 
     @while_attached
     def forward(self, pixel_values: Any = None, *args: Any, **kwargs: Any) -> Any:
-        with self.vitrim_open(pixel_values, kwargs):
+        with self.vitrim_open(pixel_values, kwargs), while_exporting():
             out = super().forward(pixel_values, *args, **kwargs)
             finish(self.vitrim_policy, out[0])
             return out
@@ -151,7 +152,7 @@ class ReducedWhole(_ReducedTransformer):
     def forward(self, pixel_values: Any = None, *args: Any, **kwargs: Any) -> Any:
         kwargs = {**dict(zip(self.vitrim_arguments, args, strict=False)), **kwargs}
         whole = self.vitrim_layout.whole(self)
-        with self.vitrim_open(pixel_values, kwargs):
+        with self.vitrim_open(pixel_values, kwargs), while_exporting():
             if whole is None or whole.reads == "prefix" or not self.vitrim_policy.fuses:
                 return super().forward(pixel_values, **kwargs)
             return self._weighed(pixel_values, getattr(self, whole.tower), **kwargs)

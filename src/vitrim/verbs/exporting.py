@@ -1,0 +1,76 @@
+"""The verb that writes a model as a file for other runtimes."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from ..data.specs import DataSpec
+from ..errors import DataError
+from ..options import Range, from_dict
+from ..text import printable
+from .compressing import images_of, images_to_compare
+from .delivery import TRAINING_ONLY, TestImages, check_used
+
+EXACT, INT8 = 16, 256
+"""Images to compare on: where outputs must be equal, and where it is measured how often the class is the same."""
+
+
+def export(
+    model: str,
+    data: TestImages,
+    out: str,
+    format: Literal["onnx", "torch", "aoti"] = "onnx",
+    method: str | None = None,
+    int8: bool = False,
+    num_images: Annotated[int, Range(2, 1_000_000)] | None = None,
+) -> None:
+    """Write a model as a file that other runtimes run; its outputs are compared before the file is kept.
+
+    Args:
+        model: a timm name, NAME@FILE (with weights from a file), a folder written by vitrim or transformers, hf:NAME,
+            or a run folder.
+        data: images to compare outputs on; by default those of the run or of the certificate in the folder, else the
+            built-in digits.
+        out: file to write, .onnx or .pt2; an existing one is never replaced.
+        format: "onnx", "torch" (a program of torch.export, a .pt2 file), or "aoti" (compiled by AOTInductor for this
+            kind of processor, a .pt2 file; needs a C++ compiler and minutes).
+        method: reduction such as "TopK() @ KeepRate(0.7)" in place of the model's own; "dense" removes any.
+        int8: quantise the matrices of an ONNX file; how closely it agrees with the model is measured and printed.
+        num_images: images to compare on, the first alone and the others in batches of 32; by default 16, with int8 256.
+    """
+    from ..export.run import check_place
+    from ..export.run import export as write
+    from ..models import has_weights, open_model
+    from ..models.classes import classes_of
+
+    check_place(out, format, int8)
+    check_used("export", data, TRAINING_ONLY, "the test images")
+    spec = _images(model, data)
+    if spec is None:
+        if int8:
+            raise DataError("how often an int8 file gives the same class depends on your images; give --data.root DIR")
+        print("no images are named, so that outputs are compared on the built-in digits; --data.root DIR takes yours")
+        spec = images_of([], data)
+    network = open_model(model, spec.image_size)
+    if not has_weights(model):
+        print(
+            f"vitrim export: weights are random, which will do for timing; write {model}@pretrained or {model}@FILE",
+            file=sys.stderr,
+        )
+    pictures = images_to_compare(network, spec, num_images or (INT8 if int8 else EXACT))
+    found = write(network, pictures.images, out, format=format, method=method, int8=int8, classes=classes_of(model))
+    print(printable(found.text(), "\n"))
+
+
+def _images(model: str, data: dict[str, Any]) -> DataSpec | None:
+    """The images that were named, or those that a folder names: of a run, or of a certificate; None without any."""
+    from ..compression.certificate import FILE, Certificate
+    from ..study.compare import override_data
+
+    if (Path(model) / FILE).is_file():
+        recorded: Any = Certificate.read(model).source.get("data")
+        if isinstance(recorded, dict):
+            own = from_dict(DataSpec, recorded, "the data of the certificate")
+            return override_data(own, {"name": "folder", **data} if "root" in data else data)
+    named = "root" in data or "name" in data
+    return images_of([model], data) if named or (Path(model) / "recipe.yaml").is_file() else None
