@@ -25,6 +25,7 @@ from vitrim.cli import main
 from vitrim.data import images
 from vitrim.elastic import latency, measured_chain, supernet
 from vitrim.elastic.chain import Chain
+from vitrim.export import FORMATS
 from vitrim.measure import speed
 from vitrim.models import small_vits
 from vitrim.show import report
@@ -93,7 +94,22 @@ def in_small() -> Iterator[None]:
         patch.setattr(demo, "_recipe", few)
         patch.setattr(demo, "bench", lambda models, **options: bench(models, batch_sizes=(4,), rounds=1))
         patch.setattr(speed, "_CALLS_AT_BATCH_1", 2)
+        patch.setitem(FORMATS, "onnx", replace(FORMATS["onnx"], write=written_once(FORMATS["onnx"].write)))
         yield
+
+
+def written_once(write: Callable[..., None]) -> Callable[..., None]:
+    """Of a model that becomes an ONNX file twice, in float32 and to be quantised, the first file is copied."""
+    made: dict[str, bytes] = {}
+
+    def write_or_copy(program: Any, about: Any, path: Path) -> None:
+        key = json.dumps({**about, "int8": None})
+        if key not in made:
+            write(program, about, path)
+            made[key] = path.read_bytes()
+        path.write_bytes(made[key])
+
+    return write_or_copy
 
 
 @pytest.fixture(autouse=True)
