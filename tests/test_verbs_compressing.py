@@ -13,6 +13,7 @@ from vitrim import Certificate, ToMe, TopK, attached, build_model, load, save
 from vitrim.cli import main
 from vitrim.compression import job, search, verification
 from vitrim.compression.candidates import power, stages
+from vitrim.verbs.exporting import _images as images_for_export
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -59,6 +60,9 @@ def test_a_folder_is_written_and_verified_and_never_overwritten(
     assert found["macs"].met
     assert found["drop"].asked == 1, "digits are of the classes of this model"
     assert load(out)
+    named = images_for_export(str(out), {"workers": 1})
+    assert named is not None, "a file of this model is compared on the images of the certificate"
+    assert (named.name, named.workers) == ("digits", 1)
     assert call(capsys, "compress", model, "--macs", 0.6, *QUICK, "--out", out)[0] == 2
     code, said, _ = call(capsys, "verify", out, "--out", tmp_path / "verified.md")
     assert code == 0, said
