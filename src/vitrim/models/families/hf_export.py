@@ -6,14 +6,17 @@ every block, and none can be combined with token reduction.
 """
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 
 _DECIDES = "_ignore_bidirectional_mask_sdpa"
 _lock = threading.RLock()
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
 
 @contextmanager
@@ -42,11 +45,14 @@ def without_idle_masks() -> Iterator[None]:
             setattr(masking_utils, _DECIDES, usual)
 
 
-@contextmanager
-def while_exporting() -> Iterator[None]:
-    """As `without_idle_masks` if `torch.export` is at work, else nothing."""
-    if torch.compiler.is_exporting():
-        with without_idle_masks():
-            yield
-    else:
-        yield
+def unmasked_in_export(method: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """A method that runs as `without_idle_masks` in `torch.export`; `torch.compile` sees the method alone."""
+
+    @wraps(method)
+    def run(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        if torch.compiler.is_exporting():
+            with without_idle_masks():
+                return method(*args, **kwargs)
+        return method(*args, **kwargs)
+
+    return run

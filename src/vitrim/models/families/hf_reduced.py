@@ -18,7 +18,7 @@ from ..reduced import ReducedBlock
 from ..reduced_model import ReducedModel
 from ..removed_branch import RemovedBranch
 from .hf_config import pair
-from .hf_export import while_exporting
+from .hf_export import unmasked_in_export
 from .hf_layout import LAYOUTS, Layout
 
 _PREFIX = "Reduced"
@@ -138,8 +138,9 @@ class ReducedTower(_ReducedTransformer):
     """A bare model with a reduction attached, or the tower inside one."""
 
     @while_attached
+    @unmasked_in_export
     def forward(self, pixel_values: Any = None, *args: Any, **kwargs: Any) -> Any:
-        with self.vitrim_open(pixel_values, kwargs), while_exporting():
+        with self.vitrim_open(pixel_values, kwargs):
             out = super().forward(pixel_values, *args, **kwargs)
             finish(self.vitrim_policy, out[0])
             return out
@@ -149,10 +150,11 @@ class ReducedWhole(_ReducedTransformer):
     """A model that holds a tower: where its head averages patch tokens, each counts as the patches behind it."""
 
     @while_attached
+    @unmasked_in_export
     def forward(self, pixel_values: Any = None, *args: Any, **kwargs: Any) -> Any:
         kwargs = {**dict(zip(self.vitrim_arguments, args, strict=False)), **kwargs}
         whole = self.vitrim_layout.whole(self)
-        with self.vitrim_open(pixel_values, kwargs), while_exporting():
+        with self.vitrim_open(pixel_values, kwargs):
             if whole is None or whole.reads == "prefix" or not self.vitrim_policy.fuses:
                 return super().forward(pixel_values, **kwargs)
             return self._weighed(pixel_values, getattr(self, whole.tower), **kwargs)
