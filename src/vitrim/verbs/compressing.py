@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from ..data.specs import DataSpec
 from ..errors import DataError, VitrimError
-from ..options import Range, from_dict
+from ..options import Range
 from ..train.specs import FinetuneSpec
 from .delivery import Count, DataOptions, Device, check_used, command_line
+from .images import images_of, recorded_images, training_images, unseen_images
 
 START, RUN = "start", "finetune"
 """Folders in that of a model which was fine-tuned after the search: the model before that, and the run."""
@@ -18,8 +19,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ..compression import Compressed
-    from ..compression.images import Pictures
-    from ..data.streams import Stream
 
 
 def compress(
@@ -134,10 +133,10 @@ def verify(
     _, certificate = open_certified(folder)
     check_used("verify", data, ("train_split", "holdout", "limit"), "the test images")
     given = _original(original, certificate.source.get("model"), certificate.original)
-    pictures, recorded = None, certificate.source.get("data")
-    if given is not None and (data or isinstance(recorded, dict)):
-        named: Any = recorded
-        spec = images_of([], data) if data else from_dict(DataSpec, named, "the data of the certificate")
+    pictures, spec = None, None
+    if given is not None:
+        spec = images_of([], data) if data else recorded_images(certificate)
+    if given is not None and spec is not None:
         try:
             pictures = unseen_images(given, folder, spec) or training_images(given, spec, 1024)
         except DataError:
@@ -160,77 +159,6 @@ def _learnt(
     recipe = recipe_for(spec, start, model, data)
     with live() as report:
         return finetune(found.model, recipe, f"{out}/{RUN}", command=command_line(), report=report)
-
-
-def images_of(models: list[str], data: dict[str, Any]) -> DataSpec:
-    """The images that were named; a root without a name is a folder."""
-    from ..study.compare import data_of, override_data
-
-    named = {"name": "folder", **data} if "root" in data else data
-    return data_of(models, named) if models else override_data(DataSpec(), named)
-
-
-def training_images(network: "nn.Module", spec: DataSpec, most: int) -> "Pictures":
-    """At most so many training images, or images without classes where the folder has no splits."""
-    from ..compression.images import read
-    from ..data.splits import plain_stream
-
-    flat = _flat(network, spec)
-    stream = plain_stream(network, spec, train=True) if flat is None else flat
-    return read(stream, min(most, spec.limit or most), spec.workers, labelled=False)
-
-
-def unseen_images(network: "nn.Module", model: str, spec: DataSpec) -> "Pictures | None":
-    """The test images, with their classes where these are the model's; None where there is no test split."""
-    from ..compression.images import read
-    from ..compression.run import MOST_UNSEEN
-    from ..data.splits import plain_stream
-    from ..models import num_classes
-    from ..models.classes import other_classes
-
-    if _flat(network, spec) is not None:
-        return None
-    try:
-        stream = plain_stream(network, spec)
-    except DataError:
-        if spec.test_split is not None:
-            raise
-        return None  # A folder of training images alone: some of them are kept for the certificate.
-    classes = stream.images.classes
-    own = num_classes(network) == len(classes) > 1 and not other_classes(model, classes)
-    return read(stream, MOST_UNSEEN, spec.workers, labelled=own)
-
-
-def images_to_compare(network: "nn.Module", spec: DataSpec, most: int) -> "Pictures":
-    """At most so many images without classes: test images, or training images where there is no test split."""
-    from ..compression.images import read
-    from ..data.splits import plain_stream
-
-    stream = _flat(network, spec)
-    if stream is None:
-        try:
-            stream = plain_stream(network, spec)
-        except DataError:
-            if spec.test_split is not None:
-                raise
-            stream = plain_stream(network, spec, train=True)
-    return read(stream, most, spec.workers, labelled=False)
-
-
-def _flat(network: "nn.Module", spec: DataSpec) -> "Stream | None":
-    """All images below a folder that has no training split."""
-    from pathlib import Path
-
-    from ..data.images import open_unlabelled
-    from ..data.streams import Stream
-    from ..data.transforms import transforms_for
-    from ..models.input_format import InputFormat
-
-    if spec.name != "folder" or spec.root is None or (Path(spec.root) / spec.train_split).is_dir():
-        return None
-    images = open_unlabelled(spec.root)
-    images.mode = InputFormat.of(network, spec.image_size).mode
-    return Stream(images, transforms_for(network, spec), skip=spec.on_corrupt == "skip")
 
 
 def _original(given: str | None, recorded: Any, weights: str) -> "nn.Module | None":

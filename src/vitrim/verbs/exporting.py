@@ -6,10 +6,10 @@ from typing import Annotated, Any, Literal
 
 from ..data.specs import DataSpec
 from ..errors import DataError
-from ..options import Range, from_dict
+from ..options import Range
 from ..text import printable
-from .compressing import images_of, images_to_compare
 from .delivery import TRAINING_ONLY, TestImages, check_used
+from .images import images_of, images_to_compare, recorded_images
 
 EXACT, INT8 = 16, 256
 """Images to compare on: where outputs must be equal, and where it is measured how often the class is the same."""
@@ -65,12 +65,9 @@ def export(
 def _images(model: str, data: dict[str, Any]) -> DataSpec | None:
     """The images that were named, or those that a folder names: of a run, or of a certificate; None without any."""
     from ..compression.certificate import FILE, Certificate
-    from ..study.compare import override_data
 
-    if (Path(model) / FILE).is_file():
-        recorded: Any = Certificate.read(model).source.get("data")
-        if isinstance(recorded, dict):
-            own = from_dict(DataSpec, recorded, "the data of the certificate")
-            return override_data(own, {"name": "folder", **data} if "root" in data else data)
+    certified = Certificate.read(model) if (Path(model) / FILE).is_file() else None
+    if certified is not None and (own := recorded_images(certified, data)) is not None:
+        return own
     named = "root" in data or "name" in data
     return images_of([model], data) if named or (Path(model) / "recipe.yaml").is_file() else None
