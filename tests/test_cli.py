@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from calling import call
 from vitrim import cli, save
 from vitrim.arguments import parse_words
 from vitrim.errors import DataError, VitrimError
@@ -16,17 +17,6 @@ from vitrim.train.recipe import Recipe
 from vitrim.train.stopping import Stopped
 from vitrim.variables import check_variables
 from vitrim.verb_options import options_of
-
-
-def call(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int | None, str, str]:
-    """Exit code, standard output and standard error of a command."""
-    code: int | None = 0
-    try:
-        cli.main([*words])
-    except SystemExit as end:
-        code = end.code  # type: ignore[assignment]
-    said = capsys.readouterr()
-    return code, said.out, said.err
 
 
 @pytest.mark.parametrize("verb", [None, *cli.VERBS])

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import vitrim
-from vitrim.cli import main
+from calling import call
 from vitrim.errors import CheckpointError, DataError, OutputError, UnknownNameError, UnsupportedModelError, VitrimError
 from vitrim.export import FORMATS, Format, compare, export, run
 from vitrim.export.formats import quantise
@@ -32,16 +32,6 @@ def small(text: str | None = None, **options: Any) -> nn.Module:
     if text is not None:
         vitrim.attach(model, text)
     return model
-
-
-def call(capsys: pytest.CaptureFixture[str], *words: Any) -> tuple[Any, str, str]:
-    code: Any = 0
-    try:
-        main([str(word) for word in words])
-    except SystemExit as end:
-        code = end.code
-    said = capsys.readouterr()
-    return code, said.out, said.err
 
 
 def as_if_written(change: Callable[[Tensor], Tensor] = lambda x: x) -> Callable[[str], nn.Module]:

@@ -2,15 +2,14 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 from torch import nn
 
+from calling import call
 from vitrim import Certificate, ToMe, TopK, attached, build_model, load, save
-from vitrim.cli import main
 from vitrim.compression import job, search, verification
 from vitrim.compression.candidates import power, stages
 from vitrim.verbs.exporting import _images as images_for_export
@@ -33,16 +32,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     network = build_model("vitrim_digits_vit", depth=2, embed_dim=16, num_heads=2)
     nn.init.normal_(network.head.weight, std=0.5)
     return str(save(network, tmp_path_factory.mktemp("model") / "digits"))
-
-
-def call(capsys: pytest.CaptureFixture[str], *words: Any) -> tuple[Any, str, str]:
-    code: Any = 0
-    try:
-        main([str(word) for word in words])
-    except SystemExit as end:
-        code = end.code
-    said = capsys.readouterr()
-    return code, said.out, said.err
 
 
 QUICK = ("--num_images", 40, "--trials", 0, "--batch_size", 2, "--data.workers", 0, "--using", "tokens")
