@@ -20,7 +20,7 @@ from vitrim import Budget, ToMe, TopK, arguments, attach, cost
 from vitrim.compression.candidates import first_shapes, power, reducers
 from vitrim.compression.fidelity import Judge
 from vitrim.compression.images import read
-from vitrim.compression.intervals import of_drop, of_mean
+from vitrim.compression.measured_lines import accuracy_lines, fidelity_lines
 from vitrim.data.specs import DataSpec
 from vitrim.data.splits import plain_stream
 from vitrim.errors import ScheduleError
@@ -64,13 +64,12 @@ def measure(model: nn.Module, judge: Judge, reducer: Reducer, shape: Schedule, b
         return {}
     with handle:
         macs, found = cost(model).macs / full, judge.compare(model)
-    values: Values = {"macs": macs, "agreement": found.agreement}
-    before, after = judge.right(judge.reference), judge.right(found.outputs)
-    intervals = {"divergence": of_mean(found.divergence.tolist())}
-    if before is not None and after is not None:
-        intervals["drop"] = of_drop(before.tolist(), after.tolist())
-    for name, interval in intervals.items():
-        values |= {name: interval.value, f"{name}_low": interval.low, f"{name}_high": interval.high}
+    lines = fidelity_lines(found)
+    if judge.right(judge.reference) is not None:
+        lines += accuracy_lines(judge, found, None)
+    values: Values = {"macs": macs}
+    for line in lines:
+        values |= {line.key: line.value, f"{line.key}_low": line.low, f"{line.key}_high": line.high}
     return values
 
 
@@ -93,7 +92,7 @@ def main(
         out: stem of the files to write.
     """
     torch.set_num_threads(threads or torch.get_num_threads())
-    network = open_model(model).eval()
+    network = open_model(model, image_size).eval()
     spec = DataSpec(name="folder", root=root, image_size=image_size, workers=0)
     judge = Judge(network, read(plain_stream(network, spec), test_images, 0), torch.device("cpu"))
     right, full = judge.right(judge.reference), cost(network).macs

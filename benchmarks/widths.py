@@ -107,7 +107,7 @@ def main(
 ) -> None:
     """Measure, print, and write OUT.md, OUT.csv and OUT.json."""
     torch.set_num_threads(threads or torch.get_num_threads())
-    network = open_model(model).eval()
+    network = open_model(model, image_size).eval()
     spec = DataSpec(name="folder", root=root, image_size=image_size, workers=0)
     test = batches(network, spec, test_images, 0, train=False)
     classes = torch.cat([each for _, each in test])
