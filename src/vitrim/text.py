@@ -51,3 +51,17 @@ def short_name(text: object, most: int = 80) -> str:
     'two\\\\nlines'
     """
     return shortened(printable(text), most)
+
+
+def reason_of(error: Exception) -> str:
+    """The first line of an exception from outside, for a message of ours; its class where it says nothing."""
+    return short_name((str(error).strip() or type(error).__name__).splitlines()[0], 200)
+
+
+def with_written(page: str, kind: str, text: str) -> str:
+    """A page of documentation with this text between its marks for what `make docs` writes, such as "methods"."""
+    start, end = f"<!-- {kind}, written by `make docs` -->\n", f"<!-- end of {kind} -->"
+    if start not in page or end not in page:
+        return page
+    before, _, rest = page.partition(start)
+    return f"{before}{start}\n{text}\n{end}{rest.partition(end)[2]}"

@@ -38,9 +38,9 @@ def price_for(
 
 def fixed_part(networks: Networks, price: Price, goal: Goal) -> float:
     """What of the price no candidate lowers: that of the model without its blocks."""
-    chain = start_chain(networks.original) if networks.supernet is None else networks.supernet.chain
     if isinstance(price, LatencyPrice):
         return NANO * price.table.empty
+    chain = start_chain(networks.original) if networks.supernet is None else networks.supernet.chain
     if goal.kind == "params":
         return chain.params - sum(unit.width * unit.params for unit in chain.units.values())
     return chain.macs - sum(unit.width * unit.macs for unit in chain.units.values())

@@ -12,7 +12,7 @@ from ..measure.environment import environment
 from ..models import adapter_of, attached, num_classes, variant
 from ..models.foreign_macs import counted, num_parameters
 from ..models.input_format import InputFormat
-from ..text import short_name
+from ..text import reason_of
 
 INPUT = "images"
 _VERSIONS = ("date", "python", "vitrim", "torch", "timm")
@@ -65,9 +65,8 @@ def make_program(model: nn.Module) -> torch.export.ExportedProgram:
     except VitrimError:
         raise
     except Exception as error:  # torch.export fails with whatever the model, or its own parts, raise.
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UnsupportedModelError(
-            f"torch.export cannot follow this {type(model).__name__} for batches of any size: {short_name(reason, 200)}"
+            f"torch.export cannot follow this {type(model).__name__} for batches of any size: {reason_of(error)}"
         ) from error
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, VitrimError
-from ..text import short_name
+from ..text import reason_of
 
 SUFFIXES = (".onnx", ".pt2")
 KEY = "vitrim"
@@ -98,8 +98,7 @@ def open_file(path: str, threads: int | None = None) -> ServedFile:
     except VitrimError:
         raise
     except Exception as error:  # Readers of foreign bytes fail in many ways.
-        reason = short_name(str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__, 200)
-        raise CheckpointError(f"{path} cannot be opened ({reason}); export it again") from error
+        raise CheckpointError(f"{path} cannot be opened ({reason_of(error)}); export it again") from error
 
 
 def check_files(

@@ -19,13 +19,13 @@ import torch
 from torch import nn
 
 from ..errors import VitrimError
+from ..text import with_written
 from .adapter import find_adapter
 from .attach import attach
 from .shapes_only import shapes_only
 from .sublayers import sublayers
 
 REDUCTION = "ToMe() @ KeepRate(0.7, at=(1,))"
-_PAGE = re.compile(r"(<!-- models, written by `make docs` -->\n).*(<!-- end of models -->)", re.DOTALL)
 
 
 @dataclass(frozen=True, order=True)
@@ -135,7 +135,7 @@ def models_table(found: dict[str, Verdict]) -> str:
 
 def with_models_table(page: str, found: dict[str, Verdict]) -> str:
     """The text of a page with the census between its marks."""
-    return _PAGE.sub(lambda marks: f"{marks[1]}\n{models_table(found)}\n{marks[2]}", page)
+    return with_written(page, "models", models_table(found))
 
 
 def names_on(page: str) -> dict[str, str]:

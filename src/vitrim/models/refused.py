@@ -9,6 +9,8 @@ _WINDOWS = "attention in windows needs the whole grid"
 _POOLED = "keys and values are pooled over the grid, which needs every place of it"
 _STAGES = "stages of several resolutions need the whole grid"
 _CONVOLUTIONS = "convolutions between its blocks need the whole grid"
+_MASK_UNITS = "attention in mask units and pooling between stages need the whole grid"
+_SHRINKS = "stages shrink the grid, whose places give the attention bias"
 _TOWER = "the blocks of this tower have no adapter yet"
 
 REFUSED: dict[str, tuple[str, str]] = {
@@ -28,9 +30,9 @@ REFUSED: dict[str, tuple[str, str]] = {
     "timm.models.focalnet": ("FocalNet", _STAGES),
     "timm.models.gcvit": ("GC ViT", _WINDOWS),
     "timm.models.gemma4_vit": ("Gemma 4 ViT", _TOWER),
-    "timm.models.hiera": ("Hiera", "attention in mask units and pooling between stages need the whole grid"),
+    "timm.models.hiera": ("Hiera", _MASK_UNITS),
     "timm.models.hieradet_sam2": ("Hiera of SAM 2", _WINDOWS),
-    "timm.models.levit": ("LeViT", "stages shrink the grid, whose places give the attention bias"),
+    "timm.models.levit": ("LeViT", _SHRINKS),
     "timm.models.maxxvit": ("MaxViT and CoAtNet", _WINDOWS),
     "timm.models.metaformer": ("MetaFormer", _STAGES),
     "timm.models.mlp_mixer": ("MLP-Mixer", "it mixes patches by weights for fixed places"),
@@ -59,8 +61,8 @@ REFUSED: dict[str, tuple[str, str]] = {
     "transformers.models.focalnet": ("FocalNet", _STAGES),
     "transformers.models.glpn": ("GLPN", _POOLED),
     "transformers.models.groupvit": ("GroupViT", "it groups its tokens itself"),
-    "transformers.models.hiera": ("Hiera", "attention in mask units and pooling between stages need the whole grid"),
-    "transformers.models.levit": ("LeViT", "stages shrink the grid, whose places give the attention bias"),
+    "transformers.models.hiera": ("Hiera", _MASK_UNITS),
+    "transformers.models.levit": ("LeViT", _SHRINKS),
     "transformers.models.mobilevit": ("MobileViT", _STAGES),
     "transformers.models.mobilevitv2": ("MobileViT V2", _STAGES),
     "transformers.models.poolformer": ("PoolFormer", _STAGES),

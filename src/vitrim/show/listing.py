@@ -1,6 +1,5 @@
 """What can be named on the command line, in recipes and in Python."""
 
-import re
 import sys
 from collections.abc import Iterable
 from dataclasses import MISSING, fields, is_dataclass
@@ -11,6 +10,7 @@ from ..distill import LOSSES, TERMS, WEIGHTS
 from ..models import ADAPTERS
 from ..notation import render
 from ..tables import Table, first_line
+from ..text import with_written
 from ..tokens import CURRICULA, REDUCERS, SCHEDULES, SCORES, Curriculum, Schedule
 
 METHODS: dict[str, Table[str, Any]] = {
@@ -25,7 +25,6 @@ METHODS: dict[str, Table[str, Any]] = {
 """The tables of the notation by their heading."""
 SHARED = {"schedules": Schedule, "curricula": Curriculum}
 """Classes whose options every entry of a table takes."""
-_BLOCK = re.compile(r"(<!-- methods, written by `make docs` -->\n).*(<!-- end of methods -->)", re.DOTALL)
 
 
 def listing(kind: str = "all") -> str:
@@ -65,7 +64,7 @@ def methods_table() -> str:
 
 def with_methods_table(page: str) -> str:
     """The text of a page with the present tables between its marks."""
-    return _BLOCK.sub(lambda found: f"{found[1]}\n{methods_table()}\n{found[2]}", page)
+    return with_written(page, "methods", methods_table())
 
 
 def _summary(entry: Any) -> str:

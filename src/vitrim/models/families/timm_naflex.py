@@ -10,13 +10,14 @@ from typing import Any, ClassVar
 
 import torch
 from timm.layers import Attention, AttentionRope
+from timm.layers.helpers import to_2tuple
 from timm.models import get_model_input_config
 from timm.models.eva import EvaAttention, EvaBlock
 from timm.models.naflexvit import NaFlexVit, checkpoint_filter_fn
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from ...errors import CheckpointError, UnsupportedModelError, VitrimError
+from ...errors import UnsupportedModelError, VitrimError
 from ..adapter import Description, Geometry, State
 from ..exchange import while_attached
 from ..forward_pass import Call, finish
@@ -28,6 +29,7 @@ from ..removed_branch import RemovedBranch
 from .timm_eva import ReducedEvaBlock, TimmEva
 from .timm_reduced import ReducedTimmModel, left_by_patch_drop
 from .timm_vit import Classes, ReducedTimmBlock, TimmViT
+from .timm_weights import converted
 
 
 class ReducedNaFlexVit(ReducedTimmModel, NaFlexVit):
@@ -186,11 +188,7 @@ class TimmNaFlex(TimmEva):
         *,
         resample_patches: bool = False,
     ) -> State:
-        try:
-            return checkpoint_filter_fn(dict(state), model)
-        except Exception as error:  # timm stumbles over foreign weights in many ways.
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-            raise CheckpointError(f"the weights do not fit {type(model).__name__}: {reason}") from error
+        return converted(dict(state), model, checkpoint_filter_fn)
 
     def _patch_macs(self, model: Any) -> Macs:
         weight = model.embeds.proj.weight
@@ -204,10 +202,5 @@ def _input_size(model: Any) -> tuple[int, int, int]:
     """Channels, height and width of the images that a model is made for; it takes others too."""
     channels, *size = get_model_input_config(model)["input_size"]
     given = getattr(model, "_traits", {}).get("img_size") or getattr(model, "_model_args", {}).get("img_size")
-    height, width = _pair(given or model.embeds.default_img_size or size)
-    return int(channels), height, width
-
-
-def _pair(size: Any) -> tuple[int, int]:
-    height, width = (size, size) if isinstance(size, int) else size
-    return int(height), int(width)
+    height, width = to_2tuple(given or model.embeds.default_img_size or size)
+    return int(channels), int(height), int(width)

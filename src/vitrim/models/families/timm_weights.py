@@ -13,6 +13,7 @@ from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor
 
 from ...errors import CheckpointError
+from ...text import reason_of
 from ..adapter import State
 
 Grid = tuple[int, int]
@@ -56,12 +57,21 @@ def fit_weights(
     before = getattr(model, "pretrained_model_args", {})
     model.pretrained_model_args = {**before, "img_size": model.patch_embed.img_size}
     try:
-        return convert(state, model)
-    except Exception as error:  # timm stumbles over foreign weights in many ways.
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise CheckpointError(f"the weights do not fit {type(model).__name__}: {reason}") from error
+        return converted(state, model, convert)
     finally:
         model.pretrained_model_args = before
+
+
+def converted(state: State, model: Any, convert: Callable[[State, Any], State]) -> State:
+    """Weights after timm's own filter of foreign weights.
+
+    Raises:
+        CheckpointError: the filter fails, which it does in many ways on weights that do not fit.
+    """
+    try:
+        return convert(state, model)
+    except Exception as error:
+        raise CheckpointError(f"the weights do not fit {type(model).__name__}: {reason_of(error)}") from error
 
 
 def _trained_grid(model: Any, state: State, trained_at: Grid | None, resample_patches: bool = False) -> Grid | None:
