@@ -401,7 +401,7 @@ def build_architecture(
     if adapter is None:
         raise UnknownNameError("architecture", name, architectures())
     size = args.get("img_size")
-    if name in adapter.architectures() and isinstance(size, int) and size > _SURELY_SMALL:
+    if isinstance(size, int) and size > _SURELY_SMALL and name in adapter.architectures():
         with shapes_only():
             check_patches(adapter.build(name, args, pretrained=False, images={}), size)
     return adapter.build(name, args, pretrained=pretrained, images=images or {})
