@@ -75,8 +75,8 @@ def in_small() -> Iterator[None]:
     def coarse(figure: Figure, file: Any, **options: Any) -> None:
         savefig(figure, file, **{**options, "dpi": 40})
 
-    def measured_once(*parts: Any, **options: Any) -> Chain:
-        return chain_of(*parts, **{**options, "rounds": 1})
+    def measured_once(model: nn.Module, start: Chain, probes: list[Any], *rest: Any, **options: Any) -> Chain:
+        return chain_of(model, start, probes[-2:], *rest, **options)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Figure, "savefig", coarse)

@@ -15,6 +15,7 @@ from vitrim.elastic import SuperNet
 from vitrim.elastic.chain import Chain, Entry, UnitCost, hash_of, start_chain
 from vitrim.elastic.growth import _falling_outwards, blend, grow, grow_evenly
 from vitrim.elastic.importance import interpolate, measure_rises, probe_loss, tail_sums, taylor_curves
+from vitrim.elastic.probing import first_batches, in_turn, portions
 from vitrim.elastic.sampler import RULES, draw, narrowed
 from vitrim.errors import CheckpointError, UnknownNameError, VitrimError
 
@@ -237,6 +238,20 @@ def test_a_measured_chain_keeps_more_than_taylor_importance_and_than_an_even_cut
         means = (small_one(x) - model(x)).square().mean()
         regression = (measured.extract(macs=0.25)(x) - model(x)).square().mean()
     assert regression < 0.3 * means
+
+
+def test_every_round_and_the_comparison_have_images_of_their_own():
+    x, labels = images(20, dtype=torch.float32), torch.arange(20)
+    kept = first_batches(iter([(x[:3], labels[:3]), (x[3:15], labels[3:15]), (x[15:], labels[15:]), (x, labels)]), 16)
+    assert len(kept) == 3
+    found = portions(kept, 4)
+    numbers = [torch.cat([batch[1] for batch in portion]).tolist() for portion in found]
+    assert numbers == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11], [12, 13, 14, 15], [16, 17, 18, 19]]
+    assert torch.equal(torch.cat([batch[0] for portion in found for batch in portion]), x)
+    assert in_turn([[1], [2], [3]], 5) == [[1], [2], [1], [2], [3]]
+    assert in_turn([[1]], 3) == [[1]] * 3
+    assert [len(batch) for batch in portions([x[:3]], 4)[0]] == [3]
+    assert [len(part) for part in portions([x], 8)] == [1, 1]
 
 
 def test_an_importance_that_is_not_finite_is_refused():

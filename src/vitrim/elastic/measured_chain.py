@@ -4,6 +4,9 @@ For every sub-layer the rise of the divergence from the full network is measured
 compensation in place; between them it follows the error that the regression leaves. Sub-layers then lose width where
 that costs least per MAC. This is repeated on the smallest network so far, so that what sub-layers do to each other is
 measured too. Finally the networks are compared with those of the even cut at equal MACs.
+
+Every repetition, and the comparison, has images of its own, since a chain follows the noise of the few images that it
+was measured on, and looks far closer to the full network on them than on others.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,11 +30,10 @@ PARTS = (0.0, 0.25, 0.5, 0.75)
 def measured_chain(
     model: nn.Module,
     start: Chain,
-    probe: Sequence[Batch],
+    probes: Sequence[Sequence[Batch]],
     compensations: Mapping[str, Compensation],
     *,
     max_saving: float,
-    rounds: int,
     num_images: int,
     labels: bool = False,
 ) -> Chain:
@@ -40,32 +42,32 @@ def measured_chain(
     Args:
         model: with its units in order.
         start: the chain of the full network.
-        probe: batches of images to measure on.
+        probes: for each time that the rises are measured, batches of the images to measure on; last, those on which the
+            chain is compared with the even cut.
         compensations: what makes up for lost units, per sub-layer.
         max_saving: fraction of the MACs that the smallest network saves.
-        rounds: how often the rises are measured.
-        num_images: of the probe to use.
-        labels: whether rises are those of the cross-entropy with the labels of the probe.
+        num_images: of each of the probes to use.
+        labels: whether rises are those of the cross-entropy with the labels of the probes.
     """
     with elastic(model) as layers:
         expected = {name: expected_error(layer, compensations[name]) for name, layer in layers.items()}
-    chain = start
-    for number in range(1, rounds + 1):
+    chain, (*measured, compared) = start, probes
+    for number, probe in enumerate(measured, 1):
         widths = chain.widths(-1)
         forms = {name: form[: widths[name] + 1] for name, form in expected.items()}
         curves = rise_curves(
             model, probe, chain, forms, num_images=num_images, labels=labels, compensations=compensations
         )
-        last = number == rounds
+        last = number == len(measured)
         # The last measurement orders all cuts that are left, so that blending finds the same ones in both chains.
-        chain = grow(chain, curves, 1.0 if last else max_saving * number / rounds)
+        chain = grow(chain, curves, 1.0 if last else max_saving * number / len(measured))
     even = grow_evenly(start, 1.0)
     least = max(even.macs_at(-1), start.macs * (1 - max_saving))
     sizes = [start.macs - (start.macs - least) * step / BUDGETS for step in range(1, BUDGETS + 1)]
 
     def measure(one: Chain) -> Tensor:
         networks = [one.widths(one.largest("macs", size)) for size in sizes]
-        return divergences(model, probe, networks, num_images=num_images, compensations=compensations)
+        return divergences(model, compared, networks, num_images=num_images, compensations=compensations)
 
     by_even = measure(even)
     for part in PARTS:

@@ -1,6 +1,7 @@
 """Run images through an unchanged model: batches, outputs, the scalar to differentiate, and sums over processes."""
 
-from collections.abc import Callable, Iterable, Iterator
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -77,6 +78,43 @@ def batches_in(data: Iterable[Batch]) -> Iterator[Batch]:
     if isinstance(data, Tensor) or not isinstance(data, Iterable):
         raise DataError("the data is an iterable of batches, such as a DataLoader or a list [images]")
     return iter(data)
+
+
+def first_batches(source: Iterator[Batch], num_images: int) -> list[Batch]:
+    """As many batches from the iterator as hold so many images, or all that are left."""
+    kept: list[Batch] = []
+    while num_images > 0 and (batch := next(source, None)) is not None:
+        kept.append(batch)
+        num_images -= len(images_of(batch))
+    return kept
+
+
+def portions(kept: Sequence[Batch], size: int) -> list[list[Batch]]:
+    """The images of these batches in portions of `size`, without what is left over; one portion if they are fewer."""
+    found: list[list[Batch]] = [[]]
+    room = size
+    for batch in kept:
+        start, stop = 0, len(images_of(batch))
+        while stop - start >= room:
+            found[-1].append(_part(batch, start, start + room))
+            found.append([])
+            start, room = start + room, size
+        if start < stop:
+            found[-1].append(_part(batch, start, stop))
+            room -= stop - start
+    return found[:-1] or found
+
+
+def in_turn(parts: Sequence[list[Batch]], number: int) -> list[list[Batch]]:
+    """So many portions: the last is that of no other if there are two, the others come in turn."""
+    *others, last = parts
+    return [*itertools.islice(itertools.cycle(others or [last]), number - 1), last]
+
+
+def _part(batch: Batch, start: int, stop: int) -> Batch:
+    if isinstance(batch, Tensor):
+        return batch[start:stop]
+    return tuple(each[start:stop] if isinstance(each, Tensor) else each for each in batch)
 
 
 def batches(

@@ -26,7 +26,7 @@ from .compensation_file import read_compensations, write_compensations
 from .extract import choose, cut
 from .growth import grow_evenly
 from .measured_chain import measured_chain
-from .probing import Batch, all_alike, batches_in, check_counts, images_of
+from .probing import Batch, all_alike, batches_in, check_counts, first_batches, images_of, in_turn, portions
 from .refit import refit
 from .sampler import narrowed
 from .wpac import wpac
@@ -170,8 +170,8 @@ def stratify(
         model: any model that an adapter supports, without a reduction, at the input size for which costs are counted.
         data: an iterable of batches of images (B, channels, height, width), or of (images, labels).
         labels: use the labels, which must be classes of this model; otherwise its predictions are used.
-        num_images: number of images to use; a sixteenth of them, but at least 32, also measures what narrower
-            sub-layers do. The whole costs about as much as 10 forward passes of 1,024 images.
+        num_images: number of images to use. A sixteenth of them, but at least 32, also measures what narrower
+            sub-layers do, others in every round. The whole costs about as much as 10 forward passes of 1,024 images.
         groups: into how many groups the widths of "attention" and "mlp" are cut.
         width_multiple: every width except the full one is a multiple of it.
         max_saving: fraction of the MACs that the smallest network of the chain saves, in (0, 1).
@@ -193,22 +193,20 @@ def stratify(
     # Before the long pass over the images, since it needs no order and refuses what cannot be cut.
     chain = start_chain(model, groups=groups, width_multiple=width_multiple)
     model = copy.deepcopy(model)
-    # Kept, so that an iterator that can be read only once serves too; there are few of them.
     probe_images = min(num_images, max(LEAST_PROBED, num_images // 16))
+    # Kept, so that an iterator that can be read only once serves too; there are few of them.
     source = batches_in(data)
-    probe: list[Batch] = []
-    while probe_images > sum(len(images_of(batch)) for batch in probe) and (batch := next(source, None)) is not None:
-        probe.append(batch)
-    if probe and all_alike([images_of(batch) for batch in probe]):
+    kept = first_batches(source, min(num_images, (rounds + 1) * probe_images))
+    if kept and all_alike([images_of(batch) for batch in kept]):
         raise DataError("the images are all the same, so nothing can be learnt from them; give different ones")
     ordered = wpac(
-        model, itertools.chain(probe, source), num_images=num_images, labels=labels, ordering=ordering, say=say
+        model, itertools.chain(kept, source), num_images=num_images, labels=labels, ordering=ordering, say=say
     )
     if even:
         chain = grow_evenly(chain, max_saving)
     else:
         chain = measured_chain(
-            model, chain, probe, ordered.compensations,
-            max_saving=max_saving, rounds=rounds, num_images=probe_images, labels=labels,
+            model, chain, in_turn(portions(kept, probe_images), rounds + 1), ordered.compensations,
+            max_saving=max_saving, num_images=probe_images, labels=labels,
         )  # fmt: skip
     return SuperNet(model, replace(chain, weights=hash_of(model)), ordered.compensations)
