@@ -11,8 +11,9 @@ from vitrim.data.specs import DataSpec
 from vitrim.data.splits import plain_stream
 from vitrim.errors import DataError, VitrimError
 from vitrim.measure.accuracy import evaluate
-from vitrim.models import build_model, save, variant
-from vitrim.study.compare import compare
+from vitrim.measure.speed import bench_methods
+from vitrim.models import attach, build_model, save, variant
+from vitrim.study.compare import CLS_ONLY_NOTE, compare
 
 DIGITS = DataSpec(name="digits", workers=0)
 SIZES = {"embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 10}
@@ -57,3 +58,20 @@ def test_rows_are_told_apart(tmp_path: Path):
     assert len({row["model"] for row in table.rows}) == 2
     with pytest.raises(VitrimError, match="named twice"):
         compare([str(tmp_path / "a" / "net")], DIGITS, ["dense", "dense"], device="cpu")
+
+
+def test_without_a_method_each_model_is_compared_as_it_is(tmp_path: Path):
+    dense, reduced = tiny(0), tiny(0)
+    attach(reduced, "TopK() @ KeepRate(0.5, at=(1,))", cls_only=True)
+    for name, model in {"dense": dense, "reduced": reduced}.items():
+        save(model, tmp_path / name)
+    folders = [str(tmp_path / name) for name in ("dense", "reduced")]
+    table = compare(folders, DIGITS, device="cpu")
+    assert [(row["model"], row["method"]) for row in table.rows] == [("dense", "dense"), ("reduced", "own")]
+    assert table.rows[1]["macs_ratio"] > 1.1
+    assert CLS_ONLY_NOTE in table.notes
+    assert CLS_ONLY_NOTE not in compare(folders[:1], DIGITS, device="cpu").notes
+    timed = bench_methods(folders, batch_sizes=(2,), rounds=1, warmup=0, device="cpu").measured
+    assert [row.name for row in timed] == [f"{folders[0]}: dense", f"{folders[1]}: own"]
+    assert timed[1].reference == timed[0].name, "with one method per model, the first row is the reference"
+    assert timed[1].macs_ratio == pytest.approx(table.rows[1]["macs_ratio"])

@@ -287,11 +287,28 @@ def test_images_come_in_any_form_users_have() -> None:
     }  # fmt: skip
     for name, form in forms.items():
         found = gather(form, size, 50)
-        assert found.images.shape == (50, *size), name
-        assert (found.classes is None) == (name in ("tensor", "batches", "iterator", "images")), name
-    whole = gather((IMAGES, labels), size, 50)
+        assert (found.images.shape, found.classes) == ((50, *size), None), name
+    for name in ("pair", "pairs", "data set", "loader"):
+        assert len(gather(forms[name], size, 50, classes=5).classes) == 50, name  # type: ignore[arg-type]
+    whole = gather((IMAGES, labels), size, 50, classes=5)
     place = [int((image == IMAGES).flatten(1).all(1).nonzero()) for image in whole.images]
     assert [int(labels[row]) for row in place] == whole.classes.tolist()  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("label", [77, -1])
+def test_labels_that_are_no_classes_of_the_model_are_refused(label: int) -> None:
+    labels = torch.arange(96) % 5
+    labels[60] = label
+    items = TensorDataset(IMAGES, labels)
+    forms: tuple[Any, ...] = ((IMAGES, labels), [(IMAGES, labels)], items, DataLoader(items, 96))
+    for form in forms:
+        with pytest.raises(DataError, match=rf"labels go from .*{label}.*, but the model has 5 classes"):
+            compressed(model(), macs=0.5, val=form)
+    for form in ((IMAGES, labels[:90]), [(IMAGES, labels[:90])]):
+        with pytest.raises(DataError, match="90 labels for 96 images"):
+            compressed(model(), macs=0.5, val=form)
+    with pytest.raises(VitrimError, match="no classifier, so it has no accuracy; leave val out"):
+        compressed(model(num_classes=0), macs=0.5, val=(IMAGES, labels))
 
 
 def test_parts_of_the_images_do_not_overlap() -> None:

@@ -17,12 +17,12 @@ from vitrim import cli
 from vitrim.data import images
 from vitrim.data.specs import DataSpec
 from vitrim.distill import Terms
-from vitrim.errors import RecipeError, ScheduleError, UnknownNameError, VitrimError
+from vitrim.errors import DataError, RecipeError, ScheduleError, UnknownNameError, VitrimError
 from vitrim.measure.cost import cost
 from vitrim.measure.table import Column, Table
 from vitrim.models import OWN, open_model
 from vitrim.study import study_check
-from vitrim.study.compare import compare, data_of
+from vitrim.study.compare import compare
 from vitrim.study.published import Published
 from vitrim.study.run_study import COLUMNS, run_study
 from vitrim.study.study import Study, run_folder
@@ -30,6 +30,7 @@ from vitrim.study.sweep import sweep
 from vitrim.tokens import Reduction
 from vitrim.train.loop import train
 from vitrim.train.recipe import Recipe
+from vitrim.verbs.images import images_of
 
 pytestmark = pytest.mark.usefixtures("few_test_digits")
 ROOT = Path(__file__).parents[1]
@@ -45,10 +46,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_images_of_the_first_run_unless_given(run: str):
-    assert data_of([run], {}) == DataSpec(**DATA)
-    assert data_of([run], {"workers": 3, "name": "folder"}) == DataSpec(workers=3, limit=60, name="folder")
-    assert data_of([run], {"limit": None, "workers": 2}) == DataSpec()  # Defaults too, once they are given.
-    assert data_of(["vitrim_digits_vit"], {"limit": 5}) == DataSpec(limit=5)
+    assert images_of([run], {}) == DataSpec(**DATA)
+    assert images_of([run], {"workers": 3, "name": "folder"}) == DataSpec(workers=3, limit=60, name="folder")
+    assert images_of([run], {"limit": None, "workers": 2}) == DataSpec()  # Defaults too, once they are given.
+    assert images_of(["vitrim_digits_vit"], {"limit": 5, "name": "digits"}) == DataSpec(limit=5)
+    with pytest.raises(DataError, match=r"no images are given; add --data\.root FOLDER"):
+        images_of(["vitrim_digits_vit"], {"limit": 5})
 
 
 def test_place_and_splits_go_with_the_data_set(tmp_path: Path):
@@ -56,12 +59,12 @@ def test_place_and_splits_go_with_the_data_set(tmp_path: Path):
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"data": own}))
     run = [str(tmp_path)]
     # The size is the model's own: each saved model knows it.
-    assert data_of(run, {"name": "folder", "root": "here"}) == DataSpec(**{**own, "root": "here", "image_size": None})
-    assert data_of(run, {"name": "digits"}) == DataSpec(limit=9)
+    assert images_of(run, {"name": "folder", "root": "here"}) == DataSpec(**{**own, "root": "here", "image_size": None})
+    assert images_of(run, {"name": "digits"}) == DataSpec(limit=9)
 
 
 def test_compare_gives_ratios_to_the_first_row(run: str):
-    table = compare([run], data_of([run], {}), ["dense", OWN, "TopK() @ KeepRate(0.5, at=[0])"])
+    table = compare([run], images_of([run], {}), ["dense", OWN, "TopK() @ KeepRate(0.5, at=[0])"])
     dense, saved, reduced = table.rows
     assert (dense["speed"], dense["macs_ratio"]) == (1, 1)
     assert (

@@ -1,5 +1,6 @@
 """`vitrim compress` and `vitrim verify` as commands: what they refuse, list, warn about and write."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +13,16 @@ from calling import call
 from vitrim import Certificate, ToMe, TopK, attached, build_model, load, save
 from vitrim.compression import job, search, verification
 from vitrim.compression.candidates import power, stages
+from vitrim.compression.images import read
+from vitrim.compression.searched import NOT_KNOWN, Searched
+from vitrim.data.specs import DataSpec
+from vitrim.data.streams import Stream
+from vitrim.elastic.chain import hash_of
+from vitrim.models import open_model
+from vitrim.verbs.compressing import _original
+from vitrim.verbs.compressing import _pictures as pictures
 from vitrim.verbs.exporting import _images as images_for_export
+from vitrim.verbs.images import training_stream
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -34,7 +44,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(save(network, tmp_path_factory.mktemp("model") / "digits"))
 
 
-QUICK = ("--num_images", 40, "--trials", 0, "--batch_size", 2, "--data.workers", 0, "--using", "tokens")
+FEW = ("--num_images", 40, "--trials", 0, "--batch_size", 2, "--data.workers", 0, "--using", "tokens")
+QUICK = (*FEW, "--data.name", "digits")
 
 
 def test_a_folder_is_written_and_verified_and_never_overwritten(
@@ -95,13 +106,17 @@ def test_an_answer_can_learn_from_the_model_afterwards(
     assert call(capsys, "compress", model, "--macs", 0.6, *QUICK, *words, "--out", out)[0] == 2
 
 
+def photos(folder: Path, number: int = 40) -> Path:
+    """Images of noise in three folders."""
+    for index in range(number):
+        (folder / f"{index % 3}").mkdir(parents=True, exist_ok=True)
+        noise = torch.randint(0, 255, (9, 9), generator=torch.Generator().manual_seed(index), dtype=torch.uint8)
+        Image.fromarray(noise.numpy()).save(folder / f"{index % 3}" / f"{index}.png")
+    return folder
+
+
 def test_photos_without_classes_do(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for number in range(40):
-        folder = tmp_path / "photos" / f"{number % 3}"
-        folder.mkdir(parents=True, exist_ok=True)
-        noise = torch.randint(0, 255, (9, 9), generator=torch.Generator().manual_seed(number), dtype=torch.uint8)
-        Image.fromarray(noise.numpy()).save(folder / f"{number}.png")
-    words = ("compress", model, "--data.root", tmp_path / "photos", "--macs", 0.6, *QUICK)
+    words = ("compress", model, "--data.root", photos(tmp_path / "photos"), "--macs", 0.6, *FEW)
     code, said, err = call(capsys, *words, "--out", tmp_path / "cheaper")
     assert code == 0, err
     assert "accuracy" not in said
@@ -117,11 +132,91 @@ def test_photos_without_classes_do(model: str, tmp_path: Path, capsys: pytest.Ca
     assert call(capsys, *words, *skip, "--dry_run")[0] == 0
 
 
+def test_verify_leaves_out_the_images_that_the_search_used(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, out = photos(tmp_path / "photos", 50), tmp_path / "cheaper"
+    assert call(capsys, "compress", model, "--data.root", folder, "--macs", 0.6, *FEW, "--out", out)[0] == 0
+    certificate, network = Certificate.read(out), load(out)
+    used = Searched.of(certificate)
+    assert used is not None
+    assert used.number == 20
+    spec = DataSpec(root=str(folder), workers=0)
+    stream = training_stream(network, spec)
+    searched = read(stream, 20, 0).images
+    found, notes = pictures(network, str(out), certificate, spec, None)
+    assert len(found) == 30
+    assert not any((image == one).all() for image in found.images for one in searched)
+    assert notes == ("The images that the search used are left out: 20 of 50.",)
+    (folder / "0" / "0.png").unlink()
+    found, notes = pictures(network, str(out), certificate, spec, None)
+    assert (len(found), notes) == (49, (NOT_KNOWN,))
+    _, notes = pictures(network, str(out), certificate, DataSpec(workers=0), 30)
+    assert "any of them that are among the images here are not left out" in notes[0]
+    code, said, _ = call(capsys, "verify", out, "--data.workers", 0, "--num_images", 12)
+    assert code in (0, 1)
+    assert "which of them the search used is not known" in " ".join(said.split())
+
+
+def test_nothing_is_read_before_options_are_checked_and_little_for_a_dry_run(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys: list[int] = []
+    plain = Stream.__getitem__
+    monkeypatch.setattr(Stream, "__getitem__", lambda stream, key: keys.append(key) or plain(stream, key))
+    words = ("compress", model, "--macs", 0.6, *QUICK, "--out", tmp_path / "new")
+    code, _, err = call(capsys, *words, "--num_images", 10)
+    assert (code, "10 images are too few" in err, keys) == (2, True, [])
+    code, said, _ = call(capsys, *words, "--num_test_images", 33, "--dry_run")
+    assert (code, len(keys)) == (0, 16)
+    assert re.search(r"images for the certificate +33", said)
+
+
+def test_a_certificate_of_another_image_size_is_verified_at_that_size(model: str, tmp_path: Path) -> None:
+    network = open_model(model, 12)
+    assert _original(None, model, hash_of(network), 12) is not None
+    assert _original(None, model, hash_of(network), None) is None
+
+
+def test_images_must_be_named_where_a_model_comes_with_none(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, family = ("--out", tmp_path / "new"), tmp_path / "family"
+    assert call(capsys, "stratify", model, "--data.name", "digits", "--num_images", 16, "--out", family)[0] == 0
+    for words in (
+        ("compress", model, "--macs", 0.6, *FEW, *out),
+        ("stratify", model, *out),
+        ("stratify", model, "--epochs", 1, *out),
+        ("extract", family, "--macs", 0.9, "--refit", "true", *out),
+        ("eval", model, "--data.workers", 0),
+        ("sweep", model, "--method", "TopK() @ KeepRate({a})", "--vary", "{a: [0.5]}"),
+    ):
+        code, _, err = call(capsys, *words)
+        line = (
+            f"vitrim {words[0]}: no images are given; add --data.root FOLDER, or --data.name digits for the built-in "
+        )
+        assert (code, err) == (2, f"{line}digits\n"), words
+        assert not (tmp_path / "new").exists()
+
+
 def test_a_dry_run_lists_what_would_be_tried(
     model: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(job.Job, "run", lambda *_, **__: pytest.fail("nothing is searched"))
-    code, said, _ = call(capsys, "compress", model, "--macs", 0.5, "--data.workers", 0, "--num_images", 80, "--dry_run")
+    code, said, _ = call(
+        capsys,
+        "compress",
+        model,
+        "--macs",
+        0.5,
+        "--data.name",
+        "digits",
+        "--data.workers",
+        0,
+        "--num_images",
+        80,
+        "--dry_run",
+    )
     assert code == 0
     assert "candidates of the first round" in said
     assert "ToMe()" in said
@@ -129,7 +224,19 @@ def test_a_dry_run_lists_what_would_be_tried(
 
 
 def test_random_weights_are_warned_about(capsys: pytest.CaptureFixture[str]) -> None:
-    words = ("compress", "vitrim_digits_vit", "--macs", 0.5, "--data.workers", 0, "--num_images", 80, "--dry_run")
+    words = (
+        "compress",
+        "vitrim_digits_vit",
+        "--macs",
+        0.5,
+        "--data.name",
+        "digits",
+        "--data.workers",
+        0,
+        "--num_images",
+        80,
+        "--dry_run",
+    )
     code, _, err = call(capsys, *words)
     assert code == 0
     assert "weights are random" in err
@@ -148,8 +255,8 @@ def test_random_weights_are_warned_about(capsys: pytest.CaptureFixture[str]) -> 
         ("--macs 0.5 --data.root nowhere --out new", "nowhere is not a folder"),
         ("--macs 0.5 --data.root empty --out new", "holds no images"),
         ("--macs 0.5 --data.holdout 0.2 --out new", "no effect"),
-        ("--macs 0.5 --num_images 20 --data.workers 0 --out new", "20 images are too few"),
-        ("--macs 0.5 --num_images 1 --data.workers 0 --out new", "one image is too few"),
+        ("--macs 0.5 --num_images 20 --data.name digits --out new", "20 images are too few"),
+        ("--macs 0.5 --num_images 1 --data.name digits --out new", "one image is too few"),
     ],
 )
 def test_what_cannot_be_done_is_one_line(

@@ -21,6 +21,7 @@ from vitrim.models import attached, open_model
 from vitrim.train import figures
 from vitrim.train.loop import train
 from vitrim.train.recipe import Recipe
+from vitrim.verbs.images import override_data
 
 DATA = ["--data.name", "digits", "--data.workers", "0"]
 SIZES = {"depth": 2, "embed_dim": 24, "num_heads": 2}
@@ -140,7 +141,15 @@ def test_the_size_of_a_run_is_not_forced_upon_other_models(saved: str, tmp_path:
 def test_a_folder_for_digits_is_refused():
     for check in (look_for, lambda spec: open_images(spec, True)):
         with pytest.raises(DataError, match=r"data\.root is images, but data\.name is digits"):
-            check(DataSpec(root="images"))
+            check(DataSpec("digits", root="images"))
+
+
+def test_a_root_alone_is_a_folder_in_every_verb():
+    assert (DataSpec().name, DataSpec(root="images").name) == ("digits", "folder")
+    assert Recipe.from_dict({"data": {"root": "images"}}).data.name == "folder"
+    assert override_data(DataSpec(limit=9), {"root": "images"}) == DataSpec("folder", "images", limit=9)
+    moved = override_data(DataSpec("torch/cifar10", "here"), {"root": "there"})
+    assert (moved.name, moved.root) == ("torch/cifar10", "there"), "another place for the same data set"
 
 
 def test_too_small_a_part_to_hold_out_is_refused_with_what_to_do():

@@ -92,7 +92,7 @@ def _help(option: Option) -> str:
         takes = f"one or several; each {takes}"
     if option.default is MISSING:
         ends = "required"
-    elif option.default is None:
+    elif option.default in (None, ""):
         ends = "optional"
     elif option.group:
         ends = "default: that of each option"

@@ -4,7 +4,7 @@ import time
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..measure.columns import columns
 from ..measure.table import Table
@@ -12,7 +12,7 @@ from ..models import find_adapter
 from ..models.evaluating import evaluating
 from ..notation import render
 from .candidates import first_shapes, reducers
-from .images import Parts
+from .images import Sizes
 from .job import STRATIFY_UNITS
 from .progress import duration
 from .request import Request
@@ -32,13 +32,14 @@ class Outlook:
 
 
 @torch.inference_mode()
-def dry_run(model: nn.Module, request: Request, parts: Parts) -> Outlook:
+def dry_run(model: nn.Module, request: Request, parts: Sizes, images: Tensor) -> Outlook:
     """List what `compress` would try for a model and images like these; searches nothing.
 
     Args:
         model: the given model, where the search would run.
         request: what is asked for.
-        parts: the images.
+        parts: numbers of images.
+        images: some of them, to measure the time of a forward pass.
     """
     geometry = find_adapter(model).geometry(model)
     tokens, width = "tokens" in request.using, "width" in request.using
@@ -48,10 +49,10 @@ def dry_run(model: nn.Module, request: Request, parts: Parts) -> Outlook:
     number = len(methods) * len(shapes) * len([share for share in widths if share < 1]) + int(width)
     narrower = len(widths) - 1
     left = min(1.0, request.goal.most) if request.goal.fraction else 0.5
-    units = planned_work(number, left, len(parts.judge)) + request.trials * len(parts.judge) / 3 * left
-    units += (STRATIFY_UNITS + narrower * fit_units(1)) * len(parts.fit) + 3 * len(parts.unseen)
+    units = planned_work(number, left, parts.judge) + request.trials * parts.judge / 3 * left
+    units += (STRATIFY_UNITS + narrower * fit_units(1)) * parts.fit + 3 * parts.unseen
     units += SESSIONS * (ROUNDS + 2) * (1 + left) * request.batch_size
-    seconds = units * _seconds_per_image(model, parts)
+    seconds = units * _seconds_per_image(model, images)
     rows = [
         {"what": "reducers", "number": len(methods), "values": ", ".join(map(render, methods)) or "-"},
         {"what": "shapes of schedules", "number": len(shapes), "values": ", ".join(map(str, shapes)) or "-"},
@@ -62,17 +63,17 @@ def dry_run(model: nn.Module, request: Request, parts: Parts) -> Outlook:
             "number": request.trials if tokens else 0,
             "values": "around the best ones",
         },
-        {"what": "images to fit widths", "number": len(parts.fit), "values": "-"},
-        {"what": "images to compare candidates", "number": len(parts.judge), "values": "-"},
-        {"what": "images for the certificate", "number": len(parts.unseen), "values": "-"},
+        {"what": "images to fit widths", "number": parts.fit, "values": "-"},
+        {"what": "images to compare candidates", "number": parts.judge, "values": "-"},
+        {"what": "images for the certificate", "number": parts.unseen, "values": "-"},
     ]
     notes = [f"About {duration(seconds)} here, at the speed of one forward pass."]
     return Outlook(Table(f"Dry run: {request.goal}", _COLUMNS, rows, notes=notes), seconds)
 
 
-def _seconds_per_image(model: nn.Module, parts: Parts) -> float:
+def _seconds_per_image(model: nn.Module, images: Tensor) -> float:
     parameter = next(model.parameters())
-    images = parts.judge.images[:8].to(parameter.device, parameter.dtype)
+    images = images.to(parameter.device, parameter.dtype)
     times: list[float] = []
     with evaluating(model):
         for _ in range(3):

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 from ..data.readers import batches_of
 from ..data.seeding import permutation
 from ..data.streams import Stream
-from ..elastic.probing import all_alike, images_of
+from ..elastic.probing import all_alike, check_classes, images_of
 from ..errors import DataError
 
 LEAST = 16
@@ -55,7 +55,9 @@ class Parts:
     unseen: Pictures
 
 
-def gather(data: Any, size: tuple[int, int, int], most: int, what: str = "images") -> Pictures:
+def gather(
+    data: Any, size: tuple[int, int, int], most: int, what: str = "images", classes: int | None = None
+) -> Pictures:
     """At most so many images from a tensor, a data set, a loader or any iterable of batches.
 
     Of a tensor and of a data set by index they are chosen at random, the same ones at every call; of anything else the
@@ -67,15 +69,19 @@ def gather(data: Any, size: tuple[int, int, int], most: int, what: str = "images
         size: (channels, height, width) that the model takes.
         most: number of images.
         what: what they are called in messages.
+        classes: how many the model has; by default labels are left out, whatever they are.
 
     Raises:
-        DataError: there are none, they are of another size, not finite, or no images at all.
+        DataError: there are none, they are of another size, not finite, or no images at all; or labels that are no
+            classes of the model.
     """
     batches: list[tuple[Tensor, Tensor | None]] = []
     if isinstance(data, Tensor) or _is_pair(data):
-        images, classes = (data, None) if isinstance(data, Tensor) else (data[0], data[1])
+        images, target = (data, None) if isinstance(data, Tensor) else (data[0], data[1])
+        if target is not None and len(target) != len(images):
+            raise DataError(f"{what}: {len(target)} labels for {len(images)} images")
         rows = permutation(len(images), "compress", 0)[:most] if images.ndim == 4 else []
-        batches = [(images[rows], None if classes is None else torch.as_tensor(classes)[rows])] if len(rows) else []
+        batches = [(images[rows], None if target is None else target[rows])] if len(rows) else []
     elif isinstance(data, Dataset) and not isinstance(data, IterableDataset):
         items = [_item(data[row], what) for row in permutation(len(data), "compress", 0)[:most]]  # type: ignore[arg-type]
         batches = [(image[None], None if target is None else torch.tensor([target])) for image, target in items]
@@ -88,29 +94,36 @@ def gather(data: Any, size: tuple[int, int, int], most: int, what: str = "images
     if any(images.shape[1:] != size for images, _ in batches):
         found = next(tuple(images.shape[1:]) for images, _ in batches if images.shape[1:] != size)
         raise DataError(f"{what} are of size {found}, but the model takes {size}; transform them as the model needs")
+    labels = None
+    if classes is not None:
+        if any(target is None for _, target in batches):
+            raise DataError(f"{what} has no classes, so no accuracy can be measured; give batches of (images, classes)")
+        checked = [check_classes(target, len(images), classes, what) for images, target in batches]
+        labels = torch.cat(checked)[:most]
     images = torch.cat([images for images, _ in batches])[:most]
-    labelled = all(target is not None for _, target in batches)
-    classes = torch.cat([target for _, target in batches if target is not None])[:most].long() if labelled else None
     if not images.isfinite().all():
         raise DataError(f"{what}: some values are not finite; check how they were read")
-    return _different(Pictures(images, classes), what)
+    return _different(Pictures(images, labels), what)
 
 
-def read(stream: Stream, most: int, workers: int, *, labelled: bool = True) -> Pictures:
-    """At most so many of the images of a stream, chosen at random, the same ones at every call.
+def read(stream: Stream, most: int, workers: int, *, labelled: bool = True, start: int = 0) -> Pictures:
+    """At most so many of the images of a stream, in an order drawn at random, the same one at every call.
 
     Args:
         stream: of images in the model's format; images that cannot be read are left out where it skips them.
         most: number of images.
         workers: processes that read.
         labelled: whether the classes of the images are those of the model.
+        start: leave out so many images from the front of that order.
 
     Raises:
         DataError: there is no image, or one cannot be read and the stream does not skip it.
     """
-    if not len(stream):
-        raise DataError("there are no images")
-    rows = permutation(len(stream), "compress", 0)[:most]
+    rows = permutation(len(stream), "compress", 0)[start : start + most]
+    if not len(rows):
+        raise DataError(
+            "there are no images" if not start else f"there are no images besides the {start} that were used"
+        )
     loader = batches_of(Subset(stream, rows), BATCH, workers)
     found = [(images[index >= 0], classes[index >= 0]) for images, classes, index in loader]
     images = torch.cat([images for images, _ in found])
@@ -125,25 +138,54 @@ def _different(pictures: Pictures, what: str) -> Pictures:
     return pictures
 
 
-def divide(pictures: Pictures, fits: bool, unseen: Pictures | None = None) -> Parts:
-    """The parts of a search: half of the images for fitting, if anything is fitted, the rest in two equal parts.
+@dataclass(frozen=True)
+class Sizes:
+    """Numbers of images in the parts of a search, see `Parts`."""
+
+    fit: int
+    judge: int
+    unseen: int
+
+    @property
+    def used(self) -> int:
+        """Images that the search uses."""
+        return self.fit + self.judge
+
+
+def sizes(number: int, fits: bool, unseen: int | None = None) -> Sizes:
+    """How many images each part gets: half of them for fitting, if anything is fitted, the rest in two equal parts.
 
     Args:
-        pictures: all of them, shuffled.
+        number: of all of them.
         fits: whether weights are fitted.
-        unseen: images for the certificate from somewhere else; then a third of the others judges.
+        unseen: number of images for the certificate from somewhere else; then a third of the others judges.
 
     Raises:
         DataError: there are too few.
     """
-    number, least = len(pictures), LEAST_FOR_WIDTH if fits else LEAST
+    least = LEAST_FOR_WIDTH if fits else LEAST
     if number < least:
         images = "one image is" if number == 1 else f"{number} images are"
         raise DataError(f"{images} too few to compare candidates on; give {least} or more, 512 if possible")
     fit = (number // 2 if unseen is None else 2 * number // 3) if fits else 0
-    last = number if unseen is not None else fit + (number - fit) // 2
-    rest = pictures.part(last, number) if unseen is None else unseen
-    return Parts(pictures.part(0, fit), pictures.part(fit, last), rest)
+    judge = number - fit if unseen is not None else (number - fit) // 2
+    return Sizes(fit, judge, number - fit - judge if unseen is None else unseen)
+
+
+def divide(pictures: Pictures, fits: bool, unseen: Pictures | None = None) -> Parts:
+    """The parts of a search, see `sizes`.
+
+    Args:
+        pictures: all of them, shuffled.
+        fits: whether weights are fitted.
+        unseen: images for the certificate from somewhere else.
+
+    Raises:
+        DataError: there are too few.
+    """
+    found = sizes(len(pictures), fits, None if unseen is None else len(unseen))
+    rest = pictures.part(found.used, len(pictures)) if unseen is None else unseen
+    return Parts(pictures.part(0, found.fit), pictures.part(found.fit, found.used), rest)
 
 
 def _is_pair(data: Any) -> bool:

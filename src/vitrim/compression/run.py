@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from ..errors import VitrimError
+from ..models import num_classes
 from .compressed import Compressed
 from .goal import Goal, Part, check_using
 from .images import divide, gather
@@ -45,7 +46,8 @@ def compress(
         macs: most multiply-accumulates per image, attention products included.
         params: most parameters; width alone is cut then.
         latency: longest time of one batch in milliseconds; write "0.5ms" for half a millisecond.
-        val: images with their classes, on which the certificate states the loss of accuracy; used for nothing else.
+        val: images with their classes, on which the certificate states the loss of accuracy; used for nothing else, and
+            at most 5,000 of them.
         max_drop: largest loss of accuracy, such as 0.01; only the certificate depends on it.
         using: what may be reduced.
         batch_size, device, dtype, compile: for which times are measured. The search runs on `device` too; by default
@@ -60,7 +62,7 @@ def compress(
     Raises:
         VitrimError: not exactly one budget, an impossible option, or a model in which nothing can be reduced.
         UnsupportedModelError: no adapter knows the model.
-        DataError: too few images, or of another size than the model takes.
+        DataError: too few images, of another size than the model takes, or with labels that are no classes of it.
     """
     goal = Goal.of(macs, params, latency)
     request = Request(goal, check_using(using, goal), batch_size, dtype, compile, num_images, trials)
@@ -68,8 +70,8 @@ def compress(
         raise VitrimError("max_drop is a fraction in [0, 1], such as 0.01, and needs val, images with their classes")
     size = check_model(model)
     place = torch.device(device) if device is not None else device_of(model)
-    labelled = None if val is None else gather(val, size, MOST_UNSEEN, "val")
-    if labelled is not None and labelled.classes is None:
-        raise VitrimError("val has no classes, so no accuracy can be measured; give batches of (images, classes)")
+    if val is not None and num_classes(model) < 2:
+        raise VitrimError("this model has no classifier, so it has no accuracy; leave val out")
+    labelled = None if val is None else gather(val, size, MOST_UNSEEN, "val", num_classes(model))
     parts = divide(gather(images, size, num_images), "width" in request.using, labelled)
     return Job(model, request, parts, place, say).run(max_drop, labelled=labelled is not None)

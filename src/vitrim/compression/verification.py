@@ -1,6 +1,6 @@
 """Measure the statements of a certificate again, here, and say of each one whether it holds."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,7 @@ class Verified:
 
     certificate: Certificate
     findings: tuple[Finding, ...]
+    notes: Sequence[str] = ()
 
     @property
     def holds(self) -> bool:
@@ -81,6 +82,7 @@ class Verified:
         notes = [
             "A statement holds if what is counted is the same, if what was asked is met at the bad end of the interval "
             "here, and otherwise if the intervals overlap or it is better here.",
+            *self.notes,
         ]
         title = f"Verified: {self.certificate.asked}, {'holds' if self.holds else 'DOES NOT HOLD'} here"
         return Table(title, _COLUMNS, rows, notes=notes, environment=environment())
@@ -110,15 +112,18 @@ def verify(
     original: nn.Module | None = None,
     *,
     device: str | torch.device | None = None,
+    notes: Sequence[str] = (),
     say: Callable[[str], None] = print,
 ) -> Verified:
     """Measure the statements of the certificate in a folder again.
 
     Args:
         folder: what `Compressed.save` or `vitrim compress` wrote.
-        images: to compare on, with classes where accuracies are to be compared; None: nothing is compared.
+        images: to compare on, none of which the search used, with classes where accuracies are to be compared; None:
+            nothing is compared.
         original: the given model. None: one of its description with random weights, which takes the same time.
         device: where to measure; by default as in the certificate, or the CPU where there is none such.
+        notes: sentences about the images, for the reader of the table.
         say: called with lines for the user.
 
     Raises:
@@ -148,9 +153,8 @@ def verify(
         say("measuring the time in fresh rounds")
         found |= {line.key: line for line in _timed(whole, model, settings, place)}
     why |= dict.fromkeys(("over_tokens", "over_width"), "only the search had the other answers")
-    return Verified(
-        certificate, tuple(Finding(line, found.get(line.key), why.get(line.key, "")) for line in certificate.lines)
-    )
+    findings = tuple(Finding(line, found.get(line.key), why.get(line.key, "")) for line in certificate.lines)
+    return Verified(certificate, findings, notes)
 
 
 def described(certificate: Certificate) -> nn.Module | None:

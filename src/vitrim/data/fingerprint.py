@@ -26,15 +26,19 @@ def fingerprint(dataset: Any, probes: int = 64) -> str:
     code = hashlib.sha256(str(length).encode())
     for index in chosen:
         image, target = dataset[index][:2]
-        code.update(repr(target).encode() + np.ascontiguousarray(image).tobytes())
+        content = image.read() if hasattr(image, "read") else np.ascontiguousarray(image).tobytes()
+        code.update(repr(target).encode() + content)
     return code.hexdigest()
 
 
 def _file_names(dataset: Any) -> Sequence[str] | None:
     if callable(getattr(dataset, "filenames", None)):  # timm
         names: Sequence[str] = dataset.filenames(absolute=True)
-    else:  # vitrim's folders, torchvision
-        names = [sample[0] for sample in getattr(dataset, "samples", [])]
+    else:  # vitrim's folders, torchvision, a list of (file, class)
+        listed = dataset if isinstance(dataset, list) else getattr(dataset, "samples", [])
+        names = [sample[0] for sample in listed]
+    if not all(isinstance(name, str | Path) for name in names):
+        return None
     return names if len(names) and all(Path(name).is_file() for name in names) else None
 
 

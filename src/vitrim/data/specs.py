@@ -19,7 +19,8 @@ class DataSpec:
 
     Args:
         name: "digits" (scikit-learn's, built in), "folder" (ROOT/SPLIT/CLASS/image.jpg), or the name of a data set
-            for timm's readers, such as torch/cifar10, hfds/uoft-cs/cifar10 or wds/NAME.
+            for timm's readers, such as torch/cifar10, hfds/uoft-cs/cifar10 or wds/NAME; by default folder where root is
+            given.
         root: folder of the data set, or where to download it to.
         download: fetch the data set if the reader can.
         train_split: name of the training split.
@@ -33,7 +34,7 @@ class DataSpec:
         on_corrupt: "refuse" stops at an image that cannot be read; "skip" counts it and takes the next one.
     """
 
-    name: str = "digits"
+    name: str = ""
     root: str | None = None
     download: bool = False
     train_split: str = "train"
@@ -44,6 +45,10 @@ class DataSpec:
     crop_pct: Annotated[float, Range(0.01, 1)] | None = None
     workers: Annotated[int, Range(0, 256)] = 2
     on_corrupt: Literal["skip", "refuse"] = "refuse"
+
+    def __post_init__(self) -> None:
+        if self.name == "":
+            self.name = "digits" if self.root is None else "folder"
 
     def check(self) -> None:
         """Raise `RecipeError` for values of a wrong type or out of range."""

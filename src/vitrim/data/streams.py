@@ -81,7 +81,7 @@ class Stream(Dataset[tuple[Any, ...]]):
         if self.views is None:
             raise DataError("a cache needs a limited number of views; give views=1 or more")
         return {
-            "data": fingerprint(Subset(self.images.source, self.indices)),
+            "data": self.fingerprint(),
             "images": len(self),
             "views": self.views,
             "seed": self.seed,
@@ -89,6 +89,10 @@ class Stream(Dataset[tuple[Any, ...]]):
             # Functions print their address in memory.
             "augmentation": re.sub(r" at 0x[0-9a-f]+", "", repr(self.transform)),
         }
+
+    def fingerprint(self) -> str:
+        """What identifies the images and their order, see `data.fingerprint`."""
+        return fingerprint(Subset(self.images.source, self.indices))
 
     def sample(self, count: int) -> Tensor:
         """At most `count` images spread at random over the whole stream, the same at every call, (B, C, H, W)."""

@@ -132,7 +132,7 @@ def batches(
     for batch in data:
         images = images_of(batch)
         given = None if isinstance(batch, Tensor) or len(batch) < 2 else batch[1]
-        target = _classes(given, len(images), num_classes(model)) if labels else None
+        target = check_classes(given, len(images), num_classes(model), "labels=True") if labels else None
         images = images[:left].to(parameter.device, parameter.dtype, non_blocking=True)
         yield images, None if target is None else target[:left].to(parameter.device)
         left -= len(images)
@@ -142,10 +142,21 @@ def batches(
         raise DataError("the data holds no images; give batches of images, from an iterator that is not used up")
 
 
-def _classes(target: object, num_images: int, classes: int) -> Tensor:
+def check_classes(target: object, num_images: int, classes: int, what: str) -> Tensor:
+    """The classes (B,) of a batch of images, as whole numbers that the model can predict.
+
+    Args:
+        target: what the batch holds.
+        num_images: in the batch.
+        classes: of the model.
+        what: needs them, for messages.
+
+    Raises:
+        DataError: they are something else, or of another number of images.
+    """
     integers = isinstance(target, Tensor) and not (target.is_floating_point() or target.dtype == torch.bool)
     if not isinstance(target, Tensor) or not integers or target.ndim != 1:
-        raise DataError("labels=True needs batches of (images, integer labels)")
+        raise DataError(f"{what} needs batches of (images, integer labels)")
     if len(target) != num_images:
         raise DataError(f"a batch holds {len(target)} labels for {num_images} images")
     if len(target) and not 0 <= int(target.min()) <= int(target.max()) < classes:

@@ -6,7 +6,7 @@ A `.pt2` file is a program: open only files that you trust.
 import json
 import os
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 import torch
@@ -59,6 +59,23 @@ class ServedFile(nn.Module):
         channels, height, width = self.dims[1:]
         return None if channels is None or height is None or width is None else (channels, height, width)
 
+    @property
+    def kind(self) -> str:
+        """What it is called in messages."""
+        return self.runtime
+
+    def macs_at(self, size: tuple[int, int, int]) -> int | None:
+        """MACs per image; the file takes images of one size alone."""
+        return self.macs
+
+    def prepared(self, device: torch.device, dtype: torch.dtype) -> nn.Module:
+        """The file itself, which always runs in float32 on the CPU."""
+        return self
+
+    def compiled(self, model: nn.Module) -> Run:
+        """The file itself, which is a program already."""
+        return self
+
     def check(self, batch_size: int, size: tuple[int, int, int]) -> None:
         """Raise `VitrimError` unless it takes batches of so many images of this size."""
         batch, *own = self.dims
@@ -99,18 +116,6 @@ def open_file(path: str, threads: int | None = None) -> ServedFile:
         raise
     except Exception as error:  # Readers of foreign bytes fail in many ways.
         raise CheckpointError(f"{path} cannot be opened ({reason_of(error)}); export it again") from error
-
-
-def check_files(
-    files: Mapping[str, ServedFile], sizes: Mapping[str, tuple[int, int, int]], batch_sizes: Sequence[int],
-    dtype: str, device: torch.device,
-) -> None:  # fmt: skip
-    """Raise `VitrimError` unless the files run on such batches of images, each of the size under its name."""
-    if files and (dtype != "float32" or device.type != "cpu"):
-        raise VitrimError("files are run in float32 on the CPU; use --dtype float32 --device cpu, or name models alone")
-    for name, file in files.items():
-        for batch_size in batch_sizes:
-            file.check(batch_size, sizes[name])
 
 
 def _open_onnx(path: str, threads: int) -> ServedFile:

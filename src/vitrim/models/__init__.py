@@ -21,7 +21,7 @@ from .families.hf_timm import convert
 from .removed_branch import RemovedBranch
 from .store import check_place, load, save
 from .trace import Trace, trace_of
-from .variants import DENSE, OWN, attached_instead, detached, reads_prefix_only, variant
+from .variants import DENSE, OWN, attached_instead, detached, own_method, reads_prefix_only, variant
 from .widths import BlockWidths, narrow, set_widths, widths_of
 
 __all__ = [
@@ -53,6 +53,7 @@ __all__ = [
     "narrow",
     "num_classes",
     "open_model",
+    "own_method",
     "read_weights",
     "reads_prefix_only",
     "save",

@@ -22,6 +22,11 @@ def reads_prefix_only(model: nn.Module) -> bool:
     return find_adapter(model).geometry(model).head == "prefix"
 
 
+def own_method(model: nn.Module) -> str:
+    """The method that leaves the model as it is: "own" where something is attached, else "dense"."""
+    return DENSE if attached(model) is None else OWN
+
+
 def variant(model: nn.Module, method: str | None) -> nn.Module:
     """A copy of the model that shares its weights, in eval mode, under a method.
 

@@ -1,10 +1,8 @@
 """Evaluate models and methods together on the same images: accuracy, time, tokens and cost."""
 
-import os
 import statistics
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +19,10 @@ from ..measure.columns import columns
 from ..measure.cost import cost
 from ..measure.environment import environment
 from ..measure.table import Table
-from ..models import num_classes, open_model, variant
+from ..models import attached, num_classes, open_model, own_method, variant
 from ..models.classes import other_classes
 from ..models.evaluating import evaluating
 from ..models.input_format import InputFormat
-from ..train.recipe import Recipe
 
 ModelData = DataSpec | Mapping[str, DataSpec]
 """The images: one set for all models, or one by the name of each."""
@@ -49,25 +46,6 @@ CLS_ONLY_NOTE = (
 )
 
 
-def data_of(models: Sequence[str], given: Mapping[str, Any]) -> DataSpec:
-    """The images of the first run, if the first model is a run folder, with the `given` options of `DataSpec` instead.
-
-    Where `given` names another data set, folder and splits of the run do not apply. Its image size does not apply
-    either: each model has its own.
-    """
-    path = Path(models[0]) / "recipe.yaml"
-    own = replace(Recipe.read(path).data, image_size=None) if os.path.exists(path) else DataSpec()
-    return override_data(own, given)
-
-
-def override_data(own: DataSpec, given: Mapping[str, Any]) -> DataSpec:
-    """These images with the `given` options instead of their own; see `data_of`."""
-    new = DataSpec()
-    if given.get("name", own.name) != own.name:
-        own = replace(own, root=new.root, download=new.download, train_split=new.train_split, test_split=new.test_split)
-    return replace(own, **given)
-
-
 def data_for(name: str, data: ModelData) -> DataSpec:
     """The images of the model with this name."""
     return data if isinstance(data, DataSpec) else data[name]
@@ -81,7 +59,7 @@ def image_set(data: DataSpec) -> ImageSet:
 def compare(
     models: Sequence[str],
     data: DataSpec,
-    methods: Sequence[str],
+    methods: Sequence[str] | None = None,
     *,
     batch_size: int = 128,
     device: str = "auto",
@@ -89,8 +67,9 @@ def compare(
 ) -> Table:
     """Evaluate every model under every method on the test images of `data`, at `data.image_size` if it is set.
 
-    The first model and method are the reference of the ratios. Reduced models leave out what the head does not read;
-    "dense" is the model as its own library runs it.
+    Without methods, each model is evaluated as it is: "own" where a reduction is attached, else "dense", which is the
+    model as its own library runs it. The first model and method are the reference of the ratios. Reduced models leave
+    out what the head does not read.
 
     Raises:
         DataError: a model has another number of classes, or other classes, than the images.
@@ -106,12 +85,18 @@ def compare(
             )
         if fault := other_classes(name, classes):
             raise DataError(fault)
-    if len({*methods}) < len(methods) or len({*models}) < len(models):
+    if len({*(methods or ())}) < len(methods or ()) or len({*models}) < len(models):
         raise VitrimError("a model or a method is named twice; every row needs its own")
-    variants = {(name, method): variant(model, method) for name, model in opened.items() for method in methods}
+    variants = {
+        (name, method): variant(model, method)
+        for name, model in opened.items()
+        for method in methods or [own_method(model)]
+    }
     rows = evaluate_variants(variants, data, batch_size=batch_size, device=device, tick=tick)
     title = f"{data.name} test images, {rows[0]['num_images']} of them"
-    return Table(title, COLUMNS, rows, notes=[*_notes(rows), *images.notes], environment=environment())
+    return Table(
+        title, COLUMNS, rows, notes=[*_notes(rows, [*variants.values()]), *images.notes], environment=environment()
+    )
 
 
 def evaluate_variants(
@@ -189,9 +174,10 @@ def different_images_note(data: Mapping[str, DataSpec]) -> list[str]:
     ]
 
 
-def _notes(rows: list[Row]) -> list[str]:
+def _notes(rows: list[Row], models: Sequence[nn.Module]) -> list[str]:
     notes = ["Time is that inside the model; models were timed in turns, batch by batch. Ratios are to the first row."]
-    notes.append(CLS_ONLY_NOTE)
+    if any(handle.cls_only for handle in map(attached, models) if handle is not None):
+        notes.append(CLS_ONLY_NOTE)
     if names := rows[0]["unreadable"]:
         notes.append(f"{len(names)} images could not be read and were left out: {', '.join(names[:3])}.")
     return notes

@@ -9,7 +9,7 @@ from typing import Any
 from ..measure.columns import columns
 from ..measure.environment import environment
 from ..measure.table import Table
-from ..models import num_classes, open_model, variant
+from ..models import DENSE, num_classes, open_model, variant
 from ..train.checkpoint import RunFolder, write_atomic
 from ..train.loop import train
 from ..train.state import Report
@@ -174,7 +174,7 @@ def _tabulate(
         f"{len(study.seeds)} seed{'s' if len(study.seeds) > 1 else ''}. "
         f"{_choice_of_epoch(recipe.data.holdout for recipe in recipes.values())}; test images are read once.",
         "Test time is that inside the model; rows were timed in turns, batch by batch. Ratios are to the first row.",
-        CLS_ONLY_NOTE,
+        *([CLS_ONLY_NOTE] if any(study.test[row["test"]] != DENSE for row in rows) else []),
         *different_images_note({row: recipe.data for row, recipe in recipes.items()}),
     ]
     table = Table(study.title, COLUMNS, rows, notes=notes, environment=environment())

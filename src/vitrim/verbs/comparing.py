@@ -4,6 +4,7 @@ from typing import Literal
 
 from ..errors import VitrimError
 from .delivery import TRAINING_ONLY, Count, Device, Pixels, TestImages, Threads, check_table, check_used, deliver
+from .images import images_of
 
 
 def evaluate(
@@ -14,22 +15,24 @@ def evaluate(
     device: Device = "auto",
     out: str | None = None,
 ) -> None:
-    """Evaluate models, each dense and under every method, side by side.
+    """Evaluate models, each as it is or under every method, side by side.
 
     Args:
         model: timm names, NAME@FILE (with weights from a file), folders written by vitrim or transformers, hf:NAME, or
             run folders.
-        data: the test images; by default those of the first model, if it is a run folder.
-        method: reductions to attach at test time, such as "TopK() @ KeepRate(0.7)"; "dense" removes any.
+        data: the test images; by default those of the first model, if it is a run folder or one written by
+            vitrim compress.
+        method: reductions to attach at test time, such as "TopK() @ KeepRate(0.7)"; "dense" removes any, "own" keeps
+            what is attached. By default each model is evaluated as it is.
         batch_size: images at a time.
         device: where to run.
         out: file to write the table to (.md, .csv, .json or .html).
     """
     check_table(out)
     check_used("eval", data, TRAINING_ONLY, "the test images")
-    from ..study.compare import compare, data_of
+    from ..study.compare import compare
 
-    deliver(compare(model, data_of(model, data), method or ["dense"], batch_size=batch_size, device=device), out)
+    deliver(compare(model, images_of(model, data), method, batch_size=batch_size, device=device), out)
 
 
 def bench(
@@ -50,8 +53,8 @@ def bench(
         model: timm names, NAME@FILE (with weights from a file), folders written by vitrim or transformers, hf:NAME, run
             folders, or files for other runtimes (.onnx, .pt2; a .pt2 file is a program, so name none that you do not
             trust).
-        method: "dense", or reductions such as "ToMe() @ ConstantR(13)"; by default dense and "TopK() @ KeepRate(0.7)".
-            Files run as they are.
+        method: "dense", "own" (what is attached), or reductions such as "ToMe() @ ConstantR(13)". By default each model
+            runs as it is, as files always do.
         batch_size: images at a time.
         dtype: number format of weights and images.
         compile: compile the models with torch.compile first.
@@ -68,9 +71,8 @@ def bench(
     if method and all(map(is_file, model)):
         raise VitrimError("files run as they are, so that --method would have no effect; leave it out")
     table = bench_methods(
-        model, method or ["dense", "TopK() @ KeepRate(0.7)"], batch_sizes=tuple(batch_size), dtype=dtype,
-        compile=compile, threads=threads, rounds=rounds, input_size=image_size,
-        device=None if device == "auto" else device,
+        model, method, batch_sizes=tuple(batch_size), dtype=dtype, compile=compile, threads=threads, rounds=rounds,
+        input_size=image_size, device=None if device == "auto" else device,
     )  # fmt: skip
     deliver(table, out)
 
@@ -91,7 +93,8 @@ def sweep(
     Args:
         model: timm names, NAME@FILE (with weights from a file), folders written by vitrim or transformers, hf:NAME, or
             run folders.
-        data: the test images; by default those of the first model, if it is a run folder.
+        data: the test images; by default those of the first model, if it is a run folder or one written by
+            vitrim compress.
         method: a reduction with names in braces, such as "TopK() @ PowerLaw({r_max}, {alpha})".
         vary: values for each name, such as '{"r_max": [0.5, 0.7], "alpha": [1, 2]}'; with tpe, the lowest and the
             highest value.
@@ -103,13 +106,12 @@ def sweep(
     """
     check_table(out)
     check_used("sweep", data, TRAINING_ONLY, "the test images")
-    from ..study.compare import data_of
     from ..study.sweep import sweep as run
     from ..study.trials import kept_trials
 
     with kept_trials(out) as kept:
         table = run(
-            model, data_of(model, data), method, vary, search=search, trials=trials, batch_size=batch_size,
+            model, images_of(model, data), method, vary, search=search, trials=trials, batch_size=batch_size,
             device=device, kept=kept,
         )  # fmt: skip
         deliver(table, out)

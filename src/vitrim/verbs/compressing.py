@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -9,21 +10,36 @@ from ..data.specs import DataSpec
 from ..errors import DataError, VitrimError
 from ..options import Range
 from ..train.specs import FinetuneSpec
-from .delivery import Count, DataOptions, Device, check_used, command_line
-from .images import images_of, recorded_images, training_images, unseen_images
+from ..verb_options import Without
+from .delivery import TRAINING_ONLY, Count, Device, TestImages, check_used, command_line
+from .images import (
+    images_of,
+    knows_classes,
+    names_images,
+    override_data,
+    recorded_images,
+    test_stream,
+    training_stream,
+)
 
 START, RUN = "start", "finetune"
 """Folders in that of a model which was fine-tuned after the search: the model before that, and the run."""
 
+UNUSED = ("holdout",)
+"""Options of `DataSpec` that do not concern images of which none is held out."""
+TRIED_ON = 16
+"""Images on which a dry run measures the time of a forward pass."""
+
 if TYPE_CHECKING:
     from torch import nn
 
-    from ..compression import Compressed
+    from ..compression import Certificate, Compressed
+    from ..compression.images import Pictures
 
 
 def compress(
     model: str,
-    data: DataOptions,
+    data: Annotated[dict[str, Any], DataSpec, Without(UNUSED)],
     finetune: Annotated[dict[str, Any], FinetuneSpec],
     out: str | None = None,
     macs: float | None = None,
@@ -32,6 +48,7 @@ def compress(
     max_drop: Annotated[float, Range(0, 1)] | None = None,
     using: list[Literal["tokens", "width"]] = ["tokens", "width"],  # noqa: B006 (shown as the default; never changed)
     num_images: Count = 1024,
+    num_test_images: Count | None = None,
     trials: Annotated[int, Range(0, 10_000)] = 12,
     batch_size: Count = 32,
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
@@ -55,6 +72,7 @@ def compress(
         max_drop: largest loss of accuracy on the test images, such as 0.01; only the certificate depends on it.
         using: what may be reduced.
         num_images: images for the search at most.
+        num_test_images: test images for the certificate at most; by default 5000.
         trials: candidates that the sampler proposes after the first rounds.
         batch_size: images per forward pass where times are measured.
         dtype: number format where times are measured.
@@ -65,9 +83,11 @@ def compress(
     """
     from ..compression.dry_run import dry_run as list_plan
     from ..compression.goal import Goal, check_using
-    from ..compression.images import divide
+    from ..compression.images import divide, read, sizes
     from ..compression.job import Job
     from ..compression.request import Request, check_model
+    from ..compression.run import MOST_UNSEEN
+    from ..compression.searched import searched
     from ..measure.accelerator import make_accelerator
     from ..models import check_place, has_weights, open_model
     from ..models.classes import kept_classes
@@ -80,7 +100,7 @@ def compress(
             check_place(place, overwrite=overwrite)
     goal = Goal.of(macs, params, latency)
     request = Request(goal, check_using(using, goal), batch_size, dtype, compile, num_images, trials)
-    check_used("compress", data, ("holdout",), "training and test images")
+    check_used("compress", data, UNUSED, "training and test images")
     spec = images_of([model], data)
     network = open_model(model, spec.image_size)
     check_model(network)
@@ -91,15 +111,23 @@ def compress(
             f"{model}@pretrained or {model}@FILE",
             file=sys.stderr,
         )
-    fits, unseen = training_images(network, spec, num_images), unseen_images(network, model, spec)
-    labelled = unseen is not None and unseen.classes is not None
+    train, test = training_stream(network, spec), test_stream(network, spec)
+    labelled = test is not None and knows_classes(network, model, test)
     if max_drop is not None and not labelled:
         raise DataError("max_drop needs test images whose classes are those of the model; leave it out or change data")
-    parts = divide(fits, "width" in request.using, unseen)
+    width, most = "width" in request.using, min(len(train), num_images, spec.limit or num_images)
+    most_unseen = None if test is None else min(len(test), num_test_images or MOST_UNSEEN)
+    planned = sizes(most, width, most_unseen)  # Refuses too few before any is read.
     if dry_run:
-        print(list_plan(network, request, parts).table.text())
+        some = read(train, min(TRIED_ON, most), spec.workers, labelled=False)
+        print(list_plan(network, request, planned, some.images).table.text())
         return
+    unseen = None if test is None else read(test, planned.unseen, spec.workers, labelled=labelled)
+    pictures = read(train, most, spec.workers, labelled=False)
+    parts = divide(pictures, width, unseen)
     source = {"model": model, "data": asdict(spec)}
+    if test is None:
+        source["searched"] = searched(train, len(parts.fit) + len(parts.judge) + most - len(pictures))
     job = Job(network, request, parts, next(network.parameters()).device, print, source)
     found = job.run(max_drop, labelled=labelled)
     assert out is not None
@@ -113,7 +141,12 @@ def compress(
 
 
 def verify(
-    folder: str, data: DataOptions, original: str | None = None, device: Device = "auto", out: str | None = None
+    folder: str,
+    data: TestImages,
+    original: str | None = None,
+    num_images: Count | None = None,
+    device: Device = "auto",
+    out: str | None = None,
 ) -> None:
     """Measure the statements of a certificate again, here, and say for each one whether it holds.
 
@@ -121,6 +154,7 @@ def verify(
         folder: folder written by vitrim compress.
         data: the images to compare on; by default those of the certificate, where they are here.
         original: the model that was compressed; by default it is opened from where it was then.
+        num_images: images to compare on at most; by default 5000.
         device: where to measure; auto takes the kind of device of the certificate where it is here.
         out: file to write the table to (.md, .csv, .json or .html).
     """
@@ -131,21 +165,42 @@ def verify(
     from ..compression.verification import verify as run
 
     _, certificate = open_certified(folder)
-    check_used("verify", data, ("train_split", "holdout", "limit"), "the test images")
-    given = _original(original, certificate.source.get("model"), certificate.original)
-    pictures, spec = None, None
-    if given is not None:
-        spec = images_of([], data) if data else recorded_images(certificate)
+    check_used("verify", data, TRAINING_ONLY, "the test images")
+    recorded = recorded_images(certificate)
+    if recorded is None and data and not names_images(data):
+        raise DataError(f"the certificate in {folder} names no images; add --data.root FOLDER")
+    spec = override_data(recorded or DataSpec(), data) if recorded or data else None
+    size = None if recorded is None else recorded.image_size
+    given = _original(original, certificate.source.get("model"), certificate.original, size)
+    pictures, notes = None, ()
     if given is not None and spec is not None:
         try:
-            pictures = unseen_images(given, folder, spec) or training_images(given, spec, 1024)
+            pictures, notes = _pictures(given, folder, certificate, spec, num_images)
         except DataError:
             if data:
                 raise  # The images of the certificate may be on another machine.
-    found = run(folder, pictures, given, device=None if device == "auto" else device)
+    found = run(folder, pictures, given, device=None if device == "auto" else device, notes=notes)
     deliver(found.table(), out)
     if not found.holds:
         raise SystemExit(1)
+
+
+def _pictures(
+    network: "nn.Module", folder: str, certificate: "Certificate", spec: DataSpec, most: int | None
+) -> tuple["Pictures", Sequence[str]]:
+    """Images to compare on, without those that the search used as far as these are known; and what to say about it."""
+    from ..compression.images import read
+    from ..compression.run import MOST_UNSEEN
+    from ..compression.searched import NOT_KNOWN, Searched
+
+    used, test = Searched.of(certificate), test_stream(network, spec)
+    if test is not None:
+        labelled = knows_classes(network, folder, test)
+        notes = () if used is None else (used.elsewhere,)
+        return read(test, most or MOST_UNSEEN, spec.workers, labelled=labelled), notes
+    train = training_stream(network, spec)
+    start, note = (0, NOT_KNOWN) if used is None else used.among(train)
+    return read(train, most or MOST_UNSEEN, spec.workers, labelled=False, start=start), (note,)
 
 
 def _learnt(
@@ -161,8 +216,8 @@ def _learnt(
         return finetune(found.model, recipe, f"{out}/{RUN}", command=command_line(), report=report)
 
 
-def _original(given: str | None, recorded: Any, weights: str) -> "nn.Module | None":
-    """The model that was compressed; None where it is not here any more and none was named."""
+def _original(given: str | None, recorded: Any, weights: str, size: int | None) -> "nn.Module | None":
+    """The model that was compressed, at its image size; None where it is not here any more and none was named."""
     from ..elastic.chain import hash_of
     from ..models import open_model
     from ..models.build import split_spec
@@ -171,7 +226,7 @@ def _original(given: str | None, recorded: Any, weights: str) -> "nn.Module | No
     if given is None and not (isinstance(recorded, str) and os.path.exists(split_spec(recorded)[1] or recorded)):
         return None
     try:
-        model = open_model(given or recorded)
+        model = open_model(given or recorded, size)
     except VitrimError:
         if given is not None:
             raise

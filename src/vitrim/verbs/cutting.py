@@ -9,6 +9,7 @@ from ..options import Range
 from ..train.recipe import Recipe
 from ..train.specs import ElasticSpec, OptimSpec
 from .delivery import TEST_ONLY, Count, DataOptions, Device, TrainingImages, check_used, command_line
+from .images import images_of, override_data
 
 PUBLISHED = Recipe(optim=OptimSpec(lr=2.5e-4, min_lr=1e-5), elastic=ElasticSpec(), epochs=300)
 """What `stratify --epochs` does without a recipe: published rates and growth, without augmentation."""
@@ -58,11 +59,10 @@ def stratify(
     from ..measure.accelerator import make_accelerator
     from ..models import check_place, has_weights, open_model
     from ..models.classes import kept_classes, other_classes
-    from ..study.compare import data_of
 
     check_place(out, overwrite=overwrite)
     check_used("stratify", data, TEST_ONLY, "training images only, unless it trains (--epochs)")
-    spec = data_of([model], data)
+    spec = images_of([model], data)
     network = open_model(model, spec.image_size).to(make_accelerator(cpu=device == "cpu").device)
     if not has_weights(model):
         raise VitrimError(f"weights are random; write {model}@pretrained or {model}@FILE, or train it with --epochs")
@@ -83,7 +83,6 @@ def _recipe_for(
 ) -> Recipe:  # fmt: skip
     """The recipe of the training; where it is shortened, growth keeps its part of it."""
     from ..models.build import saved_folder, split_spec
-    from ..study.compare import data_of, override_data
 
     base = Recipe.read(file) if file else PUBLISHED
     if base.elastic is None:
@@ -101,7 +100,7 @@ def _recipe_for(
     elastic = replace(
         base.elastic, grow_epochs=growth, **{name: value for name, value in given.items() if value is not None}
     )
-    images = override_data(base.data, data) if file else data_of([model], data)
+    images = override_data(base.data, data) if file else images_of([model], data)
     return replace(base, model=spec, data=images, elastic=elastic, epochs=epochs or base.epochs)
 
 
@@ -179,9 +178,8 @@ def extract(
     if refit:
         from ..data.splits import plain_stream
         from ..data.streams import shuffled_batches
-        from ..study.compare import data_of
 
-        spec = data_of([supernet], data)
+        spec = images_of([supernet], data)
         batches = shuffled_batches(plain_stream(family.model, spec, train=True), spec.workers)
     network = family.extract(
         macs=macs, params=params, latency=latency, compensate=compensate, data=batches, num_images=num_images or 1024

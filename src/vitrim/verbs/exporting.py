@@ -1,7 +1,6 @@
 """The verb that writes a model as a file for other runtimes."""
 
 import sys
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from ..data.specs import DataSpec
@@ -9,7 +8,7 @@ from ..errors import DataError
 from ..options import Range
 from ..text import printable
 from .delivery import TRAINING_ONLY, TestImages, check_used
-from .images import images_of, images_to_compare, recorded_images
+from .images import images_of, images_to_compare, names_images, override_data, own_images
 
 EXACT, INT8 = 16, 256
 """Images to compare on: where outputs must be equal, and where it is measured how often the class is the same."""
@@ -50,7 +49,7 @@ def export(
         if int8:
             raise DataError("how often an int8 file gives the same class depends on your images; give --data.root DIR")
         print("no images are named, so that outputs are compared on the built-in digits; --data.root DIR takes yours")
-        spec = images_of([], data)
+        spec = override_data(DataSpec(), data)
     network = open_model(model, spec.image_size)
     if not has_weights(model):
         print(
@@ -64,10 +63,4 @@ def export(
 
 def _images(model: str, data: dict[str, Any]) -> DataSpec | None:
     """The images that were named, or those that a folder names: of a run, or of a certificate; None without any."""
-    from ..compression.certificate import FILE, Certificate
-
-    certified = Certificate.read(model) if (Path(model) / FILE).is_file() else None
-    if certified is not None and (own := recorded_images(certified, data)) is not None:
-        return own
-    named = "root" in data or "name" in data
-    return images_of([model], data) if named or (Path(model) / "recipe.yaml").is_file() else None
+    return images_of([model], data) if names_images(data) or own_images(model) is not None else None

@@ -1,6 +1,9 @@
 """The images that a verb reads: from its options, a run, or a certificate, for training, testing or comparing."""
 
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..data.specs import DataSpec
@@ -15,70 +18,71 @@ if TYPE_CHECKING:
     from ..data.streams import Stream
 
 
-def images_of(models: list[str], data: Mapping[str, Any]) -> DataSpec:
-    """The images that were named; a root without a name is a folder."""
-    from ..study.compare import data_of, override_data
+def images_of(models: Sequence[str], given: Mapping[str, Any]) -> DataSpec:
+    """The images of the first model with the `given` options of `DataSpec` instead of its own.
 
-    named = _named(data)
-    return data_of(models, named) if models else override_data(DataSpec(), named)
+    Where `given` names another data set, folder and splits of the first model do not apply. Its image size does not
+    apply either: each model has its own.
+
+    Raises:
+        DataError: no images are given, and the first model comes with none.
+        VitrimError: there is no such model.
+    """
+    own = own_images(models[0])
+    if own is None and not names_images(given):
+        from ..models.build import check_name, split_spec
+
+        check_name(split_spec(models[0])[0])  # A misspelt name is reported first.
+        raise DataError("no images are given; add --data.root FOLDER, or --data.name digits for the built-in digits")
+    return override_data(DataSpec() if own is None else replace(own, image_size=None), given)
 
 
-def recorded_images(certificate: "Certificate", data: Mapping[str, Any] | None = None) -> DataSpec | None:
-    """The images of a certificate, with the `data` options instead of its own; None where it names none."""
-    from ..study.compare import override_data
+def names_images(given: Mapping[str, Any]) -> bool:
+    """Whether these options say which images."""
+    return "name" in given or "root" in given
 
+
+def own_images(model: str) -> DataSpec | None:
+    """The images that a folder names: those of its run, or of its certificate; None without any."""
+    if os.path.isfile(Path(model) / "recipe.yaml"):
+        from ..train.recipe import Recipe
+
+        return Recipe.read(Path(model) / "recipe.yaml").data
+    from ..compression.certificate import FILE, Certificate
+
+    return recorded_images(Certificate.read(model)) if os.path.isfile(Path(model) / FILE) else None
+
+
+def recorded_images(certificate: "Certificate") -> DataSpec | None:
+    """The images of a certificate; None where it names none."""
     recorded: Any = certificate.source.get("data")
-    if not isinstance(recorded, dict):
-        return None
-    return override_data(from_dict(DataSpec, recorded, "the data of the certificate"), _named(data or {}))
+    return from_dict(DataSpec, recorded, "the data of the certificate") if isinstance(recorded, dict) else None
 
 
-def _named(data: Mapping[str, Any]) -> dict[str, Any]:
-    return {"name": "folder", **data} if "root" in data else dict(data)
+def override_data(own: DataSpec, given: Mapping[str, Any]) -> DataSpec:
+    """These images with the `given` options instead of their own; see `images_of`."""
+    new = DataSpec()
+    if "root" in given and own.name == new.name:
+        given = {"name": "folder", **given}  # A folder in place of the built-in digits.
+    if given.get("name", own.name) != own.name:
+        own = replace(own, root=new.root, download=new.download, train_split=new.train_split, test_split=new.test_split)
+    return replace(own, **given)
 
 
-def training_images(network: "nn.Module", spec: DataSpec, most: int) -> "Pictures":
-    """At most so many training images, or images without classes where the folder has no splits."""
-    from ..compression.images import read
+def training_stream(network: "nn.Module", spec: DataSpec) -> "Stream":
+    """The training images, or all images of a folder that has no splits."""
     from ..data.splits import plain_stream
 
     flat = _flat(network, spec)
-    stream = plain_stream(network, spec, train=True) if flat is None else flat
-    return read(stream, min(most, spec.limit or most), spec.workers, labelled=False)
+    return plain_stream(network, spec, train=True) if flat is None else flat
 
 
-def unseen_images(network: "nn.Module", model: str, spec: DataSpec) -> "Pictures | None":
-    """The test images, with their classes where these are the model's; None where there is no test split."""
-    from ..compression.images import read
-    from ..compression.run import MOST_UNSEEN
-    from ..models import num_classes
-    from ..models.classes import other_classes
-
-    stream = None if _flat(network, spec) is not None else _test_stream(network, spec)
-    if stream is None:
-        return None  # Of images without splits, or of training images alone, some are kept for the certificate.
-    classes = stream.images.classes
-    own = num_classes(network) == len(classes) > 1 and not other_classes(model, classes)
-    return read(stream, MOST_UNSEEN, spec.workers, labelled=own)
-
-
-def images_to_compare(network: "nn.Module", spec: DataSpec, most: int) -> "Pictures":
-    """At most so many images without classes: test images, or training images where there is no test split."""
-    from ..compression.images import read
-    from ..data.splits import plain_stream
-
-    stream = _flat(network, spec)
-    if stream is None:
-        stream = _test_stream(network, spec)
-    if stream is None:
-        stream = plain_stream(network, spec, train=True)
-    return read(stream, most, spec.workers, labelled=False)
-
-
-def _test_stream(network: "nn.Module", spec: DataSpec) -> "Stream | None":
+def test_stream(network: "nn.Module", spec: DataSpec) -> "Stream | None":
     """The test images; None where there is no test split and none is asked for."""
     from ..data.splits import plain_stream
 
+    if _flat(network, spec) is not None:
+        return None
     try:
         return plain_stream(network, spec)
     except DataError:
@@ -87,10 +91,26 @@ def _test_stream(network: "nn.Module", spec: DataSpec) -> "Stream | None":
         return None
 
 
+def knows_classes(network: "nn.Module", model: str, stream: "Stream") -> bool:
+    """Whether the classes of the images are those of the model."""
+    from ..models import num_classes
+    from ..models.classes import other_classes
+
+    classes = stream.images.classes
+    return num_classes(network) == len(classes) > 1 and not other_classes(model, classes)
+
+
+def images_to_compare(network: "nn.Module", spec: DataSpec, most: int) -> "Pictures":
+    """At most so many images without classes: test images, or training images where there is no test split."""
+    from ..compression.images import read
+
+    stream = test_stream(network, spec)
+    stream = training_stream(network, spec) if stream is None else stream
+    return read(stream, most, spec.workers, labelled=False)
+
+
 def _flat(network: "nn.Module", spec: DataSpec) -> "Stream | None":
     """All images below a folder that has no training split."""
-    from pathlib import Path
-
     from ..data.images import open_unlabelled
     from ..data.streams import Stream
     from ..data.transforms import transforms_for
