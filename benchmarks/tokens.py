@@ -27,7 +27,7 @@ from vitrim.errors import ScheduleError
 from vitrim.measure.environment import environment
 from vitrim.measure.table import Column, Table
 from vitrim.models import open_model
-from vitrim.models.adapter import find_adapter
+from vitrim.models.finding import find_adapter
 from vitrim.notation import render
 from vitrim.tokens import Reducer, Schedule
 

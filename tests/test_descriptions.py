@@ -14,7 +14,7 @@ from fuzzing import fault_of
 from vitrim.errors import CheckpointError, VitrimError
 from vitrim.models.classes import classes_of
 from vitrim.models.description import parse
-from vitrim.models.store import describe
+from vitrim.models.rebuild import describe
 
 NAME = "vit_tiny_patch16_224"
 SIZES = {"img_size": 32, "depth": 2, "embed_dim": 16, "num_heads": 2}

@@ -160,5 +160,5 @@ def test_a_network_of_no_family_has_a_port_that_refuses_cuts_by_name() -> None:
 
     assert num_classes(Own()) == 3
     assert adapter_of(Own()).predict(Own(), images()).shape == (4, 3)
-    with pytest.raises(vitrim.models.adapter.UnsupportedModelError, match=r"no adapter for .*Own; adapters: .*toy"):
+    with pytest.raises(vitrim.models.finding.UnsupportedModelError, match=r"no adapter for .*Own; adapters: .*toy"):
         vitrim.attach(Own(), KEPT)

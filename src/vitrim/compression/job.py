@@ -16,7 +16,7 @@ from ..measure.cost import cost
 from ..measure.environment import environment
 from ..models import attach
 from ..models.foreign_macs import counting_once
-from ..models.store import describe
+from ..models.rebuild import describe
 from .block_times import NANO
 from .budget import fixed_part, largest_saving, price_for
 from .candidates import Candidate

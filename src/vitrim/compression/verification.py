@@ -17,8 +17,8 @@ from ..measure.table import Table
 from ..models import load
 from ..models.description import parse
 from ..models.foreign_macs import num_parameters
+from ..models.rebuild import rebuild
 from ..models.shapes_only import shapes_only
-from ..models.store import rebuild
 from .certificate import FORMS, Certificate, Line, row_of
 from .fidelity import Judge
 from .images import Pictures

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from ..errors import DataError, VitrimError
 from ..models import as_tensor, num_classes
-from ..models.adapter import adapter_of
 from ..models.evaluating import evaluating
+from ..models.finding import adapter_of
 
 Batch = Tensor | tuple[Tensor, ...] | list[Tensor]
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from ..errors import DataError, VitrimError
 from ..models import attached
-from ..models.adapter import find_adapter
 from ..models.compensation import TINY, Moments, cholesky
+from ..models.finding import find_adapter
 from ..models.removed_branch import RemovedBranch
 from ..models.slicing import store
 from ..models.sublayers import elastic

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ..models.adapter import find_adapter
 from ..models.attach import attached
+from ..models.finding import find_adapter
 from ..models.foreign_macs import num_parameters
 from ..tokens import Plan
 

@@ -16,19 +16,14 @@ from ..errors import (
     CheckpointError,
     DuplicateNameError,
     ScoreError,
-    UnknownNameError,
     UnsupportedModelError,
-    VitrimError,
 )
 from ..tables import Table, home_of
 from ..tokens import Plan, Reducer
 from .input_format import InputFormat
 from .macs import Macs, needed
 from .outputs import Features, ModelInfo, Wanted
-from .refused import reason
 from .removed_branch import RemovedBranch
-from .shapes_only import shapes_only
-from .wrapped import check_is_model, find_inside
 
 Head = Literal["prefix", "tokens"]
 State = dict[str, Tensor]
@@ -36,9 +31,6 @@ ADAPTERS: Table[str, "Adapter"] = Table("model family")
 """Families whose tokens can be reduced."""
 OTHERS: Table[str, "Adapter"] = Table("model family")
 """Families that only give outputs: teachers, or models to measure."""
-MOST_PATCHES = 1 << 16
-"""Of one image: 4,096 px with patches of 16."""
-_SURELY_SMALL = 512  # Pixels; has at most that many patches of 2 px and more.
 
 
 @dataclass(frozen=True)
@@ -323,90 +315,6 @@ class Adapter:
         return state
 
 
-def adapter_of(model: nn.Module) -> Adapter:
-    """The adapter of any model at all; it may be unable to reduce tokens, see `find_adapter`.
-
-    Raises:
-        VitrimError: not a model but its name, its weights, or something else.
-    """
-    check_is_model(model)
-    return next(adapter for adapter in _tried() if adapter.claims(model))
-
-
-def find_adapter(model: nn.Module) -> Adapter:
-    """The adapter that can reduce the tokens of the model, checked.
-
-    Raises:
-        UnsupportedModelError: names the class met and the families that exist.
-    """
-    adapter = adapter_of(model)
-    if ADAPTERS.get(adapter.name) is adapter:
-        adapter.check(model)
-        return adapter
-    name = f"{type(model).__module__}.{type(model).__qualname__}"
-    found = find_inside(model, _reducible)
-    if found is not None and (owner := adapter_of(found[1]).dense_owner(found[1], model.modules())) is not None:
-        hint = needs_all_tokens(owner)
-    elif found is not None:
-        hint = f"give the model inside it: {found[0]} (attach a reduction before wrapping or compiling)"
-    elif known := reason(model):
-        raise UnsupportedModelError(f"the tokens of {known[0]} ({name}) cannot be reduced: {known[1]}")
-    else:
-        hint = f"adapters: {', '.join(ADAPTERS)}; vitrim list says what each covers"
-    raise UnsupportedModelError(f"no adapter for {name}; {hint}")
-
-
-def needs_all_tokens(owner: nn.Module) -> str:
-    """Why nothing can be cut in a model inside `owner`."""
-    return f"a {type(owner).__name__} needs the tokens of all patches in their places, so none can be cut inside it"
-
-
-def num_classes(model: nn.Module) -> int:
-    """Classes of the model's classifier; 0 without one."""
-    return adapter_of(model).classifier(model).classes
-
-
-def builder_of(name: str) -> Adapter | None:
-    """The family that builds this architecture; None if there is no such name."""
-    return next((adapter for adapter in _tried() if adapter.builds(name)), None)
-
-
-def architectures() -> list[str]:
-    """The names of all architectures that can be built, sorted."""
-    return sorted({name for adapter in _tried() for name in adapter.architectures()})
-
-
-def check_patches(model: nn.Module, size: int | Sequence[int]) -> None:
-    """Raise `VitrimError` for images of (height, width), or square ones, with more patches than memory has room for.
-
-    Not attention takes it, which is computed in parts, but the positions and what the MLP makes of every patch.
-    """
-    height, width = (size, size) if isinstance(size, int) else size
-    try:
-        rows, columns = adapter_of(model).grid(model, (height, width))
-    except UnsupportedModelError:
-        return
-    if rows * columns > MOST_PATCHES:
-        raise VitrimError(
-            f"images of {height} x {width} px give {rows * columns:,} patches each, more than {MOST_PATCHES:,}; choose "
-            "a smaller image size"
-        )
-
-
-def build_architecture(
-    name: str, args: Mapping[str, Any], *, pretrained: bool = False, images: Mapping[str, Any] | None = None
-) -> nn.Module:
-    """A new model of a named architecture, see `Adapter.build`; `UnknownNameError` if no family knows the name."""
-    adapter = builder_of(name)
-    if adapter is None:
-        raise UnknownNameError("architecture", name, architectures())
-    size = args.get("img_size")
-    if isinstance(size, int) and size > _SURELY_SMALL and name in adapter.architectures():
-        with shapes_only():
-            check_patches(adapter.build(name, args, pretrained=False, images={}), size)
-    return adapter.build(name, args, pretrained=pretrained, images=images or {})
-
-
 def as_tensor(out: Any) -> Tensor:
     """The logits, or features, in whatever a model returned; those of several classifiers are averaged."""
     if isinstance(out, tuple):
@@ -417,18 +325,3 @@ def as_tensor(out: Any) -> Tensor:
         if isinstance(found := getattr(out, name, None), Tensor):
             return found
     raise UnsupportedModelError(f"a {type(out).__name__} holds neither logits nor pooled features")
-
-
-def _reducible(model: nn.Module) -> bool:
-    adapter = adapter_of(model)
-    if ADAPTERS.get(adapter.name) is not adapter:
-        return False
-    try:
-        adapter.check(model)
-    except VitrimError:
-        return False
-    return True
-
-
-def _tried() -> list[Adapter]:
-    return [*list(ADAPTERS.values())[::-1], *list(OTHERS.values())[::-1]]

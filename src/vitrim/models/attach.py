@@ -14,8 +14,9 @@ from ..tokens import Constant, Curriculum, Plan, Reducer, Reduction, Schedule, T
 from ..tokens.curricula import History
 from ..tokens.gradients import GradientMemory
 from ..tokens.reduction import Phase
-from .adapter import Geometry, find_adapter, needs_all_tokens
+from .adapter import Geometry
 from .exchange import Exchange, reduced_blocks
+from .finding import find_adapter, needs_all_tokens
 from .forward_pass import CHANGED
 from .padded import PaddedTrace
 from .policy import Policy

@@ -12,10 +12,11 @@ from typing import Any
 from torch import nn
 
 from ..errors import CheckpointError, ClassCountError, UnknownNameError
-from .adapter import adapter_of, architectures, build_architecture, builder_of
+from .architectures import architectures, build_architecture, builder_of
 from .checkpoints import SUFFIXES, read_weights
 from .create import SOURCES
 from .families.hf_config import SOURCE as HF
+from .finding import adapter_of
 from .shapes_only import shapes_only
 from .store import DESCRIPTION, WEIGHTS, check_heads, known_size, load, weights_path
 from .torchvision_weights import Converted, convert_torchvision, is_torchvision

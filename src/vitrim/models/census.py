@@ -20,8 +20,8 @@ from torch import nn
 
 from ..errors import VitrimError
 from ..text import with_written
-from .adapter import find_adapter
 from .attach import attach
+from .finding import find_adapter
 from .shapes_only import shapes_only
 from .sublayers import sublayers
 

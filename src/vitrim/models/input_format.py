@@ -33,7 +33,7 @@ class InputFormat:
             DataError: the model takes images of another size than `image_size`.
             UnsupportedModelError: its format is not known.
         """
-        from .adapter import adapter_of  # Here, since adapters return this class.
+        from .finding import adapter_of  # Here, since adapters return this class.
 
         form = adapter_of(model).input_format(model)
         _, height, width = form.size

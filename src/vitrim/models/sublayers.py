@@ -16,8 +16,8 @@ from torch.nn import functional as F
 
 from ..errors import UnsupportedModelError
 from ..tables import Table
-from .adapter import find_adapter
 from .compensation import Compensation
+from .finding import find_adapter
 from .macs import Macs
 from .removed_branch import RemovedBranch
 from .slicing import leading, store

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError, ClassCountError
 from ..text import printable, short_name
-from .adapter import adapter_of
 from .checkpoints import AVERAGED, State
+from .finding import adapter_of
 from .wrapped import check_is_model
 
 log = logging.getLogger(__name__)

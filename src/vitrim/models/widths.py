@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from ..errors import VitrimError
-from .adapter import find_adapter
 from .compensation import Compensation
+from .finding import find_adapter
 from .sublayers import Kind, elastic, sublayers
 
 

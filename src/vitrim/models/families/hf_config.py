@@ -10,7 +10,8 @@ from torch import nn
 
 from ...errors import CheckpointError, UnsupportedModelError, VitrimError
 from ...text import short_name
-from ..adapter import Description, check_patches
+from ..adapter import Description
+from ..architectures import check_patches
 from .hf_layout import LAYOUTS, Layout, Whole, layout_of
 
 SOURCE = "hf:"

@@ -7,8 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import UnsupportedModelError, VitrimError
-from ..adapter import State, adapter_of, build_architecture, find_adapter
+from ..adapter import State
+from ..architectures import build_architecture
 from ..attach import attached
+from ..finding import adapter_of, find_adapter
 from .hf_config import library, pair
 from .hf_layout import LAYOUTS, Layout, layout_of
 
