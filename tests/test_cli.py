@@ -150,6 +150,14 @@ def test_version(capsys: pytest.CaptureFixture[str]):
             'train --out x --distill Logits() --teacher.name saved --teacher.args {"img_size":16}',
             "vitrim train: no teacher: saved/model.safetensors does not fit a model with {'img_size': 16}: 1 of anoth",
         ),
+        (
+            "eval --method dense vitrim_digits_vit",
+            "vitrim eval: missing: model; --method takes all words that follow it, so begin with model",
+        ),
+        (
+            "bench --batch_size 1 2 vitrim_digits_vit --rounds 1",
+            "vitrim bench: missing: model; --batch_size takes all words that follow it, so begin with model",
+        ),
         ("eval vitrim_digits_vit --batch_size 0", "vitrim eval: batch_size is 0; it must be 1 or more"),
         ("study . --out x", "vitrim study: . cannot be read (Is a directory)"),
         ("study none.yaml --out x", "vitrim study: none.yaml does not exist"),

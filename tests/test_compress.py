@@ -223,6 +223,8 @@ def test_a_family_whose_widths_cannot_change_loses_tokens_only() -> None:
         ({"macs": float("nan")}, "positive number"),
         ({"macs": float("inf")}, "positive number"),
         ({"macs": True}, "positive number"),
+        ({"macs": 70}, "macs is 70, a count that no model has; write a fraction of the model, such as 0.7"),
+        ({"params": 1.5}, "params is 1.5, a count that no model has"),
         ({"params": 0.5, "using": "tokens"}, "save no parameters"),
         ({"macs": 0.5, "using": ()}, "nothing may be reduced"),
         ({"macs": 0.5, "max_drop": 0.01}, "needs val"),

@@ -277,6 +277,8 @@ def test_wrong_budgets_are_refused(net, budget):
 def test_impossible_budget_names_the_smallest_possible(net):
     with pytest.raises(VitrimError, match=f"{net.chain.macs_at(-1):,}"):
         net.extract(macs=0.01)
+    with pytest.raises(VitrimError, match=r"macs is 70, a count that no model has; write .*, such as 0\.7"):
+        net.extract(macs=70)
 
 
 def test_deit_b_meets_a_budget():

@@ -12,6 +12,7 @@ PACKAGE = Path(vitrim.__file__).parent
 RANK = {
     "text": 0,
     "errors": 1,
+    "budgets": 2,
     "tables": 2,
     "option_types": 2,
     "user_files": 2,

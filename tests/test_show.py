@@ -489,7 +489,7 @@ def test_every_file_of_a_run_may_be_missing_or_spoilt(kept, tmp_path):
     write_run(alone, **{kept: whole[kept]})
     write_run(spoilt, **{**whole, kept: '{"epoch": 0, "train_lo'})
     if kept == "command":
-        with pytest.raises(DataError, match="nothing to report"):
+        with pytest.raises(DataError, match="nothing of a run"):
             write_report(alone)
     else:
         assert "alone" in Page(write_report(alone)).text
@@ -509,8 +509,12 @@ def test_report_replaces_reports_only(tmp_path):
     with pytest.raises(DataError, match="nowhere is not a folder"):
         write_report(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="holds nothing to report"):
+    with pytest.raises(DataError, match="holds nothing of a run"):
         write_report(tmp_path / "empty")
+    Image.new("RGB", (4, 4)).save(tmp_path / "empty" / "photo.png")
+    with pytest.raises(DataError, match="holds nothing of a run"):  # A page would be written among somebody's photos.
+        write_report(tmp_path / "empty")
+    assert [path.name for path in (tmp_path / "empty").iterdir()] == ["photo.png"]
     with pytest.raises(VitrimError, match="--out"):
         write_report([tmp_path / "run", tmp_path / "run"])
 

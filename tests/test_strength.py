@@ -152,3 +152,9 @@ def test_a_checkpoint_of_a_handle_holds_strength_and_learnt_gradients() -> None:
     for block, weights in handle.gradients.known().items():
         assert torch.equal(other.gradients.known()[block], weights)
     assert torch.equal(again(images(2, seed=3)), model(images(2, seed=3)))
+
+
+@pytest.mark.parametrize("history", [3, "no", [3], {"val_loss": 1.0}, None])
+def test_a_history_that_is_none_is_refused(history: object) -> None:
+    with pytest.raises(VitrimError, match="history is a list of one mapping for each finished epoch, not"):
+        reduced()[1].set_epoch(1, history)  # type: ignore[arg-type]

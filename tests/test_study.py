@@ -147,6 +147,12 @@ def study_file(tmp_path: Path) -> Path:
     return path
 
 
+def test_a_scale_that_does_not_exist_names_each_known_one_once(study_file: Path):
+    study_file.write_text(study_file.read_text().replace("smoke:", "full:"))
+    with pytest.raises(UnknownNameError, match=r"unknown scale 'nope'; known: full$"):
+        Study.read(study_file, "nope")
+
+
 def test_a_study_over_seeds_and_what_is_not_run_twice(study_file: Path, tmp_path: Path):
     events: list[str] = []
     out = tmp_path / "out"

@@ -86,6 +86,8 @@ def test_curricula_name_the_figures_that_they_read() -> None:
     assert [figure.name for figure in vitrim.Adaptive().reads] == ["val_loss"]
     (entropy,) = vitrim.Adaptive("entropy").reads
     assert (entropy.name, entropy.needs) == ("attention_entropy", "cls_row")
+    with pytest.raises(ScheduleError, match="val_loss in the history is a number, not 'low'"):
+        vitrim.Adaptive().strength(2, [{"val_loss": "low"}])  # type: ignore[dict-item]
 
 
 def test_attention_entropy_without_cls_is_refused_at_once() -> None:

@@ -157,7 +157,12 @@ def test_budget_out_of_reach_is_refused() -> None:
         (lambda: vitrim.ConstantR(-1), "r is 0 or more"),
         (lambda: vitrim.Counts(()), "counts"),
         (lambda: vitrim.Counts((4, 5)), "cannot grow"),
-        (lambda: vitrim.Budget(0), "above 0"),
+        (lambda: vitrim.Budget(0), "positive number, not 0"),
+        (lambda: vitrim.Budget(70), "a count that no model has; write a fraction of the model, such as 0.7"),
+        (
+            lambda: plan(vitrim.KeepRate(0.5, round_to=1000)),
+            "would cut nothing: round_to is 1000, but the model has only 197",
+        ),
         (lambda: vitrim.Budget(0.5, shape=vitrim.Budget(0.5)), "a schedule of another kind"),
         (lambda: plan(vitrim.KeepRate(0.5, at=(3, 12))), "cuts at block 12, but the model has blocks 0 to 11"),
         (lambda: plan(vitrim.KeepRate(0.5, at=(-1,))), "cuts at block -1"),

@@ -8,7 +8,7 @@ import argparse
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import MISSING, asdict, fields, is_dataclass
 from difflib import get_close_matches
 from inspect import Parameter, signature
 from types import NoneType
@@ -59,7 +59,18 @@ def parse_words(function: Callable[..., None], prog: str, words: Sequence[str]) 
     if namespace.print_config:
         print(dump_yaml(_complete(function, data)), end="")
         sys.exit(0)
+    _check_subject(options, data, namespace.given)
     return _arguments(function, data)
+
+
+def _check_subject(options: Sequence[Option], data: Mapping[str, Any], given: Sequence[tuple[str, Any]]) -> None:
+    """Raise `UsageError` where the subject is missing because an option before it has taken it for one of its words."""
+    missing = [one.name for one in options if one.positional and one.default is MISSING and one.name not in data]
+    greedy = [name for name, words in given if isinstance(words, list)]
+    if missing and greedy:
+        raise UsageError(
+            f"missing: {missing[0]}; --{greedy[0]} takes all words that follow it, so begin with {missing[0]}"
+        )
 
 
 def _with_flags(words: Sequence[str], options: Mapping[str, Option]) -> list[str]:

@@ -3,9 +3,9 @@
 import math
 from collections.abc import Collection
 from dataclasses import dataclass
-from numbers import Real
 from typing import Literal, get_args
 
+from ..budgets import check_budget
 from ..elastic.latency import parse
 from ..errors import UnknownNameError, VitrimError
 
@@ -43,8 +43,7 @@ class Goal:
             if not math.isfinite(most):
                 raise VitrimError(f"latency is a finite number, not {asked}")
             return cls(kind, asked, most, fraction)
-        if not isinstance(asked, Real) or isinstance(asked, bool) or not 0 < float(asked) < math.inf:
-            raise VitrimError(f"{kind} is a fraction in (0, 1] or a positive number, not {asked!r}")
+        check_budget(kind, asked)
         return cls(kind, float(asked), float(asked), float(asked) <= 1)  # type: ignore[arg-type]
 
     def limit(self, full: float) -> float:

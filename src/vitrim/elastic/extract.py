@@ -2,10 +2,10 @@
 
 import copy
 from collections.abc import Mapping
-from numbers import Real
 
 from torch import nn
 
+from ..budgets import check_budget
 from ..errors import VitrimError
 from ..measure.cost import cost
 from ..models import narrow
@@ -44,8 +44,7 @@ def choose(
     if latency is not None:
         return fastest_enough(latency, model, lambda index: cut(model, chain, index), len(chain), clock)
     ((what, most),) = given.items()
-    if not isinstance(most, Real) or not most > 0:
-        raise VitrimError(f"{what} is a fraction in (0, 1] or a positive number, not {most!r}")
+    check_budget(what, most)
     return chain.largest(what, most * getattr(chain, what) if most <= 1 else most)
 
 

@@ -1,6 +1,6 @@
 """Put a reduction into a model, and remove it again without a trace."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import isfinite
 from numbers import Real
 from types import TracebackType
@@ -110,6 +110,10 @@ class Handle:
         """
         if not isinstance(epoch, Real) or not isfinite(epoch) or epoch < 0:
             raise VitrimError(f"epoch is a number, 0 or more, not {short(epoch)}")
+        if isinstance(history, str) or not isinstance(history, Sequence) or not all(
+            isinstance(figures, Mapping) for figures in history
+        ):  # fmt: skip
+            raise VitrimError(f"history is a list of one mapping for each finished epoch, not {short(history)}")
         if self.reduction is not None:
             self.set_strength(self.reduction.curriculum.strength(epoch, history))
         return self.strength

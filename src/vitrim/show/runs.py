@@ -45,8 +45,8 @@ class Run:
 
     @property
     def empty(self) -> bool:
-        """Whether the folder holds nothing that a report could show."""
-        return not (self.recipe or self.environment or self.metrics or self.result or self.tables or self.pictures)
+        """Whether the folder holds nothing of a run; pictures alone may be anybody's."""
+        return not (self.recipe or self.environment or self.metrics or self.result or self.tables)
 
     @property
     def figures(self) -> dict[str, Any]:
@@ -119,7 +119,9 @@ def read_folder(folder: Path) -> tuple[Run, list[Run]]:
         raise DataError(f"{folder} is not a folder")
     top, runs = read_run(folder), [read_run(path) for path in find_runs(folder)]
     if top.empty and all(run.empty for run in runs):
-        raise DataError(f"{folder} holds nothing to report: no result.json, metrics.jsonl, recipe.yaml or picture")
+        raise DataError(
+            f"{folder} holds nothing of a run: no result.json, metrics.jsonl, recipe.yaml or table as .json"
+        )
     return top, [run for run in runs if not run.empty]
 
 

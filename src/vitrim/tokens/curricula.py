@@ -9,12 +9,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import cos, pi
+from numbers import Real
 from typing import Any, Literal
 
 from ..errors import ScheduleError
 from ..notation import render
 from ..option_types import check_options
 from ..tables import Table
+from ..text import short
 from .plan import Schedule
 from .scores import Needs
 
@@ -252,6 +254,8 @@ class Adaptive(Curriculum):
     def strength(self, epoch: float, history: History = ()) -> float:
         (figure,) = self.reads
         values = [figures[figure.name] for figures in history if figure.name in figures]
+        if wrong := [value for value in values if not isinstance(value, Real)]:
+            raise ScheduleError(f"{figure.name} in the history is a number, not {short(wrong[0])}")
         if epoch < self.start or not values:
             return 0.0
         if self.signal == "entropy":

@@ -153,6 +153,11 @@ def make_plan(
     """The plan of a schedule for `num_patches` patch tokens; `limits` turns the checks on."""
     if limits:
         schedule.check(depth, num_patches, reducer)
+        if schedule.round_to > num_patches + num_prefix:
+            raise ScheduleError(
+                f"{schedule} would cut nothing: round_to is {schedule.round_to}, but the model has only "
+                f"{num_patches + num_prefix} tokens"
+            )
     cuts: list[Cut] = []
     now = num_patches
     for block in schedule.blocks(depth):

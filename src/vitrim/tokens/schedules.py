@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from math import ceil, floor
 from numbers import Integral
 
+from ..budgets import check_budget
 from ..errors import ScheduleError
 from ..notation import SHOWN
 from ..option_types import as_tuple
@@ -240,8 +241,7 @@ class Budget(Schedule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.macs <= 0:
-            raise ScheduleError(f"a budget of MACs is above 0, not {self.macs}")
+        check_budget("macs of a Budget", self.macs, ScheduleError)
         if isinstance(self.shape, Budget):
             raise ScheduleError("the shape of a Budget is a schedule of another kind, such as PowerLaw(1.0)")
         if (self.place, self.round_to, self.reinstate) != ("inside", 1, None):

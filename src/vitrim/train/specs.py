@@ -16,7 +16,8 @@ class ModelSpec:
     """Which network.
 
     Args:
-        name: a timm name, a folder written by `vitrim.save`, or a weights file.
+        name: a timm name, a folder written by vitrim or transformers, hf:NAME (a transformers model on the hub), or a
+            weights file.
         pretrained: start from timm's published weights (downloaded by timm).
         checkpoint: weights to start from: a model folder, a .safetensors or .pth file.
         checkpoint_size: height and width of the images that these weights were trained on, where their positions do not
