@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Subset
 
 import vitrim
 from vitrim.data.fingerprint import fingerprint
+from vitrim.data.images import _Gathered, open_unlabelled
 from vitrim.data.streams import Stream
 from vitrim.distill import Distiller, Teacher, TeacherCache, Wanted, cache_writer, student_grid
 from vitrim.errors import VitrimError
@@ -100,6 +101,20 @@ def test_fingerprints_tell_data_apart(tmp_path):
     before = fingerprint(folder)
     (tmp_path / "0" / "0.png").write_bytes((tmp_path / "0" / "0.png").read_bytes() + b" ")
     assert fingerprint(folder) != before
+
+
+def test_fingerprints_of_listed_files_and_of_streams_do_not_depend_on_place_or_process(tmp_path):
+    for place in ("here", "there"):
+        (tmp_path / place).mkdir()
+        for index in range(3):
+            Pictures()[index][0].save(tmp_path / place / f"{index}.png")
+    here, there = (fingerprint(open_unlabelled(tmp_path / place).source) for place in ("here", "there"))
+    assert here == there
+    (tmp_path / "there" / "2.png").unlink()
+    assert fingerprint(open_unlabelled(tmp_path / "there").source) != here
+    gathered = [_Gathered(Pictures(seed=seed)[i] for i in range(4)) for seed in (0, 0, 1)]
+    first, again, other = map(fingerprint, gathered)
+    assert first == again != other, "the pixels count, not where they lie in memory"
 
 
 def test_cache_equals_the_live_teacher(tmp_path, teacher):

@@ -154,7 +154,7 @@ def verify(
         folder: folder written by vitrim compress.
         data: the images to compare on; by default those of the certificate, where they are here.
         original: the model that was compressed; by default it is opened from where it was then.
-        num_images: images to compare on at most; by default 5000.
+        num_images: images to compare on at most; by default 5000 test images, or 1024 where there is no test split.
         device: where to measure; auto takes the kind of device of the certificate where it is here.
         out: file to write the table to (.md, .csv, .json or .html).
     """
@@ -190,6 +190,7 @@ def _pictures(
 ) -> tuple["Pictures", Sequence[str]]:
     """Images to compare on, without those that the search used as far as these are known; and what to say about it."""
     from ..compression.images import read
+    from ..compression.request import MOST_IMAGES
     from ..compression.run import MOST_UNSEEN
     from ..compression.searched import NOT_KNOWN, Searched
 
@@ -200,7 +201,7 @@ def _pictures(
         return read(test, most or MOST_UNSEEN, spec.workers, labelled=labelled), notes
     train = training_stream(network, spec)
     start, note = (0, NOT_KNOWN) if used is None else used.among(train)
-    return read(train, most or MOST_UNSEEN, spec.workers, labelled=False, start=start), (note,)
+    return read(train, most or MOST_IMAGES, spec.workers, labelled=False, start=start), (note,)
 
 
 def _learnt(
