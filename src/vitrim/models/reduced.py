@@ -1,8 +1,6 @@
 """The forward pass of a block with a cut, shared by all families.
 
-A family supplies five steps (`norm_tokens`, `project`, `attend`, `feed_forward`, `head_scale`), where positions are
-rotary two more (`rows_of_table`, `rotate`), where they are relative one (`position_bias`); everything that decides
-which work can be left out is here:
+A family supplies the steps (`block_steps.py`); everything that decides which work can be left out is here:
 - a block without a cut runs its own, original forward pass;
 - where tokens are dropped, their queries, attention rows and output projection are never computed;
 - where the head reads only prefix tokens, the last block computes only those;
@@ -11,7 +9,7 @@ which work can be left out is here:
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +17,8 @@ from torch import Tensor
 from ..errors import ScoreError, VitrimError
 from ..tokens import Assignment, Evidence, take
 from ..tokens.scores import Needs
-from .exchange import OWN_FORWARD, Reduced, intercepted, observed, while_attached
+from .block_steps import BlockSteps
+from .exchange import observed, while_attached
 from .forward_pass import arrive, leave, recomputing
 from .logit_bias import logit_bias
 from .macs import needed, skips_queries
@@ -29,95 +28,8 @@ _SLICE_BYTES = 8 * 2**20
 """Hidden activations per thread, about the size of a core's share of the caches."""
 
 
-class ReducedBlock(Reduced):
+class ReducedBlock(BlockSteps):
     """Mixin placed before a family's own block class; overrides only `forward`."""
-
-    vitrim_index: int
-    vitrim_attention: str
-    """Name of the attention layer within the block; "" where the family names no branches."""
-    rotary_argument: ClassVar[str] = ""
-    """Name of the first argument after the tokens where that is the rotary table; "" where the block gets none."""
-    bias_argument: ClassVar[str] = ""
-    """The same where it is a relative position bias that all blocks share; such blocks may also have one of their own.
-    """
-    mask_argument: ClassVar[str] = ""
-    """Name of the only argument that is an attention mask; "" where any argument besides the table may be one."""
-
-    def norm_tokens(self, x_BTC: Tensor) -> Tensor:
-        """The norm before attention."""
-        raise NotImplementedError
-
-    def project(self, normed_BTC: Tensor, first: int, last: int) -> tuple[Tensor, ...]:
-        """Streams `first` to `last` (exclusive) of (query, key, value) for these tokens, each (B, H, T, D), normed."""
-        raise NotImplementedError
-
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, normed_BQC: Tensor) -> Tensor:
-        """Fused attention, output projection, layer scale and drop path: what is added to the residual stream."""
-        raise NotImplementedError
-
-    def attend_whole(self, normed_BTC: Tensor, bias: Tensor | None, table: Any) -> Tensor | None:
-        """As `attend` for all tokens, by one call of the attention layer, if `runs_whole` says so; None otherwise.
-
-        Hooks on the layer, or a `forward` set on it, see that call, and what they return is used. A family without
-        this step refuses them.
-        """
-        if by := self._attention_is_intercepted():
-            raise VitrimError(
-                f"the {self.vitrim_attention} of block {self.vitrim_index} has {by}, which cannot run: this block "
-                "computes its attention in parts; put hooks on the block or on the layers inside its attention"
-            )
-        return None
-
-    def feed_forward(self, x_BTC: Tensor) -> Tensor:
-        """The MLP half of the block, residual included."""
-        raise NotImplementedError
-
-    @property
-    def head_scale(self) -> float:
-        """The factor of the attention logits."""
-        raise NotImplementedError
-
-    def rows_of_table(self, table: Any, place_BM: Tensor) -> Any:
-        """The rows of the rotary table for patch tokens at these places, image by image."""
-        raise NotImplementedError
-
-    def rotate(self, stream_BHTD: Tensor, table: Any) -> Tensor:
-        """Queries or keys, prefix tokens first, with the patch tokens rotated by their rows of the table."""
-        raise NotImplementedError
-
-    def position_bias(self, shared: Any) -> Tensor | None:
-        """Relative position bias (H, P + N, P + N) for all tokens that the model started with; None without one.
-
-        `shared` is what the model gave the block as `bias_argument`.
-        """
-        return None
-
-    def scored(self, stream_BHTD: Tensor) -> Tensor:
-        """The heads of queries or keys by which tokens are chosen."""
-        return stream_BHTD
-
-    @property
-    def attends(self) -> bool:
-        """False where the attention of this block was removed, so that it gives no keys or scores."""
-        return True
-
-    def runs_whole(self, bias: Tensor | None) -> bool:
-        """Whether the attention layer must be called as a whole, since others act on its calls.
-
-        Raises:
-            VitrimError: a `forward` set on it would have to add sizes of tokens to its logits; it may ignore them.
-        """
-        by = self._attention_is_intercepted()
-        if by == OWN_FORWARD and bias is not None:
-            raise VitrimError(
-                f"the {self.vitrim_attention} of block {self.vitrim_index} has {by}, which may ignore the mask that "
-                "holds the sizes of merged tokens; del it, or use a reducer that needs no sizes, such as TopK() or "
-                "ToMe(prop_attn=false)"
-            )
-        return by != ""
-
-    def _attention_is_intercepted(self) -> str:
-        return intercepted(self.get_submodule(self.vitrim_attention)) if self.vitrim_attention else ""
 
     @while_attached
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
@@ -125,69 +37,105 @@ class ReducedBlock(Reduced):
         policy, index, name = self.vitrim_policy, self.vitrim_index, self.rotary_argument or self.bias_argument
         if name and args:
             args, kwargs = args[1:], {**kwargs, name: args[0]}
-        table = kwargs.get(name) if self.rotary_argument else None
         others = (*args, *(value for key, value in kwargs.items() if key != name))
         masks = (kwargs.get(self.mask_argument),) if self.mask_argument else others
         trace = arrive(policy, index, x, self.training)
-        plan = trace.plan
-        if index == plan.reinstate:
+        if index == trace.plan.reinstate:
             x, trace = trace.reinstate(x)
-        before, inside = plan.cut(index, "before"), plan.cut(index, "inside")
-        prefix_only = plan.prefix_only and index == plan.depth - 1
-        reducer, moved = trace.reducer, bool(self.bias_argument) and trace.place_BN is not None
-        if before is None and inside is None and not (prefix_only or moved) and trace.bias(x.dtype) is None:
-            if trace.assignments:
-                _refuse_mask(masks)
-            whole = super().forward
-            if plan.cuts and table is None and not _masked(masks):
-                return leave(policy, index, self._in_parts(lambda part: whole(part, *args, **kwargs), x), trace)
-            if table is not None:
-                kwargs = {**kwargs, name: self._rows(table, trace)}
-            return leave(policy, index, whole(x, *args, **kwargs), trace)
-        _refuse_mask(masks)
+        changes = self._changes(trace, x.dtype)
+        if trace.assignments or changes:
+            _refuse_mask(masks)
+        if not changes:
+            return leave(policy, index, self._unchanged(x, trace, _masked(masks), args, kwargs), trace)
+        table = kwargs.get(name) if self.rotary_argument else None
         relative = self.position_bias(kwargs.get(name)) if self.bias_argument and self.attends else None
-        if before is not None and reducer is not None:
-            needs = self._needs(needed(reducer, before))
-            normed = x if needs in ("nothing", "hidden") else self.norm_tokens(x)
-            evidence = self._evidence_by_parts(x, normed, trace, relative, needs, self._rows(table, trace))
-            x, trace = self._carry_out(reducer.assign(evidence, before.keep), x, trace)
+        x, trace = self._cut_before(x, trace, table, relative)
+        x, trace = self._attend_and_cut(x, trace, table, relative)
+        return leave(policy, index, self._in_parts(self.feed_forward, x), trace)
+
+    def _changes(self, trace: Trace, dtype: torch.dtype) -> bool:
+        """Whether the block's own forward pass would not give what the plan and the tokens that are left ask for."""
+        plan, index = trace.plan, self.vitrim_index
+        cut = plan.cut(index, "before") or plan.cut(index, "inside")
+        moved = bool(self.bias_argument) and trace.place_BN is not None
+        return cut is not None or self._prefix_only(trace) or moved or trace.bias(dtype) is not None
+
+    def _prefix_only(self, trace: Trace) -> bool:
+        return trace.plan.prefix_only and self.vitrim_index == trace.plan.depth - 1
+
+    def _unchanged(
+        self, x: Tensor, trace: Trace, masked: bool, args: tuple[object, ...], kwargs: dict[str, object]
+    ) -> Tensor:
+        """The block's own forward pass."""
+        whole = super().forward
+        if (table := kwargs.get(self.rotary_argument)) is not None:
+            return whole(x, *args, **{**kwargs, self.rotary_argument: self._rows(table, trace)})
+        if trace.plan.cuts and not masked:
+            return self._in_parts(lambda part: whole(part, *args, **kwargs), x)
+        return whole(x, *args, **kwargs)
+
+    def _cut_before(self, x: Tensor, trace: Trace, table: Any, relative: Tensor | None) -> tuple[Tensor, Trace]:
+        """The cut before the block, if there is one."""
+        cut, reducer = trace.plan.cut(self.vitrim_index, "before"), trace.reducer
+        if cut is None or reducer is None:
+            return x, trace
+        needs = self._needs(needed(reducer, cut))
+        normed = x if needs in ("nothing", "hidden") else self.norm_tokens(x)
+        evidence = self._evidence_by_parts(x, normed, trace, relative, needs, self._rows(table, trace))
+        return self._carry_out(reducer.assign(evidence, cut.keep), x, trace)
+
+    def _attend_and_cut(self, x: Tensor, trace: Trace, table: Any, relative: Tensor | None) -> tuple[Tensor, Trace]:
+        """The attention half of the block, residual included, with the cut inside it, if there is one."""
+        cut, reducer = trace.plan.cut(self.vitrim_index, "inside"), trace.reducer
         normed, rows = self.norm_tokens(x), self._rows(table, trace)
         whole = self.attend_whole(normed, trace.bias(x.dtype), rows)
         if whole is not None:
-            x, trace = self._cut_whole(x, normed, whole, trace, relative, rows)
-        elif prefix_only:
-            x, query_rows = x[:, : plan.num_prefix], normed[:, : plan.num_prefix]
-            key, value = self._streams(normed, 1, 3, rows)
-            (query,) = self._streams(query_rows, 0, 1)
-            bias = logit_bias(relative, trace, x.dtype, trace.plan.num_prefix)
-            x = x + self.attend(query, key, value, bias, query_rows)
-        elif inside is not None and reducer is not None and skips_queries(reducer, inside):
-            needs = self._needs(needed(reducer, inside))
-            key, value = self._streams(normed, 1, 3, rows)
-            evidence = self._evidence_of_keys(x, normed, key, trace, relative, needs)
-            assignment = reducer.assign(evidence, inside.keep)
-            entered, trace = trace, trace.then(index, assignment)
-            kept = assignment.rows(plan.num_prefix)
-            x, query_rows = take(x, kept), take(normed, kept)
-            (query,) = self._streams(query_rows, 0, 1, self._rows(table, trace))
-            x = x + self.attend(query, key, value, logit_bias(relative, entered, x.dtype, trace), query_rows)
-        else:
-            query, key, value = self._streams(normed, 0, 3, rows)
-            bias = logit_bias(relative, trace, x.dtype)
-            x = x + self.attend(query, key, value, bias, normed)
-            if inside is not None and reducer is not None:
-                self._needs(needed(reducer, inside))
-                evidence = self._evidence(x, trace, query, key, bias)
-                x, trace = self._carry_out(reducer.assign(evidence, inside.keep), x, trace)
-        return leave(policy, index, self._in_parts(self.feed_forward, x), trace)
+            return self._cut_whole(x, normed, whole, trace, relative, rows)
+        if self._prefix_only(trace):
+            return self._attend_by_prefix(x, normed, trace, relative, rows), trace
+        if cut is not None and reducer is not None and skips_queries(reducer, cut):
+            return self._cut_and_attend(x, normed, trace, table, relative)
+        query, key, value = self._streams(normed, 0, 3, rows)
+        bias = logit_bias(relative, trace, x.dtype)
+        x = x + self.attend(query, key, value, bias, normed)
+        if cut is None or reducer is None:
+            return x, trace
+        self._needs(needed(reducer, cut))
+        evidence = self._evidence(x, trace, query, key, bias)
+        return self._carry_out(reducer.assign(evidence, cut.keep), x, trace)
+
+    def _attend_by_prefix(self, x: Tensor, normed: Tensor, trace: Trace, relative: Tensor | None, rows: Any) -> Tensor:
+        """The prefix tokens after attention, whose queries alone are computed."""
+        first = trace.plan.num_prefix
+        key, value = self._streams(normed, 1, 3, rows)
+        (query,) = self._streams(normed[:, :first], 0, 1)
+        bias = logit_bias(relative, trace, x.dtype, first)
+        return x[:, :first] + self.attend(query, key, value, bias, normed[:, :first])
+
+    def _cut_and_attend(
+        self, x: Tensor, normed: Tensor, trace: Trace, table: Any, relative: Tensor | None
+    ) -> tuple[Tensor, Trace]:
+        """A cut that keys and the query of CLS decide: the queries of tokens that are dropped are never computed."""
+        index, reducer = self.vitrim_index, trace.reducer
+        cut = trace.plan.cut(index, "inside")
+        assert cut is not None
+        assert reducer is not None
+        key, value = self._streams(normed, 1, 3, self._rows(table, trace))
+        evidence = self._evidence_of_keys(x, normed, key, trace, relative, self._needs(needed(reducer, cut)))
+        assignment = reducer.assign(evidence, cut.keep)
+        entered, trace = trace, trace.then(index, assignment)
+        kept = assignment.rows(trace.plan.num_prefix)
+        x, normed = take(x, kept), take(normed, kept)
+        (query,) = self._streams(normed, 0, 1, self._rows(table, trace))
+        return x + self.attend(query, key, value, logit_bias(relative, entered, x.dtype, trace), normed), trace
 
     def _cut_whole(
         self, x: Tensor, normed: Tensor, whole: Tensor, trace: Trace, relative: Tensor | None, rows: Any
     ) -> tuple[Tensor, Trace]:
-        """What `forward` does where attention was computed for all tokens: the same cut, which saves no attention."""
+        """The same where attention was computed for all tokens by one call: the cut saves no attention."""
         plan, index, reducer = trace.plan, self.vitrim_index, trace.reducer
         inside = plan.cut(index, "inside")
-        if plan.prefix_only and index == plan.depth - 1:
+        if self._prefix_only(trace):
             return x[:, : plan.num_prefix] + whole[:, : plan.num_prefix], trace
         if inside is None or reducer is None:
             return x + whole, trace
