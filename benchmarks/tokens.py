@@ -18,7 +18,7 @@ from torch import nn
 from finished import Finished, Values
 from vitrim import Budget, ToMe, TopK, arguments, attach, cost
 from vitrim.compression.candidates import first_shapes, power, reducers
-from vitrim.compression.fidelity import Judge
+from vitrim.compression.fidelity import Fidelity
 from vitrim.compression.images import read
 from vitrim.compression.measured_lines import accuracy_lines, fidelity_lines
 from vitrim.data.specs import DataSpec
@@ -56,17 +56,19 @@ def cases(has_cls: bool, depth: int) -> Iterator[tuple[Reducer, Schedule]]:
                 yield reducer, shape
 
 
-def measure(model: nn.Module, judge: Judge, reducer: Reducer, shape: Schedule, budget: float, full: int) -> Values:
+def measure(
+    model: nn.Module, fidelity: Fidelity, reducer: Reducer, shape: Schedule, budget: float, full: int
+) -> Values:
     """One method at one budget; empty where it cannot go so low."""
     try:
         handle = attach(model, reducer, Budget(budget, shape))
     except ScheduleError:
         return {}
     with handle:
-        macs, found = cost(model).macs / full, judge.compare(model)
+        macs, found = cost(model).macs / full, fidelity.compare(model)
     lines = fidelity_lines(found)
-    if judge.right(judge.reference) is not None:
-        lines += accuracy_lines(judge, found, None)
+    if fidelity.right(fidelity.reference) is not None:
+        lines += accuracy_lines(fidelity, found, None)
     values: Values = {"macs": macs}
     for line in lines:
         values |= {line.key: line.value, f"{line.key}_low": line.low, f"{line.key}_high": line.high}
@@ -94,20 +96,20 @@ def main(
     torch.set_num_threads(threads or torch.get_num_threads())
     network = open_model(model, image_size).eval()
     spec = DataSpec(name="folder", root=root, image_size=image_size, workers=0)
-    judge = Judge(network, read(plain_stream(network, spec), test_images, 0), torch.device("cpu"))
-    right, full = judge.right(judge.reference), cost(network).macs
+    fidelity = Fidelity(network, read(plain_stream(network, spec), test_images, 0), torch.device("cpu"))
+    right, full = fidelity.right(fidelity.reference), cost(network).macs
     geometry = find_adapter(network).geometry(network)
     finished = Finished(
-        Path(f"{out}.finished.jsonl"), {"model": model, "root": root, "size": image_size, "images": len(judge)}
+        Path(f"{out}.finished.jsonl"), {"model": model, "root": root, "size": image_size, "images": len(fidelity)}
     )
     rows = []
     for reducer, shape in cases(geometry.num_prefix > 0, geometry.depth):
         for budget in BUDGETS:
             key = {"reducer": render(reducer), "shape": render(shape), "budget": budget}
-            values = finished.measured(partial(measure, network, judge, reducer, shape, budget, full), **key)
+            values = finished.measured(partial(measure, network, fidelity, reducer, shape, budget, full), **key)
             rows += [key | values] if values else []
     notes = [
-        f"{len(judge):,} test images, the same for all rows"
+        f"{len(fidelity):,} test images, the same for all rows"
         + ("." if right is None else f"; the full network has {right.double().mean():.1%} on them."),
         "Intervals of 95 %: divergence by a studentised bootstrap over images, accuracy lost paired by image.",
         *map(partial(closest, rows), BUDGETS),

@@ -16,7 +16,7 @@ from vitrim import ToMe, TopK
 from vitrim.compression import budget, clock, job, search, times_file
 from vitrim.compression.block_times import NANO, BlockTimes, Workbench, kind_of
 from vitrim.compression.clock import Clock, LatencyPrice
-from vitrim.compression.networks import Hollow, Networks
+from vitrim.compression.networks import EmptyNetwork, Networks
 from vitrim.compression.progress import Progress
 from vitrim.errors import UnsupportedModelError
 from vitrim.models import BlockWidths
@@ -135,8 +135,8 @@ def test_candidates_are_corrected_until_the_clock_agrees(factor: float) -> None:
     networks = Networks(network, None, [])
     price = LatencyPrice(table())
     limit = 0.7 * NANO * table().dense
-    judge: Any = [0] * 8
-    one = search.Search(networks, judge, limit, price, tokens=True, progress=Progress(1, print))
+    fidelity: Any = [0] * 8
+    one = search.Search(networks, fidelity, limit, price, tokens=True, progress=Progress(1, print))
     candidate = one.candidate(0, ToMe(), KeepRate(0.02, at=(0, 1)))
     assert candidate is not None
     measured = _Exact(networks, one, 0.7, True, {})
@@ -150,7 +150,7 @@ def test_candidates_are_corrected_until_the_clock_agrees(factor: float) -> None:
 
 
 def test_prices_are_nanoseconds() -> None:
-    network = Hollow(0, empty_copy(small(torch.float32, **TINY)))
+    network = EmptyNetwork(0, empty_copy(small(torch.float32, **TINY)))
     assert LatencyPrice(table())(network, network.plan(None, None), None) < NANO * table().dense
 
 

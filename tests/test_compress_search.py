@@ -10,9 +10,9 @@ from torch import nn
 from elastic_models import images, small
 from vitrim import KeepRate, PowerLaw, ToMe, TopK, attach, cost, stratify
 from vitrim.compression.candidates import Candidate, first_shapes, reducers, stages
-from vitrim.compression.fidelity import Judge
+from vitrim.compression.fidelity import Fidelity
 from vitrim.compression.images import Pictures
-from vitrim.compression.networks import Hollow, Networks, macs_price, params_price
+from vitrim.compression.networks import EmptyNetwork, Networks, macs_price, params_price
 from vitrim.compression.progress import Progress, duration
 from vitrim.compression.search import Search, Tried
 from vitrim.models.foreign_macs import counting_once, empty_copy
@@ -34,9 +34,9 @@ def networks(model: nn.Module) -> Networks:
 
 
 def search_for(networks: Networks, fraction: float, *, judged: int = 24) -> Search:
-    judge = Judge(networks.original, Pictures(images(judged, seed=3, dtype=torch.float32)), torch.device("cpu"))
+    fidelity = Fidelity(networks.original, Pictures(images(judged, seed=3, dtype=torch.float32)), torch.device("cpu"))
     limit = fraction * cost(networks.original).macs
-    return Search(networks, judge, limit, macs_price, tokens=True, progress=Progress(1, lambda line: None))
+    return Search(networks, fidelity, limit, macs_price, tokens=True, progress=Progress(1, lambda line: None))
 
 
 @pytest.mark.parametrize("fraction", [0.85, 0.7])
@@ -45,7 +45,7 @@ def search_for(networks: Networks, fraction: float, *, judged: int = 24) -> Sear
 def test_a_solved_schedule_is_the_weakest_of_all_strengths_that_meets_the_budget(
     model: nn.Module, reducer: Reducer, shape: Schedule, fraction: float
 ) -> None:
-    network, limit = Hollow(0, empty_copy(model)), fraction * cost(model).macs
+    network, limit = EmptyNetwork(0, empty_copy(model)), fraction * cost(model).macs
     with counting_once():
         solved = network.solve(reducer, shape, limit, macs_price)
         prices = {network.macs(network.plan(reducer, shape.scaled(step / 100)), reducer) for step in range(101)}
@@ -75,13 +75,13 @@ def test_every_candidate_costs_what_it_says_and_never_more_than_the_budget(netwo
 def test_the_widest_network_within_a_limit_is_found(networks: Networks) -> None:
     prices = []
     for index in range(0, len(networks)):
-        network = networks.hollow(index)
+        network = networks.empty(index)
         prices.append(network.macs(network.plan(None, None), None))
     for limit in (prices[0], prices[3], prices[3] - 1, prices[-1]):
         assert networks.narrowest_within(limit, macs_price) == next(i for i, p in enumerate(prices) if p <= limit)
     assert networks.narrowest_within(prices[-1] - 1, macs_price) is None
-    assert networks.hollow(2).params == cost(networks.supernet.cut(2)).params  # type: ignore[union-attr]
-    assert params_price(networks.hollow(2), networks.hollow(2).plan(None, None), None) == networks.hollow(2).params
+    assert networks.empty(2).params == cost(networks.supernet.cut(2)).params  # type: ignore[union-attr]
+    assert params_price(networks.empty(2), networks.empty(2).plan(None, None), None) == networks.empty(2).params
 
 
 def test_the_answer_is_that_of_brute_force_over_all_candidates(networks: Networks) -> None:
@@ -96,13 +96,13 @@ def test_the_answer_is_that_of_brute_force_over_all_candidates(networks: Network
     for one in group:
         network = networks.real(one.index)
         with attach(network, one.reduction, cls_only=networks.full.cls_only):
-            means[search.key(one)] = search.judge.compare(network).mean
+            means[search.key(one)] = search.fidelity.compare(network).mean
     best = min(means.values())
     assert ranked[0].mean == pytest.approx(means[search.key(ranked[0].candidate)])
     assert ranked[0].mean <= sorted(means.values())[2], "halving lost the best candidates"
     assert ranked[0].mean >= best
     assert {one.candidate.kind for one in ranked} >= {"tokens", "width"}, "pure answers stay to the end"
-    assert all(one.images == len(search.judge) for one in ranked)
+    assert all(one.images == len(search.fidelity) for one in ranked)
 
 
 def test_the_sampler_proposes_candidates_within_the_budget(networks: Networks) -> None:
@@ -127,7 +127,7 @@ def test_what_cannot_be_reached_is_known_before_the_search(networks: Networks) -
         least = search.least()
         assert least > search.limit
         nearest = Search(
-            networks, search.judge, least, macs_price, tokens=True, progress=Progress(1, lambda line: None)
+            networks, search.fidelity, least, macs_price, tokens=True, progress=Progress(1, lambda line: None)
         )
         found = nearest.candidates()
     assert found

@@ -38,9 +38,9 @@ def tiny(**options: object) -> nn.Module:
 
 def executed(model: nn.Module) -> int:
     """MACs of one image by PyTorch's counter, on a copy without storage, where fused attention is spelled out."""
-    hollow = copy.deepcopy(model).to("meta")
+    empty = copy.deepcopy(model).to("meta")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        hollow(torch.empty(1, 3, 64, 64, device="meta"))
+        empty(torch.empty(1, 3, 64, 64, device="meta"))
     return counter.get_total_flops() // 2
 
 

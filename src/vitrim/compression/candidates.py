@@ -10,7 +10,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from ..errors import VitrimError
 from ..notation import render
 from ..tokens import REDUCERS, SCORES, KeepRate, PowerLaw, Reducer, Reduction, Schedule
-from .networks import Hollow
+from .networks import EmptyNetwork
 
 LEAST_RATE = 0.02
 """Keep rate of the strongest stage-wise cut."""
@@ -107,7 +107,7 @@ def first_shapes(depth: int) -> list[Schedule]:
     return [*map(power, ALPHAS), *stages(depth)[:2]]
 
 
-def can_cut(network: Hollow, reducer: Reducer, shape: Schedule) -> bool:
+def can_cut(network: EmptyNetwork, reducer: Reducer, shape: Schedule) -> bool:
     """Whether the blocks at which this shape cuts give the reducer what it reads."""
     try:
         network.adapter.check_plan(network.model, network.plan(reducer, shape), reducer)

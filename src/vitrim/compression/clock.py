@@ -11,7 +11,7 @@ from ..models import attach
 from ..tokens import Plan, Reducer
 from .block_times import NANO, BlockTimes, Workbench, kind_of
 from .candidates import Candidate
-from .networks import Hollow, Networks
+from .networks import EmptyNetwork, Networks
 from .search import Search, Tried
 from .times_file import circumstances, read_table, write_table
 from .timing import sessions
@@ -32,7 +32,7 @@ class LatencyPrice:
     def __init__(self, table: BlockTimes) -> None:
         self.table = table
 
-    def __call__(self, network: Hollow, plan: Plan, reducer: Reducer | None) -> float:
+    def __call__(self, network: EmptyNetwork, plan: Plan, reducer: Reducer | None) -> float:
         """See `networks.Price`."""
         return NANO * self.table.predict(plan, network.widths, reducer)
 
@@ -122,7 +122,7 @@ class Clock:
             index = self.networks.narrowest_within(limit, price)
             if index is None:
                 return None
-            network = self.networks.hollow(index)
+            network = self.networks.empty(index)
             return replace(candidate, index=index, price=price(network, network.plan(None, None), None))
-        found = self.networks.hollow(candidate.index).solve(candidate.reducer, candidate.shape, limit, price)
+        found = self.networks.empty(candidate.index).solve(candidate.reducer, candidate.shape, limit, price)
         return None if found is None else replace(candidate, schedule=found[0], price=found[1])

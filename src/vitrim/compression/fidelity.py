@@ -40,7 +40,7 @@ class Closeness:
         return None if self.same is None else self.same.double().mean().item()
 
 
-class Judge:
+class Fidelity:
     """Compares models with the given one on the same images.
 
     measure: what the divergence is called.

@@ -23,7 +23,7 @@ from .candidates import Candidate
 from .certificate import Certificate, Line
 from .clock import Clock
 from .compressed import Compressed
-from .fidelity import Judge
+from .fidelity import Fidelity
 from .images import Parts
 from .intervals import of_mean
 from .measured_lines import accuracy_lines, fidelity_lines, time_lines
@@ -63,11 +63,11 @@ class Job:
 
     def run(self, max_drop: float | None = None, *, labelled: bool = False) -> Compressed:
         """Search, measure, and certify; `labelled`: whether the images that nothing has seen have classes."""
-        judge = Judge(self.original, self.parts.judge, self.device)
-        if judge.one_class:
+        fidelity = Fidelity(self.original, self.parts.judge, self.device)
+        if fidelity.one_class:
             self._note("the given model has the same top class for all images, so agreement with it says little")
         networks = Networks(self.original, self._supernet(), self.parts.fit.batches())
-        search, answers = self._searched(networks, judge)
+        search, answers = self._searched(networks, fidelity)
         networks.drop_others({tried.candidate.index for tried in answers.values()})
         best = answers.pop("best").candidate
         model = self._built(networks, best)
@@ -86,15 +86,15 @@ class Job:
         )  # fmt: skip
         return Compressed(model, certificate)
 
-    def _searched(self, networks: Networks, judge: Judge) -> tuple[Search, dict[str, Tried]]:
+    def _searched(self, networks: Networks, fidelity: Fidelity) -> tuple[Search, dict[str, Tried]]:
         """The search, and its answers: the best candidate, and the best ones of one kind."""
         with counting_once():
-            search = self.search(networks, judge)
+            search = self.search(networks, fidelity)
             first = search.candidates()
             if not first:
                 raise VitrimError("nothing in this model can be reduced for this budget; allow more with using=")
             each = sum(map(search.units, first)) / len(first)
-            self.progress.total += planned_work(len(first), each, len(judge))
+            self.progress.total += planned_work(len(first), each, len(fidelity))
             self.progress.total += fit_units(len(self.parts.fit)) * len({one.index for one in first} - {0})
             ranked = search.run(self.request.trials, first)
             if self.request.goal.kind == "latency":
@@ -122,10 +122,10 @@ class Job:
         """What times depend on."""
         return {**self._timing, "device": self.device.type, "threads": torch.get_num_threads()}
 
-    def search(self, networks: Networks, judge: Judge) -> Search:
+    def search(self, networks: Networks, fidelity: Fidelity) -> Search:
         """The search for the budget, or for the nearest one that can be reached."""
         tokens = "tokens" in self.request.using
-        search = Search(networks, judge, self.asked, self.price, tokens=tokens, progress=self.progress)
+        search = Search(networks, fidelity, self.asked, self.price, tokens=tokens, progress=self.progress)
         if (least := search.least()) <= self.asked:
             return search
         given = self.asked / self.request.goal.most if self.request.goal.fraction else None
@@ -136,7 +136,7 @@ class Job:
             + ("" if given is None else f" ({least / given:.3f} of the given model)")
             + f", of which {fixed / unit:,.{digits}f} lie outside of the blocks (patch embedding, classifier)"
         )
-        return Search(networks, judge, least, self.price, tokens=tokens, progress=self.progress)
+        return Search(networks, fidelity, least, self.price, tokens=tokens, progress=self.progress)
 
     def _supernet(self) -> SuperNet | None:
         if "width" not in self.request.using:
@@ -193,19 +193,19 @@ class Job:
             Line("params", spent.params, asked=self.asked if goal == "params" else None, of=given.params),
         ]
         self.progress.line(f"measuring the answer on {len(self.parts.unseen)} images that the search has not seen")
-        judge = Judge(self.original, self.parts.unseen, self.device)
-        best = judge.compare(model)
+        fidelity = Fidelity(self.original, self.parts.unseen, self.device)
+        best = fidelity.compare(model)
         lines += fidelity_lines(best)
         for kind, build in others.items():
-            difference = of_mean((best.divergence - judge.compare(build()).divergence).numpy())
-            lines.append(Line.of_interval(f"over_{kind}", difference, number=len(judge)))
+            difference = of_mean((best.divergence - fidelity.compare(build()).divergence).numpy())
+            lines.append(Line.of_interval(f"over_{kind}", difference, number=len(fidelity)))
         if labelled:
-            lines += accuracy_lines(judge, best, max_drop)
+            lines += accuracy_lines(fidelity, best, max_drop)
         self.progress.line("measuring the time of the answer in fresh rounds")
         return [*lines, *time_lines(sessions(self.original, model, **self._timing), self.request.goal)]
 
     def _row(self, tried: Tried, search: Search) -> dict[str, Any]:
-        candidate, network = tried.candidate, search.networks.hollow(tried.candidate.index)
+        candidate, network = tried.candidate, search.networks.empty(tried.candidate.index)
         width = network.macs(network.plan(None, None), None) / search.full
         return {
             "kind": candidate.kind, "reduction": str(candidate), "share": candidate.share, "width_macs": width,

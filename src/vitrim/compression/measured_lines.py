@@ -2,7 +2,7 @@
 
 from ..errors import VitrimError
 from .certificate import Line
-from .fidelity import Closeness, Judge
+from .fidelity import Closeness, Fidelity
 from .goal import Goal
 from .intervals import of_drop, of_mean, of_share
 from .timing import milliseconds, time_ratio
@@ -29,14 +29,14 @@ def fidelity_lines(found: Closeness) -> list[Line]:
     return lines
 
 
-def accuracy_lines(judge: Judge, found: Closeness, max_drop: float | None) -> list[Line]:
+def accuracy_lines(fidelity: Fidelity, found: Closeness, max_drop: float | None) -> list[Line]:
     """Accuracy, and how much of it is lost, on images with classes."""
-    before, after = judge.right(judge.reference), judge.right(found.outputs)
+    before, after = fidelity.right(fidelity.reference), fidelity.right(found.outputs)
     if before is None or after is None:
         raise VitrimError("this model has no classifier, so it has no accuracy; leave val out")
-    share = of_share(int(after.sum()), len(judge))
+    share = of_share(int(after.sum()), len(fidelity))
     drop = of_drop(before.numpy(), after.numpy())
     return [
-        Line.of_interval("accuracy", share, of=before.double().mean().item(), number=len(judge)),
-        Line.of_interval("drop", drop, asked=max_drop, number=len(judge)),
+        Line.of_interval("accuracy", share, of=before.double().mean().item(), number=len(fidelity)),
+        Line.of_interval("drop", drop, asked=max_drop, number=len(fidelity)),
     ]

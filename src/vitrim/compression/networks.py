@@ -23,11 +23,11 @@ from ..models.adapter import Adapter, Geometry
 from ..models.foreign_macs import empty_copy, num_parameters
 from ..tokens import Budget, Plan, Reducer, Schedule, make_plan
 
-Price = Callable[["Hollow", Plan, Reducer | None], float]
+Price = Callable[["EmptyNetwork", Plan, Reducer | None], float]
 """What one image costs in a network under a plan, in any unit in which 1 is negligible."""
 
 
-class Hollow:
+class EmptyNetwork:
     """A network of one width without weights.
 
     index: in the chain; 0 is the full width. cls_only: whether the last block computes prefix tokens alone.
@@ -98,21 +98,21 @@ class Networks:
 
     def __init__(self, original: nn.Module, supernet: SuperNet | None, fit: list[Tensor]) -> None:
         self.original, self.supernet, self.fit = original, supernet, fit
-        self.full = Hollow(0, empty_copy(original))
-        self._hollow: dict[int, Hollow] = {0: self.full}
+        self.full = EmptyNetwork(0, empty_copy(original))
+        self._empty: dict[int, EmptyNetwork] = {0: self.full}
         self._real: dict[int, nn.Module] = {}
 
     def __len__(self) -> int:
         return 1 if self.supernet is None else len(self.supernet.chain)
 
-    def hollow(self, index: int) -> Hollow:
+    def empty(self, index: int) -> EmptyNetwork:
         """Network `index` without weights."""
-        if index not in self._hollow:
+        if index not in self._empty:
             assert self.supernet is not None
             model = empty_copy(self.supernet.model)
             narrow(model, self.supernet.chain.widths(index))
-            self._hollow[index] = Hollow(index, model)
-        return self._hollow[index]
+            self._empty[index] = EmptyNetwork(index, model)
+        return self._empty[index]
 
     def real(self, index: int) -> nn.Module:
         """Network `index` in eval mode, fitted to the given model; the same object at every call."""
@@ -138,7 +138,7 @@ class Networks:
         """The largest network that meets a limit by its width alone; None where not even the smallest does."""
 
         def meets(index: int) -> bool:
-            network = self.hollow(index)
+            network = self.empty(index)
             return price(network, network.plan(None, None), None) <= limit
 
         if not meets(len(self) - 1):
@@ -166,12 +166,12 @@ def _rounded(schedule: Schedule, same: Callable[[Schedule], bool]) -> Schedule:
     return schedule
 
 
-def macs_price(network: Hollow, plan: Plan, reducer: Reducer | None) -> float:
+def macs_price(network: EmptyNetwork, plan: Plan, reducer: Reducer | None) -> float:
     """MACs of one image."""
     return network.macs(plan, reducer)
 
 
-def params_price(network: Hollow, plan: Plan, reducer: Reducer | None) -> float:
+def params_price(network: EmptyNetwork, plan: Plan, reducer: Reducer | None) -> float:
     """Parameters."""
     return network.params
 

@@ -13,7 +13,7 @@ from ..models import attach
 from ..notation import render
 from ..tokens import Plan, Reducer, Schedule
 from .candidates import Candidate, can_cut, first_shapes, reducers
-from .fidelity import Closeness, Judge, joined
+from .fidelity import Closeness, Fidelity, joined
 from .networks import Networks, Price
 from .progress import Progress
 from .sampler_space import SHARES, Space
@@ -58,7 +58,7 @@ class Search:
 
     Args:
         networks: of every width.
-        judge: compares candidates with the given model.
+        fidelity: compares candidates with the given model.
         limit: the budget, in units of `price`.
         price: what the budget counts.
         tokens: whether tokens may be removed.
@@ -66,9 +66,9 @@ class Search:
     """
 
     def __init__(
-        self, networks: Networks, judge: Judge, limit: float, price: Price, *, tokens: bool, progress: Progress
+        self, networks: Networks, fidelity: Fidelity, limit: float, price: Price, *, tokens: bool, progress: Progress
     ) -> None:
-        self.networks, self.judge, self.limit, self.price, self.progress = networks, judge, limit, price, progress
+        self.networks, self.fidelity, self.limit, self.price, self.progress = networks, fidelity, limit, price, progress
         self.tokens = tokens
         self.full = networks.full.macs(networks.full.plan(None, None), None)
         self.reducers = reducers(networks.full.geometry.has_cls) if tokens else []
@@ -89,7 +89,7 @@ class Search:
         """The smallest price that some candidate can have."""
         if self.narrowest is not None:
             return self._dense(self.narrowest)
-        network = self.networks.hollow(len(self.networks) - 1)
+        network = self.networks.empty(len(self.networks) - 1)
         prices = [self._dense(network.index)]
         for reducer in self.reducers:
             for shape in first_shapes(network.geometry.depth):
@@ -98,7 +98,7 @@ class Search:
         return min(prices)
 
     def _dense(self, index: int) -> float:
-        network = self.networks.hollow(index)
+        network = self.networks.empty(index)
         return self.price(network, network.plan(None, None), None)
 
     def candidates(self) -> list[Candidate]:
@@ -121,14 +121,14 @@ class Search:
     def candidate(self, step: int, reducer: Reducer, shape: Schedule) -> Candidate | None:
         """A candidate with its schedule solved; None where it cannot meet the budget."""
         index = self.width_at(step)
-        if not can_cut(self.networks.hollow(index), reducer, shape):
+        if not can_cut(self.networks.empty(index), reducer, shape):
             return None
-        solved = self.networks.hollow(index).solve(reducer, shape, self.limit, self.price)
+        solved = self.networks.empty(index).solve(reducer, shape, self.limit, self.price)
         return None if solved is None else Candidate(index, step / SHARES, solved[1], reducer, solved[0], shape)
 
     def key(self, candidate: Candidate) -> Key:
         """Equal for candidates that do the same."""
-        plan = self.networks.hollow(candidate.index).plan(candidate.reducer, candidate.schedule)
+        plan = self.networks.empty(candidate.index).plan(candidate.reducer, candidate.schedule)
         return candidate.index, candidate.reducer, plan
 
     def _dense_candidate(self, index: int, step: int) -> Candidate:
@@ -147,23 +147,23 @@ class Search:
             if len(present) <= LAST:
                 break
             present = self._judged(
-                present, max(8, len(self.judge) // part), f"round {number}, {len(present)} candidates"
+                present, max(8, len(self.fidelity) // part), f"round {number}, {len(present)} candidates"
             )
             if number == len(ROUNDS):
                 present = self._sampled(present, trials, present[0].images)
             present = self._best(present, max(LAST, len(present) // stay) if number < len(ROUNDS) else LAST)
-        return self._judged(present, len(self.judge), f"last round, {len(present)} candidates")
+        return self._judged(present, len(self.fidelity), f"last round, {len(present)} candidates")
 
     def _judged(self, group: list[Tried], images: int, what: str) -> list[Tried]:
         """These candidates, best first, after each has seen so many images."""
-        self.progress.line(f"{what}, {min(images, len(self.judge))} images")
+        self.progress.line(f"{what}, {min(images, len(self.fidelity))} images")
         # Candidates of one width follow each other, so that a network is fitted when it is needed first.
         for tried in sorted(group, key=lambda one: one.candidate.index):
             self._see(tried, images, what)
         return sorted(group, key=lambda one: one.mean)
 
     def _see(self, tried: Tried, images: int, what: str) -> None:
-        start, stop = tried.images, min(images, len(self.judge))
+        start, stop = tried.images, min(images, len(self.fidelity))
         if start >= stop:
             return
         fitted = self.networks.is_fitted(tried.candidate.index)
@@ -171,12 +171,12 @@ class Search:
         if not fitted:
             self.progress.add(fit_units(sum(map(len, self.networks.fit))), "fitting a narrower network")
         with attach(network, tried.candidate.reduction, cls_only=self.networks.full.cls_only):
-            tried.parts.append(self.judge.compare(network, start, stop))
+            tried.parts.append(self.fidelity.compare(network, start, stop))
         self.progress.add((stop - start) * self.units(tried.candidate), what)
 
     def units(self, candidate: Candidate) -> float:
         """Work of one image, in images of the given model."""
-        network = self.networks.hollow(candidate.index)
+        network = self.networks.empty(candidate.index)
         return network.macs(network.plan(candidate.reducer, candidate.schedule), candidate.reducer) / self.full
 
     def _best(self, ranked: Sequence[Tried], number: int) -> list[Tried]:

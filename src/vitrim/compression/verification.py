@@ -20,7 +20,7 @@ from ..models.foreign_macs import num_parameters
 from ..models.rebuild import rebuild
 from ..models.shapes_only import shapes_only
 from .certificate import FORMS, Certificate, Line, row_of
-from .fidelity import Judge
+from .fidelity import Fidelity
 from .images import Pictures
 from .measured_lines import accuracy_lines, fidelity_lines, time_lines
 from .timing import sessions
@@ -177,10 +177,10 @@ def _counted(model: nn.Module, certificate: Certificate) -> list[Line]:
 
 
 def _compared(model: nn.Module, original: nn.Module, images: Pictures, device: torch.device) -> list[Line]:
-    judge = Judge(original, images, device)
-    found = judge.compare(model)
+    fidelity = Fidelity(original, images, device)
+    found = fidelity.compare(model)
     lines = fidelity_lines(found)
-    return lines if judge.right(found.outputs) is None else [*lines, *accuracy_lines(judge, found, None)]
+    return lines if fidelity.right(found.outputs) is None else [*lines, *accuracy_lines(fidelity, found, None)]
 
 
 def _timed(original: nn.Module, model: nn.Module, settings: Mapping[str, Any], device: torch.device) -> list[Line]:

@@ -25,12 +25,12 @@ def idle_parameters(model: nn.Module, wanted: Wanted, reads: Collection[str]) ->
     memo: dict[int, Any] = {id(buffer): buffer.to("meta") for buffer in model.buffers()}
     for parameter in model.parameters():
         memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
-    hollow = copy.deepcopy(model, memo).train()
-    learnt = {name: parameter for name, parameter in hollow.named_parameters() if parameter.requires_grad}
+    empty = copy.deepcopy(model, memo).train()
+    learnt = {name: parameter for name, parameter in empty.named_parameters() if parameter.requires_grad}
     dtype = next(model.parameters()).dtype
     with torch.enable_grad():
         images = torch.empty(2, *adapter.input_format(model).size, device="meta", dtype=dtype)
-        found = adapter.outputs(hollow, images, wanted)
+        found = adapter.outputs(empty, images, wanted)
         read = [found[name].sum() for name in reads if name in found and found[name].requires_grad]
     reached = torch.autograd.grad(read, list(learnt.values()), allow_unused=True) if read else [None] * len(learnt)
     return [name for name, gradient in zip(learnt, reached, strict=True) if gradient is None]

@@ -91,10 +91,10 @@ def counted(module: nn.Module, *shapes: Sequence[int]) -> Macs:
     # PyTorch's tracker of modules hooks every call of every module in the process, those of other threads too.
     counter.mod_tracker = _NoTracker()  # pyright: ignore[reportAttributeAccessIssue]
     try:
-        hollow = empty_copy(module)
-        dtype = next((p.dtype for p in hollow.parameters() if p.is_floating_point()), torch.get_default_dtype())
+        empty = empty_copy(module)
+        dtype = next((p.dtype for p in empty.parameters() if p.is_floating_point()), torch.get_default_dtype())
         with torch.no_grad(), counter:
-            hollow(*(torch.empty(tuple(shape), device="meta", dtype=dtype) for shape in shapes))
+            empty(*(torch.empty(tuple(shape), device="meta", dtype=dtype) for shape in shapes))
     except Exception as error:  # Foreign code may raise anything where tensors hold no values.
         reason = str(error).strip().partition("\n")[0][:200]
         raise UncountableError(
