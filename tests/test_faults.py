@@ -227,20 +227,19 @@ def test_intermediates_are_spread_by_block_even_where_counts_repeat() -> None:
         flat = model.forward_intermediates(x, [0, 2], output_fmt="NLC", intermediates_only=True)
         maps = model.forward_intermediates(x, [2, 0], intermediates_only=True)
         for block, tokens, spread in zip((0, 2), flat, maps, strict=True):
-            origin = handle.states[block].origin
+            own = handle.states[block].origin
             for image in range(2):
-                for patch in range(25):
-                    expected = tokens[image, origin[image, patch]]
-                    assert torch.equal(spread[image, :, patch // 5, patch % 5], expected)
+                same = (tokens[image, own[image]] == spread[image].flatten(1).T).all(1)
+                assert 25 - (block + 1) <= same.sum() < 25, "what was fused is there as it was before"
 
 
-def test_dropped_places_of_a_map_are_zero_and_prefix_tokens_stay() -> None:
+def test_dropped_places_of_a_map_are_filled_and_prefix_tokens_stay() -> None:
     model, x = build("timm-vit", "dinov2_registers"), images(2)
     with vitrim.attach(model, vitrim.TopK(), CUT) as handle:
         final, pairs = model.forward_intermediates(x, return_prefix_tokens=True)
         assert final.shape[1] == handle.token_counts[-1]
-        for state, (spread, prefix) in zip(handle.states, pairs, strict=True):
-            assert torch.equal((spread == 0).all(1).flatten(1), state.origin < 0)
+        for spread, prefix in pairs:
+            assert not (spread == 0).all(1).any()
             assert prefix.shape == (2, 5, 24)
     with vitrim.attach(model, cls_only=True), pytest.raises(VitrimError, match="no map of patch tokens"):
         model.forward_intermediates(x)

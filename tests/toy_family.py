@@ -153,6 +153,9 @@ class ToyFamily(Adapter):
     def grid(self, model: Any, image_size: Sequence[int]) -> tuple[int, int]:
         return model.side, model.side
 
+    def final_norm(self, model: Any) -> nn.Module:
+        return model.final_norm
+
     def reduced_class(self, module: nn.Module) -> type[nn.Module]:
         return {Layer: ReducedLayer, ToyViT: ReducedToyViT}[type(module)]
 

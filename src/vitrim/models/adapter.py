@@ -147,6 +147,10 @@ class Adapter:
         """
         return None
 
+    def final_norm(self, model: nn.Module) -> nn.Module | None:
+        """The norm of all tokens after the last block; None where there is none."""
+        raise UnsupportedModelError(f"the tokens of this {type(model).__name__} cannot be restored")
+
     def check_plan(self, model: nn.Module, plan: Plan, reducer: Reducer) -> None:
         """Raise `ScoreError` if a block where the plan cuts cannot supply what the reducer reads."""
         attention, blocks = next(iter(self.branches_of(model)), ""), self.blocks(model)

@@ -6,7 +6,7 @@ from numbers import Real
 from types import TracebackType
 from typing import Any, NoReturn
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import UnsupportedModelError, VitrimError
 from ..text import short
@@ -19,6 +19,7 @@ from .exchange import Exchange, reduced_blocks
 from .finding import find_adapter, needs_all_tokens
 from .forward_pass import CHANGED
 from .padded import PaddedTrace
+from .places import state_after, trace_behind
 from .policy import Policy
 from .trace import Trace
 from .wrapped import check_is_model
@@ -80,9 +81,60 @@ class Handle:
 
     @property
     def states(self) -> list[TokenState]:
-        """One `TokenState` for each block, of the latest forward pass; to look at, nothing is computed from it."""
+        """One `TokenState` for each block, of the latest forward pass of any thread; see `state_of`."""
         trace = self.last_trace()
-        return [trace.state(block) for block in range(self.geometry.depth)]
+        return [state_after(self.adapter, self.model, trace, block) for block in range(self.geometry.depth)]
+
+    @property
+    def origin(self) -> Tensor:
+        """`state.origin` (B, N) after the last block of the latest forward pass of any thread; see `state_of`."""
+        return self.states[-1].origin
+
+    @property
+    def positions(self) -> Tensor:
+        """`state.positions` (B, M, 2) after the last block of the latest forward pass of any thread; see `state_of`."""
+        return self.states[-1].positions
+
+    @property
+    def restorable(self) -> bool:
+        """Whether forward passes keep the values of dropped tokens, for `restore`; may be set."""
+        return self.policy.restorable
+
+    @restorable.setter
+    def restorable(self, on: bool) -> None:
+        self.policy.restorable = on
+
+    def state_of(self, tokens: Tensor) -> TokenState:
+        """What became of the input patches in the forward pass that these tokens come from.
+
+        Args:
+            tokens: (B, P + M, C), as the model returned them: what `forward_features` of timm gives, or
+                `last_hidden_state` and the members of `hidden_states` of transformers.
+
+        Raises:
+            VitrimError: it is not known from which forward pass they come, as with a slice, a cast or a copy.
+        """
+        trace = trace_behind(tokens)
+        return state_after(self.adapter, self.model, trace, trace.block)
+
+    def restore(self, tokens: Tensor) -> Tensor:
+        """All patches again, at their places: (B, P + N, C), prefix tokens first.
+
+        A patch that is left has its present value, a merged one that of its common token. A dropped or fused patch has
+        the value with which it was removed, after the last norm where these tokens have passed it: what entered the
+        block that dropped it, or what its attention made of that where it was computed. With `restorable` the forward
+        pass keeps these values as long as its tokens exist, which takes as much memory as the tokens before every cut;
+        merging alone (`ToMe`) needs none.
+
+        Args:
+            tokens: as in `state_of`.
+
+        Raises:
+            VitrimError: as in `state_of`; or tokens were dropped without `restorable`.
+        """
+        trace = trace_behind(tokens)
+        norms = trace.normed if isinstance(trace, Trace) else trace.traces[0].normed
+        return trace.restored(tokens, self.adapter.final_norm(self.model) if norms else None)
 
     def plan(self, num_patches: int | None = None, training: bool | None = None) -> Plan:
         """The cuts for so many patch tokens (default: what the model's own input size gives), in this mode.
@@ -197,6 +249,7 @@ def attach(
     curriculum: Curriculum | None = None,
     phase: Phase = "both",
     cls_only: bool = False,
+    restorable: bool = False,
 ) -> Handle:
     """Make the model reduce its tokens, in place, until `handle.remove()`.
 
@@ -210,6 +263,7 @@ def attach(
         phase: reduce in "train", "eval" or "both" modes of the model.
         cls_only: let the last block compute only prefix tokens. Logits stay the same; features of patch tokens
             are no longer returned. Only for heads that read only CLS.
+        restorable: keep the values of dropped tokens, for `handle.restore`.
 
     Returns:
         A `Handle`, not a model: go on using `model`.
@@ -235,6 +289,7 @@ def attach(
     elif schedule is not None or curriculum is not None:
         raise VitrimError("schedule and curriculum go with a reducer; a Reduction holds its own")
     handle = Handle(model, reducer, cls_only)
+    handle.restorable = restorable
     handle.install()
     return handle
 

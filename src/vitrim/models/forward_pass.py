@@ -6,6 +6,7 @@ is ever taken from another pass or thread.
 """
 
 import threading
+from dataclasses import replace
 from typing import Self
 
 import torch
@@ -30,18 +31,29 @@ class Call:
 
     policy: of the model that is called.
     expected: patch tokens that its images give; None: not known.
+    image_size: (height, width) of its images; None: not known.
+    restorable: whether the values of dropped tokens are kept, so that they can be restored.
     trace: of the tokens that have left the latest block.
     started: forward passes through the blocks begun so far. With more than one, `trace` says nothing certain.
     """
 
-    def __init__(self, policy: Policy, expected: int | None = None) -> None:
-        self.policy, self.expected = policy, expected
+    def __init__(
+        self,
+        policy: Policy,
+        expected: int | None = None,
+        image_size: tuple[int, int] | None = None,
+        restorable: bool = False,
+    ) -> None:
+        self.policy, self.expected, self.image_size = policy, expected, image_size
+        self.restorable = restorable or policy.restorable
         self.trace: Trace | None = None
         self.started = 0
         self._outer: Call | None = None
 
     def __enter__(self) -> Self:
-        self._outer = _thread.inside
+        outer = self._outer = _thread.inside
+        if outer is not None and outer.policy is self.policy:
+            self.restorable |= outer.restorable
         _thread.inside = self
         return self
 
@@ -74,6 +86,7 @@ def arrive(policy: Policy, block: int, x_BTC: Tensor, training: bool) -> Trace:
             return known
         trace = policy.start(x_BTC, training, None if call is None else call.expected)
         if call is not None:
+            trace = replace(trace, image_size=call.image_size, restorable=call.restorable)
             call.started += 1
     elif known is not None:
         trace = known
@@ -110,7 +123,8 @@ def finish(policy: Policy, x_BTC: Tensor, *, whole: bool = True) -> Tensor:
         return x_BTC
     if call.trace is None or (whole and call.trace.block != policy.geometry.depth - 1):
         raise VitrimError(CHANGED)
-    mark(x_BTC, call.trace)
+    before = trace_of(x_BTC)  # Without a last norm, these are the tokens that the last block gave.
+    mark(x_BTC, replace(call.trace, normed=before is None or before.normed))
     return x_BTC
 
 

@@ -5,17 +5,17 @@ padded again. Every length is one pass through the blocks: batches of few differ
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import VitrimError
 from ..tokens import TokenState
 from .trace import Trace
 
-_GROUPS = "vitrim_groups"
+_TRACE = "vitrim_padded_trace"
 
 
 @dataclass(frozen=True)
@@ -23,11 +23,13 @@ class Group:
     """Images of one batch that have the same number of patches.
 
     rows: their indices in the batch. length: patches of each. tokens: what was computed of them, (b, T, C).
+    coordinates: row and column of each patch, (b, N, 2).
     """
 
     rows: tuple[int, ...]
     length: int
     tokens: Tensor
+    coordinates: Tensor
 
     def part(self, value: Tensor) -> Tensor:
         """Their rows of a tensor (B, N, ...), without padding."""
@@ -72,30 +74,59 @@ def valid_of(groups: Sequence[Group], num_prefix: int) -> Tensor:
     return joined(groups, ones)
 
 
-def mark_groups(x_BTC: Tensor, groups: Sequence[Group]) -> Tensor:
-    """Send the groups along with the padded tokens that were made of them."""
-    setattr(x_BTC, _GROUPS, tuple(groups))
-    return x_BTC
-
-
-def groups_of(x_BTC: Tensor) -> tuple[Group, ...] | None:
-    """The groups that these padded tokens were made of; None if they have none, as after `clone()` or a cast."""
-    return getattr(x_BTC, _GROUPS, None)
-
-
 @dataclass(frozen=True)
 class PaddedTrace:
-    """What one forward pass has done to a padded batch: the trace of each group."""
+    """What one forward pass has done to a padded batch: the trace of each group.
+
+    num_patches: of an image with its padding.
+    """
 
     groups: tuple[Group, ...]
     traces: tuple[Trace, ...]
     num_patches: int
 
+    @property
+    def block(self) -> int:
+        """The last block that the tokens have left."""
+        return self.traces[0].block
+
     def state(self, block: int | None = None) -> TokenState:
         """Where the patches are after `block`: padding counts as dropped (-1), slots without a token have size 0."""
         states = [trace.state(block) for trace in self.traces]
-        origin = joined(self.groups, [state.origin for state in states], fill=-1)
-        origin = F.pad(origin, (0, self.num_patches - origin.shape[1]), value=-1)
+        origin = self._padded(joined(self.groups, [state.origin for state in states], fill=-1), -1)
         scores = [state.score for state in states if state.score is not None]
         score = joined(self.groups, scores) if len(scores) == len(states) else None
-        return TokenState(origin, joined(self.groups, [state.size for state in states]), score)
+        size = joined(self.groups, [state.size for state in states])
+        return TokenState(origin, size, score, self._coordinates())
+
+    def restored(self, x_BTC: Tensor, norm: nn.Module | None = None) -> Tensor:
+        """All input patches in their original order, zero where padding is, (B, P + N, C); see `Trace.restored`."""
+        parts = [
+            trace.restored(x_BTC[list(group.rows), : group.tokens.shape[1]], norm)
+            for group, trace in zip(self.groups, self.traces, strict=True)
+        ]
+        return self._padded(joined(self.groups, parts), extra=self.traces[0].plan.num_prefix)
+
+    def summary(self) -> "PaddedTrace":
+        """The same without what only later computations need, so that nothing large is kept."""
+        groups = [replace(group, tokens=group.tokens.new_empty(0)) for group in self.groups]
+        return PaddedTrace(tuple(groups), tuple(trace.summary() for trace in self.traces), self.num_patches)
+
+    def _coordinates(self) -> Tensor | None:
+        if any(trace.plan.num_patches != group.length for group, trace in zip(self.groups, self.traces, strict=True)):
+            return None  # Some were dropped before the first block.
+        return self._padded(joined(self.groups, [group.coordinates for group in self.groups]))
+
+    def _padded(self, x_BN: Tensor, fill: float = 0, extra: int = 0) -> Tensor:
+        return F.pad(x_BN, (0, 0) * (x_BN.ndim - 2) + (0, self.num_patches + extra - x_BN.shape[1]), value=fill)
+
+
+def mark_padded(x_BTC: Tensor, trace: PaddedTrace) -> Tensor:
+    """Send the trace along with the padded tokens."""
+    setattr(x_BTC, _TRACE, trace)
+    return x_BTC
+
+
+def padded_trace_of(x_BTC: Tensor) -> PaddedTrace | None:
+    """The trace of these padded tokens; None if they have none, as after `clone()` or a cast."""
+    return getattr(x_BTC, _TRACE, None)

@@ -41,6 +41,8 @@ class Policy:
         """What the score has learnt from training steps; None where it learns nothing."""
         self.last: Trace | PaddedTrace | None = None
         """Of the latest forward pass, for the user to look at. Nothing is computed from it."""
+        self.restorable = False
+        """Whether the values of dropped tokens are kept, so that they can be restored."""
         self._origin: weakref.ref[Policy] | None = None
         self._moved = False
         self.fit(model, adapter)
@@ -135,7 +137,10 @@ class Policy:
         gradients = self.gradients.known() if self.gradients is not None and plan.cuts else None
         reducer = self.reduction.reducer if self.reduction else None
         positions = g.rotary or g.relative
-        return Trace(plan, reducer, x_BTC.shape[0], x_BTC.device, positions=positions, gradients=gradients)
+        return Trace(
+            plan, reducer, x_BTC.shape[0], x_BTC.device, positions=positions, restorable=self.restorable,
+            gradients=gradients,
+        )  # fmt: skip
 
     def show(self, trace: Trace) -> None:
         """Keep this trace for the user to look at."""

@@ -123,7 +123,7 @@ class ReducedBlock(BlockSteps):
         key, value = self._streams(normed, 1, 3, self._rows(table, trace))
         evidence = self._evidence_of_keys(x, normed, key, trace, relative, self._needs(needed(reducer, cut)))
         assignment = reducer.assign(evidence, cut.keep)
-        entered, trace = trace, trace.then(index, assignment)
+        entered, trace = trace, trace.then(index, assignment, x)
         kept = assignment.rows(trace.plan.num_prefix)
         x, normed = take(x, kept), take(normed, kept)
         (query,) = self._streams(normed, 0, 1, self._rows(table, trace))
@@ -144,7 +144,7 @@ class ReducedBlock(BlockSteps):
             evidence = self._evidence_by_parts(x, normed, trace, relative, needs, rows)
             assignment = reducer.assign(evidence, inside.keep)
             kept = assignment.rows(plan.num_prefix)
-            return take(x, kept) + take(whole, kept), trace.then(index, assignment)
+            return take(x, kept) + take(whole, kept), trace.then(index, assignment, x)
         x = x + whole
         evidence = self._evidence_by_parts(x, normed, trace, relative, needs, rows)
         return self._carry_out(reducer.assign(evidence, inside.keep), x, trace)

@@ -24,9 +24,10 @@ class ReducedModel(Reduced):
         policy = self.vitrim_policy
         return policy.entering[self.training] if policy.geometry.fixed_size else None
 
-    def open_call(self, images: Any) -> Call:
+    def open_call(self, images: Any, *, restorable: bool = False) -> Call:
         """A call of this model on these images, to run inside: `with self.open_call(images): ...`."""
-        return Call(self.vitrim_policy, self.expected_patches(images))
+        size = tuple(images.shape[-2:]) if getattr(images, "ndim", 0) == 4 else None
+        return Call(self.vitrim_policy, self.expected_patches(images), size, restorable)
 
     @while_attached
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor, nn
 
+from ..errors import VitrimError
 from ..tokens import Assignment, Plan, Reducer, TokenState
 
 _TRACE = "vitrim_trace"
@@ -21,7 +22,11 @@ class Trace:
     positions: whether blocks use the places of tokens (rotary or relative positions), so that these are followed.
     place_BN: index of the input token at whose place each patch token is, None while each is at its own.
     score_BN: the scores that the next cut may use again, None if there are none.
-    parked: where tokens return later, the whole sequence before each cut; None for a merge, which needs no copy.
+    parked: where tokens return later or are restored, the whole sequence before each cut; None for a merge, which needs
+        no copy.
+    restorable: whether `parked` is kept after the blocks, for `restored`.
+    normed: whether the tokens have passed the last norm of the model.
+    image_size: (height, width) of the images; None where it is not known.
     gradients: mean squared gradients by block, see `GradientMemory`; None unless the score reads them.
     """
 
@@ -36,6 +41,9 @@ class Trace:
     place_BN: Tensor | None = None
     score_BN: Tensor | None = None
     parked: tuple[Tensor | None, ...] = ()
+    restorable: bool = False
+    normed: bool = False
+    image_size: tuple[int, int] | None = None
     gradients: Mapping[int, Tensor] | None = None
 
     def then(self, block: int, assignment: Assignment, before_BTC: Tensor | None = None) -> "Trace":
@@ -55,7 +63,7 @@ class Trace:
         # The weights of a fused token hold the graph of the whole pass, which must not outlive it.
         assignments = (*self.assignments, (block, assignment.detach()))
         parked = self.parked
-        if self.plan.reinstate is not None:
+        if self.plan.reinstate is not None or self.restorable:
             parked = (*parked, None if assignment.merges else before_BTC)
         return replace(self, assignments=assignments, size_BN=size, place_BN=place, score_BN=score, parked=parked)
 
@@ -63,7 +71,43 @@ class Trace:
         """All tokens in their original order, (B, P + N, C), and the trace from there on."""
         for (_, assignment), before_BTC in zip(reversed(self.assignments), reversed(self.parked), strict=True):
             x_BTC = assignment.undo(x_BTC, before_BTC, self.plan.num_prefix)
-        return x_BTC, replace(self, size_BN=None, place_BN=None, score_BN=None, parked=())
+        parked = self.parked if self.restorable else ()
+        return x_BTC, replace(self, size_BN=None, place_BN=None, score_BN=None, parked=parked)
+
+    def restored(self, x_BTC: Tensor, norm: nn.Module | None = None, num_prefix: int | None = None) -> Tensor:
+        """All input patches in their original order, (B, P + N, C), of tokens that have left `block`.
+
+        Survivors have their present values, merged patches those of their common token; dropped and fused ones those
+        that they had when they were removed, after `norm`.
+
+        Args:
+            x_BTC: the tokens.
+            norm: what they have passed since they left the block.
+            num_prefix: prefix tokens among them; by default as many as the model has.
+
+        Raises:
+            VitrimError: other tokens, or dropped ones whose values were not kept.
+        """
+        first = self.plan.num_prefix if num_prefix is None else num_prefix
+        if self.plan.prefix_only and self.block == self.plan.depth - 1:
+            raise VitrimError("cls_only computes no patch tokens that could be restored; attach again without it")
+        cuts = self.cuts(self.block)
+        here = cuts[-1].num_out if cuts else self.plan.num_patches
+        if x_BTC.shape[:2] != (self.num_images, first + here):
+            raise VitrimError(
+                f"{x_BTC.shape[0]} x {x_BTC.shape[1]} tokens, but the pass has left {self.num_images} x {first + here}"
+            )
+        parked = self.parked or (None,) * len(cuts)
+        for assignment, before_BTC in reversed(list(zip(cuts, parked, strict=False))):
+            if before_BTC is None and not assignment.merges:
+                raise VitrimError(
+                    "tokens were dropped, and the values that they had were not kept; attach with restorable=True"
+                )
+            if before_BTC is not None:
+                before_BTC = before_BTC[:, self.plan.num_prefix - first :]
+                before_BTC = (before_BTC if norm is None else norm(before_BTC)).to(x_BTC.dtype)
+            x_BTC = assignment.undo(x_BTC, before_BTC, first)
+        return x_BTC
 
     def left(self, block: int) -> "Trace":
         """The trace of tokens that have left `block`."""

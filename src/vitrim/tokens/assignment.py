@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ..errors import VitrimError
+
 
 def take(x_BNC: Tensor, index_BK: Tensor) -> Tensor:
     """Rows `index_BK` of every image of `x_BNC`, as (B, K, C). One flat row copy; `gather` is 6x slower on CPUs."""
@@ -160,11 +162,34 @@ class TokenState:
     origin: (B, N) long, slot of every input patch token among the patch tokens now, -1 = dropped.
     size: (B, M), number of input patch tokens in each token now.
     score: (B, n) scores by which the last cut of the block chose its tokens; None without a cut or without scores.
+    coordinates: (B, N, 2), row and column of every input patch, from (0, 0) on; B may be 1. None: not known.
     """
 
     origin: Tensor
     size: Tensor
     score: Tensor | None = None
+    coordinates: Tensor | None = None
+
+    @property
+    def positions(self) -> Tensor:
+        """Row and column of every token in patch units, (B, M, 2): the mean over the input patches behind it.
+
+        -1 in slots that hold no token, as the shorter images of a padded batch have them.
+
+        Raises:
+            VitrimError: it is not known where the input patches lie.
+        """
+        if self.coordinates is None:
+            raise VitrimError(
+                "it is not known where these patches lie on their image: the model shuffles them or drops some before "
+                "its first block, or its blocks were called one by one on another image size"
+            )
+        present_BN1 = (self.origin >= 0).unsqueeze(2)
+        slot_BN2 = self.origin.clamp(min=0).unsqueeze(2).expand(-1, -1, 2)
+        size_BM1 = self.size.unsqueeze(2)
+        own_BN2 = (self.coordinates.to(self.size.dtype) * present_BN1).expand(slot_BN2.shape)
+        total_BM2 = torch.zeros_like(size_BM1).repeat(1, 1, 2).scatter_add(1, slot_BN2, own_BN2)
+        return torch.where(size_BM1 > 0, total_BM2 / size_BM1.clamp(min=1), torch.full_like(total_BM2, -1))
 
     @classmethod
     def start(cls, num_images: int, num_tokens: int, device: torch.device) -> "TokenState":
@@ -179,7 +204,7 @@ class TokenState:
             moved = assignment.target().gather(1, origin.clamp(min=0))
             origin = torch.where(origin < 0, origin, moved)
             size, score = assignment.size(size), assignment.score_BN
-        return TokenState(origin, size, score)
+        return TokenState(origin, size, score, self.coordinates)
 
     def spread(self, x_BMC: Tensor, fill: float = 0.0) -> Tensor:
         """Tokens (B, M, C) copied to the places of their input tokens, (B, N, C); dropped places get `fill`."""

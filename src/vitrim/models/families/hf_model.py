@@ -122,6 +122,10 @@ class TransformersViT(Adapter):
     def dense_owner(self, model: nn.Module, among: Iterable[object] | None = None) -> nn.Module | None:
         return _holder(model, _layout(model).dense, among)
 
+    def final_norm(self, model: Any) -> nn.Module | None:
+        layout = _layout(model)
+        return getattr(layout.tower_of(model), layout.final_norm) if layout.final_norm else None
+
     def check_plan(self, model: nn.Module, plan: Plan, reducer: Reducer) -> None:
         super().check_plan(model, plan, reducer)
         if plan.cuts and (reducer.merges or reducer.extra_tokens) and (holder := _averaged_by(model)) is not None:

@@ -93,6 +93,9 @@ class TimmModel(Adapter, cuts=False):
             reason = " ".join(str(error).split())
             raise UnsupportedModelError(f"{_name(model)} cannot take images of {shown}: {reason}") from None
 
+    def final_norm(self, model: Any) -> nn.Module | None:
+        return getattr(model, "norm", None)
+
     def classifier(self, model: Any) -> Classifier:
         config = getattr(model, "pretrained_cfg", None) or {}
         names = _names(config.get("classifier"))

@@ -24,8 +24,9 @@ from ..forward_pass import Call, finish
 from ..input_format import InputFormat
 from ..macs import BlockShape, Macs
 from ..outputs import ModelInfo
-from ..padded import Group, PaddedTrace, by_length, groups_of, joined, lengths_of, mark_groups, valid_of
+from ..padded import Group, PaddedTrace, by_length, joined, lengths_of, mark_padded, padded_trace_of, valid_of
 from ..removed_branch import RemovedBranch
+from ..trace import trace_of
 from .timm_eva import ReducedEvaBlock, TimmEva
 from .timm_reduced import ReducedTimmModel, left_by_patch_drop
 from .timm_vit import Classes, ReducedTimmBlock, TimmViT
@@ -71,21 +72,23 @@ class ReducedNaFlexVit(ReducedTimmModel, NaFlexVit):
         groups: list[Group] = []
         traces: list[Any] = []
         for length, rows in by_length(lengths).items():
-            group = Group(rows, length, patches)
-            with Call(self.vitrim_policy, self._entering(length)) as call:
-                part: Any = NaFlexVit.forward_features(self, group.part(patches), group.part(patch_coord))
+            group = Group(rows, length, patches, patch_coord[list(rows), :length])
+            with Call(self.vitrim_policy, self._entering(length)):
+                part: Any = NaFlexVit.forward_features(self, group.part(patches), group.coordinates)
                 groups.append(replace(group, tokens=finish(self.vitrim_policy, part["patches"])))
-            traces.append(None if call.trace is None else call.trace.summary())
+            traces.append(trace_of(groups[-1].tokens))
+        trace = PaddedTrace(tuple(groups), tuple(traces), patches.shape[1])
         if not torch.compiler.is_exporting():
-            self.vitrim_policy.last = PaddedTrace(tuple(groups), tuple(traces), patches.shape[1])
+            self.vitrim_policy.last = trace.summary()
         final = joined(groups, [group.tokens for group in groups])
-        return {"patches": mark_groups(final, groups), "patch_valid": valid_of(groups, self.num_prefix_tokens)}
+        return {"patches": mark_padded(final, trace), "patch_valid": valid_of(groups, self.num_prefix_tokens)}
 
     @while_attached
     def forward_head(self, patches: Tensor, pre_logits: bool = False, patch_valid: Tensor | None = None) -> Tensor:
-        groups = groups_of(patches)
-        if groups is None:
+        trace = padded_trace_of(patches)
+        if trace is None:
             return super().forward_head(patches, pre_logits, patch_valid)
+        groups = trace.groups
         return joined(groups, [super(ReducedNaFlexVit, self).forward_head(g.tokens, pre_logits) for g in groups])
 
     @while_attached

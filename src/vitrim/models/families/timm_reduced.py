@@ -61,6 +61,7 @@ class ReducedTimmModel(ReducedModel):
     vitrim_free = ("forward", "forward_features")
     attn_pool: Any
     blocks: Any
+    norm: Any
     num_prefix_tokens: int
     patch_embed: Any
 
@@ -106,9 +107,17 @@ class ReducedTimmModel(ReducedModel):
 
     @while_attached
     def forward_intermediates(
-        self, x: Tensor, indices: int | list[int] | None = None, *args: Any, output_fmt: str = "NCHW", **kwargs: Any
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        *args: Any,
+        **kwargs: Any,
     ) -> Any:
-        """As timm's; with output_fmt="NCHW" each map is spread over the whole grid, zero where a token was dropped."""
+        """As timm's; with output_fmt="NCHW" all patches are restored, those that were dropped as they were then."""
         policy, maps = self.vitrim_policy, output_fmt == "NCHW"
         if maps and self.vitrim_handle.cls_only:
             raise VitrimError("cls_only computes no map of patch tokens; attach again without it")
@@ -117,11 +126,13 @@ class ReducedTimmModel(ReducedModel):
                 "patch_drop_rate drops patches in training, so there is no whole map; use output_fmt='NLC' or "
                 "model.eval()"
             )
-        with self.open_call(x) as call:
-            out = super().forward_intermediates(x, indices, *args, output_fmt="NLC", **kwargs)
+        with self.open_call(x, restorable=maps) as call:
+            out = super().forward_intermediates(
+                x, indices, return_prefix_tokens, norm, stop_early, "NLC", *args, **kwargs
+            )
             final = out.get("image_features") if isinstance(out, dict) else out[0] if isinstance(out, tuple) else None
             if final is not None:
-                finish(policy, final, whole=not kwargs.get("stop_early", False))
+                finish(policy, final, whole=not stop_early)
         trace = call.certain
         if not maps:
             return out
@@ -133,7 +144,8 @@ class ReducedTimmModel(ReducedModel):
         def spread(block: int, tokens: Any) -> Any:
             if isinstance(tokens, tuple):
                 return spread(block, tokens[0]), tokens[1]
-            return trace.state(block).spread(tokens).transpose(1, 2).unflatten(2, grid).contiguous()
+            whole = trace.left(block).restored(tokens, self.norm if norm else None, num_prefix=0)
+            return whole.transpose(1, 2).unflatten(2, grid).contiguous()
 
         def whole_maps(features: list[Any]) -> list[Any]:
             return [spread(block, tokens) for block, tokens in zip(blocks, features, strict=True)]

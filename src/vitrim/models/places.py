@@ -1,0 +1,47 @@
+"""Where the input patches of a forward pass lie on their image, and which pass tokens come from."""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UnsupportedModelError, VitrimError
+from ..tokens import TokenState
+from .adapter import Adapter
+from .padded import PaddedTrace, padded_trace_of
+from .trace import Trace, trace_of
+
+
+def trace_behind(tokens: Tensor) -> Trace | PaddedTrace:
+    """The trace that these tokens carry; `VitrimError` if they carry none."""
+    trace = trace_of(tokens) or padded_trace_of(tokens)
+    if trace is None:
+        raise VitrimError(
+            "it is not known from which forward pass these tokens come; give the tensor that the model returned (no "
+            "slice, cast or copy of it), prefix tokens included"
+        )
+    return trace
+
+
+def state_after(adapter: Adapter, model: nn.Module, trace: Trace | PaddedTrace, block: int) -> TokenState:
+    """Where the input patches are after `block`, with their coordinates where these are known."""
+    state = trace.state(block)
+    if isinstance(trace, PaddedTrace):
+        return state
+    return replace(state, coordinates=_coordinates(adapter, model, trace))
+
+
+def _coordinates(adapter: Adapter, model: nn.Module, trace: Trace) -> Tensor | None:
+    size, geometry = trace.image_size, adapter.geometry(model)
+    if size is None and geometry.fixed_size:  # Blocks that were called one by one.
+        size = geometry.input_size[1:]
+    if size is None:
+        return None
+    try:
+        rows, columns = adapter.grid(model, size)
+    except UnsupportedModelError:
+        return None
+    if rows * columns != trace.plan.num_patches:  # Some were dropped before the first block.
+        return None
+    each = torch.cartesian_prod(*(torch.arange(count, device=trace.device) for count in (rows, columns)))
+    return each.view(1, -1, 2)
