@@ -71,7 +71,8 @@ def reducers(has_cls: bool) -> list[Reducer]:
     return list({render(reducer): reducer for reducer in found}.values())
 
 
-def _choices(kind: type[Reducer]) -> Iterator[dict[str, Any]]:
+def named_options(kind: type[Reducer]) -> dict[str, Sequence[Any]]:
+    """The options of a reducer that take one of several names, each with these; `score` takes every score."""
     hints = get_type_hints(kind)
     values: dict[str, Sequence[Any]] = {}
     for option in dataclasses.fields(kind):
@@ -79,6 +80,11 @@ def _choices(kind: type[Reducer]) -> Iterator[dict[str, Any]]:
             values["score"] = list(SCORES)
         elif named := _names(hints[option.name]):
             values[option.name] = named
+    return values
+
+
+def _choices(kind: type[Reducer]) -> Iterator[dict[str, Any]]:
+    values = named_options(kind)
     return (dict(zip(values, each, strict=True)) for each in product(*values.values()))
 
 

@@ -1,10 +1,16 @@
 """The names of the classes of a saved model, in the order of its classifier."""
 
 import os
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from timm.data import ImageNetInfo, infer_imagenet_subset
+from torch import nn
+
+from .adapter import adapter_of
 from .build import saved_folder, split_spec, transformers_name
+from .create import SOURCES
 from .families.hf_config import class_names_at
 from .store import WEIGHTS, read_description, weights_path
 
@@ -34,3 +40,28 @@ def other_classes(spec: str | Path, classes: Sequence[str]) -> str:
         return ""
     one, other = next(((a, b) for a, b in zip(known, classes, strict=False) if a != b), (known, list(classes)))
     return f"{spec} was trained on class {one} where the images have {other}"
+
+
+def class_labels(spec: str | Path, model: nn.Module) -> list[str]:
+    """A text for each class of a model, no two alike: its name where that is known, else its number.
+
+    timm's published weights are named after the ImageNet that has so many classes; for other weights that is a guess,
+    and the text says so.
+    """
+    adapter = adapter_of(model)
+    number = adapter.classifier(model).classes
+    names = classes_of(spec) or adapter.class_names(model)
+    if names is None or len(names) != number:
+        names = _imagenet_labels(str(spec), number)
+    repeated = Counter(names)
+    return [f"{name} ({at})" if repeated[name] > 1 else name for at, name in enumerate(names)]
+
+
+def _imagenet_labels(spec: str, number: int) -> list[str]:
+    subset = infer_imagenet_subset({"num_classes": number})
+    if subset is None:
+        return [f"class {at}" for at in range(number)]
+    known = ImageNetInfo(subset)
+    names = [known.index_to_description(at) for at in range(number)]
+    published = spec.endswith("@pretrained") or spec.startswith(SOURCES)
+    return names if published else [f"class {at} (in ImageNet: {name})" for at, name in enumerate(names)]

@@ -119,6 +119,17 @@ class Schedule:
         """The same schedule with its reduction multiplied by `strength` in [0, 1]; 0 keeps everything."""
         raise NotImplementedError
 
+    @classmethod
+    def strongest(cls, depth: int, num_patches: int) -> "Schedule | None":
+        """The strongest such schedule for a model of this size, for a `Budget` to scale; None if none can be scaled.
+
+        By default the one that all defaults make, if there is a default for every option.
+        """
+        try:
+            return cls()
+        except TypeError:
+            return None
+
     @property
     def drop_ratio(self) -> float | None:
         """The share of tokens that the schedule drops at full strength; None if it has no single drop ratio."""

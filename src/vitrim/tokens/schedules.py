@@ -25,6 +25,11 @@ def _fraction(value: float, what: str) -> None:
         raise ScheduleError(f"{what} lies in (0, 1], not {value}")
 
 
+def _quarters(depth: int) -> list[int]:
+    """The blocks at a quarter, half and three quarters of the depth, each once."""
+    return sorted({depth // 4, depth // 2, 3 * depth // 4})
+
+
 @dataclass(frozen=True)
 class PowerLaw(Schedule):
     """Every block l of L keeps `floor(n * (1 - r_max * ((l+1)/L)^alpha))` of its n patch tokens, at least 1.
@@ -52,6 +57,10 @@ class PowerLaw(Schedule):
 
     def scaled(self, strength: float) -> Schedule:
         return replace(self, r_max=self.r_max * strength)
+
+    @classmethod
+    def strongest(cls, depth: int, num_patches: int) -> Schedule:
+        return cls(r_max=1.0, alpha=1.4)
 
     @property
     def drop_ratio(self) -> float | None:
@@ -83,13 +92,17 @@ class KeepRate(Schedule):
     def blocks(self, depth: int) -> Sequence[int]:
         if self.at is not None:
             return self.at
-        return tuple(block for block in sorted({depth // 4, depth // 2, 3 * depth // 4}) if block in self.span(depth))
+        return tuple(block for block in _quarters(depth) if block in self.span(depth))
 
     def target(self, block: int, depth: int, num_now: int, num_patches: int) -> int:
         return ceil(self.rate * num_now - _ROUNDING)
 
     def scaled(self, strength: float) -> Schedule:
         return replace(self, rate=1 - strength * (1 - self.rate))
+
+    @classmethod
+    def strongest(cls, depth: int, num_patches: int) -> Schedule:
+        return cls(rate=0.02)
 
     @property
     def drop_ratio(self) -> float | None:
@@ -130,6 +143,10 @@ class Stages(Schedule):
     def scaled(self, strength: float) -> Schedule:
         return replace(self, fractions={b: 1 - strength * (1 - f) for b, f in self.fractions.items()})
 
+    @classmethod
+    def strongest(cls, depth: int, num_patches: int) -> Schedule:
+        return cls(dict(zip(_quarters(depth), (0.4, 0.15, 0.02), strict=False)))
+
     @property
     def drop_ratio(self) -> float | None:
         return 1 - min(self.fractions.values())  # In all.
@@ -167,6 +184,10 @@ class ConstantR(Schedule):
 
     def scaled(self, strength: float) -> Schedule:
         return replace(self, r=round(self.r * strength))
+
+    @classmethod
+    def strongest(cls, depth: int, num_patches: int) -> Schedule:
+        return cls(r=(num_patches - 1) // depth)
 
     def check(self, depth: int, num_patches: int, reducer: Reducer) -> None:
         super().check(depth, num_patches, reducer)

@@ -6,13 +6,14 @@ from typing import Annotated, Literal
 from ..errors import VitrimError
 from ..options import Range
 from ..text import printable
+from ..verb_help import UsageError
 from .delivery import Count, Device, Pixels, command_line
 
 
 def show(
     model: str,
-    images: str,
-    out: str,
+    images: str | None = None,
+    out: str | None = None,
     method: str | None = None,
     montage: bool = False,
     scores: bool = False,
@@ -21,14 +22,16 @@ def show(
     image_size: Pixels | None = None,
     overwrite: bool = False,
     device: Device = "auto",
+    app: bool = False,
+    port: Annotated[int, Range(0, 65_535)] = 7860,
 ) -> None:
-    """Draw which patches survive, or merge, at each cut.
+    """Draw which patches survive, or merge, at each cut; with --app, on a page to play with.
 
     Args:
         model: a timm name, NAME@FILE (with weights from a file), a folder written by vitrim or transformers, hf:NAME,
             or a run folder.
-        images: folder of images, or one image.
-        out: folder for the pictures.
+        images: folder of images, or one image; needed without app.
+        out: folder for the pictures; needed without app.
         method: reduction to show, such as "TopK() @ KeepRate(0.7)"; by default the model's own.
         montage: one picture for all images.
         scores: add a heat map of the scores on which each cut was decided.
@@ -37,7 +40,20 @@ def show(
         image_size: side of square images in pixels; by default the model's own.
         overwrite: replace pictures that exist.
         device: where to run.
+        app: serve a page on this machine instead, where images are dropped in and methods chosen.
+        port: of that page; 0 takes any that is free.
     """
+    if app:
+        given = {
+            "images": images, "out": out, "method": method, "montage": montage, "scores": scores, "blocks": blocks,
+            "overwrite": overwrite,
+        }  # fmt: skip
+        return _serve(model, given, port, image_size, device)
+    for name, value in (("images", images), ("out", out)):
+        if value is None:
+            raise UsageError(f"missing: --{name}")
+    assert images is not None
+    assert out is not None
     from ..measure.accelerator import make_accelerator
     from ..models import attached, has_weights, open_model, variant
     from ..show.pictures import show as draw
@@ -55,6 +71,14 @@ def show(
         print(printable(line))
     if drawn.left_out:
         print(f"vitrim show: images left out by --limit {limit}: {drawn.left_out}", file=sys.stderr)
+
+
+def _serve(model: str, given: dict[str, object], port: int, image_size: int | None, device: str) -> None:
+    if wrong := [f"--{name}" for name, value in given.items() if value]:
+        raise VitrimError(f"{wrong[0]} has no effect with --app, where images and methods are chosen on the page")
+    from ..show.app import serve
+
+    serve(model, port=port, image_size=image_size, device=device)
 
 
 def report(folder: list[str], out: str | None = None) -> None:
