@@ -1,25 +1,45 @@
-"""A page in headless Chromium, driven over the pipe of its DevTools protocol: no further package is needed."""
+"""The playground in headless Chromium, driven over the pipe of its DevTools protocol: no further package is needed."""
 
 import base64
+import gc
 import json
 import os
 import shutil
 import subprocess
 import tempfile
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from select import select
 from typing import Any
 
+from vitrim.show import app
+
 CHROMIUM = next(
     (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), ""
 )
-SECONDS = 90
+SECONDS = 40
 FLAGS = [
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-extensions", "--no-first-run",
     "--disable-background-networking", "--disable-component-update", "--disable-sync", "--remote-debugging-pipe",
     "--hide-scrollbars",
 ]  # fmt: skip
+
+
+@contextmanager
+def served(spec: str) -> Iterator[str]:
+    """The address of a playground that runs within this context."""
+    with app.running(spec, port=0, device="cpu") as (server, place):
+        thread = threading.Thread(target=server.run, args=([place],))
+        thread.start()
+        try:
+            yield f"http://{app.HOST}:{place.getsockname()[1]}/"
+        finally:
+            server.should_exit = True
+            thread.join()
+            gc.collect()  # gradio leaves event loops open, which would be blamed on a later test.
 
 
 class Browser:
@@ -103,24 +123,35 @@ class Browser:
         """Give the first input of files this one, as a person drops it."""
         root = self.call("DOM.getDocument")["root"]["nodeId"]
         node = self.call("DOM.querySelector", nodeId=root, selector="input[type=file]")["nodeId"]
-        self.call("DOM.setFileInputFiles", nodeId=node, files=[str(path)])
+        self.call("DOM.setFileInputFiles", nodeId=node, files=[str(Path(path).resolve())])
 
     def click(self, selector: str, at: float = 0.5) -> None:
         """Press and release the mouse on an element, at this share of its width."""
-        x, y = self.wait(f"""(() => {{
+        script = f"""(() => {{
             const found = document.querySelector({json.dumps(selector)});
             if (!found) return null;
-            found.scrollIntoView({{block: "center"}});
+            found.scrollIntoView({{block: "nearest"}});
             const box = found.getBoundingClientRect();
             return [box.x + {at} * box.width, box.y + box.height / 2];
-        }})()""")
+        }})()"""
+        before, now = None, self.wait(script)
+        while now != before:  # Until nothing moves.
+            time.sleep(0.3)
+            before, now = now, self.wait(script)
+        x, y = now
         for kind in ("mousePressed", "mouseReleased"):
             self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
 
     def choose(self, label: str, value: str) -> None:
-        """Open a list and click one of its entries."""
-        self.click(f"input[aria-label='{label}']")
-        self.click(f'[role=option][aria-label="{value}"]')
+        """Open a list and click one of its entries; again where the list was still moving."""
+        chosen = f"document.querySelector(\"input[aria-label='{label}']\").value"
+        for _ in range(5):
+            if self.evaluate(chosen) == value:
+                return
+            self.click(f"input[aria-label='{label}']")
+            self.click(f'[role=option][aria-label="{value}"]')
+            time.sleep(0.5)
+        raise AssertionError(f"{label} stays {self.evaluate(chosen)!r}")
 
     def picture(self, path: str | Path) -> None:
         """A PNG of the page."""

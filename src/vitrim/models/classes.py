@@ -1,6 +1,7 @@
 """The names of the classes of a saved model, in the order of its classifier."""
 
 import os
+import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,8 @@ from .build import saved_folder, split_spec, transformers_name
 from .create import SOURCES
 from .families.hf_config import class_names_at
 from .store import WEIGHTS, read_description, weights_path
+
+_SYNSET = re.compile(r"n\d{8}")
 
 
 def classes_of(spec: str | Path) -> list[str] | None:
@@ -45,14 +48,17 @@ def other_classes(spec: str | Path, classes: Sequence[str]) -> str:
 def class_labels(spec: str | Path, model: nn.Module) -> list[str]:
     """A text for each class of a model, no two alike: its name where that is known, else its number.
 
-    timm's published weights are named after the ImageNet that has so many classes; for other weights that is a guess,
-    and the text says so.
+    Names of folders of ImageNet (n02123045) become what they mean. timm's published weights are named after the
+    ImageNet that has so many classes; for other weights that is a guess, and the text says so.
     """
     adapter = adapter_of(model)
     number = adapter.classifier(model).classes
     names = classes_of(spec) or adapter.class_names(model)
     if names is None or len(names) != number:
         names = _imagenet_labels(str(spec), number)
+    elif all(_SYNSET.fullmatch(name) for name in names):
+        known = ImageNetInfo("imagenet-22k")
+        names = [known.label_name_to_description(name) for name in names]
     repeated = Counter(names)
     return [f"{name} ({at})" if repeated[name] > 1 else name for at, name in enumerate(names)]
 

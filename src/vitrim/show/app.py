@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -152,7 +153,7 @@ def _page(spec: str, image_size: int | None, device: torch.device) -> Any:
             table = figures(subject, choice).markdown()
             return [score, line, seen.picture, seen.before or None, seen.after or None, table]
         except Exception as error:
-            return [score, _line(error), None, None, None, ""]
+            return [score, _line(error, file), None, None, None, ""]
 
     def measure(name: str, file: str | None, *chosen: Any) -> Any:
         """The table with times; nothing new where `look` has shown an error, or there is no image yet."""
@@ -171,14 +172,18 @@ def _page(spec: str, image_size: int | None, device: torch.device) -> Any:
                 name = gr.Dropdown(choices.models(spec), value=spec, label="model", allow_custom_value=True)
                 reducer = gr.Dropdown(choices.reducers(), value=first.reducer, label="reducer")
                 scores = choices.scores(first.reducer)
-                score = gr.Dropdown(scores, value=first.score, label="score", interactive=bool(scores))
+                # gradio compares values with a list that may be older than they are; `choices` compares them anyway.
+                score = gr.Dropdown(
+                    scores, value=first.score, label="score", interactive=bool(scores), allow_custom_value=True
+                )
                 shape = gr.Dropdown(choices.shapes(), value=first.shape, label="schedule")
                 macs = gr.Slider(0.2, 0.95, value=first.macs, step=0.05, label="share of the MACs that is kept")
             with gr.Column(scale=3):
                 line = gr.Textbox(label="method", lines=1, max_lines=4, interactive=False)
                 picture = gr.Image(label="tokens", format="png", interactive=False, buttons=["download", "fullscreen"])
                 with gr.Row():
-                    table = gr.Markdown(container=True)
+                    with gr.Column(scale=2, min_width=420):
+                        table = gr.Markdown(container=True)
                     before = gr.Label(label="prediction with all tokens", show_heading=False)
                     after = gr.Label(label="prediction with fewer tokens", show_heading=False)
         given = [name, file, reducer, score, shape, macs]
@@ -190,8 +195,9 @@ def _page(spec: str, image_size: int | None, device: torch.device) -> Any:
     return page
 
 
-def _line(error: Exception) -> str:
-    """One line about whatever went wrong."""
+def _line(error: Exception, file: str | None) -> str:
+    """One line about whatever went wrong; the image is called as its owner calls it, without our folder."""
     if isinstance(error, VitrimError):
-        return message(str(error).strip().splitlines()[0])
+        folder = f"{Path(file).parent}{os.sep}" if file else ""
+        return message(str(error).strip().splitlines()[0].replace(folder, ""))
     return printable(f"{type(error).__name__}: {reason_of(error)}")

@@ -67,7 +67,13 @@ def scores(reducer: str) -> list[str]:
 
 
 def fitting(reducer: str, score: str | None) -> str | None:
-    """The score, or the first that this reducer takes if it does not take that one; None if it takes none."""
+    """The score, or the first that this reducer takes if it does not take that one; None if it takes none.
+
+    Raises:
+        UnknownNameError: there is no such score.
+    """
+    if score:
+        SCORES.find(score)
     known = scores(reducer)
     return score if score in known else next(iter(known), None)
 

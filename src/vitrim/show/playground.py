@@ -1,5 +1,6 @@
 """What the playground shows of one image: tokens, predictions, MACs and time, with all tokens and with fewer."""
 
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -148,14 +149,14 @@ class Figures:
         """A small table."""
         before, after = (format_figure("macs", number) for number in self.macs)
         times = ("", "") if self.ms is None else tuple(f"{one.median:.2f} ms" for one in self.ms)
-        return "\n".join([
-            "| one image | all tokens | reduced | ratio |",
+        rows = [
+            "| | all tokens | reduced | ratio |",
             "|---|---:|---:|---:|",
             f"| MACs | {before} | {after} | {self.macs[0] / self.macs[1]:.2f} |",
             f"| time | {times[0] or 'measuring'} | {times[1]} | {self.speedup or ''} |",
-            "",
-            f"Tokens leaving each block: {' '.join(map(str, self.token_counts))}",
-        ])  # fmt: skip
+        ]
+        counts = f"One image. Tokens leaving each block: {' '.join(map(str, self.token_counts))}"
+        return "\n".join([*(re.sub(r"(?<=\w) (?=\w)", "\u00a0", row) for row in rows), "", counts])
 
 
 def figures(subject: Subject, choice: Choice, *, timed: bool = False) -> Figures:
