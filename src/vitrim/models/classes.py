@@ -9,10 +9,10 @@ from pathlib import Path
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import nn
 
-from .adapter import adapter_of
 from .build import saved_folder, split_spec, transformers_name
 from .create import SOURCES
 from .families.hf_config import class_names_at
+from .finding import adapter_of
 from .store import WEIGHTS, read_description, weights_path
 
 _SYNSET = re.compile(r"n\d{8}")
