@@ -13,7 +13,7 @@ import torch
 
 import processes  # noqa: F401  (says what the processes of tests have imported)
 from vitrim import save
-from vitrim.data import images
+from vitrim.data import digits
 from vitrim.distill.losses import LOSSES
 from vitrim.distill.objective import TERMS, WEIGHTS
 from vitrim.models import ADAPTERS
@@ -54,14 +54,14 @@ def entries_stay(monkeypatch: pytest.MonkeyPatch) -> None:
 def few_test_digits() -> Iterator[None]:
     """Test on 120 digits and not on 364, which takes longer than to train on as many."""
 
-    class Few(images._Digits):
+    class Few(digits.Digits):
         def __init__(self, train: bool) -> None:
             super().__init__(train)
             if not train:
                 self.pixels, self.targets = self.pixels[:120], self.targets[:120]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(images, "_Digits", Few)
+        patch.setitem(digits.BUILT_IN, "digits", Few)
         yield
 
 

@@ -17,17 +17,19 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
+from rich.console import Console
 from sklearn.datasets import load_digits, load_sample_images
 from torch import nn
 
 from vitrim import ToMe, TopK, compression, cost, demo, stratify
 from vitrim.cli import main
-from vitrim.data import images
+from vitrim.data import digits
+from vitrim.data.specs import DataSpec
 from vitrim.elastic import latency, measured_chain, supernet
 from vitrim.elastic.chain import Chain
 from vitrim.export import FORMATS
 from vitrim.measure import speed
-from vitrim.models import small_vits
+from vitrim.models import open_model, small_vits
 from vitrim.show import report
 from vitrim.show.runs import points
 from vitrim.train.recipe import Recipe
@@ -44,12 +46,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (place / "photos").mkdir()
     for name, pixels in zip(("china", "flower"), load_sample_images().images, strict=True):
         Image.fromarray(pixels).save(place / "photos" / f"{name}.jpg")
-    digits = load_digits()
+    pictures = load_digits()
     for split, rows in (("train", range(120)), ("val", range(120, 160))):
         for row in rows:
-            folder = place / "images" / split / f"digit{digits.target[row]}"
+            folder = place / "images" / split / f"digit{pictures.target[row]}"
             folder.mkdir(parents=True, exist_ok=True)
-            Image.fromarray((digits.images[row] * 15).astype("uint8")).resize((32, 32)).save(folder / f"{row}.png")
+            Image.fromarray((pictures.images[row] * 15).astype("uint8")).resize((32, 32)).save(folder / f"{row}.png")
     for name in ("recipes", "benchmarks"):
         (place / name).symlink_to(ROOT / name)
     options = "--epochs 1 --data.limit 150 --data.workers 0 --batch_size 32"
@@ -61,7 +63,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module", autouse=True)
 def in_small() -> Iterator[None]:
     """A sixth of the digits, a network of half the depth, coarse pictures, and fewer repetitions of what takes time."""
-    pixels, targets = images._digits()
+    pixels, targets = digits._digits()
     recipe, bench, create, savefig = demo._recipe, demo.bench, small_vits._create, Figure.savefig
     chain_of = supernet.measured_chain
 
@@ -70,7 +72,8 @@ def in_small() -> Iterator[None]:
 
     def few(*words: Any) -> Recipe:
         whole = recipe(*words)
-        return replace(whole, data=replace(whole.data, limit=100))
+        elastic = whole.elastic and replace(whole.elastic, images=32)
+        return replace(whole, data=replace(whole.data, limit=100), elastic=elastic)
 
     def coarse(figure: Figure, file: Any, **options: Any) -> None:
         savefig(figure, file, **{**options, "dpi": 40})
@@ -89,10 +92,16 @@ def in_small() -> Iterator[None]:
         patch.setattr(compression.search, "first_shapes", lambda depth: compression.candidates.stages(depth)[:2])
         patch.setattr(compression.job, "stratify", partial(stratify, even=True))
         patch.setattr(compression.run, "MOST_UNSEEN", 60)
-        patch.setattr(images, "_digits", lambda: (pixels[:300], targets[:300]))
+        patch.setattr(digits, "_digits", lambda: (pixels[:300], targets[:300]))
         patch.setattr(small_vits, "_create", shallow)
         patch.setattr(demo, "_recipe", few)
         patch.setattr(demo, "bench", lambda models, **options: bench(models, batch_sizes=(4,), rounds=1))
+        patch.setattr(demo, "stratify", partial(stratify, even=True))
+        patch.setattr(demo, "TRIALS", 0)
+        patch.setattr(demo, "NUM_IMAGES", 64)
+        patch.setattr(demo, "FOR_TOKENS", (0.75,))
+        patch.setattr(demo, "FOR_WIDTH", (0.5,))
+        patch.setitem(demo.NETWORK, "depth", 3)
         patch.setattr(speed, "_CALLS_AT_BATCH_1", 2)
         patch.setitem(FORMATS, "onnx", replace(FORMATS["onnx"], write=written_once(FORMATS["onnx"].write)))
         yield
@@ -189,8 +198,35 @@ def check_system_5(folder: Path) -> None:
     assert "Compared with networks trained alone, where both are known, curves are " in page
 
 
-CHECKS = {"system1": check_system_1, "system5": check_system_5}
-"""Page -> what the study of its system finds in miniature."""
+def check_demo(folder: Path) -> None:
+    table, certificate = json.loads((folder / "result.json").read_text())["tables"]
+    dense, *others = table["rows"]
+    assert (dense["method"], dense["macs_ratio"]) == ("dense", 1)
+    assert [(row["method"], row["budget"]) for row in others] == [
+        *((name, budget) for name in demo.TOKENS for budget in demo.FOR_TOKENS),
+        *((f"width, {how}", budget) for how in ("no training", "super-network") for budget in demo.FOR_WIDTH),
+        ("tokens and width", 0.5),
+    ]
+    for row in others:
+        assert row["macs_ratio"] >= 1 / row["budget"]
+        assert row["accuracy_low"] <= row["accuracy"] <= row["accuracy_high"]
+        assert row["drop_low"] <= row["drop"] <= row["drop_high"]
+        assert row["drop"] == pytest.approx(dense["accuracy"] - row["accuracy"])
+    assert "at most 0.5 of the MACs, met" in certificate["title"]
+    page = (folder / "report.html").read_text()
+    assert page.index(table["title"]) < page.index(certificate["title"])
+    model = open_model(str(folder / "dense"))
+    with pytest.MonkeyPatch.context() as patch:  # Only another network is compressed again.
+        patch.setattr(demo, "Job", None)
+        again = partial(demo._compressed, Console(), data=DataSpec(), known=None, test=None, out=folder)
+        assert cost(again(model).model).macs == others[-1]["macs"]
+        model.head.bias.data += 1
+        with pytest.raises(TypeError):
+            again(model)
+
+
+CHECKS = {"system1": check_system_1, "system5": check_system_5, "demo": check_demo}
+"""Page -> what its study, or the demonstration, finds in miniature."""
 
 
 @pytest.mark.usefixtures("entries_stay")

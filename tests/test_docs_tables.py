@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from vitrim.measure.table import Table
 from vitrim.show.listing import METHODS, listing, methods_table, with_methods_table
-from vitrim.tables import Table
+from vitrim.tables import Table as Methods
+from vitrim.text import with_written
 from vitrim.tokens import SCORES, score
 
 PAGE = Path(__file__).parents[1] / "docs" / "list.md"
@@ -17,6 +19,13 @@ def test_the_page_holds_every_method() -> None:
     page = PAGE.read_text()
     assert page == with_methods_table(page), "run `make docs`"
     assert methods_table() in page
+
+
+def test_the_page_of_the_demonstration_holds_its_last_table() -> None:
+    page = PAGE.with_name("demo.md").read_text()
+    table = Table.read(PAGE.parents[1] / "results" / "demo-cpu.json")
+    assert page == with_written(page, "demo", table.markdown(), "python benchmarks/demo_page.py")
+    assert table.markdown() in page
 
 
 @pytest.mark.parametrize("heading", METHODS)
@@ -36,7 +45,7 @@ def test_every_option_is_explained(heading: str) -> None:
 
 
 def test_a_method_without_documentation_is_listed_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert isinstance(SCORES, Table)
+    assert isinstance(SCORES, Methods)
     monkeypatch.setattr(SCORES, "_entries", dict(SCORES))
     monkeypatch.setattr(SCORES, "_homes", dict(SCORES._homes))
 

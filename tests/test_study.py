@@ -14,7 +14,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from vitrim import cli
-from vitrim.data import images
+from vitrim.data import digits
 from vitrim.data.specs import DataSpec
 from vitrim.distill import Terms
 from vitrim.errors import DataError, RecipeError, ScheduleError, UnknownNameError, VitrimError
@@ -209,13 +209,13 @@ def test_a_study_that_was_interrupted_goes_on(study_file: Path, tmp_path: Path):
 
 
 def test_every_row_is_tested_on_its_own_images(study_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(images, "_Digits", images._Digits.__base__)  # All test images, so that accuracies differ.
-    digits = load_digits()
+    monkeypatch.setitem(digits.BUILT_IN, "digits", digits.Digits)  # All test images, so that accuracies differ.
+    pictures = load_digits()
     for split, numbers in (("train", range(60)), ("test", range(60, 200))):
         for number in numbers:
-            folder = tmp_path / "images" / split / str(digits.target[number])
+            folder = tmp_path / "images" / split / str(pictures.target[number])
             folder.mkdir(parents=True, exist_ok=True)
-            Image.fromarray((digits.images[number] * 15).astype("uint8")).save(folder / f"{number}.png")
+            Image.fromarray((pictures.images[number] * 15).astype("uint8")).save(folder / f"{number}.png")
     content = yaml.safe_load(study_file.read_text())
     content["base"] |= {"optim": {"lr": 0.003, "warmup_epochs": 0}, "epochs": 3, "data": DATA | {"holdout": 0.0}}
     content["rows"] = {

@@ -58,9 +58,9 @@ def reason_of(error: Exception) -> str:
     return short_name((str(error).strip() or type(error).__name__).splitlines()[0], 200)
 
 
-def with_written(page: str, kind: str, text: str) -> str:
-    """A page of documentation with this text between its marks for what `make docs` writes, such as "methods"."""
-    start, end = f"<!-- {kind}, written by `make docs` -->\n", f"<!-- end of {kind} -->"
+def with_written(page: str, kind: str, text: str, by: str = "make docs") -> str:
+    """A page of documentation with this text between its marks for what a command writes, such as "methods"."""
+    start, end = f"<!-- {kind}, written by `{by}` -->\n", f"<!-- end of {kind} -->"
     if start not in page or end not in page:
         return page
     before, _, rest = page.partition(start)

@@ -1,4 +1,4 @@
-"""Labelled images by index: folders, readers of timm and torchvision, and scikit-learn's digits, which are built in."""
+"""Labelled images by index: folders, readers of timm and torchvision, and the digits that are built in."""
 
 import logging
 import os
@@ -8,7 +8,6 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image
 from timm.data import create_dataset
 from torch.utils.data import IterableDataset
@@ -16,6 +15,7 @@ from torch.utils.data import IterableDataset
 from ..errors import DataError, UnknownNameError
 from ..text import message
 from .decode import decode, read_image, suffixes
+from .digits import BUILT_IN, CLASSES
 from .folder import FolderImages, class_folders, natural_key
 from .quiet import quiet
 from .specs import DataSpec
@@ -84,35 +84,6 @@ class Images:
             return decode(item, self.mode, self.name(index)), int(target)
 
 
-class _Digits:
-    """scikit-learn's 1,797 handwritten digits, 8x8: every fifth of each class is for testing."""
-
-    def __init__(self, train: bool) -> None:
-        images, targets = _digits()
-        position = np.zeros(len(targets), dtype=int)
-        for digit in range(10):
-            where = np.flatnonzero(targets == digit)
-            position[where] = np.arange(len(where))
-        chosen = (position % 5 != 0) if train else (position % 5 == 0)
-        self.pixels = (images[chosen] * (255 / 16)).round().astype(np.uint8)
-        self.targets = targets[chosen]
-
-    def __len__(self) -> int:
-        return len(self.targets)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return Image.fromarray(self.pixels[index]), int(self.targets[index])
-
-
-@cache
-def _digits() -> tuple[Any, Any]:
-    """Images and labels, read once, since that takes longer than a small evaluation."""
-    from sklearn.datasets import load_digits
-
-    bunch: Any = load_digits()
-    return bunch.images, bunch.target
-
-
 class _Gathered:
     """A stream (wds/, tfds/, hfids/) that is read once, in order, and kept in memory as PNG.
 
@@ -148,9 +119,9 @@ def open_images(spec: DataSpec, train: bool) -> Images:
         DataError: folder missing, split missing, class without images, a reader that is not installed.
     """
     spec.check()
-    if spec.name == "digits":
-        _check_digits(spec)
-        return Images(_Digits(train), [str(digit) for digit in range(10)])
+    if spec.name in BUILT_IN:
+        _check_built_in(spec)
+        return Images(BUILT_IN[spec.name](train), CLASSES)
     images = _open_folder(spec, train) if _is_folder(spec) else _open_by_reader(spec, train)
     for note in images.notes:
         _report_once(note)
@@ -198,22 +169,22 @@ def look_for(spec: DataSpec) -> None:
     Raises:
         DataError: folder missing, split missing, or no class in it.
     """
-    if spec.name == "digits":
-        _check_digits(spec)
+    if spec.name in BUILT_IN:
+        _check_built_in(spec)
     if _is_folder(spec):
         for train in (True, False):
             if not class_folders(found := _split_of(spec, train)):
                 raise DataError(f"{found} has no class folders; expected {found}/CLASS/image.jpg")
 
 
-def _check_digits(spec: DataSpec) -> None:
+def _check_built_in(spec: DataSpec) -> None:
     if spec.root is not None:
         raise DataError(
-            f"data.root is {spec.root}, but data.name is digits, which come with scikit-learn; set data.name, for "
+            f"data.root is {spec.root}, but data.name is {spec.name}, which come with scikit-learn; set data.name, for "
             "example to folder, or leave data.root out"
         )
     if (spec.train_split, spec.test_split) not in (("train", None), ("train", "test")):
-        raise DataError("digits come with splits of their own; leave data.train_split and data.test_split out")
+        raise DataError(f"{spec.name} come with splits of their own; leave data.train_split and data.test_split out")
 
 
 def _is_folder(spec: DataSpec) -> bool:
@@ -247,7 +218,7 @@ def _open_by_reader(spec: DataSpec, train: bool) -> Images:
     kind, slash, _ = spec.name.partition("/")
     kind = kind.lower()  # As timm reads it.
     if not slash or kind not in _PACKAGES:
-        raise UnknownNameError("data set", spec.name, ("digits", "folder", *_READERS))
+        raise UnknownNameError("data set", spec.name, (*BUILT_IN, "folder", *_READERS))
     if kind in ("torch", "wds") and spec.root is None:
         raise DataError(f"{spec.name} needs data.root, the folder that holds it or to download it to")
     split = spec.train_split if train else spec.test_split or "validation"

@@ -22,6 +22,7 @@ Purpose = Literal[
     "networks",  # (seed, update): sub-networks that one update trains.
     "probe",  # (seed): training images on which importance is measured.
     "entropy",  # (seed): held-out images on which attention entropy is measured.
+    "moved",  # (digit, copy): how a built-in digit is turned, shifted and scaled.
     "compress",  # (seed): images of a search for a cheaper model, and those of its certificate.
     "export",  # (seed): noise as small as rounding, to see whether it decides which tokens stay.
 ]

@@ -18,9 +18,9 @@ class DataSpec:
     """Which images.
 
     Args:
-        name: "digits" (scikit-learn's, built in), "folder" (ROOT/SPLIT/CLASS/image.jpg), or the name of a data set
-            for timm's readers, such as torch/cifar10, hfds/uoft-cs/cifar10 or wds/NAME; by default folder where root is
-            given.
+        name: "digits" (scikit-learn's, built in), "digits-moved" (the same, turned, shifted and scaled; four copies of
+            each training digit), "folder" (ROOT/SPLIT/CLASS/image.jpg), or the name of a data set for timm's readers,
+            such as torch/cifar10, hfds/uoft-cs/cifar10 or wds/NAME; by default folder where root is given.
         root: folder of the data set, or where to download it to.
         download: fetch the data set if the reader can.
         train_split: name of the training split.

@@ -13,6 +13,7 @@ COLUMNS: dict[str, Column] = {
         Column("budget", "budget", ".2f"),
         Column("batch_size", "batch size", "d"),
         Column("accuracy", "accuracy", ".2%"),
+        Column("drop", "accuracy lost", ".2%"),
         Column("accuracy_std", "std", ".2%"),
         Column("n", "n", "d"),
         Column("published", "published", ".2%"),
