@@ -147,7 +147,8 @@ def test_a_folder_for_digits_is_refused():
 def test_a_root_alone_is_a_folder_in_every_verb():
     assert (DataSpec().name, DataSpec(root="images").name) == ("digits", "folder")
     assert Recipe.from_dict({"data": {"root": "images"}}).data.name == "folder"
-    assert override_data(DataSpec(limit=9), {"root": "images"}) == DataSpec("folder", "images", limit=9)
+    for name in ("digits", "digits-moved"):
+        assert override_data(DataSpec(name, limit=9), {"root": "images"}) == DataSpec("folder", "images", limit=9)
     moved = override_data(DataSpec("torch/cifar10", "here"), {"root": "there"})
     assert (moved.name, moved.root) == ("torch/cifar10", "there"), "another place for the same data set"
 

@@ -61,9 +61,11 @@ def recorded_images(certificate: "Certificate") -> DataSpec | None:
 
 def override_data(own: DataSpec, given: Mapping[str, Any]) -> DataSpec:
     """These images with the `given` options instead of their own; see `images_of`."""
+    from ..data.digits import BUILT_IN
+
     new = DataSpec()
-    if "root" in given and own.name == new.name:
-        given = {"name": "folder", **given}  # A folder in place of the built-in digits.
+    if "root" in given and own.name in BUILT_IN:
+        given = {"name": "folder", **given}  # What is built in lies in no folder.
     if given.get("name", own.name) != own.name:
         own = replace(own, root=new.root, download=new.download, train_split=new.train_split, test_split=new.test_split)
     return replace(own, **given)
