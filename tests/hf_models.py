@@ -31,6 +31,7 @@ HF: dict[str, Callable[[], nn.Module]] = {
         "Dinov2WithRegistersForImageClassification", "Dinov2WithRegistersConfig", num_register_tokens=2, mlp_ratio=2
     ),
     "hf_siglip": lambda: _made("SiglipVisionModel", "SiglipVisionConfig"),
+    "hf_siglip2": lambda: _siglip2("Siglip2VisionModel"),
 }
 """In the zoo."""
 MORE: dict[str, Callable[[], nn.Module]] = {
@@ -52,6 +53,8 @@ MORE: dict[str, Callable[[], nn.Module]] = {
     "clip_projected": lambda: _made("CLIPVisionModelWithProjection", "CLIPVisionConfig", projection_dim=7),
     "metaclip2": lambda: _two_towers("MetaClip2ForImageClassification", "MetaClip2Config"),
     "siglip": lambda: _two_towers("SiglipForImageClassification", "SiglipConfig"),
+    "siglip2": lambda: _siglip2("Siglip2ForImageClassification"),
+    "siglip2_headless": lambda: _siglip2("Siglip2VisionModel", vision_use_head=False),
     "siglip_headless": lambda: _made("SiglipVisionModel", "SiglipVisionConfig", vision_use_head=False),
 }
 
@@ -62,6 +65,16 @@ def _plain(name: str, config: str, **options: object) -> nn.Module:
 
     given = {**SMALL, **LABELS, **options}
     return getattr(transformers, name)(getattr(transformers, config)(**given))
+
+
+def _siglip2(name: str, **options: object) -> nn.Module:
+    import transformers
+
+    vision = {key: value for key, value in SMALL.items() if key != "image_size"}
+    vision |= {"num_patches": 25, "intermediate_size": 48, **options}
+    if name == "Siglip2VisionModel":
+        return transformers.Siglip2VisionModel(transformers.Siglip2VisionConfig(**vision))
+    return getattr(transformers, name)(transformers.Siglip2Config(vision_config=vision, **LABELS))
 
 
 def _beit(name: str, **options: object) -> nn.Module:
@@ -120,8 +133,12 @@ def in_timm_words(model: Any) -> Any:
         out = pool(tower, pooled, layout.num_prefix(model), None)
         return out if whole is None else getattr(model, whole.heads[0])(out)
 
+    def embed(x: Tensor) -> Tensor:
+        given = layout.inputs(tower, x)
+        return tower.embeddings(given[0], given[2]) if len(given) > 1 else tower.embeddings(*given)
+
     view = SimpleNamespace(
-        patch_embed=tower.embeddings, _pos_embed=lambda x: x, norm_pre=getattr(tower, "pre_layrnorm", same),
+        patch_embed=embed, _pos_embed=lambda x: x, norm_pre=getattr(tower, "pre_layrnorm", same),
         num_prefix_tokens=layout.num_prefix(model), blocks=[layer(block) for block in layout.blocks(model)],
         norm=getattr(tower, layout.final_norm) if layout.final_norm else same, fc_norm=same, head=head,
         attn_pool=getattr(tower, "head", None) if whole is None else None, global_pool="all",

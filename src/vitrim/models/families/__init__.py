@@ -10,6 +10,7 @@ from . import hf_dinov2 as _hf_dinov2  # noqa: F401
 from . import hf_dinov3 as _hf_dinov3  # noqa: F401
 from . import hf_model as _hf_model  # noqa: F401
 from . import hf_siglip as _hf_siglip  # noqa: F401
+from . import hf_siglip2 as _hf_siglip2  # noqa: F401
 from . import hf_vit as _hf_vit  # noqa: F401
 from . import timm_beit as _timm_beit  # noqa: F401
 from . import timm_blocks as _timm_blocks  # noqa: F401

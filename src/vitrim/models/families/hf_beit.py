@@ -56,7 +56,7 @@ enter(
         prefix="Beit",
         tower="BeitModel",
         wholes={"BeitForImageClassification": Whole("beit", _pool, "tokens")},
-        dense={"BeitForMaskedImageModeling": "beit", "BeitForSemanticSegmentation": "beit"},
+        dense={"BeitForMaskedImageModeling": "beit", "BeitForSemanticSegmentation": "beit", "BeitBackbone": "beit"},
         pool=_pool,
         pool_reads="tokens",
         after=(("dropout", "lambda_1", "drop_path"), ("dropout", "lambda_2", "drop_path")),

@@ -12,7 +12,7 @@ from ...errors import CheckpointError, UnsupportedModelError, VitrimError
 from ...text import short_name
 from ..adapter import Description
 from ..architectures import check_patches
-from .hf_layout import LAYOUTS, Layout, Whole, layout_of
+from .hf_layout import LAYOUTS, Layout, Whole, layout_of, pair
 
 SOURCE = "hf:"
 """How the names of models begin that are a folder written by `save_pretrained`, or a name on the Hugging Face hub."""
@@ -33,19 +33,14 @@ def library() -> Any:
     return transformers
 
 
-def pair(size: Any) -> tuple[int, int]:
-    """Height and width of what transformers writes as one number or as two."""
-    return (int(size), int(size)) if isinstance(size, int) else (int(size[0]), int(size[1]))
-
-
 def image_size(layout: Layout, model: Any) -> tuple[int, int]:
     """(height, width) of the images of this model."""
-    return vars(model).get(_SIZE) or pair(layout.tower_of(model).config.image_size)
+    return vars(model).get(_SIZE) or layout.own_size(layout.tower_of(model).config)
 
 
 def set_image_size(layout: Layout, model: Any, size: tuple[int, int]) -> None:
     """Note the size of the images of a model that takes all sizes."""
-    own = pair(layout.tower_of(model).config.image_size)
+    own = layout.own_size(layout.tower_of(model).config)
     vars(model).pop(_SIZE, None)
     if size != own:
         vars(model)[_SIZE] = size
@@ -65,7 +60,8 @@ def build(name: str, args: Mapping[str, Any], pretrained: bool, images: Mapping[
     # A model that takes images of all sizes has positions for one of them.
     size = given.pop("image_size", None)
     positions = given.pop("position_size", size)
-    given |= {} if positions is None else {"image_size": _plain_size(positions)}
+    if positions is not None:
+        given |= layout.sized(given.get("patch_size", tower.config_class.patch_size), _plain_size(positions))
     known = {field.name for field in fields(tower.config_class)} | {"num_labels"}
     if unknown := [key for key in given if key not in known]:
         raise VitrimError(f"{name} does not take {short_name(unknown[0])}; it takes {', '.join(sorted(known))}")
@@ -96,7 +92,7 @@ def describe(layout: Layout, model: Any) -> Description:
             continue
         if value != getattr(own, field.name) and not isinstance(value, Mapping):
             args[field.name] = list(value) if isinstance(value, tuple | list) else value
-    args["position_size"] = list(pair(config.image_size))
+    args["position_size"] = list(layout.own_size(config))
     args["image_size"] = list(image_size(layout, model))
     if (whole := layout.whole(model)) is not None and whole.classifies:
         args["num_labels"] = int(getattr(getattr(model, whole.heads[0]), "out_features", 0))
@@ -177,7 +173,7 @@ def opened(spec: str, args: Mapping[str, Any]) -> nn.Module:
     vars(model)[_OWN] = images
     if layout.any_size:
         set_image_size(layout, model, shown)
-    elif shown != pair(layout.tower_of(model).config.image_size):
+    elif shown != layout.own_size(layout.tower_of(model).config):
         raise CheckpointError(f"the processor of {source} gives images of {shown} px, which its model does not take")
     from .hf_model import TransformersViT
 

@@ -21,6 +21,13 @@ LAYOUTS: Table[str, "Layout"] = Table("layout")
 Pool = Callable[[Any, Tensor, int, Tensor | None], Tensor]
 """(tower, final tokens (B, T, C), prefix tokens, input patches behind each patch token or None) -> (B, columns)."""
 Stats = tuple[tuple[float, ...], tuple[float, ...]]
+
+
+def pair(size: Any) -> tuple[int, int]:
+    """Height and width of what transformers writes as one number or as two."""
+    return (int(size), int(size)) if isinstance(size, int) else (int(size[0]), int(size[1]))
+
+
 IMAGENET: Stats = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 HALF: Stats = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
@@ -59,8 +66,13 @@ class Layout:
     rotary: name of the argument of a block that is the rotary table. elastic_attention: whether heads can be narrowed.
     relative: whether blocks of this tower have relative positions. check: raises for towers that cannot be cut.
     others: classes inside the tower that change -> their mixins.
-    pool_macs: (tower, tokens) -> MACs of its pooling. entering: (config, patches) -> patch tokens at the first block.
+    place_macs: (tower, patches) -> MACs of making their positions. pool_macs: (tower, tokens) -> MACs of its pooling.
+    entering: (config, patches) -> patch tokens at the first block.
     block: mixin of reduced blocks; None: the plain one.
+    tower_class, whole_class: mixins of the reduced tower, and of reduced models that hold one; None: the plain ones.
+    inputs: (tower, images) -> the arguments of the model for images (B, channels, H, W) of one size.
+    own_size: (configuration of a tower) -> (height, width) of the images that its positions are for.
+    sized: (patch size, such a size) -> what the configuration calls that size.
     stats: mean and std of the images of its published weights. types: further `model_type`s of its configurations.
     """
 
@@ -93,9 +105,15 @@ class Layout:
     check: Callable[[Any], None] = lambda tower: None
     elastic_attention: bool = True
     others: Mapping[str, type[nn.Module]] = field(default_factory=dict)
+    place_macs: Callable[[Any, int], Macs] = lambda tower, patches: Macs()
     pool_macs: Callable[[Any, int], Macs] = lambda tower, tokens: Macs()
     entering: Callable[[Any, int], int] = lambda config, patches: patches
     block: type[nn.Module] | None = None
+    tower_class: type[nn.Module] | None = None
+    whole_class: type[nn.Module] | None = None
+    inputs: Callable[[Any, Tensor], tuple[Any, ...]] = lambda tower, images: (images,)
+    own_size: Callable[[Any], tuple[int, int]] = lambda config: pair(config.image_size)
+    sized: Callable[[int, Any], dict[str, Any]] = lambda patch, size: {"image_size": size}
     stats: Stats = HALF
     types: tuple[str, ...] = ()
 

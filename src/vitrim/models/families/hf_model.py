@@ -18,13 +18,14 @@ from ..forward_pass import trace_at_head
 from ..input_format import InputFormat, per_channel
 from ..macs import BlockShape, Macs, block_macs
 from ..outputs import ModelInfo
+from ..padded import joined, padded_trace_of
 from ..removed_branch import RemovedBranch
 from ..sublayers import Elastic
 from . import hf_config, hf_sizes
-from .hf_config import image_size, pair
+from .hf_config import image_size
 from .hf_elastic import enter_elastic
 from .hf_export import without_idle_masks
-from .hf_layout import LAYOUTS, Layout, layout_of
+from .hf_layout import LAYOUTS, Layout, layout_of, pair
 from .hf_reduced import grid, reduced_class
 
 
@@ -34,7 +35,8 @@ class TransformersViT(Adapter):
     name = "transformers"
     covers = (
         "Hugging Face transformers: ViT, DeiT, DINOv2 (with registers), DINOv3-ViT, CLIP and MetaCLIP 2 vision, "
-        "SigLIP, I-JEPA, BEiT, ViT-MAE encoder, ViT-MSN; bare, for classification, or as the tower of another model"
+        "SigLIP, SigLIP 2, I-JEPA, BEiT, ViT-MAE encoder, ViT-MSN; bare, for classification, or as the tower of "
+        "another model"
     )
     branches: ClassVar[Mapping[str, str]] = {}
     speed_settings = frozenset({"training", "gradient_checkpointing"})
@@ -139,7 +141,7 @@ class TransformersViT(Adapter):
         tower, width = layout.tower_of(model), layout.tower_of(model).config.hidden_size
         rows, columns = grid(layout, model, image_size(layout, model))
         projection = attrgetter(layout.projection)(tower)
-        total = Macs(rows * columns * projection.weight.numel())
+        total = Macs(rows * columns * projection.weight.numel()) + layout.place_macs(tower, rows * columns)
         for index, (block, tokens) in enumerate(zip(self.blocks(model), plan.entering, strict=True)):
             prefix_only = plan.prefix_only and index == plan.depth - 1
             cuts = plan.cut(index, "before"), plan.cut(index, "inside")
@@ -167,7 +169,7 @@ class TransformersViT(Adapter):
         )
 
     def predict(self, model: Any, images: Tensor) -> Tensor:
-        out = model(images)
+        out = model(*_layout(model).inputs(_layout(model).tower_of(model), images))
         pooled = any(getattr(out, name, None) is not None for name in ("logits", "image_embeds", "pooler_output"))
         return as_tensor(out) if pooled else self.head(model, out.last_hidden_state)
 
@@ -182,7 +184,8 @@ class TransformersViT(Adapter):
         layout = _layout(model)
         prefix = layout.num_prefix(model)
         options = {"output_hidden_states": True} if blocks else {}
-        out = layout.tower_of(model)(images, **options, return_dict=True)
+        tower = layout.tower_of(model)
+        out = tower(*layout.inputs(tower, images), **options, return_dict=True)
         left = {block: out.hidden_states[block + 1] for block in blocks}
         return out.last_hidden_state, {block: (x[:, :prefix], x[:, prefix:]) for block, x in left.items()}
 
@@ -274,6 +277,8 @@ class TransformersViT(Adapter):
 
 def logits_of(layout: Layout, model: Any, final_BTC: Tensor) -> Tensor:
     """What the heads of a model give for final tokens; pooled tokens for a bare tower."""
+    if (padded := padded_trace_of(final_BTC)) is not None:
+        return joined(padded.groups, [logits_of(layout, model, group.tokens) for group in padded.groups])
     whole, tower, size = layout.whole(model), layout.tower_of(model), None
     pool, reads = (layout.pool, layout.pool_reads) if whole is None else (whole.pool, whole.reads)
     if isinstance(model, Reduced) and reads == "tokens":

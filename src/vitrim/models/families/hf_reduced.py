@@ -5,6 +5,7 @@ They are attributes of this module, such as `ReducedViTLayer`, so that pickle fi
 
 import inspect
 import threading
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -17,9 +18,8 @@ from ..heads import split_heads
 from ..reduced import ReducedBlock
 from ..reduced_model import ReducedModel
 from ..removed_branch import RemovedBranch
-from .hf_config import pair
 from .hf_export import unmasked_in_export
-from .hf_layout import LAYOUTS, Layout
+from .hf_layout import LAYOUTS, Layout, pair
 
 _PREFIX = "Reduced"
 _lock = threading.RLock()
@@ -123,15 +123,23 @@ class _ReducedTransformer(ReducedModel):
         """Open a call, unless it asks for what a reduced model cannot give."""
         check_size(self.vitrim_layout, self, images, bool(kwargs.get("interpolate_pos_encoding")))
         call = self.open_call(images)
-        asked = kwargs.get("output_attentions")
-        if asked or (asked is None and getattr(self.config, "output_attentions", False)):
-            plan = self.vitrim_policy.plan(call.expected or self.vitrim_policy.geometry.num_patches, self.training)
-            if plan.cuts or plan.prefix_only:
-                raise VitrimError(
-                    "output_attentions=True has no meaning where tokens are cut: the maps of the blocks differ in size "
-                    "and a block that cuts computes no whole map; leave it out, or call handle.remove() first"
-                )
+        self.refuse_maps(kwargs, call.expected or self.vitrim_policy.geometry.num_patches)
         return call
+
+    def refuse_maps(self, kwargs: Mapping[str, Any], *num_patches: int) -> None:
+        """Raise `VitrimError` where attention maps are asked for and images of so many patches are cut."""
+        asked = kwargs.get("output_attentions")
+        wanted = asked or (asked is None and getattr(self.config, "output_attentions", False))
+        if wanted and self.cuts(*num_patches):
+            raise VitrimError(
+                "output_attentions=True has no meaning where tokens are cut: the maps of the blocks differ in size "
+                "and a block that cuts computes no whole map; leave it out, or call handle.remove() first"
+            )
+
+    def cuts(self, *num_patches: int) -> bool:
+        """Whether anything is left out of images of so many patches."""
+        plans = [self.vitrim_policy.plan(number, self.training) for number in set(num_patches)]
+        return any(plan.cuts or plan.prefix_only for plan in plans)
 
 
 class ReducedTower(_ReducedTransformer):
@@ -188,8 +196,9 @@ def _mixin(layout: Layout, foreign: type[nn.Module]) -> type[nn.Module] | None:
     if not foreign.__module__.startswith(f"transformers.models.{layout.package}."):
         return None
     name = foreign.__name__
-    mixins = {layout.prefix + layout.layer: layout.block or ReducedLayer, layout.tower: ReducedTower}
-    mixins |= dict.fromkeys(layout.wholes, ReducedWhole)
+    mixins = {layout.prefix + layout.layer: layout.block or ReducedLayer}
+    mixins |= {layout.tower: layout.tower_class or ReducedTower}
+    mixins |= dict.fromkeys(layout.wholes, layout.whole_class or ReducedWhole)
     return {**mixins, **layout.others}.get(name)
 
 
@@ -228,7 +237,7 @@ def check_size(layout: Layout, model: Any, images: Any, interpolates: bool) -> N
     """Raise `VitrimError` for images of a size that the positions of this model do not fit."""
     if getattr(images, "ndim", 0) != 4:
         return
-    size, own = tuple(images.shape[-2:]), pair(layout.tower_of(model).config.image_size)
+    size, own = tuple(images.shape[-2:]), layout.own_size(layout.tower_of(model).config)
     if 0 in grid(layout, model, size):
         raise VitrimError(f"images of {size[0]} x {size[1]} px are smaller than one patch of this model")
     if size != own and not interpolates and not layout.any_size:

@@ -13,7 +13,7 @@ from .hf_clip import CLIP
 from .hf_layout import HALF, Whole, enter, mean_of_patches
 
 
-class _ReducedPool(Reduced):
+class ReducedPool(Reduced):
     """Attention pooling in which a token that stands for n patches is read like n equal ones."""
 
     probe: Any
@@ -61,7 +61,7 @@ SIGLIP = replace(
     final_norm="post_layernorm",
     prefix_tokens=0,
     has_cls=False,
-    others={"SiglipMultiheadAttentionPoolingHead": _ReducedPool},
+    others={"SiglipMultiheadAttentionPoolingHead": ReducedPool},
     stats=HALF,
     types=("siglip_vision_model",),
 )

@@ -9,8 +9,8 @@ from torch.nn import functional as F
 
 from ...errors import CheckpointError, UnsupportedModelError
 from ..adapter import State
-from .hf_config import pair, set_image_size
-from .hf_layout import Layout
+from .hf_config import set_image_size
+from .hf_layout import Layout, pair
 
 _NAMES = ("embeddings.position_embeddings", "embeddings.position_embedding.weight")
 
@@ -25,7 +25,7 @@ def resize(layout: Layout, model: Any, size: tuple[int, int]) -> None:
     if layout.any_size:
         set_image_size(layout, model, size)
         return
-    own = pair(tower.config.image_size)
+    own = layout.own_size(tower.config)
     name, table = _positions(tower)
     if rows != columns and name.endswith("weight"):
         raise UnsupportedModelError(f"{type(model).__name__} takes square images only")
@@ -74,7 +74,7 @@ def _prefix(layout: Layout, model: Any) -> int:
 
 def _own_grid(layout: Layout, model: Any) -> tuple[int, int]:
     config = layout.tower_of(model).config
-    (height, width), (rows, columns) = pair(config.image_size), pair(config.patch_size)
+    (height, width), (rows, columns) = layout.own_size(config), pair(config.patch_size)
     return height // rows, width // columns
 
 

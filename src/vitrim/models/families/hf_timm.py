@@ -11,8 +11,8 @@ from ..adapter import State
 from ..architectures import build_architecture
 from ..attach import attached
 from ..finding import adapter_of, find_adapter
-from .hf_config import library, pair
-from .hf_layout import LAYOUTS, Layout, layout_of
+from .hf_config import library
+from .hf_layout import LAYOUTS, Layout, layout_of, pair
 
 Library = Literal["timm", "transformers"]
 _KINDS = {
