@@ -12,6 +12,7 @@ from torch import nn
 
 import vitrim
 from elastic_models import images, small
+from hf_models import HF
 from vitrim import ToMe, TopK
 from vitrim.compression import budget, clock, job, search, times_file
 from vitrim.compression.block_times import NANO, BlockTimes, Workbench, kind_of
@@ -111,6 +112,15 @@ def test_a_table_is_measured_once_and_kept_with_what_it_depends_on(monkeypatch: 
         path.write_text(content)
         where = times_file.circumstances(network, 2, CPU, "float32")
         assert times_file.read_table(where) is None, "a damaged table is measured again"
+
+
+@pytest.mark.usefixtures("fake_times")
+@pytest.mark.parametrize("name", ["hf_siglip", "hf_siglip2"])
+def test_blocks_of_transformers_are_timed_with_the_arguments_that_they_are_called_with(name: str) -> None:
+    bench = Workbench(HF[name](), 2, CPU, "float32")
+    found = bench.measure()
+    assert found.tokens[-1] == 25
+    bench.measure_cut(found, ToMe())
 
 
 @pytest.mark.usefixtures("fake_times")

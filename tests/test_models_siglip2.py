@@ -10,6 +10,7 @@ from torch import Tensor, nn
 import vitrim
 from hf_models import HF, MORE
 from vitrim.errors import VitrimError
+from vitrim.measure.speed import bench
 from vitrim.models import find_adapter
 from vitrim.models.families.hf_layout import layout_of
 from vitrim.tokens import Reducer
@@ -140,3 +141,9 @@ def test_images_of_another_size_and_a_saved_model(name: str, tmp_path: Path) -> 
         assert torch.equal(predicted(back, x), expected)
     assert adapter.input_format(back).size == (3, 40, 56)
     assert back.state_dict().keys() == model.state_dict().keys()
+
+
+def test_it_is_timed_like_any_other_model() -> None:
+    model = HF["hf_siglip2"]().eval()
+    table = bench({"dense": model}, batch_sizes=(1,), rounds=1, warmup=0)
+    assert table.rows[0]["ms"] > 0

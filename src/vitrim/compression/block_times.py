@@ -99,7 +99,8 @@ class Workbench:
         self.adapter = find_adapter(model)
         self.geometry = self.adapter.geometry(model)
         self.batch_size, self.device, self.dtype, self.dice = batch_size, device, DTYPES[dtype], random.Random(seed)
-        self.images = torch.randn(batch_size, *self.geometry.input_size, device=device, dtype=self.dtype)
+        images = torch.randn(batch_size, *self.geometry.input_size, device=device, dtype=self.dtype)
+        self.inputs = self.adapter.inputs(model, images)
 
     @torch.inference_mode()
     def measure(self, tick: Callable[[int, int], None] = lambda done, total: None) -> BlockTimes:
@@ -111,7 +112,7 @@ class Workbench:
         full = widths_of(self.model)[0]
         head_dims = [0, *_fractions(full.head_dim, 1)]
         hiddens = [0, *_fractions(full.hidden, 1)]
-        width = self._tokens_of_a_block()
+        width, given, named = self._arguments_of_a_block()
         count = self.geometry.num_patches + self.geometry.num_prefix
         tokens = _fractions(count, self.geometry.num_prefix + 1, TOKENS)
         pairs = [*((dim, 0) for dim in head_dims), *((0, hidden) for hidden in hiddens[1:])]
@@ -119,7 +120,9 @@ class Workbench:
         found: dict[tuple[int, int], list[float]] = {pair: [] for pair in pairs}
         for done, number in enumerate(tokens):
             x = torch.randn(self.batch_size, number, width, device=self.device, dtype=self.dtype)
-            times = self.times({pair: lambda block=block, x=x: block(x) for pair, block in halves.items()})
+            times = self.times(
+                {pair: lambda block=block, x=x: block(x, *given, **named) for pair, block in halves.items()}
+            )
             for pair, spent in times.items():
                 found[pair].append(spent)
             tick(done + 1, len(tokens) + 1)
@@ -130,7 +133,7 @@ class Workbench:
 
         empty = copy.deepcopy(self.model)
         set_widths(empty, [BlockWidths(0, 0)] * self.geometry.depth)
-        whole = self.times({"dense": lambda: self.model(self.images), "empty": lambda: empty(self.images)})
+        whole = self.times({"dense": lambda: self.model(*self.inputs), "empty": lambda: empty(*self.inputs)})
         return BlockTimes(
             tokens, head_dims, hiddens, rows([(dim, 0) for dim in head_dims]), rows([(0, h) for h in hiddens]),
             whole["dense"], whole["empty"],
@@ -146,7 +149,7 @@ class Workbench:
         reduced = copy.deepcopy(self.model)
         handle = attach(reduced, reducer, KeepRate(0.8, at=at))
         plan = handle.plan()
-        times = self.times({"dense": lambda: self.model(self.images), "reduced": lambda: reduced(self.images)})
+        times = self.times({"dense": lambda: self.model(*self.inputs), "reduced": lambda: reduced(*self.inputs)})
         expected = table.predict(plan, widths_of(self.model), reducer)
         surplus = times["reduced"] * table.dense / times["dense"] - expected
         table.cuts[kind] = max(0.0, surplus) / max(1, sum(cut.num_in for cut in plan.cuts))
@@ -172,13 +175,13 @@ class Workbench:
         set_widths(model, [BlockWidths(head_dim, hidden)] * self.geometry.depth)
         return self.adapter.blocks(model)[0]
 
-    def _tokens_of_a_block(self) -> int:
-        """Channels of the tokens, from what the first block is called with."""
+    def _arguments_of_a_block(self) -> tuple[int, tuple[Any, ...], dict[str, Any]]:
+        """Channels of the tokens, and the further arguments that the first block is called with."""
         seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         block = self.adapter.blocks(self.model)[0]
         hook = block.register_forward_pre_hook(lambda _, args, kwargs: seen.append((args, kwargs)), with_kwargs=True)
         try:
-            self.model(self.images)
+            self.model(*self.inputs)
         finally:
             hook.remove()
         args, kwargs = seen[0]
@@ -187,7 +190,7 @@ class Workbench:
                 f"blocks of this {type(self.model).__name__} take more than tokens, so that they cannot be timed "
                 "alone; give a budget of macs= instead"
             )
-        return int(args[0].shape[-1])
+        return int(args[0].shape[-1]), args[1:], kwargs
 
 
 def _fractions(full: int, least: int, parts: Sequence[float] = WIDTHS) -> list[int]:

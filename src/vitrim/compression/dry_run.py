@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..measure.columns import columns
 from ..measure.table import Table
-from ..models import find_adapter
+from ..models import adapter_of, find_adapter
 from ..models.evaluating import evaluating
 from ..notation import render
 from .candidates import first_shapes, reducers
@@ -78,6 +78,6 @@ def _seconds_per_image(model: nn.Module, images: Tensor) -> float:
     with evaluating(model):
         for _ in range(3):
             start = time.perf_counter()
-            float(model(images).float().sum())  # Waits for the device.
+            float(adapter_of(model).predict(model, images).float().sum())  # Waits for the device.
             times.append(time.perf_counter() - start)
     return min(times) / len(images)

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import benchmark
 
+from ..models import adapter_of
+
 
 class Trial:
     """One model and its images, ready to be timed.
@@ -22,10 +24,12 @@ class Trial:
         images: one batch.
     """
 
-    def __init__(self, model: nn.Module, run: Callable[[Tensor], object], images: Tensor) -> None:
-        self.model, self.run, self.images = model, run, images
+    def __init__(self, model: nn.Module, run: Callable[..., object], images: Tensor) -> None:
+        self.model, self.images = model, images
+        inputs = adapter_of(model).inputs(model, images)
+        self.run = lambda: run(*inputs)
         # torch's clock waits for the accelerator; timeit switches garbage collection off.
-        self._timer = Timer(lambda: self.run(self.images), timer=benchmark.timer)
+        self._timer = Timer(self.run, timer=benchmark.timer)
 
     def seconds(self, calls: int) -> list[float]:
         """Time of each of so many single calls."""
@@ -38,7 +42,7 @@ class Trial:
         own = (*self.model.parameters(), *self.model.buffers(), self.images)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        self.run(self.images)
+        self.run()
         torch.cuda.synchronize(device)
         grown = torch.cuda.max_memory_allocated(device) - before
         return (grown + sum(tensor.numel() * tensor.element_size() for tensor in own)) / 2**20

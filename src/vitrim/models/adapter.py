@@ -186,7 +186,11 @@ class Adapter:
 
     def predict(self, model: nn.Module, images: Tensor) -> Tensor:
         """Logits (B, K) as the model gives them, or pooled features (B, C) where it has no classifier."""
-        return as_tensor(model(images))
+        return as_tensor(model(*self.inputs(model, images)))
+
+    def inputs(self, model: nn.Module, images: Tensor) -> tuple[Any, ...]:
+        """The arguments of the model for images (B, channels, H, W) of one size."""
+        return (images,)
 
     def exporting(self) -> AbstractContextManager[None]:
         """The context in which a model is exported, so that the graph holds no more than its forward pass computes."""

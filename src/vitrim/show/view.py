@@ -54,7 +54,7 @@ class View:
     ) -> Iterator[tuple[list[Tile], list[Tile | None]]]:
         """For every image: the image and its cuts; heat maps of the scores (None where there are none)."""
         dtype = next(self.model.parameters()).dtype
-        self.model(batch.to(device, dtype))
+        adapter_of(self.model).predict(self.model, batch.to(device, dtype))
         states = [_cpu(state) for state in self.handle.states]
         num_patches = states[0].origin.shape[1]
         plan = self.handle.plan(num_patches, training=False)

@@ -169,9 +169,13 @@ class TransformersViT(Adapter):
         )
 
     def predict(self, model: Any, images: Tensor) -> Tensor:
-        out = model(*_layout(model).inputs(_layout(model).tower_of(model), images))
+        out = model(*self.inputs(model, images))
         pooled = any(getattr(out, name, None) is not None for name in ("logits", "image_embeds", "pooler_output"))
         return as_tensor(out) if pooled else self.head(model, out.last_hidden_state)
+
+    def inputs(self, model: Any, images: Tensor) -> tuple[Any, ...]:
+        layout = _layout(model)
+        return layout.inputs(layout.tower_of(model), images)
 
     def output_width(self, model: Any) -> int:
         layout = _layout(model)
@@ -184,8 +188,7 @@ class TransformersViT(Adapter):
         layout = _layout(model)
         prefix = layout.num_prefix(model)
         options = {"output_hidden_states": True} if blocks else {}
-        tower = layout.tower_of(model)
-        out = tower(*layout.inputs(tower, images), **options, return_dict=True)
+        out = layout.tower_of(model)(*self.inputs(model, images), **options, return_dict=True)
         left = {block: out.hidden_states[block + 1] for block in blocks}
         return out.last_hidden_state, {block: (x[:, :prefix], x[:, prefix:]) for block, x in left.items()}
 

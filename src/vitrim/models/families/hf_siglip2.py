@@ -153,7 +153,7 @@ def _inputs(tower: Any, images: Tensor) -> tuple[Tensor, None, Tensor]:
     cut = images[:, :, : rows * side[0], : columns * side[1]]
     patches = cut.unflatten(3, (columns, side[1])).unflatten(2, (rows, side[0])).permute(0, 2, 4, 3, 5, 1)
     # On the CPU, where looking at them waits for no accelerator.
-    return patches.flatten(3).flatten(1, 2), None, torch.tensor([[rows, columns]] * len(images))
+    return patches.flatten(3).flatten(1, 2), None, torch.tensor([[rows, columns]]).expand(images.shape[0], -1)
 
 
 def _own_size(config: Any) -> tuple[int, int]:
