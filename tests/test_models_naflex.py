@@ -233,5 +233,5 @@ def test_widths_change_where_blocks_are_standard_ones() -> None:
     expected = Case(vitrim.ToMe()).cuts(0, 1)
     vitrim.models.set_widths(model, [vitrim.models.BlockWidths(5, 40)] * 3)
     agrees_with_reference(model, vitrim.ToMe(), expected)
-    with pytest.raises(UnsupportedModelError, match="attn is a AttentionRope, whose width cannot change"):
+    with pytest.raises(UnsupportedModelError, match="rotate pairs of query and key dims by one table for all blocks"):
         vitrim.models.widths_of(_model("naflex_rotary"))

@@ -127,6 +127,11 @@ class Adapter:
 
     def check_widths(self, model: nn.Module) -> None:
         """Raise `UnsupportedModelError` where no width can change; else each sub-layer decides."""
+        if self.geometry(model).rotary:
+            raise UnsupportedModelError(
+                f"the width of this {type(model).__name__} cannot change: its blocks rotate pairs of query and key "
+                "dims by one table for all blocks, which a narrower head would not fit; reduce its tokens instead"
+            )
 
     def grid(self, model: nn.Module, image_size: Sequence[int]) -> tuple[int, int]:
         """Rows and columns of the patches of images of (height, width)."""
