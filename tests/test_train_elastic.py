@@ -230,7 +230,7 @@ def test_the_command_lays_model_images_and_epochs_over_a_recipe():
     assert given.elastic.images == 16
     assert (found.model.name, found.model.checkpoint) == ("vit_tiny_patch16_224", "w.pth")
     assert (found.data.name, found.data.root) == ("folder", "here")
-    plain = _recipe_for("vit_tiny_patch16_224@pretrained", {}, None, 3, 64, 4)
+    plain = _recipe_for("vit_tiny_patch16_224@pretrained", {"name": "digits"}, None, 3, 64, 4)
     assert plain.elastic is not None
     assert (found.elastic.width_multiple, plain.elastic.width_multiple) == (8, 4)
     assert (plain.epochs, plain.elastic.grow_epochs, plain.elastic.images) == (3, 1, 64)
