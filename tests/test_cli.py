@@ -97,7 +97,7 @@ def test_version(capsys: pytest.CaptureFixture[str]):
         ("train --out x --elastic.rule foo", "vitrim train: elastic.rule is 'foo'; it must be one of 'sandwich', 'un"),
         ("train --out x --cache.top_k foo", "vitrim train: cache.top_k is 'foo'; it must be a whole number"),
         ("train --out x --model [3]", "vitrim train: model is [3]; it must be a mapping of options"),
-        ("train --out x --data.name foo/bar", "vitrim train: unknown data set 'foo/bar'; known: digits, folder, hfds"),
+        ("train --out x --data.name foo/bar", "vitrim train: unknown data set 'foo/bar'; known: digits, "),
         ("train --out x --data.name wds/a", "vitrim train: wds/a needs data.root, the folder that holds it"),
         ("train --out x --data.name wds/a --data.root .", "vitrim train: cannot open data set 'wds/a' in .: "),
         (
