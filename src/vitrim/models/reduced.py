@@ -94,7 +94,11 @@ class ReducedBlock(BlockSteps):
         if self._prefix_only(trace):
             return self._attend_by_prefix(x, normed, trace, relative, rows), trace
         if cut is not None and reducer is not None and skips_queries(reducer, cut):
-            return self._cut_and_attend(x, normed, trace, table, relative)
+            key, value = self._streams(normed, 1, 3, rows)
+            evidence = self._evidence_of_keys(x, normed, key, trace, relative, self._needs(needed(reducer, cut)))
+            return self._attend_by_kept(
+                x, normed, (key, value), reducer.assign(evidence, cut.keep), trace, table, relative
+            )
         query, key, value = self._streams(normed, 0, 3, rows)
         bias = logit_bias(relative, trace, x.dtype)
         x = x + self.attend(query, key, value, bias, normed)
@@ -112,22 +116,17 @@ class ReducedBlock(BlockSteps):
         bias = logit_bias(relative, trace, x.dtype, first)
         return x[:, :first] + self.attend(query, key, value, bias, normed[:, :first])
 
-    def _cut_and_attend(
-        self, x: Tensor, normed: Tensor, trace: Trace, table: Any, relative: Tensor | None
-    ) -> tuple[Tensor, Trace]:
-        """A cut that keys and the query of CLS decide: the queries of tokens that are dropped are never computed."""
-        index, reducer = self.vitrim_index, trace.reducer
-        cut = trace.plan.cut(index, "inside")
-        assert cut is not None
-        assert reducer is not None
-        key, value = self._streams(normed, 1, 3, self._rows(table, trace))
-        evidence = self._evidence_of_keys(x, normed, key, trace, relative, self._needs(needed(reducer, cut)))
-        assignment = reducer.assign(evidence, cut.keep)
-        entered, trace = trace, trace.then(index, assignment, x)
+    def _attend_by_kept(
+        self, x: Tensor, normed: Tensor, keys_values: tuple[Tensor, Tensor], assignment: Assignment, trace: Trace,
+        table: Any, relative: Tensor | None,
+    ) -> tuple[Tensor, Trace]:  # fmt: skip
+        """The tokens that are kept after attention: the queries of those that are dropped are never computed."""
+        entered, trace = trace, trace.then(self.vitrim_index, assignment, x)
         kept = assignment.rows(trace.plan.num_prefix)
         x, normed = take(x, kept), take(normed, kept)
         (query,) = self._streams(normed, 0, 1, self._rows(table, trace))
-        return x + self.attend(query, key, value, logit_bias(relative, entered, x.dtype, trace), normed), trace
+        bias = logit_bias(relative, entered, x.dtype, trace)
+        return x + self.attend(query, *keys_values, bias, normed), trace
 
     def _cut_whole(
         self, x: Tensor, normed: Tensor, whole: Tensor, trace: Trace, relative: Tensor | None, rows: Any
