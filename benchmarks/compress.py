@@ -88,7 +88,7 @@ def row(
     for key in ("divergence", "over_tokens", "over_width", "drop", "time"):
         if key in found:
             line = found[key]
-            values |= {key: line.value, f"{key}_low": line.low, f"{key}_high": line.high}
+            values |= line.cells
     return values
 
 

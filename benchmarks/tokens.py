@@ -20,7 +20,7 @@ from vitrim import Budget, ToMe, TopK, arguments, attach, cost
 from vitrim.compression.candidates import first_shapes, power, reducers
 from vitrim.compression.fidelity import Fidelity
 from vitrim.compression.images import read
-from vitrim.compression.measured_lines import accuracy_lines, fidelity_lines
+from vitrim.compression.measured_lines import compared_lines
 from vitrim.data.specs import DataSpec
 from vitrim.data.splits import plain_stream
 from vitrim.errors import ScheduleError
@@ -66,12 +66,9 @@ def measure(
         return {}
     with handle:
         macs, found = cost(model).macs / full, fidelity.compare(model)
-    lines = fidelity_lines(found)
-    if fidelity.right(fidelity.reference) is not None:
-        lines += accuracy_lines(fidelity, found, None)
     values: Values = {"macs": macs}
-    for line in lines:
-        values |= {line.key: line.value, f"{line.key}_low": line.low, f"{line.key}_high": line.high}
+    for line in compared_lines(fidelity, found):
+        values |= line.cells
     return values
 
 

@@ -21,8 +21,7 @@ from vitrim.elastic.chain import hash_of
 from vitrim.models import open_model
 from vitrim.verbs.compressing import _original
 from vitrim.verbs.compressing import _pictures as pictures
-from vitrim.verbs.exporting import _images as images_for_export
-from vitrim.verbs.images import training_stream
+from vitrim.verbs.images import known_images, training_stream
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -46,6 +45,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 FEW = ("--num_images", 40, "--trials", 0, "--batch_size", 2, "--data.workers", 0, "--using", "tokens")
 QUICK = (*FEW, "--data.name", "digits")
+DRY = ("--macs", 0.5, "--data.name", "digits", "--data.workers", 0, "--num_images", 80, "--dry_run")
 
 
 def test_a_folder_is_written_and_verified_and_never_overwritten(
@@ -60,7 +60,7 @@ def test_a_folder_is_written_and_verified_and_never_overwritten(
     assert found["macs"].met
     assert found["drop"].asked == 1, "digits are of the classes of this model"
     assert load(out)
-    named = images_for_export(str(out), {"workers": 1})
+    named = known_images(str(out), {"workers": 1})
     assert named is not None, "a file of this model is compared on the images of the certificate"
     assert (named.name, named.workers) == ("digits", 1)
     assert call(capsys, "compress", model, "--macs", 0.6, *QUICK, "--out", out)[0] == 2
@@ -203,20 +203,7 @@ def test_a_dry_run_lists_what_would_be_tried(
     model: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(job.Job, "run", lambda *_, **__: pytest.fail("nothing is searched"))
-    code, said, _ = call(
-        capsys,
-        "compress",
-        model,
-        "--macs",
-        0.5,
-        "--data.name",
-        "digits",
-        "--data.workers",
-        0,
-        "--num_images",
-        80,
-        "--dry_run",
-    )
+    code, said, _ = call(capsys, "compress", model, *DRY)
     assert code == 0
     assert "candidates of the first round" in said
     assert "ToMe()" in said
@@ -224,20 +211,7 @@ def test_a_dry_run_lists_what_would_be_tried(
 
 
 def test_random_weights_are_warned_about(capsys: pytest.CaptureFixture[str]) -> None:
-    words = (
-        "compress",
-        "vitrim_digits_vit",
-        "--macs",
-        0.5,
-        "--data.name",
-        "digits",
-        "--data.workers",
-        0,
-        "--num_images",
-        80,
-        "--dry_run",
-    )
-    code, _, err = call(capsys, *words)
+    code, _, err = call(capsys, "compress", "vitrim_digits_vit", *DRY)
     assert code == 0
     assert "weights are random" in err
 

@@ -18,7 +18,7 @@ from .compression.fidelity import Fidelity
 from .compression.goal import Goal
 from .compression.images import Pictures, divide, read
 from .compression.job import Job
-from .compression.measured_lines import accuracy_lines, fidelity_lines
+from .compression.measured_lines import compared_lines
 from .compression.request import Request
 from .compression.run import MOST_UNSEEN
 from .data.specs import AugmentSpec, DataSpec
@@ -171,12 +171,11 @@ def _figures(fidelity: Fidelity, network: nn.Module, against_dense: bool) -> dic
     """Accuracy, how much of that of the dense network is lost, and the divergence from it, with their intervals."""
     found = fidelity.compare(network)
     wanted = ("accuracy", "drop", "divergence") if against_dense else ("accuracy",)
-    lines = [line for line in (*accuracy_lines(fidelity, found, None), *fidelity_lines(found)) if line.key in wanted]
-    return {
-        f"{line.key}{end}": value
-        for line in lines
-        for end, value in (("", line.value), ("_low", line.low), ("_high", line.high))
-    }
+    cells: dict[str, float | None] = {}
+    for line in compared_lines(fidelity, found):
+        if line.key in wanted:
+            cells |= line.cells
+    return cells
 
 
 def _illustrate(dense: nn.Module, table: Table, images: Tensor, out: Path) -> None:

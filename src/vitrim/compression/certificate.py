@@ -50,6 +50,11 @@ class Line:
         """The value with its ends."""
         return Interval(self.value, *(self.value if end is None else end for end in (self.low, self.high)))
 
+    @property
+    def cells(self) -> dict[str, float | None]:
+        """The value and the ends of its interval as a row of a table has them."""
+        return {self.key: self.value, f"{self.key}_low": self.low, f"{self.key}_high": self.high}
+
     @classmethod
     def of_interval(cls, key: str, found: Interval, **more: Any) -> "Line":
         """A line of what was measured."""

@@ -29,6 +29,12 @@ def fidelity_lines(found: Closeness) -> list[Line]:
     return lines
 
 
+def compared_lines(fidelity: Fidelity, found: Closeness) -> list[Line]:
+    """How close a model is to the given one, and its accuracy where the images have classes."""
+    lines = fidelity_lines(found)
+    return lines if fidelity.right(found.outputs) is None else [*lines, *accuracy_lines(fidelity, found, None)]
+
+
 def accuracy_lines(fidelity: Fidelity, found: Closeness, max_drop: float | None) -> list[Line]:
     """Accuracy, and how much of it is lost, on images with classes."""
     before, after = fidelity.right(fidelity.reference), fidelity.right(found.outputs)

@@ -22,7 +22,7 @@ from ..models.shapes_only import shapes_only
 from .certificate import FORMS, Certificate, Line, row_of
 from .fidelity import Fidelity
 from .images import Pictures
-from .measured_lines import accuracy_lines, fidelity_lines, time_lines
+from .measured_lines import compared_lines, time_lines
 from .timing import sessions
 
 COUNTED = ("macs", "params")
@@ -178,9 +178,7 @@ def _counted(model: nn.Module, certificate: Certificate) -> list[Line]:
 
 def _compared(model: nn.Module, original: nn.Module, images: Pictures, device: torch.device) -> list[Line]:
     fidelity = Fidelity(original, images, device)
-    found = fidelity.compare(model)
-    lines = fidelity_lines(found)
-    return lines if fidelity.right(found.outputs) is None else [*lines, *accuracy_lines(fidelity, found, None)]
+    return compared_lines(fidelity, fidelity.compare(model))
 
 
 def _timed(original: nn.Module, model: nn.Module, settings: Mapping[str, Any], device: torch.device) -> list[Line]:

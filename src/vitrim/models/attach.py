@@ -83,17 +83,17 @@ class Handle:
     def states(self) -> list[TokenState]:
         """One `TokenState` for each block, of the latest forward pass of any thread; see `state_of`."""
         trace = self.last_trace()
-        return [state_after(self.adapter, self.model, trace, block) for block in range(self.geometry.depth)]
+        return [self._state(trace, block) for block in range(self.geometry.depth)]
 
     @property
     def origin(self) -> Tensor:
         """`state.origin` (B, N) after the last block of the latest forward pass of any thread; see `state_of`."""
-        return self.states[-1].origin
+        return self._state(self.last_trace(), self.geometry.depth - 1).origin
 
     @property
     def positions(self) -> Tensor:
         """`state.positions` (B, M, 2) after the last block of the latest forward pass of any thread; see `state_of`."""
-        return self.states[-1].positions
+        return self._state(self.last_trace(), self.geometry.depth - 1).positions
 
     @property
     def restorable(self) -> bool:
@@ -115,7 +115,7 @@ class Handle:
             VitrimError: it is not known from which forward pass they come, as with a slice, a cast or a copy.
         """
         trace = trace_behind(tokens)
-        return state_after(self.adapter, self.model, trace, trace.block)
+        return self._state(trace, trace.block)
 
     def restore(self, tokens: Tensor) -> Tensor:
         """All patches again, at their places: (B, P + N, C), prefix tokens first.
@@ -133,8 +133,7 @@ class Handle:
             VitrimError: as in `state_of`; or tokens were dropped without `restorable`.
         """
         trace = trace_behind(tokens)
-        norms = trace.normed if isinstance(trace, Trace) else trace.traces[0].normed
-        return trace.restored(tokens, self.adapter.final_norm(self.model) if norms else None)
+        return trace.restored(tokens, self.adapter.final_norm(self.model) if trace.normed else None)
 
     def plan(self, num_patches: int | None = None, training: bool | None = None) -> Plan:
         """The cuts for so many patch tokens (default: what the model's own input size gives), in this mode.
@@ -221,6 +220,9 @@ class Handle:
         if self.policy.last is None:
             raise VitrimError("no forward pass has been made since the reduction was attached")
         return self.policy.last
+
+    def _state(self, trace: Trace | PaddedTrace, block: int) -> TokenState:
+        return state_after(self.adapter, self.model, trace, block)
 
     def __enter__(self) -> "Handle":
         return self

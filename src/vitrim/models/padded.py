@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from ..errors import VitrimError
 from ..tokens import TokenState
-from .trace import Trace
+from .trace import Trace, trace_of
 
 _TRACE = "vitrim_padded_trace"
 
@@ -90,6 +90,11 @@ class PaddedTrace:
         """The last block that the tokens have left."""
         return self.traces[0].block
 
+    @property
+    def normed(self) -> bool:
+        """Whether the tokens have passed the last norm of the model."""
+        return self.traces[0].normed
+
     def state(self, block: int | None = None) -> TokenState:
         """Where the patches are after `block`: padding counts as dropped (-1), slots without a token have size 0."""
         states = [trace.state(block) for trace in self.traces]
@@ -121,10 +126,16 @@ class PaddedTrace:
         return F.pad(x_BN, (0, 0) * (x_BN.ndim - 2) + (0, self.num_patches + extra - x_BN.shape[1]), value=fill)
 
 
-def mark_padded(x_BTC: Tensor, trace: PaddedTrace) -> Tensor:
-    """Send the trace along with the padded tokens."""
-    setattr(x_BTC, _TRACE, trace)
-    return x_BTC
+def together(groups: Sequence[Group], tokens: Sequence[Tensor], num_patches: int) -> Tensor:
+    """The tokens that were computed of each group as one padded batch, which carries the trace if they carry theirs.
+
+    num_patches: of an image with its padding.
+    """
+    out, traces = joined(groups, tokens), [trace for trace in map(trace_of, tokens) if trace is not None]
+    if len(traces) == len(tokens):
+        own = tuple(replace(group, tokens=each) for group, each in zip(groups, tokens, strict=True))
+        setattr(out, _TRACE, PaddedTrace(own, tuple(traces), num_patches))
+    return out
 
 
 def padded_trace_of(x_BTC: Tensor) -> PaddedTrace | None:

@@ -12,6 +12,11 @@ from .padded import PaddedTrace, padded_trace_of
 from .trace import Trace, trace_of
 
 
+def grid_places(rows: int, columns: int, device: torch.device) -> Tensor:
+    """Row and column of every patch of an image, (rows * columns, 2), row by row."""
+    return torch.cartesian_prod(torch.arange(rows, device=device), torch.arange(columns, device=device))
+
+
 def trace_behind(tokens: Tensor) -> Trace | PaddedTrace:
     """The trace that these tokens carry; `VitrimError` if they carry none."""
     trace = trace_of(tokens) or padded_trace_of(tokens)
@@ -43,5 +48,4 @@ def _coordinates(adapter: Adapter, model: nn.Module, trace: Trace) -> Tensor | N
         return None
     if rows * columns != trace.plan.num_patches:  # Some were dropped before the first block.
         return None
-    each = torch.cartesian_prod(*(torch.arange(count, device=trace.device) for count in (rows, columns)))
-    return each.view(1, -1, 2)
+    return grid_places(rows, columns, trace.device).unsqueeze(0)

@@ -142,7 +142,7 @@ class Policy:
             gradients=gradients,
         )  # fmt: skip
 
-    def show(self, trace: Trace) -> None:
+    def show(self, trace: Trace | PaddedTrace) -> None:
         """Keep this trace for the user to look at."""
         if not torch.compiler.is_exporting():  # The tensors of an export are not real.
             self.last = trace.summary()

@@ -64,15 +64,16 @@ def running(
 @contextmanager
 def _environment() -> Iterator[None]:
     """Within this context gradio sends nothing, and keeps files in a folder that is removed afterwards."""
-    before = dict(os.environ)
     with tempfile.TemporaryDirectory(prefix="vitrim-", ignore_cleanup_errors=True) as folder:
-        os.environ |= {**_QUIET, "GRADIO_TEMP_DIR": folder}
+        variables = {**_QUIET, "GRADIO_TEMP_DIR": folder}
+        before = {name: os.environ.pop(name) for name in variables if name in os.environ}
+        os.environ |= variables
         try:
             yield
         finally:
-            for name in (*_QUIET, "GRADIO_TEMP_DIR"):
+            for name in variables:
                 os.environ.pop(name, None)
-            os.environ |= {name: value for name, value in before.items() if name not in os.environ}
+            os.environ |= before
 
 
 @contextmanager

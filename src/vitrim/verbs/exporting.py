@@ -1,14 +1,14 @@
 """The verb that writes a model as a file for other runtimes."""
 
 import sys
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from ..data.specs import DataSpec
 from ..errors import DataError
 from ..options import Range
 from ..text import printable
 from .delivery import TRAINING_ONLY, TestImages, check_used
-from .images import images_of, images_to_compare, names_images, override_data, own_images
+from .images import images_to_compare, known_images, override_data
 
 EXACT, INT8 = 16, 256
 """Images to compare on: where outputs must be equal, and where it is measured how often the class is the same."""
@@ -44,7 +44,7 @@ def export(
 
     check_place(out, format, int8)
     check_used("export", data, TRAINING_ONLY, "the test images")
-    spec = _images(model, data)
+    spec = known_images(model, data)
     if spec is None:
         if int8:
             raise DataError("how often an int8 file gives the same class depends on your images; give --data.root DIR")
@@ -59,8 +59,3 @@ def export(
     pictures = images_to_compare(network, spec, num_images or (INT8 if int8 else EXACT))
     found = write(network, pictures.images, out, format=format, method=method, int8=int8, classes=classes_of(model))
     print(printable(found.text(), "\n"))
-
-
-def _images(model: str, data: dict[str, Any]) -> DataSpec | None:
-    """The images that were named, or those that a folder names: of a run, or of a certificate; None without any."""
-    return images_of([model], data) if names_images(data) or own_images(model) is not None else None

@@ -28,12 +28,20 @@ def images_of(models: Sequence[str], given: Mapping[str, Any]) -> DataSpec:
         DataError: no images are given, and the first model comes with none.
         VitrimError: there is no such model.
     """
-    own = own_images(models[0])
-    if own is None and not names_images(given):
+    found = known_images(models[0], given)
+    if found is None:
         from ..models.build import check_name, split_spec
 
         check_name(split_spec(models[0])[0])  # A misspelt name is reported first.
         raise DataError("no images are given; add --data.root FOLDER, or --data.name digits for the built-in digits")
+    return found
+
+
+def known_images(model: str, given: Mapping[str, Any]) -> DataSpec | None:
+    """As `images_of` for one model; None where no images are given and it comes with none."""
+    own = own_images(model)
+    if own is None and not names_images(given):
+        return None
     return override_data(DataSpec() if own is None else replace(own, image_size=None), given)
 
 
@@ -75,15 +83,14 @@ def training_stream(network: "nn.Module", spec: DataSpec) -> "Stream":
     """The training images, or all images of a folder that has no splits."""
     from ..data.splits import plain_stream
 
-    flat = _flat(network, spec)
-    return plain_stream(network, spec, train=True) if flat is None else flat
+    return _flat(network, spec) if _is_flat(spec) else plain_stream(network, spec, train=True)
 
 
 def test_stream(network: "nn.Module", spec: DataSpec) -> "Stream | None":
     """The test images; None where there is no test split and none is asked for."""
     from ..data.splits import plain_stream
 
-    if _flat(network, spec) is not None:
+    if _is_flat(spec):
         return None
     try:
         return plain_stream(network, spec)
@@ -111,15 +118,19 @@ def images_to_compare(network: "nn.Module", spec: DataSpec, most: int) -> "Pictu
     return read(stream, most, spec.workers, labelled=False)
 
 
-def _flat(network: "nn.Module", spec: DataSpec) -> "Stream | None":
-    """All images below a folder that has no training split."""
+def _is_flat(spec: DataSpec) -> bool:
+    """Whether it is a folder that has no training split."""
+    return spec.name == "folder" and spec.root is not None and not (Path(spec.root) / spec.train_split).is_dir()
+
+
+def _flat(network: "nn.Module", spec: DataSpec) -> "Stream":
+    """All images below a folder."""
     from ..data.images import open_unlabelled
     from ..data.streams import Stream
     from ..data.transforms import transforms_for
     from ..models.input_format import InputFormat
 
-    if spec.name != "folder" or spec.root is None or (Path(spec.root) / spec.train_split).is_dir():
-        return None
+    assert spec.root is not None
     images = open_unlabelled(spec.root)
     images.mode = InputFormat.of(network, spec.image_size).mode
     return Stream(images, transforms_for(network, spec), skip=spec.on_corrupt == "skip")

@@ -15,8 +15,8 @@ from ...errors import VitrimError
 from ..exchange import Reduced, while_attached
 from ..forward_pass import Call, finish
 from ..macs import Macs
-from ..padded import Group, PaddedTrace, by_length, joined, lengths_of, mark_padded, padded_trace_of
-from ..trace import trace_of
+from ..padded import Group, by_length, joined, lengths_of, padded_trace_of, together
+from ..places import grid_places
 from .hf_layout import Whole, enter, mean_of_patches, pair
 from .hf_reduced import ReducedTower, ReducedWhole
 from .hf_siglip import SIGLIP, ReducedPool
@@ -70,23 +70,16 @@ class _ReducedTower(ReducedTower):
         groups: list[Group] = []
         parts: list[Any] = []
         for length, rows in by_length([one * two for one, two in shapes]).items():
-            each = torch.stack([_coordinates(shapes[row], patches.device) for row in rows])
+            each = torch.stack([grid_places(*shapes[row], patches.device) for row in rows])
             groups.append(Group(rows, length, patches, each))
             parts.append(self._pass(groups[-1].part(patches), spatial_shapes[list(rows)], None, kwargs))
 
-        def together(tokens: Sequence[Tensor]) -> Tensor:
-            own = tuple(replace(group, tokens=each) for group, each in zip(groups, tokens, strict=True))
-            traces: Any = tuple(map(trace_of, tokens))
-            out = joined(groups, tokens)
-            return out if None in traces else mark_padded(out, PaddedTrace(own, traces, patches.shape[1]))
-
-        final = together([part.last_hidden_state for part in parts])
-        trace = padded_trace_of(final)
-        if trace is not None and not torch.compiler.is_exporting():
-            self.vitrim_policy.last = trace.summary()
+        final = together(groups, [part.last_hidden_state for part in parts], patches.shape[1])
+        if (trace := padded_trace_of(final)) is not None:
+            self.vitrim_policy.show(trace)
         pooled = None if parts[0].pooler_output is None else joined(groups, [part.pooler_output for part in parts])
         states = zip(*(part.hidden_states for part in parts), strict=True) if parts[0].hidden_states else ()
-        states = tuple(map(together, states)) or None
+        states = tuple(together(groups, each, patches.shape[1]) for each in states) or None
         return type(parts[0])(last_hidden_state=final, pooler_output=pooled, hidden_states=states)
 
 
@@ -140,10 +133,6 @@ def _shapes(patches: Any, mask: Tensor | None, spatial_shapes: Any) -> list[Shap
                 f"image {at} of the batch has {rows} x {columns} patches by spatial_shapes, but {length} by its mask"
             )
     return shapes
-
-
-def _coordinates(shape: Shape, device: torch.device) -> Tensor:
-    return torch.cartesian_prod(*(torch.arange(count, device=device) for count in shape)).view(-1, 2)
 
 
 def _inputs(tower: Any, images: Tensor) -> tuple[Tensor, None, Tensor]:

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
-import torch
 from timm.layers import Attention, AttentionRope
 from timm.layers.helpers import to_2tuple
 from timm.models import get_model_input_config
@@ -24,9 +23,8 @@ from ..forward_pass import Call, finish
 from ..input_format import InputFormat
 from ..macs import BlockShape, Macs
 from ..outputs import ModelInfo
-from ..padded import Group, PaddedTrace, by_length, joined, lengths_of, mark_padded, padded_trace_of, valid_of
+from ..padded import Group, by_length, joined, lengths_of, padded_trace_of, together, valid_of
 from ..removed_branch import RemovedBranch
-from ..trace import trace_of
 from .timm_eva import ReducedEvaBlock, TimmEva
 from .timm_reduced import ReducedTimmModel, left_by_patch_drop
 from .timm_vit import Classes, ReducedTimmBlock, TimmViT
@@ -70,18 +68,17 @@ class ReducedNaFlexVit(ReducedTimmModel, NaFlexVit):
                 "patch_valid alone"
             )
         groups: list[Group] = []
-        traces: list[Any] = []
+        parts: list[Tensor] = []
         for length, rows in by_length(lengths).items():
             group = Group(rows, length, patches, patch_coord[list(rows), :length])
             with Call(self.vitrim_policy, self._entering(length)):
                 part: Any = NaFlexVit.forward_features(self, group.part(patches), group.coordinates)
-                groups.append(replace(group, tokens=finish(self.vitrim_policy, part["patches"])))
-            traces.append(trace_of(groups[-1].tokens))
-        trace = PaddedTrace(tuple(groups), tuple(traces), patches.shape[1])
-        if not torch.compiler.is_exporting():
-            self.vitrim_policy.last = trace.summary()
-        final = joined(groups, [group.tokens for group in groups])
-        return {"patches": mark_padded(final, trace), "patch_valid": valid_of(groups, self.num_prefix_tokens)}
+                parts.append(finish(self.vitrim_policy, part["patches"]))
+            groups.append(replace(group, tokens=parts[-1]))
+        final = together(groups, parts, patches.shape[1])
+        if (trace := padded_trace_of(final)) is not None:
+            self.vitrim_policy.show(trace)
+        return {"patches": final, "patch_valid": valid_of(groups, self.num_prefix_tokens)}
 
     @while_attached
     def forward_head(self, patches: Tensor, pre_logits: bool = False, patch_valid: Tensor | None = None) -> Tensor:
