@@ -1,6 +1,8 @@
 """Produces the committed speed table: reductions and their plain counterparts beside dense timm, in interleaved rounds.
 
     python benchmarks/run.py --threads 2 --rounds 20 --out results/bench-deit-s-cpu
+    python benchmarks/run.py --device cuda --dtype bfloat16 --batch_sizes 256 32 --out results/bench-deit-s-cuda
+    python benchmarks/run.py --device cuda --dtype bfloat16 --batch_sizes 1 --graphs --out results/bench-deit-s-cuda-1
 
 The process should have the machine to itself.
 """
@@ -41,6 +43,8 @@ def main(
     batch_sizes: list[int] = [32, 1],  # noqa: B006 (never changed)
     threads: int | None = 2,
     rounds: int = 20,
+    compile: bool = False,
+    graphs: bool = False,
     dtype: str = "float32",
     device: str | None = "cpu",
     out: str = "results/bench-deit-s-cpu",
@@ -51,8 +55,10 @@ def main(
     for rate in (0.7, 0.5):
         models[f"evit-materialised {rate}"] = evit_materialised(dense, rate)
     models["tome-materialised r=13"] = tome_materialised(dense, 13)
-    options = {"batch_sizes": batch_sizes, "threads": threads, "rounds": rounds, "dtype": dtype, "device": device}
-    table = bench(models, **options)
+    table = bench(
+        models, batch_sizes=batch_sizes, threads=threads, rounds=rounds, compile=compile, graphs=graphs, dtype=dtype,
+        device=device,
+    )  # fmt: skip
     text = f"# Speed of {model}\n\n{table.markdown()}\n## Against the plain forms\n\n{compare(table, batch_sizes)}"
     print(text)
     table.write(f"{out}.json", overwrite=True)

@@ -78,6 +78,7 @@ def main(
     image_size: int | None = None,
     test_images: int = 1000,
     threads: int | None = 2,
+    device: str = "cpu",
     out: str = "results/tokens-vits14-cpu",
 ) -> None:
     """Measure, print, and write OUT.md, OUT.csv and OUT.json.
@@ -88,16 +89,18 @@ def main(
         image_size: pixels, if other than the model's own.
         test_images: images of the test split, drawn once.
         threads: CPU threads.
+        device: where to run.
         out: stem of the files to write.
     """
     torch.set_num_threads(threads or torch.get_num_threads())
-    network = open_model(model, image_size).eval()
+    network = open_model(model, image_size).eval().to(device)
     spec = DataSpec(name="folder", root=root, image_size=image_size, workers=0)
-    fidelity = Fidelity(network, read(plain_stream(network, spec), test_images, 0), torch.device("cpu"))
+    fidelity = Fidelity(network, read(plain_stream(network, spec), test_images, 0), torch.device(device))
     right, full = fidelity.right(fidelity.reference), cost(network).macs
     geometry = find_adapter(network).geometry(network)
     finished = Finished(
-        Path(f"{out}.finished.jsonl"), {"model": model, "root": root, "size": image_size, "images": len(fidelity)}
+        Path(f"{out}.finished.jsonl"),
+        {"model": model, "root": root, "size": image_size, "images": len(fidelity), "device": device},
     )
     rows = []
     for reducer, shape in cases(geometry.num_prefix > 0, geometry.depth):

@@ -50,8 +50,9 @@ COLUMNS = (
 
 def batches(model: nn.Module, spec: DataSpec, number: int, seed: int, train: bool) -> list[tuple[Tensor, Tensor]]:
     """The first `number` images of the training or test split in an order drawn by the seed, with their classes."""
-    stream = plain_stream(model, spec, train=train)
-    return list(islice(shuffled_batches(stream, spec.workers, seed), -(-number // 64)))
+    stream, device = plain_stream(model, spec, train=train), next(model.parameters()).device
+    found = islice(shuffled_batches(stream, spec.workers, seed), -(-number // 64))
+    return [(images.to(device), classes.to(device)) for images, classes in found]
 
 
 @torch.no_grad()
@@ -103,17 +104,18 @@ def main(
     test_images: int = 1000,
     seeds: int = 3,
     threads: int | None = 2,
+    device: str = "cpu",
     out: str = "results/widths-vits14-cpu",
 ) -> None:
     """Measure, print, and write OUT.md, OUT.csv and OUT.json."""
     torch.set_num_threads(threads or torch.get_num_threads())
-    network = open_model(model, image_size).eval()
+    network = open_model(model, image_size).eval().to(device)
     spec = DataSpec(name="folder", root=root, image_size=image_size, workers=0)
     test = batches(network, spec, test_images, 0, train=False)
     classes = torch.cat([each for _, each in test])
     full = outputs(network, test)
     right = (full.argmax(1) == classes).double().mean().item()
-    settings: Values = {"model": model, "root": root, "images": images, "test_images": len(classes)}
+    settings: Values = {"model": model, "root": root, "images": images, "test_images": len(classes), "device": device}
     finished = Finished(Path(f"{out}.finished.jsonl"), settings)
 
     def closeness(cut: Callable[[], nn.Module]) -> Values:

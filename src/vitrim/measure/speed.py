@@ -30,6 +30,7 @@ class BenchOptions(TypedDict, total=False):
     dtype: str
     device: str | torch.device | None
     compile: bool
+    graphs: bool
     threads: int | None
     rounds: int
     warmup: int
@@ -44,6 +45,7 @@ def bench(
     dtype: str = "float32",
     device: str | torch.device | None = None,
     compile: bool = False,
+    graphs: bool = False,
     threads: int | None = None,
     rounds: int = 10,
     warmup: int = 2,
@@ -59,6 +61,7 @@ def bench(
         dtype: "float32", "bfloat16" or "float16", of weights and images.
         device: by default CUDA if there is one.
         compile: run every model through torch.compile, one static shape per batch size.
+        graphs: replay every model as a CUDA graph, so that the time of Python between kernels is left out.
         threads: of torch on the CPU; by default as they are.
         rounds: timed rounds. warmup: rounds before them, not counted.
         seed: of the images and of the order within rounds.
@@ -78,6 +81,8 @@ def bench(
     device = torch.device(device or ("cuda" if torch.cuda.is_available() and not files else "cpu"))
     if files and (dtype != "float32" or device.type != "cpu"):
         raise VitrimError("files are run in float32 on the CPU; use --dtype float32 --device cpu, or name models alone")
+    if graphs and device.type != "cuda":
+        raise VitrimError(f"graphs are those of CUDA, but models run on {device.type}; leave graphs out")
     sizes = {name: size_for(entry, input_size) for name, entry in entries.items()}
     for name, entry in entries.items():
         for batch_size in batch_sizes:
@@ -92,6 +97,7 @@ def bench(
                     model,
                     entries[name].compiled(model) if compile else model,
                     _images(batch_size, sizes[name], seed).to(device, DTYPES[dtype]),
+                    graph=graphs,
                 )
                 for name, model in ready.items()
             }
@@ -113,7 +119,8 @@ def bench(
                         trial.peak_mib(device),
                     )
                 )
-        settings = {"dtype": dtype, "device": device.type, "compile": compile, "rounds": rounds, "seed": seed}
+        settings = {"dtype": dtype, "device": device.type, "compile": compile, "graphs": graphs}
+        settings |= {"rounds": rounds, "seed": seed}
         settings |= {name: f"by {runtime}" for name, runtime in files.items()}
         return BenchTable.of(rows, environment(), settings)
 

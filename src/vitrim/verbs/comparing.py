@@ -41,6 +41,7 @@ def bench(
     batch_size: list[Count] = [32],  # noqa: B006 (shown as the default; never changed)
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     compile: bool = False,
+    graphs: bool = False,
     threads: Threads | None = None,
     rounds: Count = 10,
     image_size: Pixels | None = None,
@@ -58,6 +59,7 @@ def bench(
         batch_size: images at a time.
         dtype: number format of weights and images.
         compile: compile the models with torch.compile first.
+        graphs: replay models as CUDA graphs, without the time that Python takes between kernels.
         threads: number of CPU threads; by default PyTorch's own choice.
         rounds: number of rounds; in each, every model runs once.
         image_size: side of square images in pixels; by default each model's own.
@@ -71,8 +73,8 @@ def bench(
     if method and all(map(is_file, model)):
         raise VitrimError("files run as they are, so that --method would have no effect; leave it out")
     table = bench_methods(
-        model, method, batch_sizes=tuple(batch_size), dtype=dtype, compile=compile, threads=threads, rounds=rounds,
-        input_size=image_size, device=None if device == "auto" else device,
+        model, method, batch_sizes=tuple(batch_size), dtype=dtype, compile=compile, graphs=graphs, threads=threads,
+        rounds=rounds, input_size=image_size, device=None if device == "auto" else device,
     )  # fmt: skip
     deliver(table, out)
 
