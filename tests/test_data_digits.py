@@ -114,3 +114,28 @@ def test_options_that_moved_digits_cannot_take_are_refused_by_their_name():
             check(DataSpec(name="digits-moved", test_split="val"))
     with pytest.raises(UnknownNameError, match="did you mean digits-moved"):
         open_images(DataSpec(name="digits-move"), True)
+
+
+def test_masks_are_moved_with_their_images_and_name_the_digit():
+    data, overlaps = MovedDigits(train=True), list[float]()
+    for index in range(0, len(data), 97):
+        image, mask = data.with_mask(index)
+        plain, target = data[index]
+        assert image.tobytes() == plain.tobytes()
+        assert mask.shape == (FINE * SIDE, FINE * SIDE)
+        assert mask.dtype == np.uint8
+        assert {*np.unique(mask)} == {0, 1 + target}
+        assert np.array_equal(mask, data.with_mask(index)[1])
+        bright, ink = np.asarray(image) >= digits.INK, mask > 0
+        overlaps.append((bright & ink).sum() / (bright | ink).sum())
+    assert min(overlaps) > 0.8  # Edges of brightness and of ink lie apart by less than a pixel.
+
+
+def test_the_mask_of_a_digit_that_is_not_moved_is_its_ink(monkeypatch: pytest.MonkeyPatch):
+    data = MovedDigits(train=False)
+    monkeypatch.setattr(data, "_drawn", lambda index: (pattern(), 7, Fixed(0, 0, 0, 0)))
+    _, mask = data.with_mask(0)
+    assert np.array_equal(mask > 0, np.asarray(digits._enlarged(pattern())) >= digits.INK)
+    assert 3 * FINE**2 < (mask == 8).sum() < 5 * FINE**2
+    assert (mask[3 * FINE + 1 : 5 * FINE - 1, 4 * FINE + 1 : 6 * FINE - 1] == 8).all()
+    assert not mask[: 2 * FINE].any()

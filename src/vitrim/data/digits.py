@@ -16,6 +16,8 @@ FINE = 4
 """A moved digit has so many pixels for each of the digit's, so that its parts lie between those."""
 TURN, SHIFT, SCALE = 20.0, 1.0, 1.2
 """How far digits are moved at most: degrees to either side, pixels of the digit, and factor of size or its inverse."""
+INK = 128
+"""The least brightness, of 255, of a pixel that is part of the digit and not of its background."""
 COPIES = 4
 """Moved copies of each training digit."""
 CLASSES = [str(digit) for digit in range(10)]
@@ -59,22 +61,47 @@ class MovedDigits:
         return self.copies * len(self.digits)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        image, target, draw = self._drawn(index)
+        return _moved(image, draw), target
+
+    def with_mask(self, index: int) -> tuple[Image.Image, np.ndarray]:
+        """Image `index`, and what each of its pixels shows, (height, width) of uint8: 0 background, 1 + d the digit d.
+
+        A pixel of the digit is one that has at least half of the most ink, before it is moved. Both are moved alike.
+        """
+        image, target, draw = self._drawn(index)
+        large, move = _enlarged(image), _move(draw)
+        ink = large.point([255 * (level >= INK) for level in range(256)])
+        mask = np.asarray(_carried(ink, move, Image.Resampling.NEAREST)) > 0
+        return _carried(large, move, Image.Resampling.BICUBIC), mask * np.uint8(1 + target)
+
+    def _drawn(self, index: int) -> tuple[Image.Image, int, random.Random]:
+        """The digit before it is moved, its class, and the draw of its move."""
         copy, row = divmod(index, len(self.digits))
-        image, target = self.digits[row]
-        return _moved(image, random.Random(mix("moved", int(self.digits.numbers[row]), copy))), target
+        return *self.digits[row], random.Random(mix("moved", int(self.digits.numbers[row]), copy))
 
 
 def _moved(image: Image.Image, draw: random.Random) -> Image.Image:
+    return _carried(_enlarged(image), _move(draw), Image.Resampling.BICUBIC)
+
+
+def _enlarged(image: Image.Image) -> Image.Image:
+    return image.resize((FINE * SIDE, FINE * SIDE), Image.Resampling.BICUBIC)
+
+
+def _move(draw: random.Random) -> tuple[float, ...]:
+    """A move as Pillow takes it: the coefficients that say where the colour of each pixel comes from."""
     angle, scale = math.radians(draw.uniform(-TURN, TURN)), SCALE ** draw.uniform(-1, 1)
     dx, dy = (FINE * draw.uniform(-SHIFT, SHIFT) for _ in "xy")
-    side, centre = FINE * SIDE, FINE * SIDE / 2
-    cos, sin = math.cos(angle) / scale, math.sin(angle) / scale
-    source = (  # Pillow asks where the colour of each pixel comes from.
+    cos, sin, centre = math.cos(angle) / scale, math.sin(angle) / scale, FINE * SIDE / 2
+    return (
         *(cos, sin, centre - cos * (centre + dx) - sin * (centre + dy)),
         *(-sin, cos, centre + sin * (centre + dx) - cos * (centre + dy)),
     )
-    large = image.resize((side, side), Image.Resampling.BICUBIC)
-    return large.transform((side, side), Image.Transform.AFFINE, source, Image.Resampling.BICUBIC)
+
+
+def _carried(large: Image.Image, move: tuple[float, ...], resampling: Image.Resampling) -> Image.Image:
+    return large.transform(large.size, Image.Transform.AFFINE, move, resampling)
 
 
 BUILT_IN: dict[str, Any] = {"digits": Digits, "digits-moved": MovedDigits}
