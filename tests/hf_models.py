@@ -59,6 +59,20 @@ MORE: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+BACKBONES: dict[str, Callable[[], nn.Module]] = {
+    "dinov2_backbone": lambda: _plain("Dinov2Backbone", "Dinov2Config", mlp_ratio=2, **_STAGES),
+    "registers_backbone": lambda: _plain(
+        "Dinov2WithRegistersBackbone", "Dinov2WithRegistersConfig", mlp_ratio=2, num_register_tokens=2, **_STAGES
+    ),
+    "dinov3_backbone": lambda: _made(
+        "DINOv3ViTBackbone", "DINOv3ViTConfig", hidden_size=36, num_register_tokens=2, **_STAGES
+    ),
+    "beit_backbone": lambda: _beit("BeitBackbone", reshape_hidden_states=True, **_STAGES),
+}
+"""Give maps of what the embeddings and every block give."""
+_STAGES: dict[str, object] = {"out_indices": [0, 1, 2, 3]}
+
+
 def _plain(name: str, config: str, **options: object) -> nn.Module:
     """For configurations without `intermediate_size`, or of a whole model with a text tower."""
     import transformers
@@ -134,8 +148,8 @@ def in_timm_words(model: Any) -> Any:
         return out if whole is None else getattr(model, whole.heads[0])(out)
 
     def embed(x: Tensor) -> Tensor:
-        given = layout.inputs(tower, x)
-        return tower.embeddings(given[0], given[2]) if len(given) > 1 else tower.embeddings(*given)
+        given, embeddings = layout.inputs(tower, x), getattr(tower, "beit", tower).embeddings
+        return embeddings(given[0], given[2]) if len(given) > 1 else embeddings(*given)
 
     view = SimpleNamespace(
         patch_embed=embed, _pos_embed=lambda x: x, norm_pre=getattr(tower, "pre_layrnorm", same),

@@ -329,7 +329,10 @@ class Adapter:
 
 
 def as_tensor(out: Any) -> Tensor:
-    """The logits, or features, in whatever a model returned; those of several classifiers are averaged."""
+    """The logits, or features, in whatever a model returned; those of several classifiers are averaged.
+
+    Of maps of features, the last one.
+    """
     if isinstance(out, tuple):
         out = sum(out) / len(out)
     if isinstance(out, Tensor):
@@ -337,4 +340,6 @@ def as_tensor(out: Any) -> Tensor:
     for name in ("logits", "image_embeds", "pooler_output"):
         if isinstance(found := getattr(out, name, None), Tensor):
             return found
-    raise UnsupportedModelError(f"a {type(out).__name__} holds neither logits nor pooled features")
+    if maps := getattr(out, "feature_maps", None):
+        return maps[-1]
+    raise UnsupportedModelError(f"a {type(out).__name__} holds neither logits nor features")

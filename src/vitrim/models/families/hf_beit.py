@@ -6,10 +6,13 @@ from torch import Tensor, nn
 
 from ...errors import UnsupportedModelError
 from ..exchange import Reduced, while_attached
+from ..foreign_macs import counted
 from ..forward_pass import trace_at_head
+from ..macs import Macs
 from ..reduced import ReducedBlock
-from .hf_layout import Layout, Whole, enter, mean_of_patches
-from .hf_reduced import ReducedLayer
+from .hf_backbone import enter_backbone, with_all_patches
+from .hf_layout import Layout, Whole, enter, first_token, mean_of_patches
+from .hf_reduced import ReducedLayer, ReducedTower
 
 
 class _ReducedLayer(ReducedLayer):
@@ -38,6 +41,22 @@ class _ReducedPooler(Reduced):
         return self.layernorm(mean_of_patches(self, hidden_states, 1, trace.size_BN))
 
 
+class _ReducedTower(ReducedTower):
+    """The tower, which runs the blocks of a backbone too."""
+
+    @while_attached
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return with_all_patches(self.vitrim_policy, super().forward(*args, **kwargs))
+
+
+def _pyramid_macs(backbone: Any, patches: int) -> Macs:
+    """MACs of the feature pyramid, which scales up the first two of its four maps."""
+    fpn, shape = backbone.fpn, (1, backbone.config.hidden_size, patches, 1)
+    if isinstance(fpn, nn.Identity):
+        return Macs()
+    return counted(fpn.fpn1, shape) + counted(fpn.fpn2, shape)
+
+
 def _pool(tower: Any, tokens_BTC: Tensor, num_prefix: int, size_BN: Tensor | None) -> Tensor:
     pooler = tower.pooler
     if pooler is None or pooler.layernorm is None:
@@ -50,20 +69,33 @@ def _check(tower: Any) -> None:
         raise UnsupportedModelError("a BEiT whose blocks share one relative bias (pre-training) cannot be cut")
 
 
-enter(
-    Layout(
-        package="beit",
-        prefix="Beit",
-        tower="BeitModel",
-        wholes={"BeitForImageClassification": Whole("beit", _pool, "tokens")},
-        dense={"BeitForMaskedImageModeling": "beit", "BeitForSemanticSegmentation": "beit", "BeitBackbone": "beit"},
-        pool=_pool,
-        pool_reads="tokens",
-        after=(("dropout", "lambda_1", "drop_path"), ("dropout", "lambda_2", "drop_path")),
-        any_size=True,
-        relative=lambda tower: tower.layers[0].relative_position_bias is not None,
-        check=_check,
-        others={"BeitPooler": _ReducedPooler},
-        block=_ReducedLayer,
-    )
+BEIT = Layout(
+    package="beit",
+    prefix="Beit",
+    tower="BeitModel",
+    wholes={"BeitForImageClassification": Whole("beit", _pool, "tokens")},
+    dense={"BeitForMaskedImageModeling": "beit", "BeitForSemanticSegmentation": "beit", "BeitBackbone": "beit"},
+    pool=_pool,
+    pool_reads="tokens",
+    after=(("dropout", "lambda_1", "drop_path"), ("dropout", "lambda_2", "drop_path")),
+    any_size=True,
+    relative=lambda tower: tower.layers[0].relative_position_bias is not None,
+    check=_check,
+    others={"BeitPooler": _ReducedPooler},
+    block=_ReducedLayer,
+    tower_class=_ReducedTower,
+)
+enter(BEIT)
+enter_backbone(
+    BEIT,
+    "BeitBackbone",
+    "BeitModel",
+    layers="beit.layers",
+    projection="beit.embeddings.patch_embeddings.projection",
+    final_norm="",
+    pool=first_token,
+    pool_reads="prefix",
+    relative=lambda backbone: BEIT.relative(backbone.beit),
+    check=lambda backbone: _check(backbone.beit),
+    place_macs=_pyramid_macs,
 )

@@ -63,6 +63,7 @@ def build(name: str, args: Mapping[str, Any], pretrained: bool, images: Mapping[
     if positions is not None:
         given |= layout.sized(given.get("patch_size", tower.config_class.patch_size), _plain_size(positions))
     known = {field.name for field in fields(tower.config_class)} | {"num_labels"}
+    known |= {"out_indices"} if layout.maps else set()
     if unknown := [key for key in given if key not in known]:
         raise VitrimError(f"{name} does not take {short_name(unknown[0])}; it takes {', '.join(sorted(known))}")
     try:
@@ -92,6 +93,8 @@ def describe(layout: Layout, model: Any) -> Description:
             continue
         if value != getattr(own, field.name) and not isinstance(value, Mapping):
             args[field.name] = list(value) if isinstance(value, tuple | list) else value
+    if layout.maps:
+        args["out_indices"] = list(config.out_indices)
     args["position_size"] = list(layout.own_size(config))
     args["image_size"] = list(image_size(layout, model))
     if (whole := layout.whole(model)) is not None and whole.classifies:
@@ -222,12 +225,13 @@ def _sides(size: Any) -> dict[str, int]:
 
 def _kind(config: Any, source: str) -> Any:
     """The class that opens this configuration: the one that wrote it, or the tower of its family."""
-    for layout in LAYOUTS.values():
-        if config.model_type not in layout.model_types:
-            continue
-        written = [name for name in config.architectures or () if name in layout.names]
-        return getattr(layout.module, written[0] if written else layout.tower)
-    known = ", ".join(sorted(kind for layout in LAYOUTS.values() for kind in layout.model_types))
+    fitting = [layout for layout in LAYOUTS.values() if config.model_type in layout.model_types]
+    for layout in fitting:
+        if written := [name for name in config.architectures or () if name in layout.names]:
+            return getattr(layout.module, written[0])
+    if fitting:
+        return getattr(fitting[0].module, fitting[0].tower)
+    known = ", ".join(sorted({kind for layout in LAYOUTS.values() for kind in layout.model_types}))
     raise CheckpointError(f"{source} is a model of the type {config.model_type!r}; types that vitrim opens: {known}")
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .hf_backbone import enter_backbone
 from .hf_layout import IMAGENET, Layout, Whole, enter, first_token, mean_of_patches
 
 
@@ -27,13 +28,13 @@ DINOV2 = Layout(
     any_size=True,
     stats=IMAGENET,
 )
-enter(DINOV2)
-enter(
-    replace(
-        DINOV2,
-        package="dinov2_with_registers",
-        prefix="Dinov2WithRegisters",
-        tower="Dinov2WithRegistersModel",
-        wholes={"Dinov2WithRegistersForImageClassification": Whole("dinov2_with_registers", _cls_and_mean, "tokens")},
-    )
+REGISTERS = replace(
+    DINOV2,
+    package="dinov2_with_registers",
+    prefix="Dinov2WithRegisters",
+    tower="Dinov2WithRegistersModel",
+    wholes={"Dinov2WithRegistersForImageClassification": Whole("dinov2_with_registers", _cls_and_mean, "tokens")},
 )
+for each in (DINOV2, REGISTERS):
+    enter(each)
+    enter_backbone(each, f"{each.prefix}Backbone", f"{each.prefix}Encoder")

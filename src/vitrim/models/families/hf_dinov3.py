@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .hf_backbone import enter_backbone
 from .hf_layout import IMAGENET, Layout, enter, first_token
 from .hf_reduced import ReducedLayer
 
@@ -28,25 +29,25 @@ class _ReducedLayer(ReducedLayer):
         return torch.cat([stream_BHTD[:, :, :prefix], rotated], dim=2)
 
 
-enter(
-    Layout(
-        package="dinov3_vit",
-        prefix="DINOv3ViT",
-        tower="DINOv3ViTModel",
-        wholes={},
-        pool=first_token,
-        layers="model.layer",
-        projection="embeddings.patch_embeddings",
-        mlps={"MLP": "UpDown", "GatedMLP": "GatedMLP"},
-        final_norm="norm",
-        norms=("norm1", "norm2"),
-        after=(("layer_scale1", "drop_path"), ("layer_scale2", "drop_path")),
-        heads="num_heads",
-        dropout="dropout",
-        any_size=True,
-        rotary="position_embeddings",
-        elastic_attention=False,
-        block=_ReducedLayer,
-        stats=IMAGENET,
-    )
+DINOV3 = Layout(
+    package="dinov3_vit",
+    prefix="DINOv3ViT",
+    tower="DINOv3ViTModel",
+    wholes={},
+    pool=first_token,
+    layers="model.layer",
+    projection="embeddings.patch_embeddings",
+    mlps={"MLP": "UpDown", "GatedMLP": "GatedMLP"},
+    final_norm="norm",
+    norms=("norm1", "norm2"),
+    after=(("layer_scale1", "drop_path"), ("layer_scale2", "drop_path")),
+    heads="num_heads",
+    dropout="dropout",
+    any_size=True,
+    rotary="position_embeddings",
+    elastic_attention=False,
+    block=_ReducedLayer,
+    stats=IMAGENET,
 )
+enter(DINOV3)
+enter_backbone(DINOV3, "DINOv3ViTBackbone", "DINOv3ViTEncoder")

@@ -63,6 +63,7 @@ class Layout:
     out, heads, scale, dropout: names in an attention layer.
     prefix_tokens: without registers. any_size: whether images of all sizes are taken without asking for it.
     shuffled: whether patches enter the first block in random order.
+    maps: whether this is a backbone, which gives maps of features by block in place of final tokens.
     rotary: name of the argument of a block that is the rotary table. elastic_attention: whether heads can be narrowed.
     relative: whether blocks of this tower have relative positions. check: raises for towers that cannot be cut.
     others: classes inside the tower that change -> their mixins.
@@ -100,6 +101,7 @@ class Layout:
     has_cls: bool = True
     any_size: bool = False
     shuffled: bool = False
+    maps: bool = False
     rotary: str = ""
     relative: Callable[[Any], bool] = lambda tower: False
     check: Callable[[Any], None] = lambda tower: None

@@ -3,6 +3,7 @@
 import gc
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from operator import attrgetter
 from typing import Any, ClassVar
 
@@ -21,6 +22,7 @@ from ..outputs import ModelInfo
 from ..padded import joined, padded_trace_of
 from ..removed_branch import RemovedBranch
 from ..sublayers import Elastic
+from ..trace import mark, trace_of
 from . import hf_config, hf_sizes
 from .hf_config import image_size
 from .hf_elastic import enter_elastic
@@ -35,8 +37,8 @@ class TransformersViT(Adapter):
     name = "transformers"
     covers = (
         "Hugging Face transformers: ViT, DeiT, DINOv2 (with registers), DINOv3-ViT, CLIP and MetaCLIP 2 vision, "
-        "SigLIP, SigLIP 2, I-JEPA, BEiT, ViT-MAE encoder, ViT-MSN; bare, for classification, or as the tower of "
-        "another model"
+        "SigLIP, SigLIP 2, I-JEPA, BEiT, ViT-MAE encoder, ViT-MSN; bare, for classification, as a backbone (DINOv2, "
+        "DINOv3, BEiT), or as the tower of another model"
     )
     branches: ClassVar[Mapping[str, str]] = {}
     speed_settings = frozenset({"training", "gradient_checkpointing"})
@@ -170,8 +172,9 @@ class TransformersViT(Adapter):
 
     def predict(self, model: Any, images: Tensor) -> Tensor:
         out = model(*self.inputs(model, images))
-        pooled = any(getattr(out, name, None) is not None for name in ("logits", "image_embeds", "pooler_output"))
-        return as_tensor(out) if pooled else self.head(model, out.last_hidden_state)
+        names = ("logits", "image_embeds", "pooler_output", "feature_maps")
+        ready = any(getattr(out, name, None) is not None for name in names)
+        return as_tensor(out) if ready else self.head(model, out.last_hidden_state)
 
     def inputs(self, model: Any, images: Tensor) -> tuple[Any, ...]:
         layout = _layout(model)
@@ -187,10 +190,21 @@ class TransformersViT(Adapter):
     ) -> tuple[Tensor, dict[int, tuple[Tensor, Tensor]]]:
         layout = _layout(model)
         prefix = layout.num_prefix(model)
-        options = {"output_hidden_states": True} if blocks else {}
+        options = {"output_hidden_states": True} if blocks or layout.maps else {}
         out = layout.tower_of(model)(*self.inputs(model, images), **options, return_dict=True)
         left = {block: out.hidden_states[block + 1] for block in blocks}
-        return out.last_hidden_state, {block: (x[:, :prefix], x[:, prefix:]) for block, x in left.items()}
+        final = self._final(model, out.hidden_states[-1]) if layout.maps else out.last_hidden_state
+        return final, {block: (x[:, :prefix], x[:, prefix:]) for block, x in left.items()}
+
+    def _final(self, backbone: nn.Module, last_BTC: Tensor) -> Tensor:
+        """What the last norm of a backbone makes of the tokens that its last block gave."""
+        norm, trace = self.final_norm(backbone), trace_of(last_BTC)
+        if norm is None:
+            return last_BTC
+        final = norm(last_BTC)
+        if trace is not None:
+            mark(final, replace(trace, normed=True))
+        return final
 
     def head(self, model: Any, final_BTC: Tensor) -> Tensor:
         return logits_of(_layout(model), model, final_BTC)

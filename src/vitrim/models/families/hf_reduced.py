@@ -105,7 +105,7 @@ def attention(
     return run(attn, query, key, value, bias, scaling=scale, dropout=dropout)[0].flatten(2)
 
 
-class _ReducedTransformer(ReducedModel):
+class ReducedTransformer(ReducedModel):
     """What a tower and a model that holds one have in common."""
 
     vitrim_layout: ClassVar[Layout]
@@ -142,7 +142,7 @@ class _ReducedTransformer(ReducedModel):
         return any(plan.cuts or plan.prefix_only for plan in plans)
 
 
-class ReducedTower(_ReducedTransformer):
+class ReducedTower(ReducedTransformer):
     """A bare model with a reduction attached, or the tower inside one."""
 
     @while_attached
@@ -154,7 +154,7 @@ class ReducedTower(_ReducedTransformer):
             return out
 
 
-class ReducedWhole(_ReducedTransformer):
+class ReducedWhole(ReducedTransformer):
     """A model that holds a tower: where its head averages patch tokens, each counts as the patches behind it."""
 
     @while_attached
@@ -185,10 +185,10 @@ class ReducedWhole(_ReducedTransformer):
 def reduced_class(foreign: type[nn.Module]) -> type[nn.Module]:
     """The reduced class of a class of transformers."""
     with _lock:
-        if foreign not in _made:
-            for layout in LAYOUTS.values():
-                if mixin := _mixin(layout, foreign):
-                    _made[foreign] = _make(layout, mixin, foreign)
+        if foreign not in _made:  # Parts that a backbone shares with the tower of its family are those of the tower.
+            found = ((layout, _mixin(layout, foreign)) for layout in LAYOUTS.values())
+            layout, mixin = next((layout, mixin) for layout, mixin in found if mixin is not None)
+            _made[foreign] = _make(layout, mixin, foreign)
         return _made[foreign]
 
 
@@ -214,10 +214,11 @@ def _make(layout: Layout, mixin: type[nn.Module], foreign: type[nn.Module]) -> t
     }
     meta: Any = type(foreign)
     made = meta(foreign.__name__, (mixin, foreign), body)
-    if issubclass(made, _ReducedTransformer):
+    if issubclass(made, ReducedTransformer):
+        made.forward.__wrapped__ = foreign.forward  # Trainer reads the arguments of a model from its signature.
+    if hasattr(foreign, "_can_record_outputs"):
         from transformers.utils import output_capturing
 
-        made.forward.__wrapped__ = foreign.forward  # Trainer reads the arguments of a model from its signature.
         dict.__setitem__(output_capturing._CAN_RECORD_REGISTRY, str(made), foreign._can_record_outputs)
     return made
 
