@@ -44,7 +44,7 @@ class BlockSteps(Reduced):
         Hooks on the layer, or a `forward` set on it, see that call, and what they return is used. A family without
         this step refuses them.
         """
-        if by := self._attention_is_intercepted():
+        if by := self.attention_is_intercepted():
             raise VitrimError(
                 f"the {self.vitrim_attention} of block {self.vitrim_index} has {by}, which cannot run: this block "
                 "computes its attention in parts; put hooks on the block or on the layers inside its attention"
@@ -90,7 +90,7 @@ class BlockSteps(Reduced):
         Raises:
             VitrimError: a `forward` set on it would have to add sizes of tokens to its logits; it may ignore them.
         """
-        by = self._attention_is_intercepted()
+        by = self.attention_is_intercepted()
         if by == OWN_FORWARD and bias is not None:
             raise VitrimError(
                 f"the {self.vitrim_attention} of block {self.vitrim_index} has {by}, which may ignore the mask that "
@@ -99,5 +99,6 @@ class BlockSteps(Reduced):
             )
         return by != ""
 
-    def _attention_is_intercepted(self) -> str:
+    def attention_is_intercepted(self) -> str:
+        """What others did to the attention layer that acts on its calls alone; "" without such."""
         return intercepted(self.get_submodule(self.vitrim_attention)) if self.vitrim_attention else ""

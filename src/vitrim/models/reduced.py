@@ -42,7 +42,7 @@ class ReducedBlock(BlockSteps):
         trace = arrive(policy, index, x, self.training)
         if index == trace.plan.reinstate:
             x, trace = trace.reinstate(x)
-        changes = self._changes(trace, x.dtype)
+        changes = self._changes(trace)
         if trace.assignments or changes:
             _refuse_mask(masks)
         if not changes:
@@ -53,12 +53,12 @@ class ReducedBlock(BlockSteps):
         x, trace = self._attend_and_cut(x, trace, table, relative)
         return leave(policy, index, self._in_parts(self.feed_forward, x), trace)
 
-    def _changes(self, trace: Trace, dtype: torch.dtype) -> bool:
+    def _changes(self, trace: Trace) -> bool:
         """Whether the block's own forward pass would not give what the plan and the tokens that are left ask for."""
         plan, index = trace.plan, self.vitrim_index
         cut = plan.cut(index, "before") or plan.cut(index, "inside")
         moved = bool(self.bias_argument) and trace.place_BN is not None
-        return cut is not None or self._prefix_only(trace) or moved or trace.bias(dtype) is not None
+        return cut is not None or self._prefix_only(trace) or moved or trace.biased
 
     def _prefix_only(self, trace: Trace) -> bool:
         return trace.plan.prefix_only and self.vitrim_index == trace.plan.depth - 1
@@ -88,7 +88,7 @@ class ReducedBlock(BlockSteps):
         """The attention half of the block, residual included, with the cut inside it, if there is one."""
         cut, reducer = trace.plan.cut(self.vitrim_index, "inside"), trace.reducer
         normed, rows = self.norm_tokens(x), self._rows(table, trace)
-        whole = self.attend_whole(normed, trace.bias(x.dtype), rows)
+        whole = self.attend_whole(normed, trace.bias(x.dtype), rows) if self.attention_is_intercepted() else None
         if whole is not None:
             return self._cut_whole(x, normed, whole, trace, relative, rows)
         if self._prefix_only(trace):
@@ -121,7 +121,7 @@ class ReducedBlock(BlockSteps):
         table: Any, relative: Tensor | None,
     ) -> tuple[Tensor, Trace]:  # fmt: skip
         """The tokens that are kept after attention: the queries of those that are dropped are never computed."""
-        entered, trace = trace, trace.then(self.vitrim_index, assignment, x)
+        entered, trace = trace, trace.then(self.vitrim_index, assignment, x, trace.size_after(assignment))
         kept = assignment.rows(trace.plan.num_prefix)
         x, normed = take(x, kept), take(normed, kept)
         (query,) = self._streams(normed, 0, 1, self._rows(table, trace))
@@ -143,7 +143,7 @@ class ReducedBlock(BlockSteps):
             evidence = self._evidence_by_parts(x, normed, trace, relative, needs, rows)
             assignment = reducer.assign(evidence, inside.keep)
             kept = assignment.rows(plan.num_prefix)
-            return take(x, kept) + take(whole, kept), trace.then(index, assignment, x)
+            return take(x, kept) + take(whole, kept), trace.then(index, assignment, x, trace.size_after(assignment))
         x = x + whole
         evidence = self._evidence_by_parts(x, normed, trace, relative, needs, rows)
         return self._carry_out(reducer.assign(evidence, inside.keep), x, trace)
@@ -168,11 +168,12 @@ class ReducedBlock(BlockSteps):
         return needs
 
     def _carry_out(self, assignment: Assignment, x: Tensor, trace: Trace) -> tuple[Tensor, Trace]:
-        out, first = assignment.apply(x, trace.size_BN, trace.plan.num_prefix), trace.plan.num_prefix
+        size, first = trace.size_after(assignment), trace.plan.num_prefix
+        out = assignment.apply(x, trace.size_BN, first, size)
         gradients = self.vitrim_policy.gradients
         if gradients is not None and not recomputing():  # Note the gradient that will reach the tokens kept here.
             gradients.watch(self.vitrim_index, out, first, first + assignment.kept_BK.shape[1])
-        return out, trace.then(self.vitrim_index, assignment, x)
+        return out, trace.then(self.vitrim_index, assignment, x, size)
 
     def _evidence(
         self,

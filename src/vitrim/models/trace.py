@@ -46,17 +46,20 @@ class Trace:
     image_size: tuple[int, int] | None = None
     gradients: Mapping[int, Tensor] | None = None
 
-    def then(self, block: int, assignment: Assignment, before_BTC: Tensor | None = None) -> "Trace":
-        """The trace after one more cut of the tokens `before_BTC`."""
-        size, place = self.size_BN, self.place_BN
+    def size_after(self, assignment: Assignment) -> Tensor | None:
+        """Input tokens behind each patch token after one more cut; None while every token is one input token."""
+        size = self.size_BN
+        if size is None and assignment.moved_BR is not None:
+            size = torch.ones(self.num_images, assignment.num_in, device=assignment.kept_BK.device)
+        return None if size is None else assignment.size(size)
+
+    def then(self, block: int, assignment: Assignment, before_BTC: Tensor | None, size_BM: Tensor | None) -> "Trace":
+        """The trace after one more cut of the tokens `before_BTC`; `size_BM` is what `size_after` gives."""
+        place = self.place_BN
         if self.positions:
             if place is None:
                 place = torch.arange(assignment.num_in, device=assignment.kept_BK.device).expand(self.num_images, -1)
-            place = assignment.place(place, size)
-        if size is None and assignment.moved_BR is not None:
-            size = torch.ones(self.num_images, assignment.num_in, device=assignment.kept_BK.device)
-        if size is not None:
-            size = assignment.size(size)
+            place = assignment.place(place, self.size_BN)
         score = None
         if assignment.score_BN is not None and self.reducer is not None and self.reducer.carries_scores:
             score = assignment.carry(assignment.score_BN)
@@ -65,7 +68,7 @@ class Trace:
         parked = self.parked
         if self.plan.reinstate is not None or self.restorable:
             parked = (*parked, None if assignment.merges else before_BTC)
-        return replace(self, assignments=assignments, size_BN=size, place_BN=place, score_BN=score, parked=parked)
+        return replace(self, assignments=assignments, size_BN=size_BM, place_BN=place, score_BN=score, parked=parked)
 
     def reinstate(self, x_BTC: Tensor) -> tuple[Tensor, "Trace"]:
         """All tokens in their original order, (B, P + N, C), and the trace from there on."""
@@ -145,9 +148,14 @@ class Trace:
         """Where the input tokens are after `block` (None: at the end)."""
         return TokenState.start(self.num_images, self.plan.num_patches, self.device).after(self.cuts(block))
 
+    @property
+    def biased(self) -> bool:
+        """Whether attention has to weigh tokens by their size."""
+        return self.size_BN is not None and self.reducer is not None and self.reducer.prop_attn
+
     def bias(self, dtype: torch.dtype) -> Tensor | None:
         """log(size) of all tokens, prefix included, as attention mask (B, 1, 1, T); None where attention is plain."""
-        if self.size_BN is None or self.reducer is None or not self.reducer.prop_attn:
+        if not self.biased or self.size_BN is None:
             return None
         log_size = self.size_BN.to(torch.promote_types(dtype, torch.float32)).log().to(dtype)
         return nn.functional.pad(log_size, (self.plan.num_prefix, 0))[:, None, None, :]

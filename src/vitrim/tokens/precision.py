@@ -11,6 +11,29 @@ def wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def scaled_product(query: Tensor, key: Tensor, scale: float) -> Tensor:
+    """`scale * query @ key^T` of (B, H, Q, D) and (B, H, T, D), (B, H, Q, T) in float32 at least.
+
+    Half precision is added up in float32, as fused attention does it: logits in half precision overflow, and tie. CUDA
+    multiplies it as it is, without a copy of all keys in float32.
+    """
+    with without_autocast(key):
+        if not _multiplies_halves(query, key):
+            return (wide(query) * scale) @ wide(key).transpose(-2, -1)
+        rows, columns = query.flatten(0, 1), key.flatten(0, 1).transpose(1, 2)
+        return scale * torch.bmm(rows, columns, out_dtype=torch.float32).view(*key.shape[:2], *query.shape[2:3], -1)
+
+
+def _multiplies_halves(query: Tensor, key: Tensor) -> bool:
+    """Whether PyTorch has a product of these two with a result in float32; it has none with gradients."""
+    tracing = torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]  (torch documents it.)
+    if not key.is_cuda or tracing or torch.compiler.is_compiling():
+        return False
+    graph = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad)
+    halves = key.dtype in (torch.float16, torch.bfloat16) and query.dtype == key.dtype
+    return halves and not graph and query.shape[:2] == key.shape[:2]
+
+
 def exact_device(device: torch.device) -> torch.device:
     """Where sums in float64 are kept: on the device itself, or on the CPU where it has no float64 (Apple MPS)."""
     return torch.device("cpu") if device.type == "mps" else device

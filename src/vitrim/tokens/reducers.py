@@ -13,7 +13,7 @@ from ..errors import ScoreError
 from ..option_types import check_options
 from ..tables import Table
 from .assignment import Assignment
-from .precision import wide, without_autocast
+from .precision import without_autocast
 from .scores import SCORES, Evidence, Needs
 
 REDUCERS: Table[str, type["Reducer"]] = Table("reducer")
@@ -80,6 +80,11 @@ def ranking(score_BN: Tensor) -> Tensor:
         # ONNX has no stable sort, but its own operator breaks ties by index.
         return score_BN.sort(dim=1, descending=True).indices
     return score_BN.sort(dim=1, descending=True, stable=True).indices
+
+
+def highest(score_BN: Tensor, keep: int) -> Tensor:
+    """Indices (B, keep) of the highest scores, ascending; ties go to the lower index."""
+    return ranking(score_BN)[:, :keep].sort(dim=1).values
 
 
 def order_by(score_BN: Tensor, keep: int) -> tuple[Tensor, Tensor]:
@@ -156,9 +161,9 @@ class TopK(Reducer):
                 score = self.momentum * previous + (1 - self.momentum) * score
         else:
             raw = score = previous
-        kept, rest = order_by(score.detach(), keep)
         if self.fuse is None:
-            return Assignment.drop(evidence.num_patches, kept, score.detach())
+            return Assignment.drop(evidence.num_patches, highest(score.detach(), keep), score.detach())
+        kept, rest = order_by(score.detach(), keep)
         weight = raw.gather(1, rest)
         if self.fuse == "mean":
             weight = weight.clamp(min=torch.finfo(weight.dtype).tiny)
@@ -198,16 +203,16 @@ class ToMe(Reducer):
         key = evidence.key[:, :, evidence.num_prefix :].detach()
         # In half precision many similarities would be equal, and other pairs would merge.
         with without_autocast(key):
-            metric = wide(key).mean(1)
+            metric = key.mean(1, dtype=torch.promote_types(key.dtype, torch.float32))
             metric = torch.nn.functional.normalize(metric, dim=-1, eps=torch.finfo(metric.dtype).tiny)
             similarity, partner = (metric[:, ::2] @ metric[:, 1::2].transpose(1, 2)).max(dim=2)
         edge = ranking(similarity)[:, :num_moved]
         moved = edge * 2
         joined = partner.gather(1, edge) * 2 + 1
-        # Survivors in their original order, and the slot of each odd token among them.
-        lost = torch.zeros(moved.shape[0], num_tokens, dtype=torch.bool, device=moved.device)
-        lost = lost.scatter(1, moved, torch.ones_like(moved, dtype=torch.bool))
-        own = torch.arange(num_tokens, device=moved.device)
-        kept = torch.where(lost, num_tokens, own).sort(dim=1).values[:, :keep]
-        slot = (~lost).long().cumsum(1) - 1
+        # The slot of each token among the survivors, and the survivors in their original order.
+        stays = torch.ones_like(key[:, 0, :, 0], dtype=torch.long).scatter(1, moved, torch.zeros_like(moved))
+        slot = stays.cumsum(1) - 1
+        own = torch.arange(num_tokens, device=moved.device).expand_as(slot)
+        # What is lost is written behind the last slot.
+        kept = torch.empty_like(slot).scatter(1, torch.where(stays > 0, slot, num_tokens - 1), own)[:, :keep]
         return Assignment.merge(num_tokens, kept, moved, slot.gather(1, joined))

@@ -17,9 +17,11 @@ from torch import Tensor
 
 from ..errors import ScoreError
 from ..tables import Table, first_line
-from .precision import wide, without_autocast
+from .precision import scaled_product, wide
 
 Needs = Literal["nothing", "key", "cls_row", "attention", "hidden"]
+_MAP_BYTES = 2**28
+"""Attention maps in float32 that are held at once on a GPU."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,25 +76,35 @@ class Evidence:
 
     def attention_of_head(self, head: int) -> Tensor:
         """Attention of every token to every token in one head, (B, T, T); one head at a time keeps memory small."""
-        if self.query_BHTD is None:
-            raise ScoreError("this score reads all queries, which the block did not supply; declare needs='attention'")
-        one = slice(head, head + 1)
-        bias = self.bias_BHTT if self.bias_BHTT is None or self.bias_BHTT.shape[1] == 1 else self.bias_BHTT[:, one]
-        return self._softmax(self.query_BHTD[:, one], self.key[:, one], bias).squeeze(1)
+        return self._attention_of(slice(head, head + 1)).squeeze(1)
 
     def mean_over_heads(self, per_head: Callable[[Tensor], Tensor]) -> Tensor:
-        """Mean over heads of a function of (B, T, T) attention."""
-        num_heads = self.key.shape[1]
-        total = per_head(self.attention_of_head(0))
-        for head in range(1, num_heads):
-            total = total + per_head(self.attention_of_head(head))
+        """Mean over heads of a function of (B, T, T) attention, which gives (B, N)."""
+        num_heads, at_once, total = self.key.shape[1], self._heads_at_once(), None
+        for first in range(0, num_heads, at_once):
+            attention_BHTT = self._attention_of(slice(first, first + at_once))
+            found = per_head(attention_BHTT.flatten(0, 1)).unflatten(0, attention_BHTT.shape[:2]).sum(1)
+            total = found if total is None else total + found
+        assert total is not None
         return total / num_heads
 
+    def _attention_of(self, heads: slice) -> Tensor:
+        """Attention of every token to every token in some heads, (B, h, T, T)."""
+        if self.query_BHTD is None:
+            raise ScoreError("this score reads all queries, which the block did not supply; declare needs='attention'")
+        bias = self.bias_BHTT if self.bias_BHTT is None or self.bias_BHTT.shape[1] == 1 else self.bias_BHTT[:, heads]
+        return self._softmax(self.query_BHTD[:, heads], self.key[:, heads], bias)
+
+    def _heads_at_once(self) -> int:
+        """One on a CPU, whose caches are small; on a GPU, where every kernel costs time to start, as many as fit."""
+        num_images, num_heads, num_tokens = self.key.shape[:3]
+        if not self.key.is_cuda or torch.compiler.is_compiling():
+            return 1
+        return min(num_heads, max(1, _MAP_BYTES // (4 * num_images * num_tokens**2)))
+
     def _softmax(self, query: Tensor, key: Tensor, bias: Tensor | None) -> Tensor:
-        # As fused attention does it: logits in half precision overflow, and tie most scores.
-        with without_autocast(key):
-            logits = (wide(query) * self.scale) @ wide(key).transpose(-2, -1)
-            return (logits if bias is None else logits + bias).softmax(-1)
+        logits = scaled_product(query, key, self.scale)
+        return (logits if bias is None else logits + bias).softmax(-1)
 
 
 @dataclass(frozen=True)
