@@ -29,6 +29,7 @@ def main(
     device: str | None = None,
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     compile: bool = False,
+    graphs: bool = False,
     out: str | None = None,
 ) -> None:
     """Time a tower, dense and reduced.
@@ -43,11 +44,12 @@ def main(
         device: by default CUDA if there is one.
         dtype: of weights and images.
         compile: run both through torch.compile.
+        graphs: replay both as CUDA graphs.
         out: stem of the files to write the table to.
     """
     table = bench(
         towers(model, reduction), batch_sizes=batch_size, rounds=rounds, threads=threads, device=device, dtype=dtype,
-        compile=compile,
+        compile=compile, graphs=graphs,
     )  # fmt: skip
     print(table.text())
     if out is not None:

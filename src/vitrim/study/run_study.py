@@ -6,6 +6,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from ..data.specs import DataSpec
 from ..measure.columns import columns
 from ..measure.environment import environment
 from ..measure.table import Table
@@ -113,11 +114,10 @@ def _write_tables(
             names = {folder.name: row for folder, row in tested.items()}
             study.sweep.add_published(swept, names).write_all(out / "sweep")
     if study.curve is not None:
-        first = study.recipe(next(iter(study.rows)), study.seeds[0], out)
         data = {row: study.recipe(row, study.seeds[0], out).data for row in study.rows}
         runs = {seed: {row: run_folder(out, row, seed) for row in study.rows} for seed in study.seeds}
         longer = _trained_on(study, out)
-        curve = measure_curve(study.curve, study.title, runs, data, trained_on=longer, batch_size=first.batch_size)
+        curve = measure_curve(study.curve, study.title, runs, data, trained_on=longer)
         curve.write_all(out / "curve")
     write_atomic(out / _TABULATED, state)
     return table
@@ -144,7 +144,7 @@ def _test(study: Study, out: Path, seed: int) -> dict[tuple[str, str], dict[str,
     variants = {(row, test): variant(models[row], study.test[test]) for row, test in pairs}
     recipes = {row: study.recipe(row, seed, out) for row in models}
     data = {row: recipe.data for row, recipe in recipes.items()}
-    rows = evaluate_variants(variants, data, batch_size=next(iter(recipes.values())).batch_size)
+    rows = evaluate_variants(variants, data)
     return dict(zip(pairs, rows, strict=True))
 
 
@@ -168,7 +168,8 @@ def _tabulate(
     recipes = {row["row"]: study.recipe(row["row"], study.seeds[0], out) for row in rows}
     results = [finished[row, study.seeds[0]] for row in recipes]
     notes = [
-        f"Scale {scale}: {_span(recipe.epochs for recipe in recipes.values())} epochs on "
+        f"Scale {scale}, images of {_image_sets(recipe.data for recipe in recipes.values())}: "
+        f"{_span(recipe.epochs for recipe in recipes.values())} epochs on "
         f"{_span(result['train_images'] for result in results)} images "
         f"({_span(result['test_images'] for result in results)} test images), "
         f"{len(study.seeds)} seed{'s' if len(study.seeds) > 1 else ''}. "
@@ -179,6 +180,11 @@ def _tabulate(
     ]
     table = Table(study.title, COLUMNS, rows, notes=notes, environment=environment())
     return add_published_columns(table, [study.published.get(f"{row['row']}, {row['test']}") for row in rows])
+
+
+def _image_sets(specs: Iterable[DataSpec]) -> str:
+    """What the images are called, in words."""
+    return " and ".join(dict.fromkeys(Path(spec.root).name if spec.root else spec.name for spec in specs))
 
 
 def _choice_of_epoch(holdouts: Iterable[float]) -> str:
