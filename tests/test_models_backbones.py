@@ -219,3 +219,30 @@ def test_what_a_backbone_cannot_do_is_refused_in_one_line() -> None:
         vitrim.attach(beit.beit, CUT)
     with pytest.raises(UnsupportedModelError, match="timm builds no network like this Dinov2Backbone"):
         vitrim.convert(model, "timm")
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "message"),
+    [
+        ("VitDetBackbone", "VitDetConfig", r"ViTDet .* cannot be reduced: attention in windows needs the whole grid"),
+        ("VitPoseBackbone", "VitPoseBackboneConfig", r"ViTPose .* cannot be reduced: the blocks of this tower have no"),
+        ("PixioBackbone", "PixioConfig", r"Pixio .* cannot be reduced: the blocks of this tower have no adapter yet"),
+    ],
+)
+def test_backbones_that_cannot_be_reduced_are_refused_with_the_reason(name: str, config: str, message: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=message):
+        vitrim.attach(_plain(name, config), CUT)
+
+
+@torch.no_grad()
+def test_a_backbone_of_timm_inside_transformers_gives_whole_maps() -> None:
+    from transformers import AutoBackbone, TimmBackboneConfig
+
+    config = TimmBackboneConfig(backbone="test_vit", out_indices=[0, 2], img_size=160)
+    model, x = AutoBackbone.from_config(config).eval(), images(1, 160)
+    with pytest.raises(UnsupportedModelError, match=r"give the model inside it: model\._backbone\.model"):
+        vitrim.attach(model, CUT)
+    dense = [each.shape for each in model(x).feature_maps]
+    with vitrim.attach(model._backbone.model, CUT) as handle:
+        assert [each.shape for each in model(x).feature_maps] == dense
+        assert handle.token_counts[-1] < 40
