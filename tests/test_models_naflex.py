@@ -235,3 +235,17 @@ def test_widths_change_where_blocks_are_standard_ones() -> None:
     agrees_with_reference(model, vitrim.ToMe(), expected)
     with pytest.raises(UnsupportedModelError, match="rotate pairs of query and key dims by one table for all blocks"):
         vitrim.models.widths_of(_model("naflex_rotary"))
+
+
+@torch.no_grad()
+def test_compiled_batches_give_the_same() -> None:
+    model, batch = _model("naflex"), padded(_images()[1:3], longest=30)
+    x = torch.stack([image[:, :16, :16] for image in _images()])
+    with vitrim.attach(model, CUT):
+        expected = model(batch), model(x)
+        torch.testing.assert_close(torch.compile(model, backend="eager")(batch), expected[0], rtol=1e-12, atol=1e-12)
+        torch._dynamo.reset()
+        whole = torch.compile(model, backend="eager", fullgraph=True)
+        with pytest.raises(Exception, match="compile without fullgraph=True"):
+            whole(batch)
+        torch.testing.assert_close(whole(x), expected[1], rtol=1e-12, atol=1e-12)

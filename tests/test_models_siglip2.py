@@ -1,6 +1,6 @@
 """SigLIP 2 of Hugging Face transformers: images of several sizes in one padded batch."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -147,3 +147,23 @@ def test_it_is_timed_like_any_other_model() -> None:
     model = HF["hf_siglip2"]().eval()
     table = bench({"dense": model}, batch_sizes=(1,), rounds=1, warmup=0)
     assert table.rows[0]["ms"] > 0
+
+
+@torch.no_grad()
+def test_a_compiled_padded_batch_gives_the_same_and_its_blocks_are_compiled() -> None:
+    model, graphs = _model("hf_siglip2"), list[int]()
+    batches = [_batch(SHAPES[:2], longest=30), _batch(SHAPES[1:3], longest=30, seed=1)]
+
+    def note(graph: torch.fx.GraphModule, inputs: object) -> Callable[..., object]:
+        graphs.append(sum("scaled_dot_product" in str(node.target) for node in graph.graph.nodes))
+        return graph.forward
+
+    with vitrim.attach(model, CUT):
+        expected = [_answer(model(**batch)) for batch in batches]
+        compiled = torch.compile(model, backend=note)
+        for batch, one in zip(batches, expected, strict=True):
+            torch.testing.assert_close(_answer(compiled(**batch)), one, rtol=1e-12, atol=1e-12)
+        assert graphs.count(3) >= 2  # All blocks in one graph, for each length.
+        torch._dynamo.reset()
+        with pytest.raises(Exception, match="compile without fullgraph=True"):
+            torch.compile(model, backend="eager", fullgraph=True)(**batches[0])

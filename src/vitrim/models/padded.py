@@ -1,7 +1,8 @@
 """Batches of images of several sizes, padded to one length: images of each length are computed by themselves.
 
 Padding is left out, so that no score or reducer ever sees it, and an image gives what it gives alone. What comes out is
-padded again. Every length is one pass through the blocks: batches of few different lengths are the fastest.
+padded again. Every length is one pass through the blocks: batches of few different lengths are the fastest. Compiled,
+each set of lengths is compiled anew.
 """
 
 from collections.abc import Sequence
@@ -36,6 +37,14 @@ class Group:
         return value[list(self.rows), : self.length]
 
 
+uncompiled = torch.compiler.disable(
+    reason="the lengths of the images in a padded batch decide what is computed, so that they are looked at; compile "
+    "without fullgraph=True, which compiles the passes of each length"
+)
+"""Marks functions that read lengths: `torch.compile` leaves them out and goes on behind them."""
+
+
+@uncompiled
 def lengths_of(valid_BN: Tensor) -> list[int]:
     """Patches of each image, from a mask that is true for patches and false for padding.
 

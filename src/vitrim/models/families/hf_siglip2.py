@@ -15,7 +15,7 @@ from ...errors import VitrimError
 from ..exchange import Reduced, while_attached
 from ..forward_pass import Call, finish
 from ..macs import Macs
-from ..padded import Group, by_length, joined, lengths_of, padded_trace_of, together
+from ..padded import Group, by_length, joined, lengths_of, padded_trace_of, together, uncompiled
 from ..places import grid_places
 from .hf_layout import Whole, enter, mean_of_patches, pair
 from .hf_reduced import ReducedTower, ReducedWhole
@@ -109,6 +109,7 @@ class _ReducedPool(ReducedPool):
         return joined(trace.groups, [super(_ReducedPool, self).forward(group.tokens) for group in trace.groups])
 
 
+@uncompiled
 def _shapes(patches: Any, mask: Tensor | None, spatial_shapes: Any) -> list[Shape]:
     """Rows and columns of the patches of every image.
 
