@@ -14,7 +14,11 @@ from torch.utils.flop_counter import FlopCounterMode
 import vitrim
 from hf_models import BACKBONES, _beit, _plain, in_timm_words
 from references import VIEWS, reduced_vit
+from vitrim.compression.fidelity import Fidelity
+from vitrim.compression.images import Pictures
+from vitrim.elastic import stratify
 from vitrim.errors import UnsupportedModelError, VitrimError
+from vitrim.export import export
 from vitrim.models import find_adapter, load
 from vitrim.models.families.hf_layout import layout_of
 from vitrim.tokens import Reducer
@@ -246,3 +250,38 @@ def test_a_backbone_of_timm_inside_transformers_gives_whole_maps() -> None:
     with vitrim.attach(model._backbone.model, CUT) as handle:
         assert [each.shape for each in model(x).feature_maps] == dense
         assert handle.token_counts[-1] < 40
+
+
+@torch.no_grad()
+def test_maps_are_compared_place_by_place_and_image_by_image() -> None:
+    model, x = redrawn(BACKBONES["dinov2_backbone"]()), images(4)
+    fidelity = Fidelity(model, Pictures(x), torch.device("cpu"))
+    dense = model(x).feature_maps[-1]
+    with vitrim.attach(model, CUT):
+        found, cut = fidelity.compare(model).divergence, model(x).feature_maps[-1]
+        model.config.reshape_hidden_states = False
+        sequences = find_adapter(model).predict(model, x)
+    assert found.shape == (4,)
+    for one, other, divergence in zip(dense, cut, found, strict=True):
+        places = zip(one.flatten(1).T, other.flatten(1).T, strict=True)
+        cosines = [(a @ b / (a.norm() * b.norm())).item() for a, b in places]
+        assert divergence.item() == pytest.approx(1 - sum(cosines) / 25, abs=1e-6)
+    assert torch.equal(sequences[:, :, 1:].unflatten(2, (5, 5)), cut)
+
+
+def test_widths_of_a_backbone_are_cut_by_its_maps() -> None:
+    model, x = redrawn(BACKBONES["beit_backbone"]()), images(8)
+    net = stratify(model, [x], num_images=8, width_multiple=4, max_saving=0.6, rounds=1, say=lambda line: None)
+    small = net.extract(macs=0.8)
+    assert vitrim.cost(small).macs <= 0.8 * vitrim.cost(model).macs
+    with torch.no_grad(), vitrim.attach(small, CUT):
+        assert [each.shape for each in small(x).feature_maps] == [(8, 24, 5, 5)] * 4
+
+
+def test_a_reduced_backbone_is_exported(tmp_path: Path) -> None:
+    model, x = redrawn(BACKBONES["dinov2_backbone"]()), images(3)
+    with vitrim.attach(model, "TopK(norm) @ KeepRate(0.6, at=(0, 1))"), torch.no_grad():
+        expected = model(x).feature_maps[-1]
+        export(model, images(8), tmp_path / "backbone.pt2", format="torch")
+    program = torch.export.load(tmp_path / "backbone.pt2")
+    torch.testing.assert_close(program.module()(x), expected)

@@ -1,6 +1,7 @@
 """How close a cheaper model is to the given one, image by image: KL divergence and the same top class.
 
-For a model without a classifier, one minus the cosine of the pooled features takes the place of the divergence.
+For a model without a classifier, one minus the cosine of the features takes the place of the divergence: of the pooled
+ones, or of those at each place of the map of a backbone, on average over the places.
 """
 
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ from .images import BATCH, Pictures
 class Closeness:
     """Of each image (N,): the divergence from the given model, and whether the top class is the same.
 
-    same: None without classes to compare. outputs: of the compared model, (N, K).
+    same: None without classes to compare. outputs: of the compared model, (N, K) or maps (N, C, ...).
     """
 
     divergence: Tensor

@@ -90,10 +90,11 @@ def probe_loss(model: nn.Module, labels: bool) -> Loss:
     """The loss whose rise says how much width matters.
 
     With labels, cross-entropy. Without, the divergence from the full network: KL of the logits; for a model without a
-    head, one minus the cosine of the features; for one of a single class, the squared distance of the logit.
+    head, one minus the cosine of the features, of maps on average over their places; for one of a single class, the
+    squared distance of the logit.
     """
     if is_headless(model):
-        return lambda out, _, full: 1 - F.cosine_similarity(out, full, dim=1)
+        return _apart
     if num_classes(model) == 1:
         return lambda out, _, full: (out - full).square().sum(1)
     if labels:
@@ -101,6 +102,11 @@ def probe_loss(model: nn.Module, labels: bool) -> Loss:
     return lambda out, _, full: F.kl_div(
         out.log_softmax(1), full.log_softmax(1), reduction="none", log_target=True
     ).sum(1)
+
+
+def _apart(out: Tensor, _: Tensor | None, full: Tensor) -> Tensor:
+    """One minus the cosine of features (B, C); of maps (B, C, ...) its mean over the places of each image."""
+    return (1 - F.cosine_similarity(out, full, dim=1)).reshape(len(out), -1).mean(1)
 
 
 def _cross_entropy(out: Tensor, target: Tensor | None, full: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ Batch = Tensor | tuple[Tensor, ...] | list[Tensor]
 
 
 def output_of(model: Callable[[Tensor], Any], images: Tensor) -> Tensor:
-    """Logits (B, classes) or pooled features (B, C) of any served model, heads of a distilled one averaged."""
+    """Logits (B, classes), pooled features (B, C) or a map of them (B, C, ...); heads of a distilled model averaged."""
     return adapter_of(model).predict(model, images) if isinstance(model, nn.Module) else as_tensor(model(images))
 
 

@@ -10,6 +10,7 @@ from ..errors import UncountableError, UnsupportedModelError, VitrimError
 from ..measure.cost import cost
 from ..measure.environment import environment
 from ..models import adapter_of, attached, num_classes, variant
+from ..models.exchange import acts
 from ..models.foreign_macs import counted, num_parameters
 from ..models.input_format import InputFormat
 from ..text import reason_of
@@ -19,14 +20,14 @@ _VERSIONS = ("date", "python", "vitrim", "torch", "timm")
 
 
 class Served(nn.Module):
-    """A model as a function from images (B, channels, height, width) to logits (B, K) or pooled features (B, C)."""
+    """A model as a function from images (B, channels, H, W) to logits (B, K), features (B, C) or a map (B, C, ...)."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits, or pooled features."""
+        """Logits, or features."""
         return adapter_of(self.model).predict(self.model, images)
 
 
@@ -37,7 +38,7 @@ def prepared(model: nn.Module, method: str | None = None) -> nn.Module:
         VitrimError: a file could not do what the model does.
     """
     for name, module in model.named_modules():
-        if module._forward_hooks or module._forward_pre_hooks:
+        if any(map(acts, (*module._forward_hooks.values(), *module._forward_pre_hooks.values()))):
             raise VitrimError(f"{name or 'the model'} has a forward hook, which no file holds; remove it first")
     ready = variant(model, method)
     handle = attached(ready)

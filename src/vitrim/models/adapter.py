@@ -331,7 +331,7 @@ class Adapter:
 def as_tensor(out: Any) -> Tensor:
     """The logits, or features, in whatever a model returned; those of several classifiers are averaged.
 
-    Of maps of features, the last one.
+    Of maps of features, the last one, channels first.
     """
     if isinstance(out, tuple):
         out = sum(out) / len(out)
@@ -341,5 +341,5 @@ def as_tensor(out: Any) -> Tensor:
         if isinstance(found := getattr(out, name, None), Tensor):
             return found
     if maps := getattr(out, "feature_maps", None):
-        return maps[-1]
+        return maps[-1].mT if maps[-1].ndim == 3 else maps[-1]
     raise UnsupportedModelError(f"a {type(out).__name__} holds neither logits nor features")

@@ -141,7 +141,7 @@ def intercepted(module: nn.Module) -> str:
     # torch's own shortcut in `Module.__call__` checks the same four.
     if module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return "a hook"
-    if module._forward_hooks and any(_acts(hook) for hook in module._forward_hooks.values()):
+    if module._forward_hooks and any(acts(hook) for hook in module._forward_hooks.values()):
         return "a hook"
     own: Any = vars(module).get("forward")
     if own is not None and getattr(own, "__func__", None) is not type(module).forward:
@@ -149,7 +149,7 @@ def intercepted(module: nn.Module) -> str:
     return ""
 
 
-def _acts(hook: object) -> bool:
+def acts(hook: object) -> bool:
     """Whether a hook can do anything: those of transformers stay after the first `output_hidden_states=True`.
 
     On layers inside a block they act only where attention maps are asked for, which reduced models refuse.
