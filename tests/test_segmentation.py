@@ -11,6 +11,7 @@ import torch
 import vitrim
 from vitrim.data.digits import MovedDigits
 from vitrim.errors import DataError
+from vitrim.measure.table import Table
 from vitrim.tokens import TokenState
 from zoo import build, images
 
@@ -105,3 +106,23 @@ class Few(MovedDigits):
 
     def __len__(self) -> int:
         return 3
+
+
+def test_the_page_shows_the_figures_of_the_committed_table() -> None:
+    root = Path(__file__).parents[1]
+    table, page = (
+        Table.read(root / "results" / "segmentation-digits-cpu.json"),
+        (root / "docs" / "dense.md").read_text(),
+    )
+    column = next(column for column in table.columns if column.key == "iou_lost")
+    dense, *rows = table.rows
+    assert f"mean IoU of {dense['iou']:.1%}".replace("%", " %") in page
+    assert f"{dense['accuracy']:.1%} of the pixels".replace("%", " %") in page
+    for start in range(0, len(rows), 3):
+        first, *_ = three = rows[start : start + 3]
+        assert [(row["places"], row["head"]) for row in three] == [
+            ("zeros", "the same"), ("restored", "the same"), ("restored", "dense"),
+        ]  # fmt: skip
+        name = first["reducer"].replace("'", "")
+        assert " | ".join([f"| `{name}`", str(first["keep"]), *map(column.show, three)]) + " |" in page
+    assert len(rows) == 27
