@@ -57,6 +57,17 @@ def test_features_that_are_saved_hold_plain_tensors() -> None:
             assert torch.equal(model.forward_head(copy.deepcopy(features)), model.forward_head(features))
 
 
+def test_features_that_were_written_over_are_not_weighed_by_the_pass_before() -> None:
+    model = build("timm-vit", "gap_with_cls")
+    with vitrim.attach(model, TOME) as handle, torch.no_grad():
+        features, others = model.forward_features(images(2)), model.forward_features(images(2, seed=1))
+        handle.state_of(features)
+        features.copy_(others)
+        for read in (model.forward_head, handle.state_of, handle.restore):
+            with pytest.raises(VitrimError, match="nothing written into it"):
+                read(features)
+
+
 def test_forward_features_set_on_the_instance_reach_the_head_of_the_same_call() -> None:
     model, x = build("timm-vit", "gap"), images(2)
     with vitrim.attach(model, TOME):
@@ -428,6 +439,14 @@ class Net(nn.Module):
 def test_the_model_inside_a_wrapper_is_named(wrap, inner: str) -> None:
     with pytest.raises(UnsupportedModelError, match=inner):
         vitrim.attach(wrap(), TOPK)
+
+
+def test_parts_of_a_model_are_not_parts_of_its_handle() -> None:
+    with vitrim.attach(build("timm-vit", "vit"), TOPK) as handle:
+        with pytest.raises(AttributeError, match=r"handle\.blocks: attach returns a handle"):
+            handle.blocks  # noqa: B018
+        with pytest.raises(AttributeError, match="'Handle' object has no attribute 'bloks'"):
+            handle.bloks  # noqa: B018
 
 
 def test_a_handle_is_not_a_model_and_says_so() -> None:

@@ -238,7 +238,7 @@ class Handle:
 
     def __getattr__(self, name: str) -> NoReturn:
         # Only for names that a handle does not have.
-        if not name.startswith("__") and hasattr(nn.Module, name):
+        if not name.startswith("__") and (hasattr(nn.Module, name) or hasattr(vars(self).get("model"), name)):
             raise NotAModelError(_not_a_model(f"handle.{name}"))
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..errors import VitrimError
 from ..tokens import Plan
 from .policy import Policy
-from .trace import Trace, mark, own_trace, trace_of
+from .trace import Trace, mark, own_trace, trace_of, unchanged_trace_of
 
 
 class _Thread(threading.local):
@@ -136,7 +136,7 @@ def trace_at_head(policy: Policy, x_BTC: Tensor) -> Trace | None:
     """
     if not policy.fuses:
         return None
-    trace, call, g = trace_of(x_BTC), Call.of(policy), policy.geometry
+    trace, call, g = unchanged_trace_of(x_BTC), Call.of(policy), policy.geometry
     if trace is None and call is not None and call.certain is not None:
         ran = call.certain
         fits = (ran.num_images, ran.plan.token_counts[-1]) == tuple(x_BTC.shape[:2])
@@ -147,8 +147,8 @@ def trace_at_head(policy: Policy, x_BTC: Tensor) -> Trace | None:
         return None
     raise VitrimError(
         "it is not known from which forward pass these features come, so the head cannot weigh tokens that stand for "
-        "several patches; give forward_head the tensor that forward_features returned (no copy, cast or slice of it), "
-        "or call the model"
+        "several patches; give forward_head the tensor that forward_features returned, as it is (no copy, cast or slice "
+        "of it, and nothing written into it), or call the model"
     )
 
 

@@ -9,7 +9,7 @@ from ..errors import UnsupportedModelError, VitrimError
 from ..tokens import TokenState
 from .adapter import Adapter
 from .padded import PaddedTrace, padded_trace_of
-from .trace import Trace, trace_of
+from .trace import Trace, unchanged_trace_of
 
 
 def grid_places(rows: int, columns: int, device: torch.device) -> Tensor:
@@ -19,11 +19,11 @@ def grid_places(rows: int, columns: int, device: torch.device) -> Tensor:
 
 def trace_behind(tokens: Tensor) -> Trace | PaddedTrace:
     """The trace that these tokens carry; `VitrimError` if they carry none."""
-    trace = trace_of(tokens) or padded_trace_of(tokens)
+    trace = unchanged_trace_of(tokens) or padded_trace_of(tokens)
     if trace is None:
         raise VitrimError(
-            "it is not known from which forward pass these tokens come; give the tensor that the model returned (no "
-            "slice, cast or copy of it), prefix tokens included"
+            "it is not known from which forward pass these tokens come; give the tensor that the model returned, as it is "
+            "(no slice, cast or copy of it, and nothing written into it), prefix tokens included"
         )
     return trace
 

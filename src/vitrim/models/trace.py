@@ -177,7 +177,7 @@ def mark(x: Tensor, trace: Trace) -> None:
     setattr(x, _TRACE, trace)
     storage = _storage(x)
     if storage is not None:
-        setattr(storage, _TRACE, (trace, x.shape, x.stride(), x.storage_offset()))
+        setattr(storage, _TRACE, (trace, x.shape, x.stride(), x.storage_offset(), _writes(x)))
 
 
 def trace_of(x: Tensor) -> Trace | None:
@@ -185,9 +185,15 @@ def trace_of(x: Tensor) -> Trace | None:
     trace = own_trace(x)
     storage = None if trace is not None else _storage(x)
     found = getattr(storage, _TRACE, None)
-    if found is not None and found[1:] == (x.shape, x.stride(), x.storage_offset()):
+    if found is not None and found[1:4] == (x.shape, x.stride(), x.storage_offset()):
         return found[0]
     return trace
+
+
+def unchanged_trace_of(x: Tensor) -> Trace | None:
+    """As `trace_of`, but None too if anything was written into the tokens, such as those of another pass."""
+    found = getattr(_storage(x), _TRACE, None)
+    return trace_of(x) if found is None or found[4] == _writes(x) else None
 
 
 def own_trace(x: Tensor) -> Trace | None:
@@ -210,3 +216,8 @@ def _storage(x: Tensor) -> torch.UntypedStorage | None:
         return x.untyped_storage()
     except (RuntimeError, NotImplementedError):  # Tensors without memory of their own, as under `vmap`.
         return None
+
+
+def _writes(x: Tensor) -> int:
+    """How often something was written into this memory; tensors of inference mode do not count it."""
+    return 0 if x.is_inference() else x._version
