@@ -122,6 +122,19 @@ def test_load_state_dict_brings_the_strength(wrap: Callable[[nn.Module], nn.Modu
     assert torch.equal(other(images(2)), model(images(2)))
 
 
+def test_weights_that_do_not_say_their_strength_say_so_once() -> None:
+    """A plain dict, as safetensors gives or as is left when prefixes are removed, has lost the metadata."""
+    (model, handle), (other, own), x = reduced(), reduced(), images(2)
+    handle.set_strength(0.7)
+    other.load_state_dict(dict(model.state_dict()))
+    with pytest.warns(UserWarning, match=r"do not say how far .* strength 0; call vitrim.set_epoch"):
+        other(x)
+    other(x)
+    other.load_state_dict(dict(model.state_dict()))
+    own.set_epoch(0)
+    other(x)
+
+
 def test_weights_go_both_ways_between_reduced_and_plain_models() -> None:
     (model, handle), plain = reduced(), build("timm-vit", "vit")
     handle.set_strength(0.7)

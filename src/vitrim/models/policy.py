@@ -45,6 +45,8 @@ class Policy:
         """Whether the values of dropped tokens are kept, so that they can be restored."""
         self._origin: weakref.ref[Policy] | None = None
         self._moved = False
+        self._unsaid = False
+        """Whether weights were loaded that do not say at which strength they were trained."""
         self.fit(model, adapter)
 
     def fit(self, model: nn.Module, adapter: Adapter) -> None:
@@ -64,7 +66,7 @@ class Policy:
         self._plans = self._plans_at(self.strength)
         if reduction is not None:
             # The curriculum will not reach some strengths for many epochs; what the model cannot do is refused now.
-            for strength in (self.strength, *reduction.curriculum.strengths):
+            for strength in sorted({self.strength, *reduction.curriculum.strengths}, reverse=True):
                 self._check_plans(self._plans_at(strength), model, adapter)
 
     @property
@@ -132,6 +134,8 @@ class Policy:
             )
         if not torch.compiler.is_compiling():
             self.warn_if_left_behind()
+            if not training:
+                self._warn_if_unsaid()
         plan = self.plan(num_patches, training)
         # What is known may change before this pass is recomputed, which must choose the same tokens again.
         gradients = self.gradients.known() if self.gradients is not None and plan.cuts else None
@@ -158,6 +162,20 @@ class Policy:
                 f"was copied from is at {origin.strength:g}; move both with vitrim.set_epoch(model, copy, epoch=...)",
                 stacklevel=3,
             )
+
+    def weights_loaded(self, said: bool) -> None:
+        """Note that weights were loaded; `said`: with the strength at which they were trained."""
+        self._unsaid = not said
+
+    def _warn_if_unsaid(self) -> None:
+        """Warn, once, if nobody has said how far the curriculum of loaded weights has come."""
+        if self._unsaid and not self._moved and self.strength < 1:
+            warnings.warn(
+                f"weights were loaded that do not say how far their curriculum had come, so this model reduces at "
+                f"strength {self.strength:g}; call vitrim.set_epoch(model, epoch=...) or handle.load_state_dict(...)",
+                stacklevel=3,
+            )
+        self._unsaid = False  # Said once.
 
     def _make(self, num_patches: int, training: bool, strength: float) -> Plan:
         g = self.geometry

@@ -46,5 +46,8 @@ class ReducedModel(Reduced):
     def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
         strength = self.vitrim_policy.strength_in(local_metadata.get("vitrim"))
-        if strength is not None and "vitrim_handle" in vars(self):
+        if "vitrim_handle" not in vars(self):
+            return
+        self.vitrim_policy.weights_loaded(said=strength is not None)
+        if strength is not None:
             self.vitrim_handle.set_strength(strength)
