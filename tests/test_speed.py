@@ -315,3 +315,8 @@ def test_saved_models_and_names_share_one_table(tmp_path: Path):
     assert table.columns[0].heading == "model"
     opened = open_model(f"vitrim_digits_vit@{run / 'model'}")
     assert torch.equal(opened.pos_embed, model.pos_embed)
+
+
+def test_graphs_are_refused_where_there_is_no_cuda():
+    with pytest.raises(VitrimError, match="graphs are those of CUDA, but models run on cpu; leave graphs out"):
+        bench({"dense": timm.create_model("vit_tiny_patch16_224", depth=1)}, graphs=True, device="cpu")

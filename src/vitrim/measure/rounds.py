@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import benchmark
 
+from ..errors import VitrimError
 from ..models import adapter_of
 
 
@@ -52,13 +53,21 @@ class Trial:
 
 
 def recorded(run: Callable[[], object]) -> Callable[[], object]:
-    """Replays, by a CUDA graph, what the device does in `run`; its inputs stay where they are."""
+    """Replays, by a CUDA graph, what the device does in `run`; its inputs stay where they are.
+
+    Raises:
+        VitrimError: it copies from the CPU or waits for the device, which cannot be recorded.
+    """
     for _ in range(3):  # Compiles, and chooses kernels, which cannot be recorded.
         run()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        kept = run()
+    try:
+        with torch.cuda.graph(graph):
+            kept = run()
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        raise VitrimError(f"a model cannot be recorded as a CUDA graph ({reason}); leave graphs out") from None
 
     def replay() -> object:
         graph.replay()
