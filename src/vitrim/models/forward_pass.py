@@ -147,8 +147,8 @@ def trace_at_head(policy: Policy, x_BTC: Tensor) -> Trace | None:
         return None
     raise VitrimError(
         "it is not known from which forward pass these features come, so the head cannot weigh tokens that stand for "
-        "several patches; give forward_head the tensor that forward_features returned, as it is (no copy, cast or slice "
-        "of it, and nothing written into it), or call the model"
+        "several patches; give forward_head the tensor that forward_features returned, as it is (no copy, cast or "
+        "slice of it, and nothing written into it), or call the model"
     )
 
 

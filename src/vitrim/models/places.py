@@ -22,8 +22,8 @@ def trace_behind(tokens: Tensor) -> Trace | PaddedTrace:
     trace = unchanged_trace_of(tokens) or padded_trace_of(tokens)
     if trace is None:
         raise VitrimError(
-            "it is not known from which forward pass these tokens come; give the tensor that the model returned, as it is "
-            "(no slice, cast or copy of it, and nothing written into it), prefix tokens included"
+            "it is not known from which forward pass these tokens come; give the tensor that the model returned, as it "
+            "is (no slice, cast or copy of it, and nothing written into it), prefix tokens included"
         )
     return trace
 
