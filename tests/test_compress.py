@@ -1,5 +1,6 @@
 """`vitrim.compress`: one budget in, a cheaper model and a certificate out."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from vitrim.compression import search, timing, verification, verify
 from vitrim.compression.candidates import power, stages
 from vitrim.compression.goal import Goal, check_using
 from vitrim.compression.images import Pictures, divide, gather
+from vitrim.compression.job import Job
+from vitrim.compression.request import Request, check_model
 from vitrim.errors import CheckpointError, DataError, UnknownNameError, UnsupportedModelError, VitrimError
 from vitrim.show.report import write_report
 
@@ -87,6 +90,25 @@ def test_a_certificate_states_what_was_asked_and_what_was_found(half: Compressed
     text = found.table().text()
     assert "at most 0.7 of the MACs, met" in text
     assert "same top class" in text
+
+
+def test_learning_afterwards_never_makes_the_answer_worse() -> None:
+    original, goal = model(), Goal.of(0.6, None, None)
+    request = Request(goal, ("tokens",), 2, "float32", False, 64, 0)
+    parts = divide(gather(IMAGES, check_model(original), 64), False, None)
+    job = Job(original, request, parts, torch.device("cpu"), quiet)
+    found = job.run()
+    closer, further = copy.deepcopy(original), copy.deepcopy(found.model)
+    with torch.no_grad():
+        further.head.weight.mul_(3.0)
+    learnt = job.learnt(found, closer, 2, None, labelled=False)
+    assert learnt.model is closer
+    assert learnt.certificate["divergence"].value == pytest.approx(0, abs=1e-6)
+    assert "was 0." in learnt.certificate.notes[-1]
+    kept = job.learnt(found, further, 2, None, labelled=False)
+    assert kept.model is found.model
+    assert kept.certificate.lines == found.certificate.lines
+    assert "so the answer is as it was before" in kept.certificate.notes[-1]
 
 
 def test_a_saved_answer_is_loaded_by_the_lines_of_its_certificate(half: Compressed, folder: Path) -> None:

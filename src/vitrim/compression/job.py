@@ -101,12 +101,29 @@ class Job:
                 return search, self._in_time(networks, search, ranked)
             return search, self._answers(ranked)
 
-    def again(
-        self, model: nn.Module, before: Certificate, note: str, max_drop: float | None, *, labelled: bool
+    def learnt(
+        self, found: Compressed, model: nn.Module, epochs: int, max_drop: float | None, *, labelled: bool
     ) -> Compressed:
-        """The certificate of an answer whose weights were trained further; `before` is that of the search."""
+        """The answer after it has learnt from the given model, or as it was found where that brought it no closer.
+
+        Args:
+            found: the answer of the search.
+            model: the same after learning.
+            epochs: for how long it learnt.
+            max_drop, labelled: see `run`.
+        """
+        fidelity, before = Fidelity(self.original, self.parts.judge, self.device), found.certificate
+        given, now = (fidelity.compare(each).divergence.mean().item() for each in (found.model, model))
+        note = (
+            f"Learnt from the given model after the search, epochs: {epochs}. On the images of the search the "
+            f"divergence was {given:.4f} before and {now:.4f} after that"
+        )
+        if not now < given:
+            note += ", so the answer is as it was before; a lower finetune.lr or more epochs may help."
+            self.progress.line(note)
+            return replace(found, certificate=replace(before, notes=[*before.notes, note]))
         lines = self._lines(model, {}, max_drop, labelled)
-        certificate = replace(before, lines=lines, weights=hash_of(model), notes=[*before.notes, note])
+        certificate = replace(before, lines=lines, weights=hash_of(model), notes=[*before.notes, f"{note}."])
         return Compressed(model, certificate)
 
     @property

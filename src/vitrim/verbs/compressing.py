@@ -132,9 +132,8 @@ def compress(
     found = job.run(max_drop, labelled=labelled)
     assert out is not None
     if further.epochs:
-        note = f"Learnt from the given model after the search, epochs: {further.epochs}."
         learnt = _learnt(found, further, model, spec, out, kept_classes(model), overwrite)
-        found = job.again(learnt.to(job.device), found.certificate, note, max_drop, labelled=labelled)
+        found = job.learnt(found, learnt.to(job.device), further.epochs, max_drop, labelled=labelled)
     found.save(out, overwrite=overwrite, **kept_classes(model))
     print(found.certificate.in_folder(out).table().text())
     print(f"written to {out}")
