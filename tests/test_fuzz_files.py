@@ -19,7 +19,6 @@ from vitrim.elastic.chain import Chain
 from vitrim.measure.table import Column, Table
 from vitrim.models import build_model
 from vitrim.study.study import Study
-from vitrim.study.trials import Trials
 from vitrim.train.checkpoint import RunFolder
 
 SIZES = {"depth": 1, "embed_dim": 24, "num_heads": 2}
@@ -113,20 +112,6 @@ def test_super_networks(tmp_path: Path) -> None:
         assert net.cut(-1)(torch.zeros(1, 1, 8, 8)).isfinite().all()
 
     fuzz(surface, count=max(60, COUNT // 4))  # Each loads a model.
-
-
-def test_trials_of_sweeps(tmp_path: Path) -> None:
-    path, settings = tmp_path / "t.jsonl", {"method": "x", "vary": {"r": [0.5]}}
-    kept = Trials(path, settings)
-    kept.add("m", [{"method": "dense", "accuracy": 0.9}, {"method": "x", "accuracy": 0.8}])
-    text = path.read_text()
-
-    def surface(rng: random.Random) -> None:
-        path.write_text(altered_text(text, rng), encoding="utf-8", errors="replace")
-        for step in Trials(path, settings).steps("m"):
-            assert all(isinstance(row, dict) for row in step)
-
-    fuzz(surface)
 
 
 def test_tables(tmp_path: Path) -> None:

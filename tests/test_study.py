@@ -27,6 +27,7 @@ from vitrim.study.published import Published
 from vitrim.study.run_study import COLUMNS, run_study
 from vitrim.study.study import Study, run_folder
 from vitrim.study.sweep import sweep
+from vitrim.study.sweep_plan import Plan
 from vitrim.tokens import Reduction
 from vitrim.train.loop import train
 from vitrim.train.recipe import Recipe
@@ -103,13 +104,14 @@ def test_sweeps_without_anything_to_do(run: str):
         with pytest.raises(ScheduleError, match=says):
             sweep([run], DataSpec(**DATA), method, vary)
     with pytest.raises(ScheduleError, match="trials is 1 or more, not 0"):
-        sweep([run], DataSpec(**DATA), method, {"r": [0.2, 0.5]}, search="tpe", trials=0)
+        sweep([run], DataSpec(**DATA), method, {"r": [0.2, 0.5]}, Plan("tpe", 0))
 
 
 def test_tpe_stays_within_bounds_and_repeats_itself(run: str):
     def settings() -> list[tuple[float, float]]:
         vary = {"r": [0.2, 0.9], "alpha": [1.0, 2.0]}
-        table = sweep([run], DataSpec(**DATA), "TopK() @ PowerLaw({r}, {alpha})", vary, search="tpe", trials=4, seed=3)
+        plan = Plan("tpe", 4, ("accuracy", "macs"), seed=3)
+        table = sweep([run], DataSpec(**DATA), "TopK() @ PowerLaw({r}, {alpha})", vary, plan)
         assert any(row["model"].endswith("*") for row in table.rows)
         return [(row["r"], row["alpha"]) for row in table.rows[1:]]
 
@@ -121,7 +123,7 @@ def test_tpe_stays_within_bounds_and_repeats_itself(run: str):
 
 def test_tpe_counts_in_whole_numbers(run: str):
     def tried(method: str, **vary: list[float]) -> list[float]:
-        table = sweep([run], DataSpec(**DATA), method, vary, search="tpe", trials=3)
+        table = sweep([run], DataSpec(**DATA), method, vary, Plan("tpe", 3))
         return [row["r"] for row in table.rows[1:]]
 
     assert all(isinstance(r, int) and 2 <= r <= 12 for r in tried("ToMe() @ ConstantR({r})", r=[2.0, 12.0]))

@@ -67,6 +67,10 @@ class RecipeError(VitrimError):
     """A recipe that contradicts itself or the run folder it points to."""
 
 
+class DivergedError(VitrimError):
+    """A training run whose loss or weights are not finite."""
+
+
 class BusyError(VitrimError):
     """A folder that another process is writing to."""
 

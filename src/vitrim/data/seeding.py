@@ -25,6 +25,7 @@ Purpose = Literal[
     "moved",  # (digit, copy): how a built-in digit is turned, shifted and scaled.
     "compress",  # (seed): images of a search for a cheaper model, and those of its certificate.
     "export",  # (seed): noise as small as rounding, to see whether it decides which tokens stay.
+    "sweep",  # (seed): order in which a sweep reads test images.
 ]
 """What a random choice is for. It is part of every seed, so that no two choices share one."""
 

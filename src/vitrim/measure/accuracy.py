@@ -58,6 +58,7 @@ def evaluate_all(
     workers: int = 0,
     accelerator: Accelerator | None = None,
     tick: Callable[[int, int], None] | None = None,
+    watch: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, Figures]:
     """Evaluate models on the same images, batch by batch in turns, so that a busy machine slows all of them alike.
 
@@ -71,6 +72,7 @@ def evaluate_all(
         workers: processes that read images; 0 reads them in this process.
         accelerator: device and processes; by default one process on the best device.
         tick: called with (batches done, number of batches).
+        watch: called after each batch with (model, right answers, images) so far; what it raises ends the evaluation.
 
     Raises:
         DataError: there is no image, or one cannot be read and the stream does not skip it.
@@ -109,6 +111,8 @@ def evaluate_all(
                 original = found[originals[name]][0] if originals and name in originals else None
                 with torch.inference_mode():
                     tallies[name].add(*found[name], original)
+                if watch is not None:
+                    watch(name, tallies[name].hits, tallies[name].seen)
             if tick is not None:
                 tick(done, len(ready[0]))
     return {name: tally.figures(own[name]) for name, tally in tallies.items()}

@@ -1,24 +1,23 @@
 """Which worker trains which run: leases in a database that several workers share, each renewed by a heartbeat.
 
 A lease is a row that a worker inserts, counts up while it works, and deletes when it has finished. A lease whose count
-has not changed for the grace period belongs to a dead worker, and another may take it over. Each worker measures that
-time with its own clock, so the clocks of different machines need not agree.
+has not changed for the grace period belongs to a dead worker, and another may take it over; at once, where it was a
+process of the same machine that has ended. Each worker measures that time with its own clock, so the clocks of
+different machines need not agree.
 """
 
-import os
-import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from threading import Event, Thread
 from typing import TypeVar
-from uuid import uuid4
 
 from sqlalchemy import Column, Connection, Integer, MetaData, String, Table, delete, insert, select, update
 from sqlalchemy.exc import DBAPIError, IntegrityError, SQLAlchemyError
 
 from ..errors import VitrimError
 from .database_url import connect
+from .lives import has_ended, name_of_worker
 
 GRACE = 120.0
 """Seconds without a heartbeat after which a worker counts as dead."""
@@ -37,6 +36,10 @@ _TABLE = Table(
     Column("worker", String(255), nullable=False),
     Column("beat", Integer, nullable=False),
 )
+
+
+class DatabaseAway(VitrimError):
+    """A database that does not answer, which may pass."""
 
 
 class Leases:
@@ -59,10 +62,10 @@ class Leases:
         self, url: str, study: str, grace: float = GRACE, report_outage: Callable[[str], None] = lambda line: None
     ) -> None:
         self.study, self.grace, self.report_outage = study, grace, report_outage
-        self.worker = f"{socket.gethostname()}:{os.getpid()}:{uuid4().hex[:8]}"
+        self.worker = name_of_worker()
         self._seen: dict[str, tuple[tuple[str, int], float]] = {}
         self._engine = connect(url)
-        self._url = self._engine.url.render_as_string(hide_password=True)
+        self.place = self._engine.url.render_as_string(hide_password=True)
         try:
             self._create_table()
         except (VitrimError, IntegrityError):  # Another worker may have created it between the check and the creation.
@@ -74,7 +77,12 @@ class Leases:
         Raises:
             VitrimError: the database has been away for longer than the grace period.
         """
-        return self._repeat_until_answered(lambda: self._try_to_acquire(run))
+        return self.repeat_until_answered(lambda: self._try_to_acquire(run))
+
+    def release(self, run: str) -> None:
+        """Give a lease up that is not renewed, see `held`; a database that is away ends it with the grace period."""
+        with suppress(VitrimError), self._transaction() as database:
+            database.execute(delete(_TABLE).where(self._is_mine(run)))
 
     @contextmanager
     def held(self, run: str) -> Iterator[Event]:
@@ -87,8 +95,7 @@ class Leases:
         finally:
             over.set()
             thread.join()
-            with suppress(VitrimError), self._transaction() as database:  # Else it ends with the grace period.
-                database.execute(delete(_TABLE).where(self._is_mine(run)))
+            self.release(run)
 
     def beat(self, run: str) -> bool:
         """Count a lease up, by which others know that this worker is alive; False where another one has taken it."""
@@ -118,19 +125,24 @@ class Leases:
         known, since = self._seen.setdefault(run, ((worker, beat), now))
         if known != (worker, beat):
             self._seen[run] = (worker, beat), now
-        elif now - since >= self.grace:
+        if has_ended(worker) or (known == (worker, beat) and now - since >= self.grace):
             unchanged = this_run & (_TABLE.c.worker == worker) & (_TABLE.c.beat == beat)
             with self._transaction() as database:
                 taken = database.execute(update(_TABLE).where(unchanged).values(worker=self.worker, beat=beat + 1))
             return taken.rowcount == 1
         return False
 
-    def _repeat_until_answered(self, request: Callable[[], T]) -> T:
+    def repeat_until_answered(self, request: Callable[[], T]) -> T:
+        """What the request returns; it is repeated while it raises `DatabaseAway`, until the grace period is over.
+
+        Raises:
+            VitrimError: the database has been away for longer than that.
+        """
         start, pauses, reported = time.monotonic(), iter(RETRY_SECONDS), False
         while True:
             try:
                 return request()
-            except VitrimError as error:
+            except DatabaseAway as error:
                 away = time.monotonic() - start
                 if away >= self.grace:
                     raise VitrimError(f"{error}; waited {away:.0f} s, repeat the command once it answers") from None
@@ -166,6 +178,11 @@ class Leases:
         except IntegrityError:
             raise
         except SQLAlchemyError as error:
-            cause = error.orig if isinstance(error, DBAPIError) and error.orig else error
-            reason = next(iter(str(cause).strip().splitlines()), type(cause).__name__)
-            raise VitrimError(f"the database {self._url} cannot be used ({reason})") from None
+            raise cannot_be_used(self.place, error) from None
+
+
+def cannot_be_used(place: str, error: Exception) -> DatabaseAway:
+    """One line about a failed request; `place` is the URL without its password."""
+    cause = error.orig if isinstance(error, DBAPIError) and error.orig else error
+    reason = next(iter(str(cause).strip().splitlines()), type(cause).__name__)
+    return DatabaseAway(f"the database {place} cannot be used ({reason})")

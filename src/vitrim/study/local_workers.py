@@ -1,10 +1,10 @@
-"""Further workers of a study on this machine: processes that run the same command as this one."""
+"""Further workers of a study or sweep on this machine: processes that run the same command as this one."""
 
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -46,22 +46,36 @@ def local_workers(
     check_study(Study.read(file, scale, root), Path(out))
     mark_folder(Path(out))
     database = database or f"sqlite:///{Path(out).absolute()}/leases.db"
-    command = [sys.executable, "-m", "vitrim", "study", file, "--out", out, "--scale", scale]
-    command += [*(["--root", root] if root is not None else []), *import_options()]
+    command = ["study", file, "--out", out, "--scale", scale, *(["--root", root] if root is not None else [])]
+    with processes(number, command, Path(out) / "worker", database):
+        yield database
+
+
+@contextmanager
+def processes(number: int, command: Sequence[str], log: Path, database: str) -> Iterator[None]:
+    """Start `number - 1` further processes, each with its part of the machine.
+
+    Args:
+        number: of workers, this process included.
+        command: words after `vitrim`; the database comes to them by the environment, where nobody else can read it.
+        log: the output goes to `LOG-NUMBER.log`.
+        database: URL of what all of them share.
+    """
+    words = [sys.executable, "-m", "vitrim", *command, *import_options()]
     with ExitStack() as stack:
         stack.enter_context(stopping_on_sigterm())
-        processes = stack.enter_context(_stopping_together())
+        started = stack.enter_context(_stopping_together())
         for index in range(1, number):
-            log = stack.enter_context((Path(out) / f"worker-{index}.log").open("ab"))
-            processes.append(
+            output = stack.enter_context(Path(f"{log}-{index}.log").open("ab"))
+            started.append(
                 subprocess.Popen(
-                    command, env={**os.environ, **_share(index, number), DATABASE: database},
-                    stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
+                    words, env={**os.environ, **_share(index, number), DATABASE: database},
+                    stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
                 )
             )  # fmt: skip
         if "OMP_NUM_THREADS" in (own := _share(0, number)):
             torch.set_num_threads(int(own["OMP_NUM_THREADS"]))
-        yield database
+        yield
 
 
 @contextmanager

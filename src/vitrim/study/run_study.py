@@ -23,7 +23,7 @@ from .study import Study, run_folder
 from .study_check import check_study
 from .study_folder import check_study_folder, mark_folder
 from .sweep import sweep
-from .trials import kept_trials
+from .sweep_plan import Place
 from .workers import join_study, run_once, train_shared
 
 _TABULATED = ".tabulated"
@@ -109,10 +109,12 @@ def _write_tables(
         seed = study.seeds[0]
         tested = {run_folder(out, row, seed): row for row in dict.fromkeys(row["row"] for row in table.rows)}
         data = {str(folder): study.recipe(row, seed, out).data for folder, row in tested.items()}
-        with kept_trials(out / "sweep") as kept:
-            swept = sweep([*data], data, study.sweep.method or "", study.sweep.vary, kept=kept)
-            names = {folder.name: row for folder, row in tested.items()}
-            study.sweep.add_published(swept, names).write_all(out / "sweep")
+        kept = out / "sweep.trials.db"
+        place = Place(f"sqlite:///{kept.absolute()}")
+        swept = sweep([*data], data, study.sweep.method or "", study.sweep.vary, place=place)
+        names = {folder.name: row for folder, row in tested.items()}
+        study.sweep.add_published(swept, names).write_all(out / "sweep")
+        kept.unlink(missing_ok=True)
     if study.curve is not None:
         data = {row: study.recipe(row, study.seeds[0], out).data for row in study.rows}
         runs = {seed: {row: run_folder(out, row, seed) for row in study.rows} for seed in study.seeds}

@@ -1,26 +1,25 @@
-"""One method at many settings, at test time only: a grid, or a Bayesian search along the accuracy-cost frontier."""
+"""One method at many settings: a grid, or a search along the frontier of accuracy, MACs and measured time."""
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
 
-from torch import nn
-
-from ..data.specs import DataSpec
-from ..elastic.chain import hash_of
-from ..errors import ScheduleError, VitrimError
+from ..errors import VitrimError
+from ..measure.columns import columns
 from ..measure.environment import environment
 from ..measure.table import Column, Table
-from ..models import DENSE, open_model, variant
-from .compare import CLS_ONLY_NOTE, COLUMNS, ModelData, Row, data_for, different_images_note, evaluate_variants
-from .template import Setting, Settings, check_sweep, fill_template, settings_of
-from .trials import Trials
+from ..models import open_model
+from .at_test_time import AtTestTime
+from .compare import CLS_ONLY_NOTE, ModelData, Row, data_for, different_images_note
+from .space import Space
+from .subject import ROUNDS
+from .sweep_plan import Place, Plan
+from .sweep_run import notes_of, swept
+from .template import Settings, check_sweep, fill_template, settings_of
 
-TOGETHER = 4
-"""Settings of a grid that are evaluated together with the dense network; a kill loses at most these."""
-
-Evaluate = Callable[[Sequence[str]], list[Row]]
-"""Methods -> the row of the dense network, and one row for each method."""
+COLUMNS = columns(
+    "accuracy", "entropy", "speed", "images_per_second", "gmacs", "macs_ratio", "train_seconds", "tokens"
+)  # fmt: skip
 
 
 def sweep(
@@ -28,14 +27,11 @@ def sweep(
     data: ModelData,
     method: str,
     vary: Settings,
+    plan: Plan = Plan(),  # noqa: B008 (it cannot be changed)
+    place: Place = Place(),  # noqa: B008
     *,
-    search: Literal["grid", "tpe"] = "grid",
-    trials: int = 20,
-    seed: int = 0,
     batch_size: int = 128,
     device: str = "auto",
-    tick: Callable[[int, int], None] | None = None,
-    kept: Path | None = None,
 ) -> Table:
     """Evaluate `method` at many settings on the test images of `data`; the first row of each model is dense.
 
@@ -43,115 +39,50 @@ def sweep(
         models: as in `compare`.
         data: the images, for all models or by name.
         method: a reduction with names in braces, such as `TopK() @ PowerLaw(0.6, {alpha})`.
-        vary: the values of each name; for "tpe" its lowest and highest value.
-        search: "grid" tries every combination; "tpe" tries `trials` settings that optuna's sampler proposes, looking
-            for high accuracy and few MACs, one after another; an option that counts gets whole numbers.
-        trials: number of settings that "tpe" tries.
-        seed: of the sampler.
+        vary: the values of each name; for a search its lowest and highest number, or texts to choose from. An option
+            that counts gets whole numbers.
+        plan: which settings are tried.
+        place: where trials are kept.
         batch_size: images per forward pass.
         device: "auto", "cpu" or "cuda".
-        tick: called with (batches done, batches in all).
-        kept: file in which finished trials are kept; a call with the same arguments continues after them.
 
     Raises:
-        ScheduleError: see `check_sweep`.
-        RecipeError: `kept` holds trials of another sweep.
-        VitrimError: a model that cannot be opened or reduced, or that is named twice.
+        ScheduleError: see `check_sweep` and `Plan.check`.
+        RecipeError: the database has another sweep of this name.
+        VitrimError: a model that cannot be opened or reduced, or that is named twice; a database that does not answer.
     """
     check_sweep(method, vary)
-    if trials < 1:
-        raise ScheduleError(f"trials is 1 or more, not {trials}")
+    plan.check()
     if len({*models}) < len(models):
         raise VitrimError("a model is named twice; every row needs its own")
+    space = Space(vary, lambda setting: fill_template(method, setting, check=True))
     opened = {name: open_model(name, data_for(name, data).image_size) for name in models}
-    finished = Trials(kept, {
-        "method": method, "vary": {name: list(values) for name, values in vary.items()}, "search": search,
-        "seed": seed if search == "tpe" else None, "batch size": batch_size, "device": device,
-        "model": {name: hash_of(model) for name, model in opened.items()},
-        "data": {name: _images(data_for(name, data)) for name in models},
-    })  # fmt: skip
+    short = Counter(Path(name).name for name in models)
     rows: list[Row] = []
     for name, model in opened.items():
-
-        def evaluate(methods: Sequence[str], name: str = name, model: nn.Module = model) -> list[Row]:
-            variants = {(name, one): variant(model, one) for one in (DENSE, *methods)}
-            own = data_for(name, data)
-            return evaluate_variants(variants, own, batch_size=batch_size, device=device, tick=tick)
-
-        if search == "grid":
-            rows += _grid(name, evaluate, method, vary, finished)
-        else:
-            rows += _search(name, evaluate, method, vary, trials, seed, finished)
-    shown = (COLUMNS[0], *(Column(name, name, ".3g") for name in vary), *COLUMNS[2:])
+        shown = Path(name).name if short[Path(name).name] == 1 else name
+        subject = AtTestTime(shown, model, data_for(name, data), method, batch_size, device)
+        kept_as = place.name or method
+        rows += swept(subject, space, plan, place, kept_as if len(models) == 1 else f"{kept_as}, {name}")
     notes = [
-        "Test time only: weights are those of the named model. Ratios are to the dense network of the same model, "
-        f"timed together with the setting (at most {TOGETHER if search == 'grid' else 1} at a time).",
+        "Test time only: weights are those of the named model. Ratios are to the dense network of the same model; "
+        f"speed is the median over {ROUNDS} rounds in which both were timed in turns.",
         CLS_ONLY_NOTE,
         *different_images_note({name: data_for(name, data) for name in models}),
     ]
-    title = fill_template(method, {name: f"{{{name}}}" for name in vary})
-    return Table(f"{title} over {', '.join(vary)}", shown, rows, notes=notes, environment=environment())
+    return table_of(fill_template(method, {name: f"{{{name}}}" for name in vary}), vary, rows, notes)
 
 
-def _images(data: DataSpec) -> list[Any]:
-    """What identifies the test images and how they are read."""
-    folder = data.root and str(Path(data.root).resolve())
-    return [data.name, folder, data.test_split, data.image_size, data.crop_pct, data.on_corrupt]
+def table_of(title: str, vary: Settings, rows: Sequence[Row], notes: Sequence[str]) -> Table:
+    """The table of a sweep, with a column for each name that is varied."""
+    own = [
+        Column(name, name, "" if any(isinstance(v, str) for v in values) else ".3g") for name, values in vary.items()
+    ]
+    shown = (*columns("model"), *own, *COLUMNS)
+    title = f"{title} over {', '.join(vary)}"
+    return Table(title, shown, rows, notes=[*notes, *notes_of(rows)], environment=environment())
 
 
 def methods_of(method: str, vary: Settings) -> list[str]:
     """The reduction at every setting of a grid."""
     return [fill_template(method, setting) for setting in settings_of(vary)]
-
-
-def _grid(name: str, evaluate: Evaluate, method: str, vary: Settings, finished: Trials) -> list[Row]:
-    settings, steps = settings_of(vary), finished.steps(name)
-    for start in range(len(steps) * TOGETHER, len(settings), TOGETHER):
-        part = settings[start : start + TOGETHER]
-        dense, *rows = evaluate([fill_template(method, setting) for setting in part])
-        finished.add(name, [dense, *({**row, **setting} for row, setting in zip(rows, part, strict=True))])
-    return [steps[0][0], *(row for _, *rows in steps for row in rows)]
-
-
-def _search(
-    name: str, evaluate: Evaluate, method: str, vary: Settings, trials: int, seed: int, finished: Trials
-) -> list[Row]:
-    import optuna
-
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    ranges: dict[str, Any] = {}
-    for option, values in vary.items():
-        low, high = min(values), max(values)
-        if _counts(method, vary, option):
-            ranges[option] = optuna.distributions.IntDistribution(int(low), int(high))
-        else:
-            ranges[option] = optuna.distributions.FloatDistribution(low, high)
-    study = optuna.create_study(directions=["maximize", "minimize"])
-    steps = finished.steps(name)
-    for _, row in steps[:trials]:
-        params = {option: row[option] for option in vary}
-        values = [row["accuracy"], row["gmacs"]]
-        study.add_trial(optuna.trial.create_trial(params=params, distributions=ranges, values=values))
-    for number in range(len(study.trials), trials):
-        # Each trial has a sampler of its own, so that a search which continues proposes what it would have proposed.
-        study.sampler = optuna.samplers.TPESampler(seed=seed * 100_003 + number)
-        trial = study.ask(ranges)
-        dense, row = evaluate([fill_template(method, trial.params)])
-        finished.add(name, [dense, {**row, **trial.params}])
-        study.tell(trial, [row["accuracy"], row["gmacs"]])
-    best = {trial.number for trial in study.best_trials}
-    rows = [row for _, row in steps[:trials]]
-    starred = [{**row, "model": f"{row['model']} *"} if at in best else row for at, row in enumerate(rows)]
-    return [steps[0][0], *starred]
-
-
-def _counts(method: str, vary: Settings, name: str) -> bool:
-    """Whether an option takes whole numbers only: it refuses a number between two that it takes."""
-    if not all(float(value).is_integer() for value in vary[name]):
-        return False
-    setting: Setting = {other: values[0] for other, values in vary.items()}
-    try:
-        fill_template(method, {**setting, name: min(vary[name]) + 0.5}, check=True)
-    except VitrimError:
-        return True
-    return False

@@ -9,8 +9,8 @@ from ..errors import ScheduleError
 from ..tokens import Reduction
 from .compare import ROW_KEYS
 
-Settings = Mapping[str, Sequence[float]]
-"""The values of each name."""
+Settings = Mapping[str, Sequence[float | str]]
+"""The values of each name: numbers, or texts such as the names of scores."""
 Setting = Mapping[str, float | str]
 """One value of each name."""
 MOST_SETTINGS = 10_000
@@ -23,31 +23,38 @@ def check_sweep(method: str, vary: Settings) -> None:
         ScheduleError: a name without values or that the method does not use, a name in the method without values, a
             value given twice or impossible, too many combinations, or a name that is a column of the table.
     """
-    if not vary:
-        raise ScheduleError("there is nothing to vary; give values for a name, such as {alpha: [1.0, 2.0]}")
+    check_values(vary)
     used = names_in(method)
-    for name, values in vary.items():
+    for name in vary:
         if name not in used:
             raise ScheduleError(f"{method!r} does not use {{{name}}}")
+    for name in used:
+        if name not in vary:
+            raise ScheduleError(f"{method!r} names a setting that is not varied; give values for {name}")
+    for setting in settings_of(vary):
+        fill_template(method, setting, check=True)
+
+
+def check_values(vary: Settings) -> None:
+    """Raise `ScheduleError` for values given twice or impossible, too many combinations, or the name of a column."""
+    if not vary:
+        raise ScheduleError("there is nothing to vary; give values for a name, such as {alpha: [1.0, 2.0]}")
+    for name, values in vary.items():
         if name in ROW_KEYS:
             raise ScheduleError(f"{{{name}}} is the name of a column of the table; give the setting another name")
         if not values:
             raise ScheduleError(f"there are no values for {name}; give at least one")
         for at, value in enumerate(values):
-            if not isfinite(value):
+            if not isinstance(value, str) and not isfinite(value):
                 raise ScheduleError(f"{name} lists {value}; give finite numbers")
             if value in values[:at]:
-                raise ScheduleError(f"{name} lists {value:g} twice; give each value once")
-    for name in used:
-        if name not in vary:
-            raise ScheduleError(f"{method!r} names a setting that is not varied; give values for {name}")
+                shown = value if isinstance(value, str) else f"{value:g}"
+                raise ScheduleError(f"{name} lists {shown} twice; give each value once")
     if prod(map(len, vary.values())) > MOST_SETTINGS:
         raise ScheduleError(f"a sweep has at most {MOST_SETTINGS:,} settings; give fewer values")
-    for setting in settings_of(vary):
-        fill_template(method, setting, check=True)
 
 
-def settings_of(vary: Settings) -> list[dict[str, float]]:
+def settings_of(vary: Settings) -> list[dict[str, float | str]]:
     """Every combination of the values; the last name varies fastest."""
     return [dict(zip(vary, values, strict=True)) for values in product(*vary.values())]
 

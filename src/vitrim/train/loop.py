@@ -18,7 +18,7 @@ from ..data.seeding import restored_generators, seed_everything
 from ..data.splits import make_splits
 from ..data.streams import Stream, make_loader
 from ..distill import Outputs
-from ..errors import VitrimError
+from ..errors import DivergedError
 from ..measure.accelerator import make_accelerator
 from ..measure.accuracy import Figures, evaluate_all
 from ..measure.cost import cost
@@ -205,7 +205,7 @@ class _Run:
 
     def _refuse(self, what: str) -> NoReturn:
         kept = "the last good checkpoint is kept" if self.folder.state_path.exists() else "nothing was saved yet"
-        raise VitrimError(f"{what} at epoch {self.state.epoch + 1}, step {self.state.step}; {kept}; {SLOWER}")
+        raise DivergedError(f"{what} at epoch {self.state.epoch + 1}, step {self.state.step}; {kept}; {SLOWER}")
 
     def _close_epoch(self) -> None:
         state = self.state
@@ -265,7 +265,7 @@ class _Run:
             "not_read": self.splits.notes,
         }
         if not math.isfinite(result.get("test_loss", 0.0)):
-            raise VitrimError(f"the loss on the test images is {result['test_loss']}; {SLOWER}")
+            raise DivergedError(f"the loss on the test images is {result['test_loss']}; {SLOWER}")
         if self.main:
             self.folder.write_result(result)
         self.accelerator.wait_for_everyone()

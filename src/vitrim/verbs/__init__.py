@@ -3,11 +3,12 @@
 torch is imported inside them, so that help is instant.
 """
 
-from .comparing import bench, evaluate, sweep
+from .comparing import bench, evaluate
 from .compressing import compress, verify
 from .cutting import extract, stratify
 from .exporting import export
 from .showing import demo, list_names, report, show
+from .sweeping import sweep
 from .training import study, train
 
 VERBS = {

@@ -1,4 +1,4 @@
-"""Verbs that put models and methods side by side: their accuracy, their speed, one method at many settings."""
+"""Verbs that put models and methods side by side: their accuracy, their speed."""
 
 from typing import Literal
 
@@ -77,43 +77,3 @@ def bench(
         rounds=rounds, input_size=image_size, device=None if device == "auto" else device,
     )  # fmt: skip
     deliver(table, out)
-
-
-def sweep(
-    model: list[str],
-    data: TestImages,
-    method: str,
-    vary: dict[str, list[float]],
-    search: Literal["grid", "tpe"] = "grid",
-    trials: Count = 20,
-    batch_size: Count = 128,
-    device: Device = "auto",
-    out: str | None = None,
-) -> None:
-    """Evaluate one method at many settings, at test time only; with --out, the same command continues after a kill.
-
-    Args:
-        model: timm names, NAME@FILE (with weights from a file), folders written by vitrim or transformers, hf:NAME, or
-            run folders.
-        data: the test images; by default those of the first model, if it is a run folder or one written by
-            vitrim compress.
-        method: a reduction with names in braces, such as "TopK() @ PowerLaw({r_max}, {alpha})".
-        vary: values for each name, such as '{"r_max": [0.5, 0.7], "alpha": [1, 2]}'; with tpe, the lowest and the
-            highest value.
-        search: "grid" tries all, "tpe" (Bayesian) searches the frontier of accuracy and MACs with a number of trials.
-        trials: number of settings that tpe tries for each model.
-        batch_size: images at a time.
-        device: where to run.
-        out: file to write the table to (.md, .csv, .json or .html).
-    """
-    check_table(out)
-    check_used("sweep", data, TRAINING_ONLY, "the test images")
-    from ..study.sweep import sweep as run
-    from ..study.trials import kept_trials
-
-    with kept_trials(out) as kept:
-        table = run(
-            model, images_of(model, data), method, vary, search=search, trials=trials, batch_size=batch_size,
-            device=device, kept=kept,
-        )  # fmt: skip
-        deliver(table, out)
