@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import vitrim
 from calling import call
 from vitrim.errors import CheckpointError, DataError, OutputError, UnknownNameError, UnsupportedModelError, VitrimError
-from vitrim.export import FORMATS, Format, compare, export, run
+from vitrim.export import FORMATS, Format, compare, export, formats, run
 from vitrim.export.formats import quantise
 from vitrim.export.program import described, make_program, prepared
 from vitrim.measure.served import ServedFile, open_file
@@ -252,6 +252,22 @@ def test_models_that_no_file_can_hold_are_refused() -> None:
     model.patch_drop = Stubborn()
     with pytest.raises(UnsupportedModelError, match=r"torch\.export cannot follow this VisionTransformer"):
         make_program(prepared(model, "dense"))
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_weights_beyond_the_limit_of_a_file_lie_next_to_it(
+    int8: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(formats, "ONE_FILE", 0)
+    model, x = small(embed_dim=48), images(4, 24)
+    found = export(model, x, tmp_path / "m.onnx", int8=int8)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m.onnx", "m.onnx.data"]
+    assert f"written to {tmp_path}/m.onnx and {tmp_path}/m.onnx.data (" in found.text()
+    served = open_file(str(tmp_path / "m.onnx"))
+    assert compare(model, served, x, exact=not int8).largest == pytest.approx(found.agreement.largest, abs=1e-5)
+    (tmp_path / "m.onnx").unlink()
+    with pytest.raises(OutputError, match=r"m\.onnx\.data exists"):  # Nothing is overwritten.
+        export(model, x, tmp_path / "m.onnx", int8=int8)
 
 
 def test_bad_words_are_one_line_each(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -255,3 +255,5 @@ def test_what_cannot_be_done_is_one_line(
 def test_verify_needs_a_certificate(model: str, capsys: pytest.CaptureFixture[str]) -> None:
     code, _, err = call(capsys, "verify", model)
     assert (code, "holds no certificate.json" in err) == (2, True)
+    code, _, err = call(capsys, "verify", __file__)
+    assert (code, "is a file, and certificates are of folders" in err, err.strip().count("\n")) == (2, True, 0)

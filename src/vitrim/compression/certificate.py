@@ -183,6 +183,11 @@ class Certificate:
             CheckpointError: there is none, or a damaged one.
         """
         path = Path(folder) / FILE
+        if Path(folder).is_file():
+            raise CheckpointError(
+                f"{folder} is a file, and certificates are of folders; give the folder that vitrim compress wrote, and "
+                "time an exported file with vitrim bench"
+            )
         if not path.is_file():
             raise CheckpointError(f"{folder} holds no {FILE}; give a folder that vitrim compress wrote")
         return cls.from_json(path.read_text(encoding="utf-8", errors="replace"), path)

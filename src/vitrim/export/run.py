@@ -38,11 +38,13 @@ class Exported:
         macs = "" if about["macs"] is None else f"{about['macs'] / 1e9:.3f} GMACs, "
         acts = "" if about["reduction"] is None else f", {about['reduction']}"
         channels, height, width = about["input"]["size"]
-        size = self.path.stat().st_size / 1e6
+        weights = Path(f"{self.path}.data")
+        parts = [self.path, *([weights] if self.path.suffix == ".onnx" and weights.exists() else [])]
+        size = sum(part.stat().st_size for part in parts) / 1e6
         return (
-            f"written to {self.path} ({size:.1f} MB): {macs}{about['params'] / 1e6:.2f} M parameters{acts}; takes "
-            f"{about['input']['name']} (batch, {channels}, {height}, {width}), gives {about['output']['name']}\n"
-            + self.agreement.text(self.int8)
+            f"written to {' and '.join(map(str, parts))} ({size:.1f} MB): {macs}{about['params'] / 1e6:.2f} M "
+            f"parameters{acts}; takes {about['input']['name']} (batch, {channels}, {height}, {width}), gives "
+            f"{about['output']['name']}\n" + self.agreement.text(self.int8)
         )
 
 
