@@ -80,7 +80,9 @@ def check_place(folder: str | Path, *, overwrite: bool = False) -> None:
     if (run := Path(folder) / "model" / WEIGHTS).is_file():
         raise CheckpointError(f"{folder} is a run, whose model is {run.parent}; choose another folder")
     if (Path(folder) / WEIGHTS).exists() and not overwrite:
-        raise CheckpointError(f"{folder} holds a model already; choose another folder or pass overwrite=True")
+        raise CheckpointError(
+            f"{folder} holds a model already; choose another folder, or replace it by --overwrite (overwrite=True)"
+        )
 
 
 def _check_free(folder: Path, staged: Path) -> None:
