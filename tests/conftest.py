@@ -18,6 +18,7 @@ from vitrim.distill.losses import LOSSES
 from vitrim.distill.objective import TERMS, WEIGHTS
 from vitrim.models import ADAPTERS
 from vitrim.models.sublayers import ELASTIC
+from vitrim.study import subject
 from vitrim.tokens import CURRICULA, REDUCERS, SCHEDULES, SCORES
 
 LONG = ("test_docs", "test_curve", "test_train_resume", "test_study", "test_study_workers", "test_distill_student")
@@ -35,6 +36,12 @@ def _compiled_without_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
     A test that names a backend gets it.
     """
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+
+
+@pytest.fixture(autouse=True)
+def _timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Time the settings of a sweep in one round, since no test depends on how long anything takes."""
+    monkeypatch.setattr(subject, "ROUNDS", 1)
 
 
 @pytest.fixture(autouse=True)

@@ -29,7 +29,7 @@ from vitrim.elastic import latency, measured_chain, supernet
 from vitrim.elastic.chain import Chain
 from vitrim.export import FORMATS
 from vitrim.measure import speed
-from vitrim.models import open_model, small_vits
+from vitrim.models import compiling, open_model, small_vits
 from vitrim.show import report
 from vitrim.show.runs import points
 from vitrim.train.recipe import Recipe
@@ -62,13 +62,14 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module", autouse=True)
 def in_small() -> Iterator[None]:
-    """A sixth of the digits, a network of half the depth, coarse pictures, and fewer repetitions of what takes time."""
+    """A sixth of the digits, a network of fewer blocks, coarse pictures, and fewer repetitions of what takes time."""
     pixels, targets = digits._digits()
     recipe, bench, create, savefig = demo._recipe, demo.bench, small_vits._create, Figure.savefig
+    interleave = speed.interleave
     chain_of = supernet.measured_chain
 
     def shallow(name: str, pretrained: bool, args: dict[str, Any], **own: Any) -> nn.Module:
-        return create(name, pretrained, args, **(own | ({"depth": 4} if name == "vitrim_digits_vit" else {})))
+        return create(name, pretrained, args, **(own | ({"depth": 3} if name == "vitrim_digits_vit" else {})))
 
     def few(*words: Any) -> Recipe:
         whole = recipe(*words)
@@ -82,6 +83,7 @@ def in_small() -> Iterator[None]:
         return chain_of(model, start, probes[-2:], *rest, **options)
 
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiling, "FORMS", 1)
         patch.setattr(Figure, "savefig", coarse)
         patch.setattr(supernet, "measured_chain", measured_once)
         patch.setattr(measured_chain, "BUDGETS", 3)
@@ -103,6 +105,9 @@ def in_small() -> Iterator[None]:
         patch.setattr(demo, "FOR_WIDTH", (0.5,))
         patch.setitem(demo.NETWORK, "depth", 3)
         patch.setattr(speed, "_CALLS_AT_BATCH_1", 2)
+        patch.setattr(
+            speed, "interleave", lambda trials, calls, rounds, warmup, dice: interleave(trials, calls, 1, 0, dice)
+        )
         patch.setitem(FORMATS, "onnx", replace(FORMATS["onnx"], write=written_once(FORMATS["onnx"].write)))
         yield
 

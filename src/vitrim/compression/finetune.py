@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from ..data.specs import DataSpec
+from ..data.specs import AugmentSpec, DataSpec
 from ..errors import VitrimError
 from ..models import attach, attached, load, num_classes
 from ..models.build import saved_folder, split_spec
@@ -20,6 +20,9 @@ from ..train.specs import FinetuneSpec, ModelSpec, OptimSpec
 def recipe_for(spec: FinetuneSpec, student: str | Path, teacher: str, data: DataSpec) -> Recipe:
     """The recipe: predictions of the given model are the only goal, so that labels are not used.
 
+    Images are cropped at random and mirrored, since a model is so sure of its own training images that they teach
+    little.
+
     Args:
         spec: for how long.
         student: folder of the cheaper model, whose reduction acts from the start.
@@ -31,10 +34,10 @@ def recipe_for(spec: FinetuneSpec, student: str | Path, teacher: str, data: Data
     given = ModelSpec(
         name, weights == "pretrained", None if weights == "pretrained" else weights, None if size is None else [*size]
     )
-    optim = OptimSpec(lr=spec.lr, min_lr=spec.lr / 100, warmup_epochs=0)
+    optim = OptimSpec(lr=spec.lr, min_lr=spec.lr / 100, warmup_epochs=0.1)
     return Recipe(
-        ModelSpec(str(student)), replace(data, image_size=None), optim=optim, distill="Logits(temperature=1.0)",
-        teacher=given, epochs=spec.epochs, batch_size=spec.batch_size,
+        ModelSpec(str(student)), replace(data, image_size=None), AugmentSpec(crop="resized", scale=0.3, flip=True),
+        optim=optim, distill="Logits(temperature=1.0)", teacher=given, epochs=spec.epochs, batch_size=spec.batch_size,
     )  # fmt: skip
 
 

@@ -142,10 +142,11 @@ class FinetuneSpec:
 
     Args:
         epochs: passes over the training images; 0 trains nothing.
-        lr: learning rate of AdamW at the start; it falls along a cosine.
+        lr: highest learning rate of AdamW; it falls along a cosine. Weights that were trained for long bear small
+            steps only.
         batch_size: images per update.
     """
 
     epochs: Annotated[int, Range(0, 1_000_000)] = 0
-    lr: Annotated[float, Range(0, 1)] = 5e-5
+    lr: Annotated[float, Range(0, 1)] = 5e-6
     batch_size: Annotated[int, Range(1, 1_000_000)] = 32
