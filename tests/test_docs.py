@@ -110,6 +110,7 @@ def in_small() -> Iterator[None]:
         )
         patch.setitem(FORMATS, "onnx", replace(FORMATS["onnx"], write=written_once(FORMATS["onnx"].write)))
         yield
+    torch._dynamo.reset()  # Which has given up on code that would take more forms.
 
 
 def written_once(write: Callable[..., None]) -> Callable[..., None]:
