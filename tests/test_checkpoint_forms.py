@@ -73,11 +73,19 @@ def test_names_of_a_model_that_has_the_prefix_itself_stay(tmp_path):
     assert same(vitrim.build_model(name, checkpoint=tmp_path / "w.pth", **SIZES), model)
 
 
-@pytest.mark.parametrize("nest", ["ema_state_dict", "ema", "params_ema", "model_ema", "state_dict_ema"])
-@pytest.mark.parametrize("raw", ["model", "state_dict", "params", "model_state_dict"])
+@pytest.mark.parametrize("nest", ["ema_state_dict", "params_ema", "EMA", "swa_model", "avg_model_state_dict"])
+@pytest.mark.parametrize("raw", ["model", "state_dict", "model_state_dict"])
 def test_averaged_weights_are_taken_and_reported(nest, raw, model, tmp_path, caplog):
     assert same(opened({raw: shifted(model.state_dict()), nest: model.state_dict()}, tmp_path), model)
     assert f"took the weights under {nest}, not {raw}" in caplog.text
+
+
+def test_other_weights_next_to_those_that_are_taken_are_reported(model, tmp_path, caplog):
+    state = model.state_dict()
+    lists = {"shadow_params": list(shifted(state).values())}  # As torch_ema keeps them, without names.
+    content = {"model": state, "best": shifted(state), "ema": lists, "ema_optimizer": {"momentum": torch.ones(3)}}
+    assert same(opened(content, tmp_path), model)
+    assert "took the weights under model, not ema, best" in caplog.text
 
 
 def test_averaged_weights_next_to_plain_ones_in_one_state_dict(model, tmp_path, caplog):
@@ -114,6 +122,7 @@ def test_plain_objects_next_to_the_weights_are_no_code(model, tmp_path):
         "kind": np.dtype("float32"),
         "when": datetime.datetime(2024, 1, 1),
         "history": defaultdict(list, loss=[0.1, 0.2]),
+        "counts": defaultdict(int, seen=3),
         "device": torch.device("cpu"),
         "dtype": torch.float16,
         "shape": torch.Size([1, 2]),

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,17 +20,24 @@ from .torch_files import read_legacy, read_zip
 log = logging.getLogger(__name__)
 State = dict[str, Tensor]
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".tar", ".ckpt")
-AVERAGED = (
-    "model_ema", "state_dict_ema", "ema_state_dict", "model_ema_state_dict", "ema_model", "ema", "params_ema",
-    "averaged_model", "averaged",
-)  # fmt: skip
-"""Names of weights that were averaged over training, which are those to use."""
+_AVERAGED = frozenset({"ema", "swa", "averaged", "average", "avg", "polyak", "shadow"})
+_OF_TRAINING = frozenset({"optimizer", "optimiser", "optim", "scheduler", "scaler", "loss", "criterion", "meter"})
 _NESTS = (
-    *AVERAGED, "state_dict", "model_state_dict", "model", "module", "network", "net", "params", "weights", "backbone",
+    "state_dict", "model_state_dict", "model", "module", "network", "net", "params", "weights", "backbone",
     "student", "teacher",
 )  # fmt: skip
 _WRAPPERS = ("module.", "_orig_mod.")
 _HEADER = 100 << 20  # The longest header that safetensors allows.
+
+
+def is_averaged(name: str) -> bool:
+    """Whether a name says that its weights were averaged over training: those are the ones to use.
+
+    >>> is_averaged("model_ema"), is_averaged("modelEMA"), is_averaged("swaWeights"), is_averaged("schema")
+    (True, True, True, False)
+    """
+    words = {word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", name)}
+    return bool(words & _AVERAGED) and not words & _OF_TRAINING
 
 
 def read_weights(path: str | Path) -> State:
@@ -123,11 +131,11 @@ def _damaged(path: Path) -> CheckpointError:
 def _choose(content: object, path: Path) -> tuple[dict[str, Any], str]:
     """The mapping from names to tensors, and where it was found if there was a choice."""
     taken: list[str] = []
-    averaged = False
     for _ in range(8):  # A dict may hold itself.
         if not isinstance(content, Mapping):
             break
-        known = [name for name in _NESTS if isinstance(content.get(name), Mapping)]
+        averages = [name for name in content if isinstance(name, str) and is_averaged(name)]
+        known = [name for name in (*averages, *_NESTS) if isinstance(content.get(name), Mapping)]
         nests = [name for name in known if any(True for _ in _tensors(content[name]))]
         if not nests and not known and not _named_tensors(content):
             # No known name: the only mapping with tensors, if there is only one.
@@ -139,9 +147,11 @@ def _choose(content: object, path: Path) -> tuple[dict[str, Any], str]:
         if not nests:
             break
         nest = _preferred(content, nests)
-        averaged = averaged or nest in AVERAGED
-        if nest in AVERAGED or len(nests) > 1:
-            taken.append(f"{nest}, not {', '.join(other for other in nests if other != nest)}" if nests[1:] else nest)
+        others = [name for name in nests if name != nest]
+        others += [name for name in averages if name not in nests and _lists_tensors(content[name])]
+        others += [name for name in content if name not in (*nests, *others) and _is_like(content[name], content[nest])]
+        if is_averaged(nest) or others:
+            taken.append(f"{nest}, not {', '.join(map(str, others))}" if others else nest)
         content = content[nest]
     tensors = _named_tensors(content)
     if not tensors:
@@ -155,6 +165,18 @@ def _preferred(content: Mapping[Any, Any], nests: list[str]) -> str:
     if "student" in nests and shapes.get("teacher") == shapes["student"] and nests[0] == "student":
         return "teacher"
     return nests[0]
+
+
+def _is_like(content: object, chosen: object) -> bool:
+    """Whether both are state dicts of the same network, such as the latest and the best."""
+    names = _named_tensors(chosen).keys()
+    return bool(names) and _named_tensors(content).keys() == names
+
+
+def _lists_tensors(content: object) -> bool:
+    """Whether there are tensors in lists, as averages without names are kept."""
+    parts = list(content.values()) if isinstance(content, Mapping) else [content]
+    return any(isinstance(part, list | tuple) and any(isinstance(x, Entry | Tensor) for x in part) for part in parts)
 
 
 def _tensors(content: object) -> Iterator[Any]:

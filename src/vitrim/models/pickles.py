@@ -35,7 +35,7 @@ _HARMLESS = frozenset({
     "torch.per_channel_affine", "torch.per_channel_symmetric", "torch.per_channel_affine_float_qparams",
     *(f"builtins.{name}" for name in (
         "int", "float", "bool", "str", "bytes", "bytearray", "list", "tuple", "set", "frozenset", "complex", "slice",
-        "range",
+        "range", "long", "unicode",  # The last two as Python 2 calls int and str, in its protocols too.
     )),
 })  # fmt: skip
 """What training scripts keep next to the weights. Only placeholders are made of it."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError, ClassCountError
 from ..text import printable, short_name
-from .checkpoints import AVERAGED, State
+from .checkpoints import State, is_averaged
 from .finding import adapter_of
 from .wrapped import check_is_model
 
@@ -41,7 +41,7 @@ def aligned(state: State, names: Collection[str], source: str | Path) -> State:
     if not most or found[""] == most:
         return state
     best = [prefix for prefix, number in found.items() if number == most]
-    averaged = [prefix for prefix in best if any(part in AVERAGED for part in prefix.split("."))]
+    averaged = [prefix for prefix in best if is_averaged(prefix)]
     chosen = averaged or best
     if len(chosen) > 1:
         both = ", ".join(short_name(prefix) for prefix in sorted(chosen)[:3])
