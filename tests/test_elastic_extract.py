@@ -1,6 +1,8 @@
 """Extraction: masking, slicing and stock blocks agree; regression makes up for what is lost; reductions go on top."""
 
 import copy
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from timm.layers import Mlp
 from timm.models.vision_transformer import Block
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -20,8 +23,9 @@ from vitrim.elastic.extract import cut
 from vitrim.elastic.growth import grow
 from vitrim.elastic.sampler import narrowed
 from vitrim.errors import DataError, ScoreError, UnknownNameError, UnsupportedModelError, VitrimError
-from vitrim.models import RemovedBranch, narrow
+from vitrim.models import BlockWidths, RemovedBranch, build_model, load, narrow, save, set_widths, widths_of
 from vitrim.models.compensation import Compensation, Moments
+from zoo import predicted, redrawn
 
 
 def quiet(_: str) -> None:
@@ -362,17 +366,48 @@ def test_a_sublayer_of_an_unknown_class_is_refused_by_its_name():
         stratify(small(mlp_layer=OwnMlp), [images(2)], say=quiet)
 
 
-ROTARY = {
-    "eva02_tiny_patch14_224": {"img_size": 28, "depth": 1},
-    "vit_small_patch16_dinov3": {"img_size": 32, "depth": 1},
-}
+ROTARY: dict[str, Callable[[], nn.Module]] = {
+    name: partial(timm.create_model, name, img_size=32, depth=2, embed_dim=48, num_heads=3, num_classes=5, **options)
+    for name, options in (
+        ("eva02_tiny_patch14_224", {"patch_size": 16}), ("vit_small_patch16_dinov3", {}),
+        ("vit_small_patch16_rope_mixed_224", {}), ("eva_giant_patch14_224", {"patch_size": 16}),
+    )
+} | {
+    "DINOv3ViTModel": partial(
+        build_model, "DINOv3ViTModel", image_size=32, patch_size=16, hidden_size=48, num_hidden_layers=2,
+        num_attention_heads=3, intermediate_size=96, use_gated_mlp=True,
+    )
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ROTARY)
-def test_rotary_models_are_refused_by_their_name(name):
-    model = timm.create_model(name, embed_dim=48, num_heads=3, **ROTARY[name])
-    with pytest.raises(UnsupportedModelError, match="rotate pairs of query and key dims by one table for all blocks"):
-        stratify(model, [torch.randn(2, *model.pretrained_cfg["input_size"])], say=quiet)
+def test_models_whose_attention_stays_lose_hidden_units(name, tmp_path):
+    model = redrawn(ROTARY[name]()).double()
+    x = torch.randn(6, 3, 32, 32, dtype=torch.float64)
+    net = stratify(model, [torch.randn(16, 3, 32, 32, dtype=torch.float64)] * 2, num_images=32, rounds=1, say=quiet)
+    assert {unit.split(".")[-1] for unit in net.chain.units} <= {"mlp"}
+    torch.testing.assert_close(predicted(net.cut(0), x), predicted(model, x))
+    index = len(net.chain.entries) // 2
+    plain = net.cut(index, compensate="none")
+    with net.at(index) as whole:
+        torch.testing.assert_close(predicted(whole, x), predicted(plain, x), rtol=1e-12, atol=1e-12)
+    assert vitrim.cost(plain).macs == net.chain.macs_at(index)
+    assert [w.head_dim for w in widths_of(plain)] == [w.head_dim for w in widths_of(model)]
+    read = load(save(plain, tmp_path / "cut")).double()
+    torch.testing.assert_close(predicted(read, x), predicted(plain, x), rtol=1e-12, atol=1e-12)
+    with vitrim.attach(plain, "ToMe() @ ConstantR(1)"):
+        assert vitrim.cost(plain).macs < net.chain.macs_at(index)
+        assert predicted(plain, x).isfinite().all()
+    with pytest.raises(UnsupportedModelError, match="keep their 16 dims"):
+        set_widths(model, [BlockWidths(8, w.hidden) for w in widths_of(model)])
+
+
+def test_norms_behind_the_branches_forbid_other_widths():
+    model = timm.create_model(
+        "eva02_enormous_patch14_clip_224", img_size=28, depth=1, embed_dim=48, num_heads=3, num_classes=5
+    )
+    with pytest.raises(UnsupportedModelError, match="its norms follow attention and MLP"):
+        stratify(model, [torch.randn(2, 3, 28, 28)], say=quiet)
 
 
 def test_stratify_refuses_an_attached_reduction():

@@ -109,6 +109,11 @@ class Workbench:
         Raises:
             UnsupportedModelError: widths of this model cannot change, or its blocks take more than tokens.
         """
+        if self.adapter.keeps_attention(self.model):
+            raise UnsupportedModelError(
+                f"blocks of this {type(self.model).__name__} cannot be timed by halves, since their attention always "
+                "stays; give macs= or params= in place of a latency"
+            )
         full = widths_of(self.model)[0]
         head_dims = [0, *_fractions(full.head_dim, 1)]
         hiddens = [0, *_fractions(full.hidden, 1)]

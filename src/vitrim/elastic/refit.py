@@ -19,7 +19,7 @@ from ..models.compensation import TINY, Moments, cholesky
 from ..models.finding import find_adapter
 from ..models.removed_branch import RemovedBranch
 from ..models.slicing import store
-from ..models.sublayers import elastic
+from ..models.sublayers import Elastic, elastic
 from ..tokens.precision import exact, exact_device, wide
 from .block_tokens import Tokens, branch_scale, observe, tokens_before_blocks
 from .probing import Batch, all_reduce, batches, frozen
@@ -122,6 +122,8 @@ def _refit_branch(
     """Fit the last projection of one branch; the last branch of a block also moves `flow.full` behind it."""
     layer: Any = block.get_submodule(branch)
     removed = isinstance(layer, RemovedBranch)
+    if not removed and not isinstance(layer, Elastic):  # Attention that always stays.
+        return
     weight: Tensor | None = None if removed else layer.last.weight
     bias: Tensor | None = layer.bias if removed else layer.last.bias
     most, held_out = _sums_of_branch(block, reference, branches, branch, flows, index)

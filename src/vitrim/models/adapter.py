@@ -127,11 +127,20 @@ class Adapter:
 
     def check_widths(self, model: nn.Module) -> None:
         """Raise `UnsupportedModelError` where no width can change; else each sub-layer decides."""
-        if self.geometry(model).rotary:
-            raise UnsupportedModelError(
-                f"the width of this {type(model).__name__} cannot change: its blocks rotate pairs of query and key "
-                "dims by one table for all blocks, which a narrower head would not fit; reduce its tokens instead"
-            )
+
+    def keeps_attention(self, model: nn.Module) -> bool:
+        """Whether attention stays as it is where widths change.
+
+        So it is where blocks rotate pairs of query and key dims by one table, which a narrower head would not fit.
+        """
+        return self.geometry(model).rotary
+
+    def narrowable(self, model: nn.Module) -> Mapping[str, str]:
+        """Those of `branches_of` whose width can change."""
+        branches = dict(self.branches_of(model))
+        if self.keeps_attention(model):
+            branches.pop(next(iter(branches), ""), None)
+        return branches
 
     def grid(self, model: nn.Module, image_size: Sequence[int]) -> tuple[int, int]:
         """Rows and columns of the patches of images of (height, width)."""

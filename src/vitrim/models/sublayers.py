@@ -159,7 +159,7 @@ def sublayers(model: nn.Module) -> list[Sublayer]:
     adapter = find_adapter(model)
     adapter.check_widths(model)
     for index, block in enumerate(adapter.blocks(model)):
-        for branch, norm in adapter.branches_of(model).items():
+        for branch, norm in adapter.narrowable(model).items():
             child = getattr(block, branch)
             if isinstance(child, RemovedBranch):
                 continue

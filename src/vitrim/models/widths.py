@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..errors import VitrimError
+from ..errors import UnsupportedModelError, VitrimError
 from .compensation import Compensation
 from .finding import find_adapter
 from .sublayers import Kind, elastic, sublayers
@@ -34,8 +34,12 @@ def widths_of(model: nn.Module) -> tuple[BlockWidths, ...]:
     with elastic(model) as layers:
         for part in parts:
             found[part.block, part.kind] = layers[part.name].full_width
-    depth = len(find_adapter(model).blocks(model))
-    return tuple(BlockWidths(found.get((i, "attention"), 0), found.get((i, "mlp"), 0)) for i in range(depth))
+    adapter = find_adapter(model)
+    blocks = adapter.blocks(model)
+    if adapter.keeps_attention(model):
+        attention = next(iter(adapter.branches_of(model)))
+        found |= {(i, "attention"): getattr(block, attention).head_dim for i, block in enumerate(blocks)}
+    return tuple(BlockWidths(found.get((i, "attention"), 0), found.get((i, "mlp"), 0)) for i in range(len(blocks)))
 
 
 def set_widths(model: nn.Module, widths: Sequence[BlockWidths]) -> None:
@@ -48,9 +52,15 @@ def set_widths(model: nn.Module, widths: Sequence[BlockWidths]) -> None:
     present = widths_of(model)
     if len(widths) != len(present):
         raise VitrimError(f"{len(widths)} widths for {len(present)} blocks; give one BlockWidths per block")
+    kept = find_adapter(model).keeps_attention(model)
     for index, (new, old) in enumerate(zip(widths, present, strict=True)):
         if not 0 <= new.head_dim <= old.head_dim or not 0 <= new.hidden <= old.hidden:
             raise VitrimError(f"block {index} can be narrowed from {old} only, not set to {new}")
+        if new.head_dim != old.head_dim and kept:
+            raise UnsupportedModelError(
+                f"the heads of this {type(model).__name__} keep their {old.head_dim} dims, since its rotary positions "
+                f"or its kind of attention need all of them; give head_dim={old.head_dim} and change the hidden units"
+            )
     wanted = {"attention": [w.head_dim for w in widths], "mlp": [w.hidden for w in widths]}
     narrow(model, {part.name: wanted[part.kind][part.block] for part in sublayers(model)})
 

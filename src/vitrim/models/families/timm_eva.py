@@ -14,6 +14,7 @@ from timm.layers.pos_embed_sincos import apply_rot_embed_cat
 from timm.models.eva import Eva, EvaAttention, EvaBlock, EvaBlockPostNorm, checkpoint_filter_fn
 from torch import Tensor, nn
 
+from ...errors import UnsupportedModelError
 from ..adapter import State
 from ..exchange import intercepted
 from ..foreign_macs import macs_per_row
@@ -115,6 +116,16 @@ class TimmEva(TimmViT):
 
     def claims(self, model: nn.Module) -> bool:
         return isinstance(model, Eva)
+
+    def check_widths(self, model: Any) -> None:
+        if any(isinstance(block, EvaBlockPostNorm) for block in model.blocks):
+            raise UnsupportedModelError(
+                f"the width of this {type(model).__name__} cannot change: its norms follow attention and MLP, and "
+                "would act on what is left of a removed one; reduce its tokens instead"
+            )
+
+    def keeps_attention(self, model: nn.Module) -> bool:
+        return True  # Without rotary positions too: timm's `EvaAttention` takes no narrower heads.
 
     def _convert(self, state: State, model: Any) -> State:
         return checkpoint_filter_fn(state, model)
