@@ -233,8 +233,12 @@ def test_widths_change_where_blocks_are_standard_ones() -> None:
     expected = Case(vitrim.ToMe()).cuts(0, 1)
     vitrim.models.set_widths(model, [vitrim.models.BlockWidths(5, 40)] * 3)
     agrees_with_reference(model, vitrim.ToMe(), expected)
-    with pytest.raises(UnsupportedModelError, match="rotate pairs of query and key dims by one table for all blocks"):
-        vitrim.models.widths_of(_model("naflex_rotary"))
+    rotary = _model("naflex_rotary")
+    dims = vitrim.models.widths_of(rotary)[0].head_dim
+    with pytest.raises(UnsupportedModelError, match=f"keep their {dims} dims, since its rotary positions"):
+        vitrim.models.set_widths(rotary, [vitrim.models.BlockWidths(5, 40)] * 3)
+    vitrim.models.set_widths(rotary, [vitrim.models.BlockWidths(dims, 40)] * 3)
+    agrees_with_reference(rotary, vitrim.ToMe(), expected)
 
 
 @torch.no_grad()

@@ -190,7 +190,7 @@ def test_a_database_that_goes_away_is_one_line(run: str, evaluations: Evaluation
     assert any("trying again" in line for line in lines)
     (tmp_path / "away.db").rename(tmp_path / "trials.db")
     evaluations.number, evaluations.real = 0, real
-    assert len(sweep([run], DATA, METHOD, VARY, place=Place(url(tmp_path))).rows) == 7
+    assert len(sweep([run], DATA, METHOD, VARY, place=Place(url(tmp_path), grace=0.2)).rows) == 7
     assert evaluations.number == 5  # One was finished before, besides the dense network.
 
 

@@ -1,7 +1,6 @@
 """Attention and MLP layers of Hugging Face transformers at a variable width, made when a model is first met."""
 
 from collections.abc import Callable
-from functools import cache
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -115,7 +114,6 @@ class _ElasticGated(_ElasticUpDown):
 _MLPS = {"MLP": _ElasticMlp, "UpDown": _ElasticUpDown, "SwiGLUFFN": _ElasticGated, "GatedMLP": _ElasticGated}
 
 
-@cache
 def enter_elastic(layout: Layout) -> None:
     """Make the layers of this layout known as elastic ones."""
     mixins: dict[str, type[nn.Module]] = {layout.prefix + name: _MLPS[kind] for name, kind in layout.mlps.items()}

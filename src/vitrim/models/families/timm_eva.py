@@ -124,8 +124,9 @@ class TimmEva(TimmViT):
                 "would act on what is left of a removed one; reduce its tokens instead"
             )
 
-    def keeps_attention(self, model: nn.Module) -> bool:
-        return True  # Without rotary positions too: timm's `EvaAttention` takes no narrower heads.
+    def keeps_attention(self, model: Any) -> bool:
+        # Without rotary positions too: timm's `EvaAttention` takes no narrower heads.
+        return super().keeps_attention(model) or any(isinstance(block, EvaBlock) for block in model.blocks)
 
     def _convert(self, state: State, model: Any) -> State:
         return checkpoint_filter_fn(state, model)
