@@ -1,5 +1,6 @@
 """What the loop does to weights, learning rates and strengths, against timm's pieces and slow references."""
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch import nn
 from vitrim import attach, attached, load, save
 from vitrim.data.seeding import seed_everything
 from vitrim.data.specs import AugmentSpec
+from vitrim.measure.accelerator import fast_precision
 from vitrim.train import loop
 from vitrim.train.checkpoint import RunFolder
 from vitrim.train.learner import make_mixup, make_optimizer, make_scheduler, prepare_student
@@ -149,11 +151,19 @@ def test_accumulation_equals_one_large_batch(tmp_path: Path):
 
 def test_bfloat16_and_recomputation_stay_near_the_plain_run(tmp_path: Path):
     reduction = "ToMe() @ KeepRate(0.6, at=[0, 1])"
-    variants = {"plain": {}, "bf16": {"optim": {"precision": "bf16"}}, "recompute": {"checkpointing": True}}
-    losses = {}
+    variants = {
+        "plain": {},
+        "auto": {"optim": {"precision": "auto"}},
+        "bf16": {"optim": {"precision": "bf16"}},
+        "recompute": {"checkpointing": True},
+    }
+    losses, precisions = {}, {}
     for name, changes in variants.items():
         train(recipe(reduction=reduction, **changes), tmp_path / name)
         losses[name] = [line["train_loss"] for line in RunFolder(tmp_path / name).metrics]
+        precisions[name] = json.loads((tmp_path / name / "environment.json").read_text())["precision"]
+    assert precisions == {"plain": "no", "auto": fast_precision(), "bf16": "bf16", "recompute": "no"}
+    assert losses["auto"] == losses["plain" if precisions["auto"] == "no" else "bf16"]
     assert losses["recompute"] == pytest.approx(losses["plain"], rel=1e-5)
     assert losses["bf16"] == pytest.approx(losses["plain"], rel=0.05)
     assert losses["bf16"] != losses["plain"]

@@ -1,7 +1,7 @@
 """Where work runs: accelerate's view of devices and processes."""
 
 import atexit
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -34,6 +34,11 @@ def make_accelerator(*, cpu: bool = False, **options: Any) -> Accelerator:
             "not support; launch without it and, for a teacher that fills the device, set shard_teacher"
         )
     return accelerator
+
+
+def fast_precision() -> Literal["bf16", "no"]:
+    """The faster precision of training that needs no loss scaling: bf16 on a GPU that has it, else float32 ("no")."""
+    return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False) else "no"
 
 
 def end_processes() -> None:

@@ -19,7 +19,7 @@ from ..data.splits import make_splits
 from ..data.streams import Stream, make_loader
 from ..distill import Outputs
 from ..errors import DivergedError
-from ..measure.accelerator import make_accelerator
+from ..measure.accelerator import fast_precision, make_accelerator
 from ..measure.accuracy import Figures, evaluate_all
 from ..measure.cost import cost
 from ..measure.environment import environment
@@ -68,7 +68,7 @@ class _Run:
         self.recipe, self.folder, self.command, self.report = recipe, folder, command, report
         optim = recipe.optim
         self.accelerator = make_accelerator(
-            mixed_precision=optim.precision,
+            mixed_precision=fast_precision() if optim.precision == "auto" else optim.precision,
             gradient_accumulation_steps=optim.accumulate,
             dataloader_config=DataLoaderConfiguration(split_batches=True, non_blocking=True),
             log_with=recipe.track,
@@ -116,7 +116,9 @@ class _Run:
     def run(self) -> dict[str, Any]:
         with self.folder.locked() if self.main else nullcontext(), StopSignals() as self.signals:
             if self.main:
-                self.folder.start(self.recipe, self.command, environment())
+                self.folder.start(
+                    self.recipe, self.command, {**environment(), "precision": self.accelerator.mixed_precision}
+                )
             self.accelerator.wait_for_everyone()
             self.state.restore(self.folder, self.meter, self.parts)
             self.scheduler.step_update(self.state.update)

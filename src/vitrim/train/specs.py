@@ -109,7 +109,8 @@ class OptimSpec:
         ema: decay of the moving average of weights that is evaluated and saved, 0 = off.
         freeze: train the classifier alone (linear probe).
         accumulate: batches per update; batch_size is that of all of them together.
-        precision: "no" computes in float32, "bf16" and "fp16" in automatic mixed precision.
+        precision: "no" computes in float32, "bf16" and "fp16" in automatic mixed precision; "auto" is "bf16" on a GPU
+            that has such arithmetic and "no" elsewhere: on most processors bf16 is many times slower than float32.
     """
 
     name: str = "adamw"
@@ -122,7 +123,7 @@ class OptimSpec:
     ema: Annotated[float, Range(0, 0.9999999)] = 0.0
     freeze: bool = False
     accumulate: Annotated[int, Range(1, 100_000)] = 1
-    precision: Literal["no", "bf16", "fp16"] = "no"
+    precision: Literal["auto", "no", "bf16", "fp16"] = "no"
 
     def check(self) -> None:
         """Raise `RecipeError` for values of a wrong type or out of range, `UnknownNameError` for optimisers."""
