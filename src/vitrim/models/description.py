@@ -64,9 +64,12 @@ class Record:
         return self.extra.get("classes")
 
     @property
-    def image_size(self) -> tuple[int, int] | None:
-        """(height, width) of its images, where the arguments say it."""
-        size = self.args.get("img_size")
+    def position_size(self) -> tuple[int, int] | None:
+        """(height, width) of the images that its positions are for, where the arguments say it.
+
+        Models that take images of all sizes keep the positions of one, and say so.
+        """
+        size = self.args.get("position_size", self.args.get("img_size"))
         if isinstance(size, int):
             return size, size
         return (size[0], size[1]) if isinstance(size, tuple) and len(size) == 2 else None

@@ -3,7 +3,7 @@
 The description is in the header of the weights, so that the weights alone are enough to load the model.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,9 @@ from safetensors.torch import load as parse_safetensors
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, VitrimError
 from ..output import check_folder, recover, replacing_files, write_errors
+from ..text import short_name
 from ..tokens import Reduction
 from .architectures import check_patches
 from .attach import attach
@@ -24,6 +25,7 @@ from .rebuild import check_plain, describe, rebuild
 from .shapes_only import shapes_only
 from .weights import check_not_hugging_face, check_tensors, check_values, misfits, shape_misfits
 
+Size = int | Sequence[int]
 WEIGHTS, DESCRIPTION = "model.safetensors", "vitrim.json"
 _KEY = "vitrim"
 
@@ -91,19 +93,21 @@ def _check_free(folder: Path, staged: Path) -> None:
         raise CheckpointError(f"{folder} holds a {taken[0]}, but no model; choose another folder")
 
 
-def load(folder: str | Path, *, image_size: int | None = None, **args: Any) -> nn.Module:
+def load(folder: str | Path, *, image_size: Size | None = None, img_size: Size | None = None, **args: Any) -> nn.Module:
     """The model that `save` wrote, in eval mode on the CPU, with its reduction attached.
 
     Args:
         folder: what `save` wrote, or the `model.safetensors` in it.
-        image_size: side of square images in pixels; by default that of the saved model. Position embeddings are
-            resampled.
+        image_size: (height, width) of the images in pixels, or the side of square ones; by default that of the saved
+            model. Position embeddings are resampled.
+        img_size: the same in the word that timm and `build_model` use.
         args: arguments for the architecture that change no weight, such as `drop_path_rate`.
 
     Raises:
         CheckpointError: nothing there, damaged, written by a newer version, or not for these arguments.
-        VitrimError: arguments that the architecture does not take.
+        VitrimError: arguments that the architecture does not take, or a size that the model cannot be resized to.
     """
+    size = _one_size(image_size, img_size)
     path = weights_path(folder)
     record = read_description(path)
     _check_fit(record, path)
@@ -119,13 +123,28 @@ def load(folder: str | Path, *, image_size: int | None = None, **args: Any) -> n
     family = adapter_of(model)
     if record.classes is not None and len(record.classes) == family.classifier(model).classes:
         family.name_classes(model, record.classes)
-    if image_size is not None and family.input_format(model).size[1:] != (image_size, image_size):
-        check_patches(model, image_size)
-        family.resize(model, image_size)
+    if size is not None and family.input_format(model).size[1:] != size:
+        check_patches(model, size)
+        family.resize(model, size)
     if (cut := record.reduction) is not None:
         reduction = None if cut.text is None or cut.phase is None else Reduction.parse(cut.text, cut.phase)
         attach(model, reduction, cls_only=cut.cls_only).set_strength(cut.strength)
     return model.eval()
+
+
+def _one_size(image_size: Any, img_size: Any) -> tuple[int, int] | None:
+    """(height, width) from the two words for it; None where neither is given."""
+    sizes = {_height_and_width(size) for size in (image_size, img_size) if size is not None}
+    if len(sizes) > 1:
+        raise VitrimError(f"image_size={image_size} and img_size={img_size} mean the same; give one of them")
+    return next(iter(sizes), None)
+
+
+def _height_and_width(size: Any) -> tuple[int, int]:
+    sides = tuple(size) if isinstance(size, list | tuple) else (size, size)
+    if len(sides) != 2 or any(isinstance(side, bool) or not isinstance(side, int) or side < 1 for side in sides):
+        raise VitrimError(f"the image size is {short_name(size)}; it must be a side in pixels or (height, width)")
+    return sides
 
 
 def weights_path(folder: str | Path) -> Path:
@@ -153,9 +172,9 @@ def read_description(path: Path) -> Record:
 
 
 def known_size(path: Path) -> tuple[int, int] | None:
-    """(height, width) of the images of the model in this file, where it has a description that says so."""
+    """(height, width) of the images that the positions in this file are for, where its description says so."""
     record = _description(path)
-    return None if record is None else record.image_size
+    return None if record is None else record.position_size
 
 
 def check_heads(model: nn.Module, path: Path) -> None:

@@ -60,6 +60,8 @@ def build(name: str, args: Mapping[str, Any], pretrained: bool, images: Mapping[
     # A model that takes images of all sizes has positions for one of them.
     size = given.pop("image_size", None)
     positions = given.pop("position_size", size)
+    if not layout.any_size and size is not None and pair(positions) != pair(size):
+        raise VitrimError(f"{name} takes images of the size that its positions are for; leave position_size out")
     if positions is not None:
         given |= layout.sized(given.get("patch_size", tower.config_class.patch_size), _plain_size(positions))
     known = {field.name for field in fields(tower.config_class)} | {"num_labels"}

@@ -1,18 +1,31 @@
 """DINOv2 of Hugging Face transformers, with and without registers."""
 
 from dataclasses import replace
+from math import isqrt
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ...errors import VitrimError
 from .hf_backbone import enter_backbone
-from .hf_layout import IMAGENET, Layout, Whole, enter, first_token, mean_of_patches
+from .hf_layout import IMAGENET, Layout, Whole, enter, first_token, mean_of_patches, pair
 
 
 def _cls_and_mean(tower: Any, tokens_BTC: Tensor, num_prefix: int, size_BN: Tensor | None) -> Tensor:
     """CLS beside the mean over patches."""
     return torch.cat([tokens_BTC[:, 0], mean_of_patches(tower, tokens_BTC, num_prefix, size_BN)], dim=1)
+
+
+def _sized(patch: Any, size: Any) -> dict[str, Any]:
+    """What the configuration calls images of this size; transformers reads the positions as a square grid."""
+    (height, width), (rows, columns) = pair(size), pair(patch)
+    count = (height // rows) * (width // columns)
+    if isqrt(count) ** 2 != count:
+        raise VitrimError(
+            f"the positions of DINOv2 make a square, not {height} x {width} px; give position_size=SIDE beside img_size"
+        )
+    return {"image_size": size}
 
 
 DINOV2 = Layout(
@@ -26,6 +39,7 @@ DINOV2 = Layout(
     norms=("norm1", "norm2"),
     after=(("layer_scale1", "drop_path"), ("layer_scale2", "drop_path")),
     any_size=True,
+    sized=_sized,
     stats=IMAGENET,
 )
 REGISTERS = replace(
