@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ..models.attach import attached
+from ..models.attached import attached
 from ..models.finding import find_adapter
 from ..models.foreign_macs import num_parameters
 from ..tokens import Plan

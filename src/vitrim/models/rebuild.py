@@ -13,7 +13,7 @@ from ..errors import CheckpointError, VitrimError
 from ..text import short_name
 from .adapter import ADAPTERS, OTHERS
 from .architectures import build_architecture
-from .attach import attached
+from .attached import attached
 from .description import Cut, Record, check_args
 from .finding import adapter_of
 from .shapes_only import shapes_only

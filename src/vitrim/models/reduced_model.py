@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from .attach import Handle
 from .exchange import Reduced, while_attached
 from .forward_pass import Call
+from .handle import Handle
 
 
 class ReducedModel(Reduced):

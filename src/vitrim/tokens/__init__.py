@@ -2,11 +2,13 @@
 
 from ..notation import render
 from .assignment import Assignment, TokenState, take
-from .curricula import CURRICULA, Adaptive, Constant, CosineWarmup, Curriculum, Delayed, Figure, Polynomial
+from .budget_schedule import Budget
+from .curricula import Adaptive, Constant, CosineWarmup, Delayed, Polynomial
+from .curriculum import CURRICULA, Curriculum, Figure
 from .plan import SCHEDULES, Cut, Plan, Schedule, make_plan
 from .reducers import REDUCERS, Reducer, ToMe, TopK
 from .reduction import Reduction
-from .schedules import Budget, ConstantR, Counts, KeepRate, PowerLaw, Stages
+from .schedules import ConstantR, Counts, KeepRate, PowerLaw, Stages
 from .scores import SCORES, Evidence, Score, score
 
 __all__ = [

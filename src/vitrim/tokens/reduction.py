@@ -11,7 +11,8 @@ from ..errors import ScheduleError, ScoreError
 from ..notation import Notation, render
 from ..option_types import check_options
 from ..text import short
-from .curricula import CURRICULA, Constant, Curriculum
+from .curricula import Constant
+from .curriculum import CURRICULA, Curriculum
 from .plan import SCHEDULES, Schedule
 from .reducers import REDUCERS, Reducer
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ...errors import UnsupportedModelError, VitrimError
 from ..adapter import State
 from ..architectures import build_architecture
-from ..attach import attached
+from ..attached import attached
 from ..finding import adapter_of, find_adapter
 from .hf_config import library
 from .hf_layout import LAYOUTS, Layout, layout_of, pair
