@@ -58,8 +58,17 @@ def test_sixteen_bits_are_scaled_and_not_clipped(kind: str):
 
 
 def test_sixteen_bits_in_memory_and_in_either_byte_order():
-    for image in (Image.fromarray(RAMP), Image.fromarray(RAMP.astype(">u2")), Image.fromarray(RAMP.astype(np.int32))):
+    for image in (Image.fromarray(RAMP), Image.fromarray(RAMP.astype(">u2"))):
         assert (grey(image) == EIGHT).all(), image.mode
+    assert not grey(Image.fromarray(np.zeros_like(RAMP))).any()
+
+
+@pytest.mark.parametrize("kind", ["PNG", "PPM"])
+def test_opened_files_of_sixteen_bits_are_decoded_in_memory_too(kind: str):
+    with Image.open(stored(Image.fromarray(RAMP), kind)) as image:
+        assert (grey(image) == EIGHT).all()
+    dark = Image.fromarray(RAMP // 300)  # A file says its range, so that a dark image is dark.
+    assert grey(stored(dark, kind)).max() <= 1
 
 
 def test_tiff_files_of_twelve_bits_and_negatives():
@@ -77,12 +86,31 @@ def test_floats_in_the_unit_interval_are_scaled():
     [
         (Image.fromarray(RAMP.astype(np.float32)), "floating-point values are not all in"),
         (Image.fromarray(np.full((2, 2), np.nan, np.float32)), "floating-point values are not all in"),
+        (Image.fromarray(RAMP.astype(np.int32)), "have no known range; .*astype"),
+        (Image.fromarray(EIGHT.astype(np.int32)), "have no known range; .*astype"),
+        (Image.fromarray(EIGHT.astype(np.uint8)).convert("I"), "have no known range; .*astype"),
+        (Image.fromarray(EIGHT.astype(np.uint16)), "go up to 255 only, which is black; .*astype"),
+        (Image.fromarray(EIGHT.astype(">u2")), "go up to 255 only, which is black; .*astype"),
+        (Image.fromarray(EIGHT.astype(np.float32)), "floating-point values are not all in"),
         (Image.fromarray(RAMP.astype(np.int32) - 1), "have no known range"),
         (Image.fromarray(RAMP.astype(np.int32) * 9), "have no known range"),
         (tiff(RAMP.astype(np.int32), 32, sample_format=2), "have no known range"),
         (tiff(RAMP.astype(np.int16), 16, sample_format=2), "have no known range"),
     ],
-    ids=["float", "nan", "negative", "large", "tiff32", "signed"],
+    ids=[
+        "float",
+        "nan",
+        "int32",
+        "8 in 32",
+        "L as I",
+        "8 in 16",
+        "8 in big",
+        "8 in float",
+        "negative",
+        "large",
+        "tiff32",
+        "signed",
+    ],
 )
 def test_pixels_of_unknown_range_are_refused(image: Any, reason: str):
     with pytest.raises(DataError, match=f"cannot read it: .*{reason}"):

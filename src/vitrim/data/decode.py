@@ -4,7 +4,8 @@
 - Transparent pixels are shown on white, in every mode that has transparency (RGBA, LA, palettes, PNG's tRNS).
 - Grey images of 9 to 16 bits are scaled to 8 bits. Floating-point images must lie in [0, 1].
 - CMYK, YCbCr, HSV, LAB and palette images are converted to the mode of the model, "RGB" or "L".
-- Refused: 32-bit integers outside of 16 bits and floats outside of [0, 1], whose range is unknown.
+- Refused, since their range is unknown: 32-bit integers of a TIFF file or in memory (Pillow's mode "I"), floats outside
+  of [0, 1], and 16-bit images in memory that hold nothing above 255, which are black or meant in 8 bits.
 
 Only the formats in `FORMATS` are opened, whatever a file is called. Others that Pillow knows start programs (EPS) or
 hold no photographs.
@@ -105,12 +106,21 @@ def _orientation(image: Image.Image) -> int:
 def _eight_bits(image: Image.Image) -> Image.Image:
     """The image with 8 bits per channel; Pillow's own conversion clips to 255."""
     if image.mode.startswith("I;16"):
-        return _scaled(np.asarray(image).astype(np.int64), *_range_of(image))
+        values = np.asarray(image).astype(np.int64)
+        if image.format is None and 0 < values.max() <= 255:
+            raise DataError(
+                f"its 16-bit values go up to {values.max()} only, which is black; if they are meant in 8 bits, give "
+                "Image.fromarray(np.asarray(image).astype(np.uint8))"
+            )
+        return _scaled(values, *_range_of(image))
     if image.mode == "I":
         values = np.asarray(image)
-        # Of PNG and PPM files these are 16 bits. TIFF files hold signed or 32-bit numbers, of an unknown range.
-        if image.format == "TIFF" or values.min() < 0 or values.max() > 65535:
-            raise DataError("its 32-bit integers have no known range; convert it to 8 or 16 bits without sign")
+        # Of PNG and PPM files these are 16 bits, from 0 to 65535. Nothing says what others are, those in memory too.
+        if image.format not in ("PNG", "PPM") or values.min() < 0 or values.max() > 65535:
+            raise DataError(
+                'its 32-bit integers (mode "I") have no known range; convert it to 8 or 16 bits without sign, as with '
+                "Image.fromarray(np.asarray(image).astype(np.uint8)) where they go from 0 to 255"
+            )
         return _scaled(values.astype(np.int64), 65535)
     if image.mode == "F":
         values = np.asarray(image)
