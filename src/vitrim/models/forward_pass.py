@@ -168,9 +168,9 @@ def _carries_gradients(trace: Trace) -> bool:
 
 
 def _check_order(trace: Trace, block: int) -> None:
-    counts = trace.plan.token_counts
-    if not _cuts(trace.plan) or trace.block == block - 1:
+    if trace.block == block - 1 or not _cuts(trace.plan):
         return
+    counts = trace.plan.token_counts
     if trace.block >= block or counts[trace.block] != counts[block - 1]:
         raise VitrimError(
             f"tokens that left block {trace.block} reach block {block}, between which the reduction cuts tokens; run "

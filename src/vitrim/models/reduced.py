@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..errors import ScoreError, VitrimError
 from ..tokens import Assignment, Evidence, take
+from ..tokens.recording import recording
 from ..tokens.scores import Needs
 from .block_steps import BlockSteps
 from .exchange import observed, while_attached
@@ -225,7 +226,7 @@ class ReducedBlock(BlockSteps):
         The hidden layer of an MLP at batch 32 is larger than the caches and than what the allocator uses again; that of
         a few images is not. Images do not depend on each other, so the result is the same.
         """
-        if x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        if x.device.type != "cpu" or torch.is_grad_enabled() or recording():
             return compute(x)
         hidden_bytes = 4 * x.shape[1] * x.shape[2] * x.element_size()
         images = max(1, _SLICE_BYTES * torch.get_num_threads() // hidden_bytes)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..errors import VitrimError
 from ..tokens import Assignment, Plan, Reducer, TokenState
+from ..tokens.recording import recording
 
 _TRACE = "vitrim_trace"
 
@@ -210,7 +211,7 @@ def _to(assignment: Assignment, device: torch.device) -> Assignment:
 
 
 def _storage(x: Tensor) -> torch.UntypedStorage | None:
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if recording():
         return None
     try:
         return x.untyped_storage()

@@ -5,6 +5,8 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+from .recording import recording
+
 
 def wide(x: Tensor) -> Tensor:
     """The tensor in float32, or in float64 if it is that already."""
@@ -26,8 +28,7 @@ def scaled_product(query: Tensor, key: Tensor, scale: float) -> Tensor:
 
 def _multiplies_halves(query: Tensor, key: Tensor) -> bool:
     """Whether PyTorch has a product of these two with a result in float32; it has none with gradients."""
-    tracing = torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]  (torch documents it.)
-    if not key.is_cuda or tracing or torch.compiler.is_compiling():
+    if not key.is_cuda or recording():
         return False
     graph = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad)
     halves = key.dtype in (torch.float16, torch.bfloat16) and query.dtype == key.dtype
@@ -46,4 +47,6 @@ def exact(x: Tensor) -> Tensor:
 
 def without_autocast(x: Tensor) -> AbstractContextManager[object]:
     """Within this context autocast does not turn matrix products on the device of `x` into half precision."""
-    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
+    if x.is_meta or not torch.is_autocast_enabled(x.device.type):
+        return nullcontext()
+    return torch.autocast(x.device.type, enabled=False)
