@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from vitrim.data import digits
+from vitrim.data.data_sets import look_for, open_both, open_images
 from vitrim.data.digits import COPIES, FINE, SCALE, SHIFT, SIDE, TURN, Digits, MovedDigits
-from vitrim.data.images import look_for, open_both, open_images
 from vitrim.data.specs import DataSpec
 from vitrim.data.splits import plain_stream
 from vitrim.errors import DataError, UnknownNameError

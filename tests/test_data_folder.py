@@ -10,9 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
-from vitrim.data import images as images_module
+from vitrim.data import data_sets, timm_readers
+from vitrim.data.data_sets import open_both, open_images
 from vitrim.data.folder import FolderImages, natural_key
-from vitrim.data.images import open_both, open_images
+from vitrim.data.images import Images
 from vitrim.data.specs import DataSpec
 from vitrim.data.splits import plain_stream
 from vitrim.errors import DataError
@@ -41,7 +42,7 @@ def folder(root: Path, *classes: str, splits: tuple[str, ...] = ("train", "val")
 
 @pytest.fixture(autouse=True)
 def _new_process() -> None:
-    images_module._report_once.cache_clear()
+    data_sets._report_once.cache_clear()
 
 
 def test_a_folder_of_mixed_formats_is_read_whole(tmp_path: Path):
@@ -169,7 +170,7 @@ def test_files_of_other_data_sets_of_torchvision_are_read_by_the_same_door(tmp_p
     folder(tmp_path, "a", splits=("train",), count=1)
     Image.fromarray(np.full((8, 8), 30000, np.uint16)).save(tmp_path / "train" / "a" / "0.png")
     source = DatasetFolder(str(tmp_path / "train"), loader=lambda path: path, extensions=(".png",))
-    assert images_module.through_one_door(source)[0][0].getpixel((3, 3)) == (117, 117, 117)
+    assert timm_readers.through_one_door(source)[0][0].getpixel((3, 3)) == (117, 117, 117)
 
 
 class FailingBombs(torch.utils.data.Dataset):
@@ -194,4 +195,4 @@ def test_bombs_are_skipped_and_counted_like_any_unreadable_image(tmp_path: Path,
     found = evaluate(model, plain_stream(model, spec))
     assert (found.num_images, found.unreadable) == (9, (str(tmp_path / "val" / "a" / "3.png"),))
     with pytest.raises(DataError, match="image 1: too many pixels"):
-        images_module.Images(FailingBombs()).load(1)
+        Images(FailingBombs()).load(1)

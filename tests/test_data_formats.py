@@ -11,8 +11,8 @@ from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
 
 import vitrim
+from vitrim.data.data_sets import open_both
 from vitrim.data.decode import read_image
-from vitrim.data.images import open_both
 from vitrim.data.specs import AugmentSpec, DataSpec
 from vitrim.data.splits import make_splits, plain_stream
 from vitrim.models.input_format import InputFormat

@@ -12,7 +12,7 @@ import timm
 import torch
 from PIL import Image
 
-from vitrim.data.images import open_both
+from vitrim.data.data_sets import open_both
 from vitrim.data.seeding import Purpose, mix, permutation, restored_generators, seed_everything, seeded
 from vitrim.data.specs import AugmentSpec, DataSpec
 from vitrim.data.splits import make_splits, plain_stream

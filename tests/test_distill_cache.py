@@ -13,9 +13,10 @@ from timm.data import create_transform
 from torch.utils.data import DataLoader, Subset
 
 import vitrim
+from vitrim.data.data_sets import open_unlabelled
 from vitrim.data.fingerprint import fingerprint
-from vitrim.data.images import _Gathered, open_unlabelled
 from vitrim.data.streams import Stream
+from vitrim.data.timm_readers import _Gathered
 from vitrim.distill import Distiller, Teacher, TeacherCache, Wanted, cache_writer, student_grid
 from vitrim.errors import VitrimError
 from vitrim.models.outputs import Logits

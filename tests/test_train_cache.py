@@ -24,7 +24,7 @@ import processes
 from limits import no_file_above
 from vitrim import load, save
 from vitrim.cli import main
-from vitrim.data.images import open_both
+from vitrim.data.data_sets import open_both
 from vitrim.data.splits import make_splits
 from vitrim.distill import Teacher
 from vitrim.distill.cache_writer import LOCK

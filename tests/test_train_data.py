@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from vitrim.data.images import open_both, open_images
+from vitrim.data.data_sets import open_both, open_images
 from vitrim.data.specs import AugmentSpec, DataSpec
 from vitrim.data.splits import make_splits, plain_stream
 from vitrim.data.streams import Stream, shuffled_batches

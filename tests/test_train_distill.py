@@ -24,7 +24,8 @@ from torch.nn import functional as F
 
 import processes
 from vitrim import load, save
-from vitrim.data.images import Images, open_both
+from vitrim.data.data_sets import open_both
+from vitrim.data.images import Images
 from vitrim.data.splits import make_splits
 from vitrim.errors import DataError, VitrimError
 from vitrim.measure.accelerator import make_accelerator

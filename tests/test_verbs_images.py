@@ -11,7 +11,8 @@ from torch import Tensor
 
 import vitrim
 from vitrim.cli import main
-from vitrim.data.images import Images, look_for, open_images
+from vitrim.data.data_sets import look_for, open_images
+from vitrim.data.images import Images
 from vitrim.data.seeding import permutation
 from vitrim.data.specs import AugmentSpec, DataSpec
 from vitrim.data.splits import make_splits, plain_stream

@@ -6,7 +6,8 @@ from torch import nn
 
 from ..errors import DataError
 from ..models.input_format import InputFormat
-from .images import Images, open_images
+from .data_sets import open_images
+from .images import Images
 from .seeding import permutation
 from .specs import AugmentSpec, DataSpec
 from .streams import Stream

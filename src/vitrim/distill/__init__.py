@@ -3,10 +3,11 @@
 from ..models.outputs import ModelInfo, Output, Outputs, Wanted
 from .cache import TeacherCache
 from .distiller import Distilled, Distiller, student_grid
+from .feature_terms import Cls, ClsStages, Merged, Tokens
 from .losses import LOSSES
 from .objective import TERMS, WEIGHTS, Term, Terms
+from .prediction_terms import DistToken, Labels, Logits
 from .teacher import Teacher
-from .terms import Cls, ClsStages, DistToken, Labels, Logits, Merged, Tokens
 
 __all__ = [
     "LOSSES",

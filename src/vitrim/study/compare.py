@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from ..data.images import open_images
+from ..data.data_sets import open_images
 from ..data.specs import DataSpec
 from ..data.splits import plain_stream
 from ..data.streams import Stream

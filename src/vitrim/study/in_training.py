@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..data.images import open_images
+from ..data.data_sets import open_images
 from ..distill import Terms
 from ..errors import RecipeError, UnknownNameError
 from ..measure.accelerator import make_accelerator

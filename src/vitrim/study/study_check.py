@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import nn
 
-from ..data.images import look_for
+from ..data.data_sets import look_for
 from ..distill import Terms
 from ..errors import CheckpointError, RecipeError, UnknownNameError, VitrimError
 from ..models import attach, attached, builder_of, find_adapter, num_classes

@@ -13,8 +13,7 @@ from torch.nn import functional as F
 
 from ..data.quiet import quiet
 from ..data.specs import AugmentSpec
-from ..distill import Distiller, Teacher, Terms
-from ..distill.terms import Labels
+from ..distill import Distiller, Labels, Teacher, Terms
 from ..errors import ClassCountError, DistillError, RecipeError, VitrimError
 from ..models import adapter_of, attach, attached, build_model, find_adapter
 from ..models.build import check_name, is_architecture

@@ -13,7 +13,7 @@ from accelerate.utils import DataLoaderConfiguration
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from ..data.images import open_both
+from ..data.data_sets import open_both
 from ..data.seeding import restored_generators, seed_everything
 from ..data.splits import make_splits
 from ..data.streams import Stream, make_loader

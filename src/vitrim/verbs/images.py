@@ -125,7 +125,7 @@ def _is_flat(spec: DataSpec) -> bool:
 
 def _flat(network: "nn.Module", spec: DataSpec) -> "Stream":
     """All images below a folder."""
-    from ..data.images import open_unlabelled
+    from ..data.data_sets import open_unlabelled
     from ..data.streams import Stream
     from ..data.transforms import transforms_for
     from ..models.input_format import InputFormat
