@@ -3,8 +3,11 @@
 They say what fused attention and left-out work gain. They take the weights of a timm model without q/k norm, and agree
 with `TopK(fuse="sum")` and `ToMe()` of vitrim: in all logits for EViT; for ToMe in the first merge, after which the
 published form puts odd tokens behind even ones, where vitrim keeps the original order and so forms other pairs.
+
+`first_tokens` chooses nothing and keeps the first tokens: the time that remains when choosing them is free.
 """
 
+from collections.abc import Sequence
 from copy import deepcopy
 from math import ceil
 
@@ -100,6 +103,20 @@ class ToMeBlock(_PlainBlock):
         return merged(x_BTC * size_BT1) / size, size
 
 
+class FirstTokensBlock(nn.Module):
+    """A timm block with fused attention, after which only the first tokens stay."""
+
+    def __init__(self, block: nn.Module, num_tokens: int) -> None:
+        super().__init__()
+        self.block, self.num_tokens = block, num_tokens
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Tokens (B, T, C) in, (B, num_tokens, C) out."""
+        block = self.block
+        x = (x + block.ls1(block.attn(block.norm1(x))))[:, : self.num_tokens]
+        return x + block.ls2(block.mlp(block.norm2(x)))
+
+
 class PlainViT(nn.Module):
     """A timm classifier on CLS whose blocks have been replaced."""
 
@@ -128,6 +145,13 @@ def tome_materialised(model: VisionTransformer, r: int) -> nn.Module:
     model, sizes = deepcopy(model), {"size": None}
     model.blocks = nn.Sequential(*(ToMeBlock(block, r, sizes) for block in model.blocks))
     return PlainViT(model, sizes)
+
+
+def first_tokens(model: VisionTransformer, token_counts: Sequence[int]) -> nn.Module:
+    """A copy of the model of whose tokens the first so many leave each block."""
+    model = deepcopy(model)
+    model.blocks = nn.Sequential(*map(FirstTokensBlock, model.blocks, token_counts))
+    return PlainViT(model)
 
 
 def _input_size(model: VisionTransformer) -> tuple[int, int, int]:

@@ -288,6 +288,18 @@ def test_tome_baseline_computes_the_same_logits():
     torch.testing.assert_close(reduced(x), expected, rtol=0, atol=1e-12)
 
 
+def test_tokens_chosen_for_free_are_the_first_and_as_many():
+    model = tiny(depth=3).double()
+    x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    torch.testing.assert_close(baselines.first_tokens(model, (17, 17, 17))(x), model(x))
+    free = baselines.first_tokens(model, (17, 9, 4))
+    entered: list[int] = []
+    for block in free.model.blocks:
+        block.register_forward_pre_hook(lambda block, tokens: entered.append(tokens[0].shape[1]))
+    free(x)
+    assert entered == [17, 17, 9]
+
+
 def test_baselines_are_measured_and_counted():
     model = tiny()
     models = {

@@ -48,8 +48,11 @@ def parse_words(function: Callable[..., None], prog: str, words: Sequence[str]) 
     except UsageError as error:
         raise UsageError(_plainly(str(error))) from None
     if wrong := next((word for word in rest if word.startswith("-")), None):
-        known = [f"--{option.name}" for option in options if not option.refused]
-        raise UsageError(_unknown("option", wrong.partition("=")[0], known))
+        wrong = wrong.partition("=")[0]
+        if (own := by_name.get(wrong.removeprefix("--"))) is not None and own.positional:
+            raise UsageError(f"{own.name} is given without {wrong}: {prog} {own.name.upper()} [--OPTION VALUE ...]")
+        known = [f"--{option.name}" for option in options if not (option.refused or option.positional)]
+        raise UsageError(_unknown("option", wrong, known))
     if rest:
         raise UsageError(f"{rest[0]!r} is one word too many; options begin with --")
     data = _from_files(function, options, [words for name, words in namespace.given if name == "config"])
