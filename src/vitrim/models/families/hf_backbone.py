@@ -18,7 +18,7 @@ from ..policy import Policy
 from ..reduced_model import ReducedModel
 from .hf_export import unmasked_in_export
 from .hf_layout import Layout, enter
-from .hf_reduced import ReducedTransformer
+from .hf_reduced_models import ReducedTransformer
 
 
 class BackboneCall(Call):

@@ -12,7 +12,8 @@ from ..macs import Macs
 from ..reduced import ReducedBlock
 from .hf_backbone import enter_backbone, with_all_patches
 from .hf_layout import Layout, Whole, enter, first_token, mean_of_patches
-from .hf_reduced import ReducedLayer, ReducedTower
+from .hf_reduced_block import ReducedLayer
+from .hf_reduced_models import ReducedTower
 
 
 class _ReducedLayer(ReducedLayer):

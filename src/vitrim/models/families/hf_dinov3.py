@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .hf_backbone import enter_backbone
 from .hf_layout import IMAGENET, Layout, enter, first_token
-from .hf_reduced import ReducedLayer
+from .hf_reduced_block import ReducedLayer
 
 Table = tuple[Tensor, Tensor]
 """Cosines and sines, each (N, D), or (B, 1, M, D) for the tokens that are left."""

@@ -1,34 +1,27 @@
 """Adapter for the Vision Transformers of Hugging Face transformers, whose layouts are in the other `hf_` files."""
 
-import gc
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from operator import attrgetter
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from ...errors import CheckpointError, UnsupportedModelError, VitrimError
 from ...tokens import Plan, Reducer
 from ..adapter import Adapter, Classifier, Description, Geometry, State, as_tensor
-from ..exchange import Reduced, intercepted
-from ..foreign_macs import macs_per_row
-from ..forward_pass import trace_at_head
 from ..input_format import InputFormat, per_channel
-from ..macs import BlockShape, Macs, block_macs
+from ..macs import Macs
 from ..outputs import ModelInfo
-from ..padded import joined, padded_trace_of
-from ..removed_branch import RemovedBranch
-from ..sublayers import Elastic
 from ..trace import mark, trace_of
-from . import hf_config, hf_sizes
+from . import hf_check, hf_config, hf_macs, hf_sizes
 from .hf_config import image_size
-from .hf_elastic import enter_elastic
 from .hf_export import without_idle_masks
+from .hf_heads import logits_of
 from .hf_layout import LAYOUTS, Layout, layout_of, pair
-from .hf_reduced import grid, reduced_class
+from .hf_owners import averaging_owner, holder
+from .hf_reduced import reduced_class
+from .hf_sizes import grid
 
 
 class TransformersViT(Adapter):
@@ -54,37 +47,7 @@ class TransformersViT(Adapter):
         return dict(zip(layout.parts, layout.norms, strict=True))
 
     def check(self, model: Any) -> None:
-        layout = _layout(model)
-        own = model if not isinstance(model, Reduced) else None
-        if own is not None and type(own) not in (getattr(layout.module, name) for name in layout.names):
-            raise UnsupportedModelError(
-                f"{type(model).__qualname__} overrides parts of {type(model).__mro__[1].__name__} that the {self.name} "
-                f"adapter cannot keep; it covers {self.covers}"
-            )
-        layer, attention = layout.part_class(layout.layer), layout.part_class(layout.attention)
-        enter_elastic(layout)
-        try:
-            blocks, halves = layout.blocks(model), layout.parts
-            parts = [(getattr(block, halves[0]), getattr(block, halves[1])) for block in blocks]
-            attrgetter(layout.projection)(layout.tower_of(model))
-        except AttributeError as error:
-            from transformers import __version__
-
-            raise UnsupportedModelError(
-                f"the {type(model).__name__} of transformers {__version__} is built in another way ({error}); install "
-                "the version that vitrim knows: pip install 'vitrim[hf]'"
-            ) from None
-        layout.check(layout.tower_of(model))
-        for index, (block, (attn, mlp)) in enumerate(zip(blocks, parts, strict=True)):
-            if isinstance(attn, Elastic) or isinstance(mlp, Elastic):
-                raise VitrimError("the model runs as a sub-network of a super-network; leave that context first")
-            known = ((block, (layer, reduced_class(layer))), (attn, (attention, *_removed())))
-            for part, classes in known:
-                if type(part) not in classes:
-                    raise UnsupportedModelError(
-                        f"block {index} holds a {type(part).__name__}, which the {self.name} adapter cannot cut; it "
-                        f"covers {self.covers}"
-                    )
+        hf_check.check(self, _layout(model), model)
 
     def blocks(self, model: Any) -> Sequence[nn.Module]:
         return list(_layout(model).blocks(model))
@@ -124,7 +87,8 @@ class TransformersViT(Adapter):
         return grid(layout, model, image_size)
 
     def dense_owner(self, model: nn.Module, among: Iterable[object] | None = None) -> nn.Module | None:
-        return _holder(model, _layout(model).dense, among)
+        layout = _layout(model)
+        return holder(layout, model, layout.dense, among)
 
     def final_norm(self, model: Any) -> nn.Module | None:
         layout = _layout(model)
@@ -132,28 +96,15 @@ class TransformersViT(Adapter):
 
     def check_plan(self, model: nn.Module, plan: Plan, reducer: Reducer) -> None:
         super().check_plan(model, plan, reducer)
-        if plan.cuts and (reducer.merges or reducer.extra_tokens) and (holder := _averaged_by(model)) is not None:
+        fuses = plan.cuts and (reducer.merges or reducer.extra_tokens)
+        if fuses and (owner := averaging_owner(_layout(model), model)) is not None:
             raise VitrimError(
-                f"this {type(model).__name__} is the tower of a {type(holder).__name__}, whose head averages patch "
+                f"this {type(model).__name__} is the tower of a {type(owner).__name__}, whose head averages patch "
                 "tokens and would count a merged one once; attach to the whole model"
             )
 
     def macs(self, model: Any, plan: Plan, reducer: Reducer | None) -> Macs:
-        layout = _layout(model)
-        tower, width = layout.tower_of(model), layout.tower_of(model).config.hidden_size
-        rows, columns = grid(layout, model, image_size(layout, model))
-        projection = attrgetter(layout.projection)(tower)
-        total = Macs(rows * columns * projection.weight.numel()) + layout.place_macs(tower, rows * columns)
-        for index, (block, tokens) in enumerate(zip(self.blocks(model), plan.entering, strict=True)):
-            prefix_only = plan.prefix_only and index == plan.depth - 1
-            cuts = plan.cut(index, "before"), plan.cut(index, "inside")
-            total += block_macs(_shape(layout, block, width), tokens, plan.num_prefix, *cuts, prefix_only, reducer)
-        total += layout.pool_macs(tower, plan.token_counts[-1])
-        whole = layout.whole(model)
-        for name in () if whole is None else whole.heads:
-            head = getattr(model, name)
-            total += Macs(macs_per_row(head, getattr(head, "in_features", width)))
-        return total
+        return hf_macs.macs(_layout(model), model, plan, reducer)
 
     # What a model gives.
 
@@ -292,68 +243,7 @@ class TransformersViT(Adapter):
         return hf_sizes.fit_weights(_layout(model), model, state, trained_at)
 
 
-def logits_of(layout: Layout, model: Any, final_BTC: Tensor) -> Tensor:
-    """What the heads of a model give for final tokens; pooled tokens for a bare tower."""
-    if (padded := padded_trace_of(final_BTC)) is not None:
-        return joined(padded.groups, [logits_of(layout, model, group.tokens) for group in padded.groups])
-    whole, tower, size = layout.whole(model), layout.tower_of(model), None
-    pool, reads = (layout.pool, layout.pool_reads) if whole is None else (whole.pool, whole.reads)
-    if isinstance(model, Reduced) and reads == "tokens":
-        trace = trace_at_head(model.vitrim_policy, final_BTC)
-        size = None if trace is None else trace.size_BN
-    pooled = pool(tower, final_BTC, layout.num_prefix(model), size)
-    if whole is None:
-        return pooled
-    if len(whole.heads) == 1:
-        return getattr(model, whole.heads[0])(pooled)
-    return torch.stack([getattr(model, name)(final_BTC[:, at]) for at, name in enumerate(whole.heads)]).mean(0)
-
-
-def _averaged_by(tower: nn.Module) -> nn.Module | None:
-    """The model around this tower whose head averages its tokens, if there is one; no tower knows what holds it."""
-    layout = _layout(tower)
-    return _holder(tower, {name: whole.tower for name, whole in layout.wholes.items() if whole.reads == "tokens"})
-
-
-def _holder(tower: nn.Module, names: Mapping[str, str], among: Iterable[object] | None = None) -> nn.Module | None:
-    """The object of one of these classes that holds this tower under the name that belongs to the class."""
-    layout = _layout(tower)
-    if layout.whole(tower) is not None or not names:
-        return None
-    if among is None:
-        # Few towers are held under such a name: only then is it worth the time to look at all objects.
-        dicts = [one for one in gc.get_referrers(tower) if type(one) is dict]
-        held = any(one.get(name) is tower for one in dicts for name in names.values())
-        among = gc.get_objects() if held else ()
-    classes = {getattr(layout.module, name): inside for name, inside in names.items()}
-    known: list[Any] = [one for one in among if type(one) in classes]
-    return next((one for one in known if getattr(one, classes[type(one)], None) is tower), None)
-
-
 def _layout(model: nn.Module) -> Layout:
     layout = layout_of(model)
     assert layout is not None  # As `claims` said.
     return layout
-
-
-def _removed() -> tuple[type[nn.Module], ...]:
-    from .hf_elastic import RemovedAttention
-
-    return (RemovedAttention,)
-
-
-def _shape(layout: Layout, block: Any, width: int) -> BlockShape:
-    attn, mlp = getattr(block, layout.parts[0]), macs_per_row(getattr(block, layout.parts[1]), width)
-    if isinstance(attn, RemovedBranch):
-        return BlockShape(width, 0, 0, 0, 0, mlp)
-    dims = getattr(attn, layout.heads) * attn.head_dim
-    return BlockShape(
-        width=width,
-        attn_dim=dims,
-        head_dim=attn.head_dim,
-        qkv_macs=sum(macs_per_row(layer, width) for layer in (attn.q_proj, attn.k_proj, attn.v_proj)),
-        proj_macs=macs_per_row(getattr(attn, layout.out), dims),
-        mlp_macs=mlp,
-        query_macs=macs_per_row(attn.q_proj, width),
-        whole_attention=intercepted(attn) != "",
-    )

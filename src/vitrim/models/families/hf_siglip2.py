@@ -18,7 +18,7 @@ from ..macs import Macs
 from ..padded import Group, by_length, joined, lengths_of, padded_trace_of, together, uncompiled
 from ..places import grid_places
 from .hf_layout import Whole, enter, mean_of_patches, pair
-from .hf_reduced import ReducedTower, ReducedWhole
+from .hf_reduced_models import ReducedTower, ReducedWhole
 from .hf_siglip import SIGLIP, ReducedPool
 
 Shape = tuple[int, int]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...errors import CheckpointError, UnsupportedModelError
+from ...errors import CheckpointError, UnsupportedModelError, VitrimError
 from ..adapter import State
 from .hf_config import set_image_size
 from .hf_layout import Layout, pair
@@ -113,3 +113,23 @@ def _resampled(table: Tensor, prefix: int, grid: tuple[int, int], new: tuple[int
     patches = F.interpolate(patches.float(), size=new, mode="bicubic", antialias=True).to(table.dtype)
     out = torch.cat([rows[:, :prefix], patches.flatten(2).mT], 1)
     return (out if table.ndim == 3 else out[0]).contiguous()
+
+
+def grid(layout: Layout, model: Any, size: Any) -> tuple[int, int]:
+    """Rows and columns of the patches of images of (height, width)."""
+    rows, columns = pair(layout.tower_of(model).config.patch_size)
+    return int(size[0] // rows), int(size[1] // columns)
+
+
+def check_size(layout: Layout, model: Any, images: Any, interpolates: bool) -> None:
+    """Raise `VitrimError` for images of a size that the positions of this model do not fit."""
+    if getattr(images, "ndim", 0) != 4:
+        return
+    size, own = tuple(images.shape[-2:]), layout.own_size(layout.tower_of(model).config)
+    if 0 in grid(layout, model, size):
+        raise VitrimError(f"images of {size[0]} x {size[1]} px are smaller than one patch of this model")
+    if size != own and not interpolates and not layout.any_size:
+        raise VitrimError(
+            f"images of {size[0]} x {size[1]} px, but the model takes {own[0]} x {own[1]}; resize them, or pass "
+            "interpolate_pos_encoding=True"
+        )
