@@ -25,6 +25,18 @@ def test_help_names_the_verb(verb: str | None, capsys: pytest.CaptureFixture[str
     code, out, err = call(capsys, *words)
     assert (code, err) == (0, "")
     assert out.startswith(f"usage: vitrim {verb or 'verb'}")
+    assert "with every verb: --import FILE run this Python file of yours first" in " ".join(out.split())
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_each_option_is_explained_by_whole_sentences(verb: str):
+    for option in options_of(cli.VERBS[verb]):
+        if not option.group:
+            assert option.help.endswith("."), f"{option.name}: {option.help!r} ends in the air"
+            assert option.help.split()[0] not in ("of", "in", "by"), f"{option.name}: {option.help!r} begins in the air"
+        if option.heading:
+            assert option.heading.count("(") == option.heading.count(")")
+            assert not option.heading.endswith((":", ",", "whose.")), option.heading
 
 
 def test_help_is_instant_and_without_torch():

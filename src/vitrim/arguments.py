@@ -30,10 +30,12 @@ def run(function: Callable[..., None], prog: str) -> None:
         sys.exit(f"{prog}: {error}")
 
 
-def parse_words(function: Callable[..., None], prog: str, words: Sequence[str]) -> dict[str, Any]:
+def parse_words(
+    function: Callable[..., None], prog: str, words: Sequence[str], epilog: str | None = None
+) -> dict[str, Any]:
     """The arguments that a command line, and the files it names, give to a function.
 
-    `--help` and `--print_config` print and exit.
+    `--help`, which ends with `epilog`, and `--print_config` print and exit.
 
     Raises:
         UsageError: words that cannot be understood.
@@ -41,7 +43,7 @@ def parse_words(function: Callable[..., None], prog: str, words: Sequence[str]) 
     """
     options = options_of(function)
     by_name = {option.name: option for option in options}
-    parser = make_parser(prog, function, needs="-h" in words or "--help" in words)
+    parser = make_parser(prog, function, needs="-h" in words or "--help" in words, epilog=epilog)
     namespace, rest = argparse.Namespace(given=[]), list[str]()
     try:
         _, rest = parser.parse_known_intermixed_args(_with_flags(words, by_name), namespace)

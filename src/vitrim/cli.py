@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         check_variables()
         import_files(user_files)
-        options = parse_words(VERBS[verb], f"vitrim {verb}", words[1:])
+        options = parse_words(VERBS[verb], f"vitrim {verb}", words[1:], f"with every verb: {' '.join(HELP.split())}")
         if options.get("device") == "cuda":
             _expect_cuda()
         VERBS[verb](**options)

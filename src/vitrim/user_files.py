@@ -13,7 +13,10 @@ from types import ModuleType
 from .errors import VitrimError
 
 OPTION = "--import"
-HELP = f"{OPTION} FILE      first run this Python file of yours, which adds scores, reducers, terms, ...; repeatable"
+HELP = (
+    f"{OPTION} FILE  run this Python file of yours first: it may add scores, reducers, terms, curricula\n"
+    "                 or model families; may be given several times"
+)
 _imported: dict[Path, ModuleType] = {}
 
 

@@ -29,11 +29,22 @@ class _Given(argparse.Action):
         namespace.given.append((self.dest, values))
 
 
-def make_parser(prog: str, function: Callable[..., None], needs: bool = True) -> argparse.ArgumentParser:
-    """The parser of the words of one verb, whose values are words still; `needs` refuses a missing subject."""
+def make_parser(
+    prog: str, function: Callable[..., None], needs: bool = True, epilog: str | None = None
+) -> argparse.ArgumentParser:
+    """The parser of the words of one verb, whose values are words still.
+
+    Args:
+        prog: the verb, as a message names it.
+        function: what the verb runs.
+        needs: refuse a missing subject.
+        epilog: what the help ends with.
+    """
     about = " ".join((docstring_parser.parse(function.__doc__ or "").short_description or "").split())
     options = options_of(function)
-    parser = _Parser(prog=prog, usage=_usage(prog, options), description=_escaped(about), allow_abbrev=False)
+    parser = _Parser(
+        prog=prog, usage=_usage(prog, options), description=_escaped(about), epilog=epilog, allow_abbrev=False
+    )
     parser.add_argument(
         "--config", action=_Given, metavar="FILE",
         help="read options from this YAML file; an option given on the command line has precedence, and its value null "

@@ -25,7 +25,7 @@ class DataSpec:
         download: fetch the data set if the reader can.
         train_split: name of the training split.
         test_split: name of the test split; by default test, val or validation, whichever exists.
-        holdout: fraction of the training images, below 0.9, that is held out to choose the epoch on; 0 holds none out
+        holdout: fraction of the training images that is held out to choose the epoch on; 0 holds none out
             and keeps the last epoch.
         limit: largest number of training images, held-out ones included; the same seed chooses the same ones.
         image_size: side of square images in pixels; by default the model's own.

@@ -60,10 +60,11 @@ def compress(
     """Make a model cheaper within one budget, without training, and certify what that costs.
 
     Args:
-        model: a timm name with weights (NAME@FILE), a folder written by vitrim, or a run folder.
+        model: a timm name with weights (NAME@FILE), a folder written by vitrim or transformers, hf:NAME, or a run
+            folder.
         data: the images; training images for the search, test images for the certificate. Without the folder of
             a training split in data.root, all images below it are used, without classes.
-        finetune: learn from the model afterwards, on the training images.
+        finetune: let the compressed model learn from the original one afterwards, on the training images.
         out: folder for the model and its certificate.
         macs: budget of MACs per image; a number up to 1 is a fraction of those of the model.
         params: budget of parameters; a number up to 1 is a fraction. Width alone is cut then.

@@ -30,8 +30,8 @@ def show(
     Args:
         model: a timm name, NAME@FILE (with weights from a file), a folder written by vitrim or transformers, hf:NAME,
             or a run folder.
-        images: folder of images, or one image; needed without app.
-        out: folder for the pictures; needed without app.
+        images: folder of images, or one image; needed without --app.
+        out: folder for the pictures; needed without --app.
         method: reduction to show, such as "TopK() @ KeepRate(0.7)"; by default the model's own.
         montage: one picture for all images.
         scores: add a heat map of the scores on which each cut was decided.
@@ -41,7 +41,7 @@ def show(
         overwrite: replace pictures that exist.
         device: where to run.
         app: serve a page on this machine instead, where images are dropped in and methods chosen.
-        port: of that page; 0 takes any that is free.
+        port: port of the page that --app serves; 0 takes any that is free.
     """
     if app:
         given = {

@@ -54,13 +54,13 @@ def sweep(
         trials: number of settings that a search tries for each model.
         objectives: what the frontier is made of; "time" is measured in interleaved rounds with the dense network.
         stop_early: end trials that can hardly reach the frontier; by default in a search, not in a grid.
-        seed: of the search.
+        seed: seed of the search.
         batch_size: images at a time.
         device: where to run.
         database: URL of a database for the trials, such as postgresql://USER:PASSWORD@HOST/NAME, which all processes
             and machines with the same command share. Without it, VITRIM_DATABASE, or else the SQLite file OUT.db.
             optuna-dashboard opens it.
-        name: of the sweep in the database.
+        name: name of the sweep in the database; by default the method.
         workers: processes to start here; they share the trials.
         runs: folder for the runs of a recipe; by default OUT.runs.
         out: file to write the table to (.md, .csv, .json or .html).
