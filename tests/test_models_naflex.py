@@ -97,8 +97,11 @@ def test_features_of_two_batches_and_then_their_heads(name: str) -> None:
         if name == "naflex_rotary":  # Its head reads CLS alone.
             torch.testing.assert_close(model.forward_head(**copies), expected[0])
         else:
-            with pytest.raises(VitrimError, match="it is not known from which forward pass these features come"):
-                model.forward_head(**copies)
+            features[0]["patches"].data.mul_(2)
+            features[1]["patches"].copy_(features[1]["patches"].flip(0))
+            for changed in (copies, *features):
+                with pytest.raises(VitrimError, match="it is not known from which forward pass these features come"):
+                    model.forward_head(**changed)
     with vitrim.attach(model, "TopK(norm) @ KeepRate(0.6, at=(0, 1))"):  # Nothing stands for several patches.
         found = model.forward_features(**batches[0])
         found["patches"] = found["patches"].clone()

@@ -5,7 +5,9 @@ import functools
 import io
 import math
 import pickle
+from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
@@ -16,10 +18,13 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 
 import vitrim
+from hf_models import MORE
 from test_contract import in_threads
 from vitrim.errors import UnsupportedModelError, VitrimError
 from vitrim.measure.speed import bench
-from vitrim.models import reduced, trace_of
+from vitrim.models import adapter_of, reduced, trace_of
+from vitrim.models.contents import Contents
+from vitrim.models.outputs import Logits, Patches, Wanted
 from zoo import SMALL, build, images
 
 TOME, TOPK = "ToMe() @ KeepRate(0.6, at=(0, 1))", "TopK() @ KeepRate(0.6, at=(0, 1))"
@@ -57,15 +62,55 @@ def test_features_that_are_saved_hold_plain_tensors() -> None:
             assert torch.equal(model.forward_head(copy.deepcopy(features)), model.forward_head(features))
 
 
-def test_features_that_were_written_over_are_not_weighed_by_the_pass_before() -> None:
-    model = build("timm-vit", "gap_with_cls")
-    with vitrim.attach(model, TOME) as handle, torch.no_grad():
-        features, others = model.forward_features(images(2)), model.forward_features(images(2, seed=1))
+def other_data(features: Tensor, others: Tensor) -> None:
+    features.data = others.clone()
+
+
+def other_marked_data(features: Tensor, others: Tensor) -> None:
+    features.data = others  # They carry the trace of another pass.
+
+
+WRITES: dict[str, Callable[[Tensor, Tensor], object]] = {
+    "copy": lambda features, others: features.copy_(others),
+    "part": lambda features, others: features[1, -1].copy_(others[1, -1]),
+    "rows change places": lambda features, others: features.copy_(features.flip(0)),
+    "other data": other_data,
+    "other marked data": other_marked_data,
+    "through data": lambda features, others: features.data.copy_(others),
+    "through numpy": lambda features, others: np.copyto(features.detach().numpy(), others.detach().numpy()),
+    "through dlpack": lambda features, others: torch.from_dlpack(features.detach()).copy_(others),
+}
+
+
+@pytest.mark.parametrize("inference", [False, True], ids=["no grad", "inference"])
+@pytest.mark.parametrize("write", WRITES)
+def test_features_that_were_written_over_are_not_weighed_by_the_pass_before(write: str, inference: bool) -> None:
+    if inference and write == "through dlpack":
+        pytest.skip("PyTorch exports no tensors of inference mode")
+    model, x = build("timm-vit", "gap_with_cls"), images(2)
+    with vitrim.attach(model, TOME) as handle, torch.inference_mode(inference), torch.no_grad():
+        features, others, expected = model.forward_features(x), model.forward_features(images(2, seed=1)), model(x)
+        assert torch.equal(model.forward_head(features), expected)
+        assert torch.equal(model.forward_head(features.detach()), expected)
         handle.state_of(features)
-        features.copy_(others)
+        WRITES[write](features, others)
         for read in (model.forward_head, handle.state_of, handle.restore):
             with pytest.raises(VitrimError, match="nothing written into it"):
                 read(features)
+        fresh = model.forward_features(x)
+        fresh.copy_(fresh.clone())  # Writing the same changes nothing.
+        assert torch.equal(model.forward_head(fresh), expected)
+
+
+def test_tokens_inside_a_call_are_known_by_the_call_and_not_read_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading what tokens hold waits for an accelerator, which no usual use of a model does."""
+    monkeypatch.setattr(Contents, "still_in", None)
+    for model in (build("timm-vit", "gap"), MORE["ijepa"]().eval(), MORE["ijepa_bare"]().eval()):
+        family = adapter_of(model)
+        x = images(2, family.input_format(model).size[-1])
+        with vitrim.attach(model, TOME), torch.inference_mode():
+            found = family.outputs(model, x, Wanted.of(Logits(), Patches()))
+            assert torch.equal(found["logits"], family.predict(model, x))
 
 
 def test_forward_features_set_on_the_instance_reach_the_head_of_the_same_call() -> None:

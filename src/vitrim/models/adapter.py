@@ -194,9 +194,15 @@ class Adapter:
             return dict.fromkeys(wanted.keys, logits)
         info = self.info(model)
         blocks = sorted({block for output in wanted.outputs for block in output.blocks(info)})
-        final, after = self.features(model, images, blocks)
-        features = Features(self, model, info, wanted, final, after)
-        return {output.key: output.compute(features) for output in wanted.outputs}
+        with self.one_pass(model, images):
+            final, after = self.features(model, images, blocks)
+            features = Features(self, model, info, wanted, final, after)
+            return {output.key: output.compute(features) for output in wanted.outputs}
+
+    def one_pass(self, model: nn.Module, images: Tensor) -> AbstractContextManager[object]:
+        """Inside, a head knows the only pass from this call, as in the model's own forward."""
+        open_call = getattr(model, "open_call", None)
+        return nullcontext() if open_call is None else open_call(images)
 
     def predict(self, model: nn.Module, images: Tensor) -> Tensor:
         """Logits (B, K) as the model gives them, or pooled features (B, C) where it has no classifier."""

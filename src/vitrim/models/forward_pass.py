@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..errors import VitrimError
 from ..tokens import Plan
+from .contents import Contents
 from .policy import Policy
 from .trace import Trace, mark, own_trace, trace_of, unchanged_trace_of
 
@@ -68,6 +69,14 @@ class Call:
     def certain(self) -> Trace | None:
         """The trace of the only pass in this call; None if there were none or several."""
         return self.trace if self.started == 1 else None
+
+    @property
+    def inner(self) -> bool:
+        """Whether this is part of another call of the same model."""
+        outer = self._outer
+        while outer is not None and outer.policy is not self.policy:
+            outer = outer._outer
+        return outer is not None
 
     @staticmethod
     def of(policy: Policy) -> "Call | None":
@@ -124,7 +133,9 @@ def finish(policy: Policy, x_BTC: Tensor, *, whole: bool = True) -> Tensor:
     if call.trace is None or (whole and call.trace.block != policy.geometry.depth - 1):
         raise VitrimError(CHANGED)
     before = trace_of(x_BTC)  # Without a last norm, these are the tokens that the last block gave.
-    mark(x_BTC, replace(call.trace, normed=before is None or before.normed))
+    # In a call of the whole model, its head knows the pass from the call.
+    contents = None if call.inner else Contents.of(x_BTC)
+    mark(x_BTC, replace(call.trace, normed=before is None or before.normed, contents=contents))
     return x_BTC
 
 
@@ -136,9 +147,11 @@ def trace_at_head(policy: Policy, x_BTC: Tensor) -> Trace | None:
     """
     if not policy.fuses:
         return None
-    trace, call, g = unchanged_trace_of(x_BTC), Call.of(policy), policy.geometry
-    if trace is None and call is not None and call.certain is not None:
-        ran = call.certain
+    trace, call, g = trace_of(x_BTC), Call.of(policy), policy.geometry
+    ran = None if call is None else call.certain
+    if ran is None or trace is None or not trace.same_pass(ran):
+        trace = unchanged_trace_of(x_BTC, proven=True)
+    if trace is None and ran is not None:
         fits = (ran.num_images, ran.plan.token_counts[-1]) == tuple(x_BTC.shape[:2])
         trace = ran if fits and ran.block == g.depth - 1 else None
     if trace is not None:

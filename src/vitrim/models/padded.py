@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from ..errors import VitrimError
 from ..tokens import TokenState
+from .contents import Contents
 from .trace import Trace, trace_of
 
 _TRACE = "vitrim_padded_trace"
@@ -87,12 +88,13 @@ def valid_of(groups: Sequence[Group], num_prefix: int) -> Tensor:
 class PaddedTrace:
     """What one forward pass has done to a padded batch: the trace of each group.
 
-    num_patches: of an image with its padding.
+    num_patches: of an image with its padding. contents: what the padded tokens held; None where that cannot be read.
     """
 
     groups: tuple[Group, ...]
     traces: tuple[Trace, ...]
     num_patches: int
+    contents: Contents | None = None
 
     @property
     def block(self) -> int:
@@ -143,10 +145,12 @@ def together(groups: Sequence[Group], tokens: Sequence[Tensor], num_patches: int
     out, traces = joined(groups, tokens), [trace for trace in map(trace_of, tokens) if trace is not None]
     if len(traces) == len(tokens):
         own = tuple(replace(group, tokens=each) for group, each in zip(groups, tokens, strict=True))
-        setattr(out, _TRACE, PaddedTrace(own, tuple(traces), num_patches))
+        setattr(out, _TRACE, PaddedTrace(own, tuple(traces), num_patches, Contents.of(out)))
     return out
 
 
 def padded_trace_of(x_BTC: Tensor) -> PaddedTrace | None:
-    """The trace of these padded tokens; None if they have none, as after `clone()` or a cast."""
-    return getattr(x_BTC, _TRACE, None)
+    """The trace of these padded tokens; None if they have none, as after `clone()`, or if they were written over."""
+    trace: PaddedTrace | None = getattr(x_BTC, _TRACE, None)
+    unchanged = trace is None or trace.contents is None or trace.contents.still_in(x_BTC) is not False
+    return trace if unchanged else None

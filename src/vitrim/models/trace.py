@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..errors import VitrimError
 from ..tokens import Assignment, Plan, Reducer, TokenState
 from ..tokens.recording import recording
+from .contents import Contents
 
 _TRACE = "vitrim_trace"
 
@@ -29,6 +30,7 @@ class Trace:
     normed: whether the tokens have passed the last norm of the model.
     image_size: (height, width) of the images; None where it is not known.
     gradients: mean squared gradients by block, see `GradientMemory`; None unless the score reads them.
+    contents: what the tokens held when they were handed to the user; None before, and where that cannot be read.
     """
 
     plan: Plan
@@ -46,6 +48,7 @@ class Trace:
     normed: bool = False
     image_size: tuple[int, int] | None = None
     gradients: Mapping[int, Tensor] | None = None
+    contents: Contents | None = None
 
     def size_after(self, assignment: Assignment) -> Tensor | None:
         """Input tokens behind each patch token after one more cut; None while every token is one input token."""
@@ -112,6 +115,10 @@ class Trace:
                 before_BTC = (before_BTC if norm is None else norm(before_BTC)).to(x_BTC.dtype)
             x_BTC = assignment.undo(x_BTC, before_BTC, first)
         return x_BTC
+
+    def same_pass(self, other: "Trace") -> bool:
+        """Whether this is the trace of the same tokens: what was done to them is the very same tensors."""
+        return self.size_BN is other.size_BN and self.assignments is other.assignments
 
     def left(self, block: int) -> "Trace":
         """The trace of tokens that have left `block`."""
@@ -191,10 +198,23 @@ def trace_of(x: Tensor) -> Trace | None:
     return trace
 
 
-def unchanged_trace_of(x: Tensor) -> Trace | None:
-    """As `trace_of`, but None too if anything was written into the tokens, such as those of another pass."""
-    found = getattr(_storage(x), _TRACE, None)
-    return trace_of(x) if found is None or found[4] == _writes(x) else None
+def unchanged_trace_of(x: Tensor, *, proven: bool = False) -> Trace | None:
+    """As `trace_of`, but None too if anything was written into the tokens, or other memory put in their place.
+
+    Tokens that were handed to the user are known by what they hold, others by PyTorch's count of what was written.
+    Tensors of inference mode have no such count: they pass, or give None where it must be `proven`.
+    """
+    trace, storage = trace_of(x), _storage(x)
+    if trace is None or storage is None:
+        return trace
+    same = None if trace.contents is None else trace.contents.still_in(x)
+    if same is not None:
+        return trace if same else None
+    if proven and x.is_inference():
+        return None
+    found = getattr(storage, _TRACE, None)
+    unwritten = found is not None and found[1:] == (x.shape, x.stride(), x.storage_offset(), _writes(x))
+    return trace if unwritten and trace.same_pass(found[0]) else None
 
 
 def own_trace(x: Tensor) -> Trace | None:

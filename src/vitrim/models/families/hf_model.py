@@ -122,10 +122,11 @@ class TransformersViT(Adapter):
         )
 
     def predict(self, model: Any, images: Tensor) -> Tensor:
-        out = model(*self.inputs(model, images))
-        names = ("logits", "image_embeds", "pooler_output", "feature_maps")
-        ready = any(getattr(out, name, None) is not None for name in names)
-        return as_tensor(out) if ready else self.head(model, out.last_hidden_state)
+        with self.one_pass(model, images):
+            out = model(*self.inputs(model, images))
+            names = ("logits", "image_embeds", "pooler_output", "feature_maps")
+            ready = any(getattr(out, name, None) is not None for name in names)
+            return as_tensor(out) if ready else self.head(model, out.last_hidden_state)
 
     def inputs(self, model: Any, images: Tensor) -> tuple[Any, ...]:
         layout = _layout(model)
