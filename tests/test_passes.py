@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 
 import vitrim
-from hf_models import MORE
+from hf_models import HF, MORE
 from test_contract import in_threads
 from vitrim.errors import UnsupportedModelError, VitrimError
 from vitrim.measure.speed import bench
 from vitrim.models import adapter_of, reduced, trace_of
 from vitrim.models.contents import Contents
+from vitrim.models.families.hf_layout import layout_of
 from vitrim.models.outputs import Logits, Patches, Wanted
 from zoo import SMALL, build, images
 
@@ -383,6 +384,40 @@ def test_tokens_added_before_the_blocks_are_refused() -> None:
     model = build("timm-vit", "vit")
     with vitrim.attach(model, TOPK, curriculum=None), pytest.raises(VitrimError, match="prompt tuning"):
         model.blocks(with_prompts(model._pos_embed(model.patch_embed(x))))
+
+
+@pytest.mark.parametrize("name", ["dynamic_size", "hf_vit", "hf_dinov2"])
+def test_blocks_called_one_by_one_take_patches_of_a_known_number_only(name: str) -> None:
+    """Models for images of all sizes: 30 tokens may be 25 patches and 4 prompts, or 29 patches."""
+    model = build("timm-vit", name) if name == "dynamic_size" else HF[name]().eval()
+    side = adapter_of(model).input_format(model).size[-1]
+    embed = model._pos_embed if name == "dynamic_size" else layout_of(model).tower_of(model).embeddings
+
+    def run(x: Tensor, prompts: bool = False) -> Tensor:
+        tokens = embed(model.patch_embed(x)) if name == "dynamic_size" else embed(x)
+        tokens = with_prompts(tokens) if prompts else tokens
+        for block in adapter_of(model).blocks(model):
+            tokens = block(tokens)
+        return tokens
+
+    with vitrim.attach(model, TOPK) as handle, torch.no_grad():
+        left = run(images(2, side)).shape[1]
+        assert left == handle.token_counts[-1]
+        with pytest.raises(VitrimError, match=r"not known which of them are patches; .*open_call"):
+            run(images(2, side), prompts=True)
+        with model.open_call(images(2, side)):
+            assert run(images(2, side)).shape[1] == left
+            with pytest.raises(VitrimError, match="prompt tuning"):
+                run(images(2, side), prompts=True)
+        if name == "hf_vit":  # Its embeddings take one size, unless they are asked.
+            return
+        larger = images(2, 2 * side)
+        with pytest.raises(VitrimError, match="not known which of them are patches"):
+            run(larger)
+        with model.open_call(larger):
+            assert run(larger).shape[1] > left
+        model(larger)
+    assert run(images(2, side), prompts=True).isfinite().all()
 
 
 def test_tokens_added_between_blocks_are_refused() -> None:

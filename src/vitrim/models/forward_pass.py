@@ -93,7 +93,8 @@ def arrive(policy: Policy, block: int, x_BTC: Tensor, training: bool) -> Trace:
     if block == 0:
         if again and known is not None and known.block < 0:
             return known
-        trace = policy.start(x_BTC, training, None if call is None else call.expected)
+        alone = call is None and not again
+        trace = policy.start(x_BTC, training, None if call is None else call.expected, alone=alone)
         if call is not None:
             trace = replace(trace, image_size=call.image_size, restorable=call.restorable)
             call.started += 1

@@ -115,13 +115,14 @@ class Policy:
     def _text(self) -> str:
         return "" if self.reduction is None else f"{self.reduction} in {self.reduction.phase}"
 
-    def start(self, x_BTC: Tensor, training: bool, expected: int | None) -> Trace:
+    def start(self, x_BTC: Tensor, training: bool, expected: int | None, *, alone: bool = False) -> Trace:
         """The trace of tokens that are about to enter the first block.
 
         Args:
             x_BTC: prefix tokens first.
             training: mode of the model.
             expected: patch tokens that the images of this pass give; None: not known.
+            alone: whether the block is called by itself, so that nothing says what the images are.
         """
         g = self.geometry
         num_patches = int(x_BTC.shape[1]) - g.num_prefix
@@ -137,6 +138,13 @@ class Policy:
             if not training:
                 self._warn_if_unsaid()
         plan = self.plan(num_patches, training)
+        if alone and known is None and num_patches not in self.entering.values() and (plan.cuts or plan.prefix_only):
+            raise VitrimError(
+                f"{num_patches + g.num_prefix} tokens reach the first block, which is called by itself, and this model "
+                "takes images of all sizes, so it is not known which of them are patches; run the blocks inside "
+                "`with model.open_call(images):`, or call the model. Added tokens (as in prompt tuning) cannot be "
+                "combined with token reduction"
+            )
         # What is known may change before this pass is recomputed, which must choose the same tokens again.
         gradients = self.gradients.known() if self.gradients is not None and plan.cuts else None
         reducer = self.reduction.reducer if self.reduction else None
