@@ -108,6 +108,98 @@ def test_foreign_linear_layers_count_as_they_are_executed(text: str, where: str)
         assert vitrim.cost(model).macs == pytest.approx(executed(model), rel=1e-3)
 
 
+def with_adapters(config: object) -> nn.Module:
+    """The inner model of one that PEFT has put its layers into."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import peft
+
+        return peft.get_peft_model(tiny(), config).eval().base_model.model
+
+
+PEFT: dict[str, dict[str, object]] = {
+    "Lora": {"r": 4},
+    "Lora that is weight-decomposed (DoRA)": {"r": 4, "use_dora": True},
+    "LoHa": {"r": 4},
+    "LoKr": {"r": 4},
+    "IA3": {"feedforward_modules": ["fc1"]},
+    "OFT": {"oft_block_size": 8, "r": 0},
+    "Vera": {"r": 8},
+    "AdaLora": {"total_step": 10},
+    "HRA": {"r": 4},
+    "FourierFT": {"n_frequency": 10},
+}
+PER_BATCH = ("Lora that", "LoHa", "LoKr", "OFT", "HRA")
+"""Work on weights once per batch."""
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:.*fan_in_fan_out")
+@pytest.mark.parametrize("kind", PEFT)
+def test_layers_of_peft_count_what_each_image_costs(kind: str) -> None:
+    peft = pytest.importorskip("peft")
+    model = with_adapters(getattr(peft, kind.partition(" ")[0] + "Config")(target_modules=["qkv", "fc1"], **PEFT[kind]))
+    empty = copy.deepcopy(model).to("meta")
+    flops = []
+    for images_ in (1, 2):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            empty(torch.empty(images_, 3, 64, 64, device="meta"))
+        flops.append(counter.get_total_flops() // 2)
+    per_image = flops[1] - flops[0]
+    assert (flops[0] > per_image) == kind.startswith(PER_BATCH)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert vitrim.cost(model).macs == per_image
+    said = [str(one.message) for one in caught if "once per batch" in str(one.message)]
+    assert bool(said) == kind.startswith(PER_BATCH)
+    assert all("not counted per image" in line for line in said)
+
+
+class Packed(nn.Module):
+    """Weights in a form that only runs with values, as those of 4 bits do."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.packed = nn.Parameter(torch.zeros(base.weight.numel() // 2, 1, dtype=torch.uint8), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ torch.zeros(self.in_features, self.out_features) * float(self.packed.max().item())
+
+
+def test_adapters_over_packed_weights_count_as_over_plain_ones() -> None:
+    plain, packed, alone = tiny(), tiny(), tiny()
+    for block, other, third in zip(plain.blocks, packed.blocks, alone.blocks, strict=True):
+        block.attn.qkv = LowRank(block.attn.qkv)
+        other.attn.qkv = LowRank(other.attn.qkv)
+        other.attn.qkv.base = Packed(other.attn.qkv.base)
+        third.attn.qkv = Packed(third.attn.qkv)
+    assert vitrim.cost(packed).macs == vitrim.cost(plain).macs
+    assert vitrim.cost(alone).macs == vitrim.cost(tiny()).macs
+
+
+def test_only_adapters_that_run_are_counted() -> None:
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(tiny(), peft.LoraConfig(r=4, target_modules=["qkv"])).eval()
+    one = vitrim.cost(model.base_model.model).macs
+    model.add_adapter("other", peft.LoraConfig(r=16, target_modules=["qkv"]))
+    assert vitrim.cost(model.base_model.model).macs == one
+    model.set_adapter("other")
+    assert vitrim.cost(model.base_model.model).macs > one
+    with model.disable_adapter():
+        assert vitrim.cost(model.base_model.model).macs == vitrim.cost(tiny()).macs
+    model.merge_adapter()
+    assert vitrim.cost(model.base_model.model).macs == vitrim.cost(tiny()).macs
+
+
+def test_layers_that_mix_rows_are_refused() -> None:
+    model = tiny()
+    model.blocks[0].mlp = type("Mixes", (Bilinear,), {"forward": lambda self, x: (x @ x.mT) @ x @ self.kernel})(
+        192, 192
+    )
+    with pytest.raises(VitrimError, match="MACs of this Mixes do not grow evenly with its rows"):
+        vitrim.cost(model)
+
+
 class Bilinear(nn.Module):
     """A token-wise layer of weights that says no sizes."""
 
@@ -157,7 +249,8 @@ def test_counting_hooks_no_call_of_other_models() -> None:
     model = tiny()
     model.head = Spy(192, 7)
     vitrim.cost(model)
-    assert seen == [False]
+    assert seen
+    assert not any(seen)
 
 
 def test_packed_weights_of_quantised_layers_are_parameters() -> None:

@@ -4,14 +4,16 @@ The modules of a model are never called, moved or changed: a copy shares no tens
 hook, so that another thread may use the model meanwhile.
 """
 
+import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..errors import UncountableError
@@ -21,8 +23,8 @@ _HOOKS = (
     "_backward_hooks", "_backward_pre_hooks", "_forward_hooks", "_forward_hooks_with_kwargs",
     "_forward_hooks_always_called", "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs",
 )  # fmt: skip
-
-
+_LIBRARIES = frozenset({"torch", "torchao", "timm", "transformers", "vitrim"})
+"""Whose layers do what their sizes say."""
 _KNOWN: ContextVar[dict[tuple[int, int], tuple[nn.Module, int]] | None] = ContextVar("known MACs", default=None)
 
 
@@ -39,11 +41,14 @@ def counting_once() -> Iterator[None]:
 def macs_per_row(layer: nn.Module, width: int) -> int:
     """MACs of a layer, or of all linear layers inside a module, for one row of input of this width.
 
-    What has `in_features` and `out_features` is counted from these sizes: plain, quantised and low-rank (LoRA) layers
-    alike. Low-rank parts that are merged or disabled do not count. A module with other weights is counted by PyTorch.
+    Layers of PyTorch and of the libraries of models are counted from their `in_features` and `out_features`, quantised
+    ones too. What holds layers from elsewhere (LoRA and its kin, layers of your own) is counted by PyTorch as it runs.
+    Where it cannot run without values, innermost layers that say their sizes (4-bit weights) count as plain ones.
+
+    Warns of work that is done once per batch, however many rows it has, as on the weights in DoRA: no row has a share.
 
     Raises:
-        UncountableError: see `counted`.
+        UncountableError: see `counted`; or the work does not grow with the number of rows.
     """
     known, key = _KNOWN.get(), (id(layer), width)
     if known is None:
@@ -54,11 +59,39 @@ def macs_per_row(layer: nn.Module, width: int) -> int:
 
 
 def _macs_per_row(layer: nn.Module, width: int) -> int:
-    sized = list(_sized(layer))
     weights = sum(parameter.ndim > 1 for parameter in layer.parameters())
-    if weights > sum(any(p.ndim > 1 for p in one.parameters()) for one in _all_sized(layer)):
-        return counted(layer, (1, 1, width)).linear
-    return sum(one.in_features * one.out_features for one in sized)
+    unsized = weights > sum(any(p.ndim > 1 for p in one.parameters()) for one in _all_sized(layer))
+    if unsized or not {type(module).__module__.partition(".")[0] for module in layer.modules()} <= _LIBRARIES:
+        try:
+            return _measured(layer, width)
+        except UncountableError as error:
+            try:
+                return _measured(layer, width, plain=True)
+            except UncountableError:
+                raise error from None
+    return sum(one.in_features * one.out_features for one in _sized(layer))
+
+
+def _measured(layer: nn.Module, width: int, *, plain: bool = False) -> int:
+    """MACs by row of one call, from the calls on three numbers of rows."""
+    few, more, most = (counted(layer, (1, rows, width), known_only=True, plain=plain).total for rows in (8, 16, 24))
+    if most - more != more - few:
+        raise UncountableError(f"the MACs of this {type(layer).__qualname__} do not grow evenly with its rows of input")
+    if 2 * few > more:
+        warnings.warn(
+            f"a {_maker(layer)} also works once per batch, however many images there are, as on its weights; these "
+            "MACs are not counted per image (merge adapters into the weights to be rid of them)",
+            stacklevel=2,
+        )
+    return (more - few) // 8
+
+
+def _maker(layer: nn.Module) -> str:
+    """The class of the first layer from elsewhere, which is outermost."""
+    kinds = (type(module) for module in layer.modules())
+    return next(
+        (kind for kind in kinds if kind.__module__.partition(".")[0] not in _LIBRARIES), type(layer)
+    ).__qualname__
 
 
 def macs_of_convolutions(layers: nn.Module, height: int, width: int) -> int | None:
@@ -81,19 +114,26 @@ def num_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters()) + hidden
 
 
-def counted(module: nn.Module, *shapes: Sequence[int]) -> Macs:
+def counted(module: nn.Module, *shapes: Sequence[int], known_only: bool = False, plain: bool = False) -> Macs:
     """MACs of one call in eval mode on tensors of these shapes, by PyTorch's own counter on an empty copy.
+
+    Args:
+        module: what is called.
+        shapes: of its arguments.
+        known_only: whether to refuse operations that are not PyTorch's own, of which its counter knows nothing.
+        plain: whether innermost layers that say their sizes are replaced by plain ones.
 
     Raises:
         UncountableError: the module cannot run on tensors without values.
     """
+    seen = _Namespaces()
     counter = FlopCounterMode(display=False)
     # PyTorch's tracker of modules hooks every call of every module in the process, those of other threads too.
     counter.mod_tracker = _NoTracker()  # pyright: ignore[reportAttributeAccessIssue]
     try:
-        empty = empty_copy(module)
+        empty = _with_plain_layers(empty_copy(module)) if plain else empty_copy(module)
         dtype = next((p.dtype for p in empty.parameters() if p.is_floating_point()), torch.get_default_dtype())
-        with torch.no_grad(), counter:
+        with torch.no_grad(), counter, seen if known_only else nullcontext():
             empty(*(torch.empty(tuple(shape), device="meta", dtype=dtype) for shape in shapes))
     except Exception as error:  # Foreign code may raise anything where tensors hold no values.
         reason = str(error).strip().partition("\n")[0][:200]
@@ -101,6 +141,8 @@ def counted(module: nn.Module, *shapes: Sequence[int]) -> Macs:
             f"the MACs of this {type(module).__qualname__} cannot be counted, since it does not run on tensors without "
             f"values ({type(error).__name__}: {reason})"
         ) from error
+    if foreign := seen.found - {"aten", "prim", "prims"}:
+        raise UncountableError(f"this {type(module).__qualname__} runs operations of {', '.join(sorted(foreign))}")
     counts = counter.get_flop_counts().get("Global", {})
     products = sum(flops for op, flops in counts.items() if "bmm" in str(op) or "attention" in str(op))
     return Macs((counter.get_total_flops() - products) // 2, products // 2)
@@ -112,6 +154,18 @@ def empty_copy(module: nn.Module) -> nn.Module:
     No code of the module runs. Lists and dicts among its attributes are copied; other objects are shared.
     """
     return _empty(module, {})
+
+
+class _Namespaces(TorchDispatchMode):
+    """Notes whose operations are run, such as "aten" for PyTorch's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.found.add(func.namespace)
+        return func(*args, **(kwargs or {}))
 
 
 class _NoTracker:
@@ -136,6 +190,18 @@ def _all_sized(module: nn.Module) -> Iterator[Any]:
         yield from inner
     else:
         yield module
+
+
+def _with_plain_layers(module: nn.Module) -> nn.Module:
+    """An empty module with plain linear layers where its innermost layers say their sizes, all of one dtype."""
+    for inner in [one for one in _all_sized(module) if type(one) is not nn.Linear]:
+        bias = getattr(inner, "bias", None) is not None
+        linear = nn.Linear(inner.in_features, inner.out_features, bias, device="meta")
+        if inner is module:
+            return linear
+        for name in [name for name, one in module.named_modules() if one is inner]:
+            module.set_submodule(name, linear)
+    return module.float()
 
 
 def _sized(layer: Any) -> Iterator[Any]:
