@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..tokens.recording import recording
+
 _WHOLE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Integers by the bytes of a number."""
 
@@ -28,7 +30,7 @@ class Contents:
 
         Nothing waits for an accelerator here.
         """
-        if torch.compiler.is_compiling() or torch.jit.is_tracing() or not _readable(x):
+        if recording() or not _readable(x):
             return None
         with torch.no_grad():
             bits = x.data.view(_WHOLE[x.itemsize])
