@@ -213,8 +213,9 @@ def unchanged_trace_of(x: Tensor, *, proven: bool = False) -> Trace | None:
     if proven and x.is_inference():
         return None
     found = getattr(storage, _TRACE, None)
-    unwritten = found is not None and found[1:] == (x.shape, x.stride(), x.storage_offset(), _writes(x))
-    return trace if unwritten and trace.same_pass(found[0]) else None
+    if found is None or found[1:] != (x.shape, x.stride(), x.storage_offset(), _writes(x)):
+        return None
+    return trace if trace.same_pass(found[0]) else None
 
 
 def own_trace(x: Tensor) -> Trace | None:
