@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from limits import no_file_above
 from vitrim.errors import CheckpointError, OutputError, RecipeError, VitrimError
 from vitrim.output import MARK, is_leftover
-from vitrim.train import checkpoint, loop, single_network
+from vitrim.train import checkpoint, loop, prepared, single_network
 from vitrim.train.checkpoint import RunFolder
 from vitrim.train.loop import train
 from vitrim.train.recipe import Recipe
@@ -417,8 +417,8 @@ def test_weights_that_are_not_finite_are_not_kept_on_a_signal(tmp_path: Path, mo
             os.kill(os.getpid(), signal.SIGTERM)
 
     networks: list[Any] = []
-    prepare = loop.prepare_student
-    monkeypatch.setattr(loop, "prepare_student", lambda *a: networks.append(prepare(*a)) or networks[0])
+    prepare = prepared.prepare_student
+    monkeypatch.setattr(prepared, "prepare_student", lambda *a: networks.append(prepare(*a)) or networks[0])
     with pytest.raises(VitrimError, match="weights are not finite at epoch 1, step 1"):
         train(recipe(), tmp_path / "run", report=broken)
     assert not RunFolder(tmp_path / "run").state_path.exists()

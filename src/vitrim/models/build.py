@@ -15,7 +15,7 @@ from ..errors import CheckpointError, ClassCountError, UnknownNameError
 from .architectures import architectures, build_architecture, builder_of
 from .checkpoints import SUFFIXES, read_weights
 from .create import SOURCES
-from .families.hf_config import SOURCE as HF
+from .families.hf_hub import SOURCE as HF
 from .finding import adapter_of
 from .shapes_only import shapes_only
 from .store import DESCRIPTION, WEIGHTS, check_heads, known_size, load, weights_path

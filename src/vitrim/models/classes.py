@@ -11,7 +11,7 @@ from torch import nn
 
 from .build import saved_folder, split_spec, transformers_name
 from .create import SOURCES
-from .families.hf_config import class_names_at
+from .families.hf_hub import class_names_at
 from .finding import adapter_of
 from .store import WEIGHTS, read_description, weights_path
 

@@ -9,30 +9,21 @@ from typing import Any, NoReturn
 
 import torch
 from accelerate import skip_first_batches
-from accelerate.utils import DataLoaderConfiguration
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from ..data.data_sets import open_both
 from ..data.seeding import restored_generators, seed_everything
-from ..data.splits import make_splits
-from ..data.streams import Stream, make_loader
+from ..data.streams import Stream
 from ..distill import Outputs
 from ..errors import DivergedError
-from ..measure.accelerator import fast_precision, make_accelerator
 from ..measure.accuracy import Figures, evaluate_all
 from ..measure.cost import cost
 from ..measure.environment import environment
 from ..models import attached, load
 from .checkpoint import RunFolder
-from .learner import make_mixup, make_optimizer, make_scheduler, prepare_student
-from .meter import Meter
+from .prepared import PreparedRun
 from .recipe import Recipe
-from .single_network import SingleNetwork
-from .state import Report, RunState, Stateful
+from .state import Report
 from .stopping import Stopped, StopSignals
-from .stratification import Stratification
-from .task import Task
 
 CHECK_EVERY = 20
 """Steps between two checks of the figures on an accelerator, which must be waited for, or up to the next update of
@@ -61,57 +52,8 @@ def train(recipe: Recipe, out: str | Path, *, command: str = "", report: Report 
         return _Run(recipe, folder, command, report or (lambda event, figures: None)).run()
 
 
-class _Run:
+class _Run(PreparedRun):
     """One run at work; everything random in it is a function of (seed, epoch, step)."""
-
-    def __init__(self, recipe: Recipe, folder: RunFolder, command: str, report: Report) -> None:
-        self.recipe, self.folder, self.command, self.report = recipe, folder, command, report
-        optim = recipe.optim
-        self.accelerator = make_accelerator(
-            mixed_precision=fast_precision() if optim.precision == "auto" else optim.precision,
-            gradient_accumulation_steps=optim.accumulate,
-            dataloader_config=DataLoaderConfiguration(split_batches=True, non_blocking=True),
-            log_with=recipe.track,
-            project_dir=str(folder.path) if recipe.track else None,
-        )
-        self.main, self.device = self.accelerator.is_main_process, self.accelerator.device
-        recipe.check_processes(self.accelerator.num_processes)
-        seed_everything("weights", recipe.seed)
-        train_images, test_images = open_both(recipe.data)
-        self.student = prepare_student(recipe, train_images.classes)
-        self.splits = make_splits(train_images, test_images, self.student, recipe.data, recipe.augment, recipe.seed)
-        batch = recipe.batch_size // optim.accumulate
-        loader, self.sampler = make_loader(
-            self.splits.train, batch, recipe.data.workers, recipe.seed, shuffle=True,
-            drop_last=len(self.splits.train) >= batch,
-        )  # fmt: skip
-        self.steps = len(loader)
-        self.mixup = make_mixup(recipe.augment, len(self.splits.classes))
-        self.task: Task = self._make_task()
-        optimizer = make_optimizer(self.student, optim, self.task.extra)
-        self.updates = math.ceil(self.steps / optim.accumulate)  # Of one epoch.
-        self.scheduler = make_scheduler(optimizer, optim, recipe.epochs, self.updates)
-        if recipe.compile:
-            self.task.learner.compile()
-        self.learner, self.optimizer, self.loader = self.accelerator.prepare(self.task.learner, optimizer, loader)
-        self.ema = ModelEmaV3(self.student, decay=optim.ema) if optim.ema > 0 else None
-        self.evaluated: nn.Module = self.ema.module if self.ema else self.student
-        self.task.start(self.learner, self.evaluated)
-        self.state, self.meter = RunState(), Meter(self.accelerator)
-        self.parts: dict[str, Stateful | None] = {
-            "learner": self.task.learner,
-            "optimizer": self.optimizer,
-            "ema": self.ema.module if self.ema else None,
-            "scaler": self.accelerator.scaler,
-            "gradients": handle.gradients if (handle := attached(self.student)) else None,
-            "task": self.task.part,
-        }
-
-    def _make_task(self) -> Task:
-        parts = self.recipe, self.student, self.splits, self.accelerator
-        if self.recipe.elastic is None:
-            return SingleNetwork(*parts, self.report)
-        return Stratification(*parts, fresh=not self.folder.state_path.exists())
 
     def run(self) -> dict[str, Any]:
         with self.folder.locked() if self.main else nullcontext(), StopSignals() as self.signals:

@@ -1,13 +1,15 @@
-"""What the heads of models of Hugging Face transformers make of final tokens."""
+"""From the last block of a model of Hugging Face transformers to its logits: the last norm, and the heads."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..exchange import Reduced
 from ..forward_pass import trace_at_head
 from ..padded import joined, padded_trace_of
+from ..trace import mark, trace_of
 from .hf_layout import Layout
 
 
@@ -26,3 +28,14 @@ def logits_of(layout: Layout, model: Any, final_BTC: Tensor) -> Tensor:
     if len(whole.heads) == 1:
         return getattr(model, whole.heads[0])(pooled)
     return torch.stack([getattr(model, name)(final_BTC[:, at]) for at, name in enumerate(whole.heads)]).mean(0)
+
+
+def normed(norm: nn.Module | None, last_BTC: Tensor) -> Tensor:
+    """What the last norm, if there is one, makes of the tokens that the last block gave."""
+    if norm is None:
+        return last_BTC
+    trace = trace_of(last_BTC)
+    final = norm(last_BTC)
+    if trace is not None:
+        mark(final, replace(trace, normed=True))
+    return final

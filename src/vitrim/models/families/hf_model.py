@@ -2,7 +2,6 @@
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -13,11 +12,11 @@ from ..adapter import Adapter, Classifier, Description, Geometry, State, as_tens
 from ..input_format import InputFormat, per_channel
 from ..macs import Macs
 from ..outputs import ModelInfo
-from ..trace import mark, trace_of
-from . import hf_check, hf_config, hf_macs, hf_sizes
+from . import hf_check, hf_config, hf_hub, hf_macs, hf_sizes
 from .hf_config import image_size
 from .hf_export import without_idle_masks
-from .hf_heads import logits_of
+from .hf_heads import logits_of, normed
+from .hf_images import images_of
 from .hf_layout import LAYOUTS, Layout, layout_of, pair
 from .hf_owners import averaging_owner, holder
 from .hf_reduced import reduced_class
@@ -145,18 +144,8 @@ class TransformersViT(Adapter):
         options = {"output_hidden_states": True} if blocks or layout.maps else {}
         out = layout.tower_of(model)(*self.inputs(model, images), **options, return_dict=True)
         left = {block: out.hidden_states[block + 1] for block in blocks}
-        final = self._final(model, out.hidden_states[-1]) if layout.maps else out.last_hidden_state
+        final = normed(self.final_norm(model), out.hidden_states[-1]) if layout.maps else out.last_hidden_state
         return final, {block: (x[:, :prefix], x[:, prefix:]) for block, x in left.items()}
-
-    def _final(self, backbone: nn.Module, last_BTC: Tensor) -> Tensor:
-        """What the last norm of a backbone makes of the tokens that its last block gave."""
-        norm, trace = self.final_norm(backbone), trace_of(last_BTC)
-        if norm is None:
-            return last_BTC
-        final = norm(last_BTC)
-        if trace is not None:
-            mark(final, replace(trace, normed=True))
-        return final
 
     def head(self, model: Any, final_BTC: Tensor) -> Tensor:
         return logits_of(_layout(model), model, final_BTC)
@@ -170,7 +159,7 @@ class TransformersViT(Adapter):
         layout = _layout(model)
         config = layout.tower_of(model).config
         size = (config.num_channels, *image_size(layout, model))
-        images = hf_config.images_of(model)
+        images = images_of(model)
         mean, std = (per_channel(tuple(images[name]), size[0]) for name in ("mean", "std"))
         return InputFormat(size, mean, std, images["interpolation"], images["crop_pct"], images["crop_mode"])
 
@@ -211,9 +200,11 @@ class TransformersViT(Adapter):
         return [name for layout in LAYOUTS.values() for name in layout.names]
 
     def builds(self, name: str) -> bool:
-        return name.startswith(hf_config.SOURCE) or name in self.architectures()
+        return name.startswith(hf_hub.SOURCE) or name in self.architectures()
 
     def build(self, name: str, args: Mapping[str, Any], *, pretrained: bool, images: Mapping[str, Any]) -> nn.Module:
+        if name.startswith(hf_hub.SOURCE):
+            return hf_hub.opened(name, args)
         return hf_config.build(name, args, pretrained, images)
 
     def describe(self, model: Any) -> Description:

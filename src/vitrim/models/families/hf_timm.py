@@ -10,7 +10,7 @@ from ..adapter import State
 from ..architectures import build_architecture
 from ..attached import attached
 from ..finding import adapter_of, find_adapter
-from .hf_config import library
+from .hf_images import library
 from .hf_layout import LAYOUTS, Layout, layout_of, pair
 from .hf_timm_names import in_timm_names, in_transformers_names
 
