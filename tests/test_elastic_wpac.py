@@ -214,8 +214,8 @@ def test_bad_input_is_told_in_one_line():
     for wrong in (77, -1):
         with pytest.raises(DataError, match=r"but the model has 5 classes"):
             collect(model, [(images(2), torch.tensor([0, wrong]))], 2, labels=True)
-    for data in (images(2), 3):
-        with pytest.raises(DataError, match="iterable of batches"):
+    for data in (3, "images", {"pixels": images(2)}):
+        with pytest.raises(DataError, match="give a tensor, a data set, a DataLoader or batches, not a"):
             wpac(model, data, say=quiet)
     for batch in ({"pixels": images(2)}, images(2)[0], []):
         with pytest.raises(DataError, match="a batch is"):

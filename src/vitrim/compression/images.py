@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
+from torch.utils.data import Subset
 
+from ..data.batches import batches_in, images_of
 from ..data.readers import batches_of
 from ..data.seeding import permutation
 from ..data.streams import Stream
-from ..elastic.probing import all_alike, check_classes, images_of
+from ..elastic.probing import all_alike, check_classes
 from ..errors import DataError
 
 LEAST = 16
@@ -75,20 +76,7 @@ def gather(
         DataError: there are none, they are of another size, not finite, or no images at all; or labels that are no
             classes of the model.
     """
-    batches: list[tuple[Tensor, Tensor | None]] = []
-    if isinstance(data, Tensor) or _is_pair(data):
-        images, target = (data, None) if isinstance(data, Tensor) else (data[0], data[1])
-        if target is not None and len(target) != len(images):
-            raise DataError(f"{what}: {len(target)} labels for {len(images)} images")
-        rows = permutation(len(images), "compress", 0)[:most] if images.ndim == 4 else []
-        batches = [(images[rows], None if target is None else target[rows])] if len(rows) else []
-    elif isinstance(data, Dataset) and not isinstance(data, IterableDataset):
-        items = [_item(data[row], what) for row in permutation(len(data), "compress", 0)[:most]]  # type: ignore[arg-type]
-        batches = [(image[None], None if target is None else torch.tensor([target])) for image, target in items]
-    elif isinstance(data, Iterable):
-        batches = _first(data, most)
-    else:
-        raise DataError(f"{what}: give a tensor, a data set, a DataLoader or batches, not a {type(data).__name__}")
+    batches = _first(batches_in(data, what, most=most), most)
     if not batches:
         raise DataError(f"{what}: there are none; give some, from an iterator that is not used up")
     if any(images.shape[1:] != size for images, _ in batches):
@@ -186,24 +174,6 @@ def divide(pictures: Pictures, fits: bool, unseen: Pictures | None = None) -> Pa
     found = sizes(len(pictures), fits, None if unseen is None else len(unseen))
     rest = pictures.part(found.used, len(pictures)) if unseen is None else unseen
     return Parts(pictures.part(0, found.fit), pictures.part(found.fit, found.used), rest)
-
-
-def _is_pair(data: Any) -> bool:
-    """Whether this is (images, classes), not a sequence of two batches."""
-    if not isinstance(data, tuple | list) or len(data) != 2 or isinstance(data, DataLoader):
-        return False
-    images, classes = data
-    return isinstance(images, Tensor) and images.ndim == 4 and isinstance(classes, Tensor) and classes.ndim == 1
-
-
-def _item(item: Any, what: str) -> tuple[Tensor, int | None]:
-    image, target = (item[0], item[1] if len(item) > 1 else None) if isinstance(item, tuple | list) else (item, None)
-    if not isinstance(image, Tensor) or image.ndim != 3:
-        raise DataError(
-            f"{what}: the data set gives a {type(image).__name__} where an image (channels, height, width) is needed; "
-            "give it a transform that makes tensors"
-        )
-    return image, None if target is None else int(target)
 
 
 def _first(data: Iterable[Any], most: int) -> list[tuple[Tensor, Tensor | None]]:

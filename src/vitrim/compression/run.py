@@ -1,11 +1,12 @@
 """One budget in, a cheaper model and a certificate out: `vitrim.compress`."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import nn
 
+from ..data.batches import Images
+from ..elastic.probing import check_pixels
 from ..errors import VitrimError
 from ..models import num_classes
 from .compressed import Compressed
@@ -21,12 +22,12 @@ MOST_UNSEEN = 5000
 
 def compress(
     model: nn.Module,
-    images: Any,
+    images: Images,
     *,
     macs: float | None = None,
     params: float | None = None,
     latency: float | str | None = None,
-    val: Any = None,
+    val: Images | None = None,
     max_drop: float | None = None,
     using: Sequence[Part] = ("tokens", "width"),
     batch_size: int = 32,
@@ -73,5 +74,7 @@ def compress(
     if val is not None and num_classes(model) < 2:
         raise VitrimError("this model has no classifier, so it has no accuracy; leave val out")
     labelled = None if val is None else gather(val, size, MOST_UNSEEN, "val", num_classes(model))
-    parts = divide(gather(images, size, num_images), "width" in request.using, labelled)
+    pictures = gather(images, size, num_images)
+    check_pixels(model, pictures.images)
+    parts = divide(pictures, "width" in request.using, labelled)
     return Job(model, request, parts, place, say).run(max_drop, labelled=labelled is not None)

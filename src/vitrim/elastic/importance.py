@@ -1,6 +1,6 @@
 """How much the loss rises when a sub-layer gets narrower: measured at a few widths, interpolated at the others."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 
@@ -8,12 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..data.batches import Images
 from ..models import num_classes
 from ..models.compensation import Compensation, tail_sums
 from ..models.sublayers import elastic
 from ..tokens.precision import exact, exact_device
 from .chain import Chain
-from .probing import Batch, all_reduce, batches, frozen, is_headless, output_of
+from .probing import all_reduce, batches, frozen, is_headless, output_of
 from .sampler import narrowed
 from .statistics import collect
 
@@ -24,7 +25,7 @@ FRACTIONS = (0.75, 0.5, 0.0)
 
 
 def taylor_curves(
-    model: nn.Module, data: Iterable[Batch], widths: Mapping[str, int], *, num_images: int = 1024, labels: bool = False
+    model: nn.Module, data: Images, widths: Mapping[str, int], *, num_images: int = 1024, labels: bool = False
 ) -> dict[str, Tensor]:
     """Expected loss (width + 1,) of every sub-layer when its leading 0, 1, ..., all units stay, without compensation.
 
@@ -37,7 +38,7 @@ def taylor_curves(
 
 def rise_curves(
     model: nn.Module,
-    data: Iterable[Batch],
+    data: Images,
     chain: Chain,
     expected: Mapping[str, Tensor],
     *,
@@ -117,7 +118,7 @@ def _cross_entropy(out: Tensor, target: Tensor | None, full: Tensor) -> Tensor:
 @torch.no_grad()
 def measure_rises(
     model: nn.Module,
-    data: Iterable[Batch],
+    data: Images,
     widths: Mapping[str, int],
     candidates: Mapping[str, Sequence[int]],
     *,
@@ -160,7 +161,7 @@ def measure_rises(
 @torch.no_grad()
 def divergences(
     model: nn.Module,
-    data: Iterable[Batch],
+    data: Images,
     networks: Sequence[Mapping[str, int]],
     *,
     num_images: int = 64,

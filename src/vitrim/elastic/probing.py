@@ -1,19 +1,19 @@
 """Run images through an unchanged model: batches, outputs, the scalar to differentiate, and sums over processes."""
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from math import inf
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import DataError, VitrimError
+from ..data.batches import Batch, Images, batches_in, images_of
+from ..errors import DataError, UnsupportedModelError, VitrimError
 from ..models import as_tensor, num_classes
 from ..models.evaluating import evaluating
 from ..models.finding import adapter_of
-
-Batch = Tensor | tuple[Tensor, ...] | list[Tensor]
 
 
 def output_of(model: Callable[[Tensor], Any], images: Tensor) -> Tensor:
@@ -48,36 +48,11 @@ def check_counts(**counts: Any) -> None:
             raise VitrimError(f"{name} is a positive integer, not {value!r}")
 
 
-def images_of(batch: Batch) -> Tensor:
-    """The images of a batch, with or without labels.
-
-    Raises:
-        DataError: this is no batch, or it is empty.
-    """
-    images = batch[0] if isinstance(batch, tuple | list) and batch else batch
-    if not isinstance(images, Tensor) or images.ndim != 4:
-        raise DataError("a batch is a tensor of images (B, channels, height, width), or a pair of it and labels")
-    if not len(images):
-        raise DataError("a batch holds no images")
-    return images
-
-
 def all_alike(batches: list[Tensor]) -> bool:
     """Whether several images in these batches are all the same one."""
     first = batches[0][:1]
     several = sum(map(len, batches)) > 1
     return several and all(images.shape[1:] == first.shape[1:] and bool((images == first).all()) for images in batches)
-
-
-def batches_in(data: Iterable[Batch]) -> Iterator[Batch]:
-    """The batches of the data, from the first.
-
-    Raises:
-        DataError: this is no iterable of batches.
-    """
-    if isinstance(data, Tensor) or not isinstance(data, Iterable):
-        raise DataError("the data is an iterable of batches, such as a DataLoader or a list [images]")
-    return iter(data)
 
 
 def first_batches(source: Iterator[Batch], num_images: int) -> list[Batch]:
@@ -117,9 +92,7 @@ def _part(batch: Batch, start: int, stop: int) -> Batch:
     return tuple(each[start:stop] if isinstance(each, Tensor) else each for each in batch)
 
 
-def batches(
-    data: Iterable[Batch], model: nn.Module, num_images: int, labels: bool
-) -> Iterator[tuple[Tensor, Tensor | None]]:
+def batches(data: Images, model: nn.Module, num_images: int, labels: bool) -> Iterator[tuple[Tensor, Tensor | None]]:
     """(images, labels or None) on the model's device, at most `num_images` images over all processes together.
 
     Raises:
@@ -129,8 +102,9 @@ def batches(
     check_counts(num_images=num_images)
     parameter = next(model.parameters())
     left = wanted = -(-num_images // world_size())
-    for batch in data:
+    for batch in batches_in(data):
         images = images_of(batch)
+        check_pixels(model, images)
         given = None if isinstance(batch, Tensor) or len(batch) < 2 else batch[1]
         target = check_classes(given, len(images), num_classes(model), "labels=True") if labels else None
         images = images[:left].to(parameter.device, parameter.dtype, non_blocking=True)
@@ -140,6 +114,20 @@ def batches(
             return
     if left == wanted:
         raise DataError("the data holds no images; give batches of images, from an iterator that is not used up")
+
+
+def check_pixels(model: nn.Module, images: Tensor) -> None:
+    """Raise `DataError` for values that normalised pixels are far from, such as 255: they would be silently wrong."""
+    try:
+        form = adapter_of(model).input_format(model)
+    except UnsupportedModelError:
+        return
+    largest = max(max(mean, 1 - mean) / std for mean, std in zip(form.mean, form.std, strict=True))
+    if 20 * largest < (found := images.abs().max().item()) < inf:  # What is not finite has a message of its own.
+        raise DataError(
+            f"the images have values up to {found:g}, but pixels that are normalised as this model takes them stay "
+            f"within {largest:.3g}; scale them to [0, 1], then subtract mean={form.mean} and divide by std={form.std}"
+        )
 
 
 def check_classes(target: object, num_images: int, classes: int, what: str) -> Tensor:

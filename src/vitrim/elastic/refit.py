@@ -6,13 +6,14 @@ makes, in a ridge regression: the sum of its output and the tokens before it has
 it also makes up for the errors of the blocks before. In closed form, without labels, and free at run time.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..data.batches import Images
 from ..errors import DataError, VitrimError
 from ..models import attached
 from ..models.compensation import TINY, Moments, cholesky
@@ -22,7 +23,7 @@ from ..models.slicing import store
 from ..models.sublayers import Elastic, elastic
 from ..tokens.precision import exact, exact_device, wide
 from .block_tokens import Tokens, branch_scale, observe, tokens_before_blocks
-from .probing import Batch, all_reduce, batches, frozen
+from .probing import all_reduce, batches, frozen
 from .statistics import held_out_images, tensors_in
 
 RIDGES = (1e-2, 1e-1, 1.0, 10.0)
@@ -77,13 +78,13 @@ class Fit:
         return (explained - spent - shift.square().sum() * self.inputs.weight).item()
 
 
-def refit(network: nn.Module, original: nn.Module, data: Iterable[Batch], *, num_images: int = 1024) -> None:
+def refit(network: nn.Module, original: nn.Module, data: Images, *, num_images: int = 1024) -> None:
     """Fit the last projection of every sub-layer of a cut network again, in place.
 
     Args:
         network: cut from `original`: the same blocks with narrower or removed sub-layers, in any dtype.
         original: the full network, whose tokens after each sub-layer are the goal.
-        data: batches of images (B, channels, height, width), or of (images, labels); labels are not used.
+        data: images in any form that `batches_in` takes; labels are not used.
         num_images: number of images to use; all tokens of one layer are kept for them, twice. The cost is about that
             of six forward passes.
 

@@ -4,19 +4,20 @@ S is one number per batch (`objective_of`), F an activation, G = dS/dF. Nothing 
 two processes add up to the sums of one, and memory does not grow with the number of images.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..data.batches import Images
 from ..errors import VitrimError
 from ..models.compensation import Moments
 from ..models.elastic_layers import ElasticHeads
 from ..models.sublayers import Tap, elastic
 from ..tokens.precision import exact, exact_device, wide
-from .probing import Batch, all_reduce, batches, frozen, objective_of, output_of
+from .probing import all_reduce, batches, frozen, objective_of, output_of
 
 
 @dataclass
@@ -166,7 +167,7 @@ def tensors_in(sums: Any) -> Iterator[Tensor]:
 
 
 def collect(
-    model: nn.Module, data: Iterable[Batch], num_images: int = 1024, labels: bool = False, covariance: bool = True
+    model: nn.Module, data: Images, num_images: int = 1024, labels: bool = False, covariance: bool = True
 ) -> dict[str, Sums]:
     """Sums for every sub-layer, by name, over `num_images` images in eval mode; added up over all processes.
 

@@ -5,7 +5,7 @@
 
 import copy
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from numbers import Real
@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args
 
 from torch import nn
 
+from ..data.batches import Images, batches_in, images_of
 from ..errors import CheckpointError, DataError, UnknownNameError, VitrimError
 from ..models import attached
 from ..models.build import saved_folder
@@ -26,7 +27,7 @@ from .compensation_file import read_compensations, write_compensations
 from .extract import choose, cut
 from .growth import grow_evenly
 from .measured_chain import measured_chain
-from .probing import Batch, all_alike, batches_in, check_counts, first_batches, images_of, in_turn, portions
+from .probing import all_alike, check_counts, first_batches, in_turn, portions
 from .refit import refit
 from .sampler import narrowed
 from .wpac import wpac
@@ -54,7 +55,7 @@ class SuperNet:
         params: float | None = None,
         latency: float | str | None = None,
         compensate: Compensate = "regression",
-        data: Iterable[Batch] | None = None,
+        data: Images | None = None,
         num_images: int = 1024,
     ) -> nn.Module:
         """The largest sub-network within one budget, as an independent model in eval mode; needs no training.
@@ -67,9 +68,9 @@ class SuperNet:
             compensate: what makes up for removed units, at no cost in the network: "regression" lets the units that
                 stay predict them, "means" moves their mean into biases, "none" leaves them out. It changes nothing
                 after training as a super-network.
-            data: batches of images (B, channels, height, width), or of (images, labels), from the training set. Where
-                given, the last projections are then fitted to the full network on them, block after block, see
-                `refit.refit`: takes a few forward passes, and keeps more of the accuracy, most where much is cut.
+            data: images from the training set, in any form that `stratify` takes. Where given, the last projections are
+                then fitted to the full network on them, block after block, see `refit.refit`: takes a few forward
+                passes, and keeps more of the accuracy, most where much is cut.
             num_images: number of images of `data` to use.
 
         Any number in (0, 1] is a fraction of the full network's cost.
@@ -152,7 +153,7 @@ def _differences(one: Chain, other: Chain) -> list[str]:
 
 def stratify(
     model: nn.Module,
-    data: Iterable[Batch],
+    data: Images,
     *,
     labels: bool = False,
     num_images: int = 1024,
@@ -168,7 +169,8 @@ def stratify(
 
     Args:
         model: any model that an adapter supports, without a reduction, at the input size for which costs are counted.
-        data: an iterable of batches of images (B, channels, height, width), or of (images, labels).
+        data: images as the model takes them: a tensor (N, channels, height, width), a `Dataset`, a shuffled
+            `DataLoader` or batches; with or without labels.
         labels: use the labels, which must be classes of this model; otherwise its predictions are used.
         num_images: number of images to use. A sixteenth of them, but at least 32, also measures what narrower
             sub-layers do, others in every round. The whole costs about as much as 10 forward passes of 1,024 images.

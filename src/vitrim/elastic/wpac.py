@@ -6,20 +6,21 @@ the orderings that studies compare it with.
 """
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from ..data.batches import Images, batches_in
 from ..errors import UnknownNameError, VitrimError
 from ..models.compensation import Compensation, Moments
 from ..models.elastic_layers import ElasticHeads, ElasticHidden
 from ..models.sublayers import Elastic, elastic
 from ..tokens.precision import exact
 from .elimination import elimination_order
-from .probing import Batch, batches, batches_in, frozen, output_of, world_size
+from .probing import batches, frozen, output_of, world_size
 from .statistics import HeadSums, Sums, UnitSums, collect
 
 Axes = tuple[Tensor, Tensor]
@@ -51,7 +52,7 @@ class Ordered:
 
 def wpac(
     model: nn.Module,
-    data: Iterable[Batch],
+    data: Images,
     *,
     num_images: int = 1024,
     labels: bool = False,
@@ -62,7 +63,7 @@ def wpac(
 
     Args:
         model: any model that an adapter serves.
-        data: an iterable of batches of images (B, 3, height, width), or of (images, labels).
+        data: images in any form that `batches_in` takes.
         num_images: number of images to use, over all processes together.
         labels: use the logit of the true class instead of that of the predicted class.
         ordering: a name in `ORDERINGS`.
