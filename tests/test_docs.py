@@ -23,6 +23,7 @@ from torch import nn
 
 from vitrim import ToMe, TopK, compression, cost, demo, stratify
 from vitrim.cli import main
+from vitrim.compression import files
 from vitrim.data import digits
 from vitrim.data.specs import DataSpec
 from vitrim.elastic import latency, measured_chain, supernet
@@ -88,7 +89,7 @@ def in_small() -> Iterator[None]:
         patch.setattr(supernet, "measured_chain", measured_once)
         patch.setattr(measured_chain, "BUDGETS", 3)
         patch.setattr(latency, "milliseconds", lambda *models: torch.tensor([[cost(one).macs / 1e6 for one in models]]))
-        for module in (compression.job, compression.verification):  # Whose intervals would depend on the load.
+        for module in (compression.job, compression.verification, files):  # Whose intervals would depend on the load.
             patch.setattr(module, "sessions", lambda *models, **options: [(0.5, 2.0, 1.0), (0.6, 2.0, 1.2)])
         patch.setattr(compression.search, "reducers", lambda has_cls: [TopK() if has_cls else ToMe()])
         patch.setattr(compression.search, "first_shapes", lambda depth: compression.candidates.stages(depth)[:2])

@@ -44,7 +44,9 @@ def as_if_written(change: Callable[[Tensor], Tensor] = lambda x: x) -> Callable[
 def no_export(monkeypatch: pytest.MonkeyPatch) -> None:
     """Programs take seconds to make, which most refusals do not depend on."""
     monkeypatch.setattr(run, "make_program", lambda model: None)
-    plain = Format(".pt2", lambda: None, lambda program, about, path: path.write_text("a file") and None)
+    plain = Format(
+        ".pt2", lambda: None, lambda program, about, path: path.write_text("a file") and None, "torch.export"
+    )
     monkeypatch.setitem(FORMATS, "torch", plain)
 
 

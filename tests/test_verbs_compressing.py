@@ -19,9 +19,9 @@ from vitrim.data.specs import DataSpec
 from vitrim.data.streams import Stream
 from vitrim.elastic.chain import hash_of
 from vitrim.models import open_model
-from vitrim.verbs.compressing import _original
-from vitrim.verbs.compressing import _pictures as pictures
 from vitrim.verbs.images import known_images, training_stream
+from vitrim.verbs.verifying import _original
+from vitrim.verbs.verifying import _pictures as pictures
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -256,4 +256,4 @@ def test_verify_needs_a_certificate(model: str, capsys: pytest.CaptureFixture[st
     code, _, err = call(capsys, "verify", model)
     assert (code, "holds no certificate.json" in err) == (2, True)
     code, _, err = call(capsys, "verify", __file__)
-    assert (code, "is a file, and certificates are of folders" in err, err.strip().count("\n")) == (2, True, 0)
+    assert (code, "is a file that holds no model" in err, err.strip().count("\n")) == (2, True, 0)

@@ -129,7 +129,8 @@ class Certificate:
             "that were run after the choice was made. Over tokens or width alone: minus the divergence of that answer."
         )
         notes += [f"To load it: {'; '.join(self.load)}"] if self.load else []
-        title = f"Certificate: {self.asked}, {'met' if self.met else 'NOT MET'}"
+        asked = any(line.asked is not None for line in self.lines)
+        title = f"Certificate: {self.asked}" + (", met" if self.met else ", NOT MET") * asked
         return Table(title, COLUMNS, [row_of(line) for line in self.lines], notes=notes, environment=self.environment)
 
     def tried_table(self) -> Table:
@@ -185,8 +186,8 @@ class Certificate:
         path = Path(folder) / FILE
         if Path(folder).is_file():
             raise CheckpointError(
-                f"{folder} is a file, and certificates are of folders; give the folder that vitrim compress wrote, and "
-                "time an exported file with vitrim bench"
+                f"{folder} is a file that holds no model; give a folder that vitrim compress wrote, or an exported "
+                "file (.onnx or .pt2)"
             )
         if not path.is_file():
             raise CheckpointError(f"{folder} holds no {FILE}; give a folder that vitrim compress wrote")

@@ -75,7 +75,11 @@ class Fidelity:
     def compare(self, model: nn.Module, start: int = 0, stop: int | None = None) -> Closeness:
         """Compare a model on images `start` to `stop`."""
         stop = len(self) if stop is None else min(stop, len(self))
-        out, full = self._run(model, start, stop), self.reference[start:stop]
+        return self.judged(self._run(model, start, stop), start)
+
+    def judged(self, out: Tensor, start: int = 0) -> Closeness:
+        """Compare outputs (n, K), features or maps of images from `start` on, wherever they come from."""
+        full = self.reference[start : start + len(out)]
         same = (out.argmax(1) == full.argmax(1)) if self._classes else None
         found = self._loss(out, None, full)
         # A model with outputs that are not finite is the worst of all; NaN could not be ranked.

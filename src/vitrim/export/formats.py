@@ -13,7 +13,7 @@ import torch
 from torch.export import ExportedProgram
 
 from ..errors import VitrimError
-from ..measure.served import KEY, MISSING
+from ..measure.served import AOTI, KEY, MISSING, ONNX, PROGRAM
 from .program import INPUT
 
 About = Mapping[str, Any]
@@ -29,11 +29,13 @@ class Format:
     suffix: of its files.
     check: raises `VitrimError` where what it needs is missing.
     write: writes a program and the description of the model to a file in an empty folder.
+    runtime: what runs its files, see `ServedFile`.
     """
 
     suffix: str
     check: Callable[[], None]
     write: Callable[[ExportedProgram, About, Path], None]
+    runtime: str
 
 
 def quantise(source: Path, target: Path) -> None:
@@ -125,8 +127,8 @@ def _quiet() -> Iterator[None]:
 
 
 FORMATS: dict[str, Format] = {
-    "onnx": Format(".onnx", _check_onnx, _write_onnx),
-    "torch": Format(".pt2", lambda: None, _write_program),
-    "aoti": Format(".pt2", _check_compiler, _write_aoti),
+    "onnx": Format(".onnx", _check_onnx, _write_onnx, ONNX),
+    "torch": Format(".pt2", lambda: None, _write_program, PROGRAM),
+    "aoti": Format(".pt2", _check_compiler, _write_aoti, AOTI),
 }
 """By name: ONNX; a program of torch.export; that program compiled to C++ by AOTInductor."""

@@ -3,7 +3,7 @@
 import copy
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import OutputError, UnknownNameError, VitrimError
-from ..measure.served import open_file
+from ..measure.served import ServedFile, open_file
 from ..output import check_file, replacing_files, write_errors
 from .comparison import Agreement, compare
 from .formats import FORMATS, quantise
@@ -69,6 +69,7 @@ def export(
     method: str | None = None,
     int8: bool = False,
     classes: Sequence[str] | None = None,
+    more: Mapping[str, Any] | None = None,
 ) -> Exported:
     """Write a model as a file that another runtime runs, with a batch of any size, in float32, for the CPU.
 
@@ -80,6 +81,7 @@ def export(
         method: reduction in place of the model's own, or "dense".
         int8: quantise the matrices of an ONNX file; how closely it agrees is measured and not judged.
         classes: their names, for the description in the file.
+        more: further entries of that description, such as a certificate.
 
     Raises:
         OutputError: the file exists, or cannot be written.
@@ -88,7 +90,7 @@ def export(
     """
     check_place(file, format, int8)
     ready = prepared(_plain(model), method)
-    about = {**described(ready, classes), "format": format, "int8": int8}
+    about = {**described(ready, classes), "format": format, "int8": int8, **(more or {})}
     program = make_program(ready)
     with tempfile.TemporaryDirectory(prefix="vitrim-export-") as folder:
         made = Path(folder) / Path(file).name
@@ -104,6 +106,21 @@ def export(
             agreement = compare(ready, open_file(str(made)), images, exact=False)
         _put(made.parent, Path(file))
     return Exported(Path(file), about, agreement, int8)
+
+
+def open_as(model: nn.Module, runtime: str, folder: str | Path) -> ServedFile:
+    """The model as a file of the format that a runtime runs, in a folder, opened; its outputs are not compared.
+
+    Raises:
+        VitrimError: the model cannot be exported, or something is missing.
+    """
+    name, form = next((name, form) for name, form in FORMATS.items() if form.runtime == runtime)
+    form.check()
+    ready = prepared(_plain(model))
+    path = Path(folder) / f"given{form.suffix}"
+    with write_errors(path):
+        form.write(make_program(ready), {**described(ready, None), "format": name, "int8": False}, path)
+    return open_file(str(path))
 
 
 def _plain(model: nn.Module) -> nn.Module:

@@ -20,6 +20,9 @@ KEY = "vitrim"
 """Where a file holds its description: in the metadata of ONNX and AOTInductor, and as vitrim.json in torch.export."""
 MISSING = "ONNX files need further packages; run: pip install 'vitrim[export]'"
 
+ONNX, PROGRAM, AOTI = "ONNX Runtime", "torch.export", "AOTInductor"
+"""What runs files."""
+
 Run = Callable[[Tensor], Tensor]
 Dims = tuple[int | None, ...]
 """(batch, channels, height, width) of the images that a file takes; None where any number will do."""
@@ -136,9 +139,7 @@ def _open_onnx(path: str, threads: int) -> ServedFile:
     name, first = inputs[0].name, session.get_outputs()[0].name
     dims = tuple(one if isinstance(one, int) else None for one in inputs[0].shape)
     about = _parsed(session.get_modelmeta().custom_metadata_map.get(KEY))
-    return ServedFile(
-        path, "ONNX Runtime", lambda x: torch.from_numpy(session.run([first], {name: x.numpy()})[0]), dims, about
-    )
+    return ServedFile(path, ONNX, lambda x: torch.from_numpy(session.run([first], {name: x.numpy()})[0]), dims, about)
 
 
 def _open_program(path: str) -> ServedFile:
@@ -150,7 +151,7 @@ def _open_program(path: str) -> ServedFile:
         raise CheckpointError(f"{path} takes something else than images (batch, channels, height, width)")
     dims = tuple(one if isinstance(one, int) else None for one in values[0].shape)
     module = program.module()
-    return ServedFile(path, "torch.export", lambda x: module(x), dims, _parsed(texts[f"{KEY}.json"]))
+    return ServedFile(path, PROGRAM, lambda x: module(x), dims, _parsed(texts[f"{KEY}.json"]))
 
 
 def _open_aoti(path: str) -> ServedFile:
@@ -158,7 +159,7 @@ def _open_aoti(path: str) -> ServedFile:
     about = _parsed(module.get_metadata().get(KEY))
     if not about:  # Compiled code checks nothing, so that the size of its images must be known.
         raise CheckpointError(f"{path} does not say which images it takes; write it with vitrim export")
-    return ServedFile(path, "AOTInductor", lambda x: module(x), (None, *about["input"]["size"]), about)
+    return ServedFile(path, AOTI, lambda x: module(x), (None, *about["input"]["size"]), about)
 
 
 def _parsed(text: str | bytes | None) -> dict[str, Any]:

@@ -4,12 +4,13 @@ torch is imported inside them, so that help is instant.
 """
 
 from .comparing import bench, evaluate
-from .compressing import compress, verify
+from .compressing import compress
 from .cutting import extract, stratify
 from .exporting import export
 from .showing import demo, list_names, report, show
 from .sweeping import sweep
 from .training import study, train
+from .verifying import verify
 
 VERBS = {
     "demo": demo, "show": show, "bench": bench, "eval": evaluate, "train": train, "sweep": sweep, "study": study,

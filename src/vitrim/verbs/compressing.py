@@ -1,8 +1,6 @@
-"""Verbs that turn one budget into a cheaper model with a certificate, and that check the certificate."""
+"""The verb that turns one budget into a cheaper model with a certificate."""
 
-import os
 import sys
-from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -11,13 +9,10 @@ from ..errors import DataError, VitrimError
 from ..options import Range
 from ..train.specs import FinetuneSpec
 from ..verb_options import Without
-from .delivery import TRAINING_ONLY, Count, Device, TestImages, check_used, command_line
+from .delivery import Count, Device, check_used, command_line
 from .images import (
     images_of,
     knows_classes,
-    names_images,
-    override_data,
-    recorded_images,
     test_stream,
     training_stream,
 )
@@ -33,8 +28,7 @@ TRIED_ON = 16
 if TYPE_CHECKING:
     from torch import nn
 
-    from ..compression import Certificate, Compressed
-    from ..compression.images import Pictures
+    from ..compression import Compressed
 
 
 def compress(
@@ -140,70 +134,6 @@ def compress(
     print(f"written to {out}")
 
 
-def verify(
-    folder: str,
-    data: TestImages,
-    original: str | None = None,
-    num_images: Count | None = None,
-    device: Device = "auto",
-    out: str | None = None,
-) -> None:
-    """Measure the statements of a certificate again, here, and say for each one whether it holds.
-
-    Args:
-        folder: folder written by vitrim compress.
-        data: the images to compare on; by default those of the certificate, where they are here.
-        original: the model that was compressed; by default it is opened from where it was then.
-        num_images: images to compare on at most; by default 5000 test images, or 1024 where there is no test split.
-        device: where to measure; auto takes the kind of device of the certificate where it is here.
-        out: file to write the table to (.md, .csv, .json or .html).
-    """
-    from .delivery import check_table, deliver
-
-    check_table(out)
-    from ..compression.verification import open_certified
-    from ..compression.verification import verify as run
-
-    _, certificate = open_certified(folder)
-    check_used("verify", data, TRAINING_ONLY, "the test images")
-    recorded = recorded_images(certificate)
-    if recorded is None and data and not names_images(data):
-        raise DataError(f"the certificate in {folder} names no images; add --data.root FOLDER")
-    spec = override_data(recorded or DataSpec(), data) if recorded or data else None
-    size = None if recorded is None else recorded.image_size
-    given = _original(original, certificate.source.get("model"), certificate.original, size)
-    pictures, notes = None, ()
-    if given is not None and spec is not None:
-        try:
-            pictures, notes = _pictures(given, folder, certificate, spec, num_images)
-        except DataError:
-            if data:
-                raise  # The images of the certificate may be on another machine.
-    found = run(folder, pictures, given, device=None if device == "auto" else device, notes=notes)
-    deliver(found.table(), out)
-    if not found.holds:
-        raise SystemExit(1)
-
-
-def _pictures(
-    network: "nn.Module", folder: str, certificate: "Certificate", spec: DataSpec, most: int | None
-) -> tuple["Pictures", Sequence[str]]:
-    """Images to compare on, without those that the search used as far as these are known; and what to say about it."""
-    from ..compression.images import read
-    from ..compression.request import MOST_IMAGES
-    from ..compression.run import MOST_UNSEEN
-    from ..compression.searched import NOT_KNOWN, Searched
-
-    used, test = Searched.of(certificate), test_stream(network, spec)
-    if test is not None:
-        labelled = knows_classes(network, folder, test)
-        notes = () if used is None else (used.elsewhere,)
-        return read(test, most or MOST_UNSEEN, spec.workers, labelled=labelled), notes
-    train = training_stream(network, spec)
-    start, note = (0, NOT_KNOWN) if used is None else used.among(train)
-    return read(train, most or MOST_IMAGES, spec.workers, labelled=False, start=start), (note,)
-
-
 def _learnt(
     found: "Compressed", spec: Any, model: str, data: DataSpec, out: str, classes: dict[str, Any], overwrite: bool
 ) -> "nn.Module":
@@ -215,25 +145,3 @@ def _learnt(
     recipe = recipe_for(spec, start, model, data)
     with live() as report:
         return finetune(found.model, recipe, f"{out}/{RUN}", command=command_line(), report=report)
-
-
-def _original(given: str | None, recorded: Any, weights: str, size: int | None) -> "nn.Module | None":
-    """The model that was compressed, at its image size; None where it is not here any more and none was named."""
-    from ..elastic.chain import hash_of
-    from ..models import open_model
-    from ..models.build import split_spec
-
-    # A model that only a file names is opened from this machine alone: a file never starts a download.
-    if given is None and not (isinstance(recorded, str) and os.path.exists(split_spec(recorded)[1] or recorded)):
-        return None
-    try:
-        model = open_model(given or recorded, size)
-    except VitrimError:
-        if given is not None:
-            raise
-        return None
-    if hash_of(model) == weights:
-        return model
-    if given is not None:
-        raise VitrimError(f"{given} is another model than the one that was compressed; name that one")
-    return None

@@ -1,14 +1,19 @@
 """The verb that writes a model as a file for other runtimes."""
 
+import os
 import sys
-from typing import Annotated, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from ..data.specs import DataSpec
-from ..errors import DataError
+from ..errors import CheckpointError, DataError
 from ..options import Range
 from ..text import printable
 from .delivery import TRAINING_ONLY, TestImages, check_used
 from .images import images_to_compare, known_images, override_data
+
+if TYPE_CHECKING:
+    from torch import nn
 
 EXACT, INT8 = 16, 256
 """Images to compare on: where outputs must be equal, and where it is measured how often the class is the same."""
@@ -37,6 +42,7 @@ def export(
         int8: quantise the matrices of an ONNX file; how closely it agrees with the model is measured and printed.
         num_images: images to compare on, the first alone and the others in batches of 32; by default 16, with int8 256.
     """
+    from ..compression.files import KEY
     from ..export.run import check_place
     from ..export.run import export as write
     from ..models import has_weights, open_model
@@ -57,5 +63,26 @@ def export(
             file=sys.stderr,
         )
     pictures = images_to_compare(network, spec, num_images or (INT8 if int8 else EXACT))
-    found = write(network, pictures.images, out, format=format, method=method, int8=int8, classes=classes_of(model))
+    found = write(
+        network, pictures.images, out, format=format, method=method, int8=int8, classes=classes_of(model),
+        more=None if method is not None else _certificate(model, network),
+    )  # fmt: skip
     print(printable(found.text(), "\n"))
+    if KEY in found.about:
+        print(f"the certificate of {printable(model)} is in the file; to measure it again: vitrim verify {out}")
+
+
+def _certificate(model: str, network: "nn.Module") -> dict[str, Any] | None:
+    """For the description of the file: the certificate of a folder, if it is that of these weights."""
+    from ..compression.certificate import FILE, Certificate
+    from ..compression.files import for_description
+    from ..elastic.chain import hash_of
+
+    if not os.path.isfile(Path(model) / FILE):
+        return None
+    certificate = Certificate.read(model)
+    if hash_of(network) != certificate.weights:
+        raise CheckpointError(
+            f"the certificate in {model} belongs to other weights than those in that folder; remove {FILE} to export it"
+        )
+    return for_description(certificate)

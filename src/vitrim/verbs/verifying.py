@@ -1,0 +1,171 @@
+"""The verb that measures the statements of a certificate again, of a folder or of an exported file."""
+
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from ..data.specs import DataSpec
+from ..errors import DataError, VitrimError
+from .delivery import TRAINING_ONLY, Count, Device, TestImages, check_used
+from .images import (
+    images_of,
+    known_images,
+    knows_classes,
+    names_images,
+    override_data,
+    recorded_images,
+    test_stream,
+    training_stream,
+)
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ..compression import Certificate
+    from ..compression.images import Pictures
+    from ..measure.served import ServedFile
+
+
+def verify(
+    folder: str,
+    data: TestImages,
+    original: str | None = None,
+    num_images: Count | None = None,
+    device: Device = "auto",
+    out: str | None = None,
+) -> None:
+    """Measure the statements of a certificate again, here, and say for each one whether it holds.
+
+    Args:
+        folder: folder written by vitrim compress, or an exported file (.onnx, .pt2; a .pt2 file is a program, so name
+            none that you do not trust). A file without a certificate gets one.
+        data: the images to compare on; by default those of the certificate, where they are here.
+        original: the model that was compressed; by default it is opened from where it was then.
+        num_images: images to compare on at most; by default 5000 test images, or 1024 where there is no test split.
+        device: where to measure; auto takes the kind of device of the certificate where it is here.
+        out: file to write the table to (.md, .csv, .json or .html).
+    """
+    from ..measure.served import is_file, open_file
+    from .delivery import check_table, deliver
+
+    check_table(out)
+    check_used("verify", data, TRAINING_ONLY, "the test images")
+    served = open_file(folder) if is_file(folder) and not os.path.isdir(folder) else None
+    if served is not None and device == "cuda":
+        raise VitrimError(f"{folder} runs on the CPU; leave --device out")
+    certificate = _certificate(folder, served)
+    if certificate is None:
+        assert served is not None
+        _certify(served, original, data, num_images, out)
+        return
+    recorded = recorded_images(certificate)
+    if recorded is None and data and not names_images(data):
+        raise DataError(f"the certificate in {folder} names no images; add --data.root FOLDER")
+    spec = override_data(recorded or DataSpec(), data) if recorded or data else None
+    size = None if recorded is None else recorded.image_size
+    given = _original(original, certificate.source.get("model"), certificate.original, size)
+    pictures, notes = None, ()
+    if given is not None and spec is not None:
+        name = folder if served is None else original or certificate.source["model"]
+        try:
+            pictures, notes = _pictures(given, name, certificate, spec, num_images)
+        except DataError:
+            if data:
+                raise  # The images of the certificate may be on another machine.
+    found = _measured(folder, served, certificate, pictures, given, device, notes)
+    deliver(found.table(), out)
+    if not found.holds:
+        raise SystemExit(1)
+
+
+def _certificate(folder: str, served: "ServedFile | None") -> "Certificate | None":
+    """That of a folder, or of a file if it has one."""
+    from ..compression.files import certificate_of
+    from ..compression.verification import open_certified
+
+    return open_certified(folder)[1] if served is None else certificate_of(served)
+
+
+def _measured(
+    folder: str, served: "ServedFile | None", certificate: "Certificate", pictures: "Pictures | None",
+    given: "nn.Module | None", device: str, notes: Sequence[str],
+) -> Any:  # fmt: skip
+    from ..compression.files import verify_file
+    from ..compression.verification import verify as run
+
+    if served is not None:
+        return verify_file(served, certificate, pictures, given, notes=notes)
+    return run(folder, pictures, given, device=None if device == "auto" else device, notes=notes)
+
+
+def _certify(
+    served: "ServedFile", original: str | None, data: dict[str, Any], most: int | None, out: str | None
+) -> None:
+    """Make a certificate for a file that has none, and print it."""
+    from dataclasses import asdict
+
+    from ..compression.files import SUFFIX, certify_file, write_certificate
+    from ..compression.images import read
+    from ..compression.request import MOST_IMAGES
+    from ..compression.run import MOST_UNSEEN
+    from ..models import open_model
+
+    if original is None:
+        raise VitrimError(
+            f"{served.path} holds no certificate; name the model it was made from with --original, and one is made"
+        )
+    spec = known_images(original, data) or images_of([original], data)
+    given = open_model(original, spec.image_size)
+    test = test_stream(given, spec)
+    labelled = test is not None and knows_classes(given, original, test)
+    stream = training_stream(given, spec) if test is None else test
+    most = most or (MOST_IMAGES if test is None else MOST_UNSEEN)
+    pictures = read(stream, most, spec.workers, labelled=labelled)
+    found = certify_file(served, pictures, given, source={"model": original, "data": asdict(spec)})
+    print(found.table().text())
+    if out is None:
+        print(f"to keep it, add --out {served.path}{SUFFIX}, where vitrim verify looks for it")
+        return
+    write_certificate(found, out)
+    print(f"written to {out}")
+
+
+def _pictures(
+    network: "nn.Module", folder: str, certificate: "Certificate", spec: DataSpec, most: int | None
+) -> tuple["Pictures", Sequence[str]]:
+    """Images to compare on, without those that the search used as far as these are known; and what to say about it."""
+    from ..compression.images import read
+    from ..compression.request import MOST_IMAGES
+    from ..compression.run import MOST_UNSEEN
+    from ..compression.searched import NOT_KNOWN, Searched
+
+    used, test = Searched.of(certificate), test_stream(network, spec)
+    if test is not None:
+        labelled = knows_classes(network, folder, test)
+        notes = () if used is None else (used.elsewhere,)
+        return read(test, most or MOST_UNSEEN, spec.workers, labelled=labelled), notes
+    train = training_stream(network, spec)
+    start, note = (0, NOT_KNOWN) if used is None else used.among(train)
+    return read(train, most or MOST_IMAGES, spec.workers, labelled=False, start=start), (note,)
+
+
+def _original(given: str | None, recorded: Any, weights: str, size: int | None) -> "nn.Module | None":
+    """The model that was compressed, at its image size; None where it is not here any more and none was named."""
+    from ..elastic.chain import hash_of
+    from ..models import attached, open_model
+    from ..models.build import split_spec
+
+    # A model that only a file names is opened from this machine alone: a file never starts a download.
+    if given is None and not (isinstance(recorded, str) and os.path.exists(split_spec(recorded)[1] or recorded)):
+        return None
+    try:
+        model = open_model(given or recorded, size)
+    except VitrimError:
+        if given is not None:
+            raise
+        return None
+    if hash_of(model) == weights and attached(model) is None:
+        return model
+    if given is not None:
+        raise VitrimError(f"{given} is another model than the one that was compressed; name that one")
+    return None
