@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from limits import no_file_above
 from vitrim import cli, load, save
@@ -44,8 +45,10 @@ def test_models(tmp_path: Path):
     with pytest.raises(CheckpointError, match="holds a model already"):
         check_place(tmp_path / "run" / "model")
     check_place(tmp_path / "run" / "model", overwrite=True)
-    with pytest.raises(CheckpointError, match=r"its model is the folder .*run/model"):
-        load(tmp_path / "run")
+    size = {"depth": 1, "embed_dim": 8, "num_heads": 1}
+    again = build_model("vitrim_digits_vit", checkpoint=tmp_path / "run", **size)
+    for found in (load(tmp_path / "run"), build_model(tmp_path / "run"), again):
+        torch.testing.assert_close(found.state_dict(), model.state_dict(), rtol=0, atol=0)
     (tmp_path / "file").write_text("x")
     with pytest.raises(VitrimError, match="there is a file of this name"):
         save(model, tmp_path / "file")

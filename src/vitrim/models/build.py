@@ -36,9 +36,9 @@ def build_model(
     """A model from any of the things that people have.
 
     Args:
-        spec: a timm name (`deit_small_patch16_224`, `hf-hub:...`), a folder written by `save`, a file of torchvision
-            weights, whose tensors show the architecture, or a model of Hugging Face transformers: a folder written by
-            `save_pretrained`, or `hf:NAME` with its name on the hub.
+        spec: a timm name (`deit_small_patch16_224`, `hf-hub:...`), a folder written by `save` or the run folder around
+            it, a file of torchvision weights, whose tensors show the architecture, or a model of Hugging Face
+            transformers: a folder written by `save_pretrained`, or `hf:NAME` with its name on the hub.
         num_classes: classes of the head; by default those of the checkpoint, else the architecture's own. 0: no head.
         checkpoint: weights for the named architecture: a file (timm's names or torchvision's), or a folder by `save`.
         reset_head: take everything but the classifier from the checkpoint.

@@ -3,6 +3,7 @@
 The description is in the header of the weights, so that the weights alone are enough to load the model.
 """
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -97,7 +98,7 @@ def load(folder: str | Path, *, image_size: Size | None = None, img_size: Size |
     """The model that `save` wrote, in eval mode on the CPU, with its reduction attached.
 
     Args:
-        folder: what `save` wrote, or the `model.safetensors` in it.
+        folder: what `save` wrote, the `model.safetensors` in it, or the folder of a run that holds it.
         image_size: (height, width) of the images in pixels, or the side of square ones; by default that of the saved
             model. Position embeddings are resampled.
         img_size: the same in the word that timm and `build_model` use.
@@ -148,14 +149,14 @@ def _height_and_width(size: Any) -> tuple[int, int]:
 
 
 def weights_path(folder: str | Path) -> Path:
-    """The file of weights in a folder that `save` wrote."""
+    """The file of weights in a folder that `save` wrote, or in the run folder around it."""
     folder = Path(folder)
     path = folder if folder.name == WEIGHTS else folder / WEIGHTS
+    if not os.path.exists(path.parent / DESCRIPTION) and os.path.isdir(folder / "model"):
+        path = folder / "model" / WEIGHTS
     recover(path.parent)
     if not path.is_file():
-        run = folder / "model" / WEIGHTS
-        hint = f"; its model is the folder {run.parent}" if run.is_file() else ""
-        raise CheckpointError(f"no model at {folder}: {path} is missing{hint}")
+        raise CheckpointError(f"no model at {folder}: {path} is missing")
     return path
 
 
