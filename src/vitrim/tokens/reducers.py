@@ -82,15 +82,15 @@ def ranking(score_BN: Tensor) -> Tensor:
     return score_BN.sort(dim=1, descending=True, stable=True).indices
 
 
-def highest(score_BN: Tensor, keep: int) -> Tensor:
-    """Indices (B, keep) of the highest scores, ascending; ties go to the lower index."""
-    return ranking(score_BN)[:, :keep].sort(dim=1).values
+def highest(order_BN: Tensor, keep: int) -> Tensor:
+    """The first indices (B, keep) of a `ranking`, ascending."""
+    return order_BN[:, :keep].sort(dim=1).values
 
 
 def order_by(score_BN: Tensor, keep: int) -> tuple[Tensor, Tensor]:
     """Indices of the `keep` highest scores and of the rest, each ascending; ties go to the lower index."""
     order_BN = ranking(score_BN)
-    return order_BN[:, :keep].sort(dim=1).values, order_BN[:, keep:].sort(dim=1).values
+    return highest(order_BN, keep), order_BN[:, keep:].sort(dim=1).values
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ class TopK(Reducer):
         else:
             raw = score = previous
         if self.fuse is None:
-            return Assignment.drop(evidence.num_patches, highest(score.detach(), keep), score.detach())
+            return Assignment.drop(evidence.num_patches, highest(ranking(score.detach()), keep), score.detach())
         kept, rest = order_by(score.detach(), keep)
         weight = raw.gather(1, rest)
         if self.fuse == "mean":
