@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 import vitrim
 from vitrim.errors import CheckpointError, UnknownNameError, VitrimError
 from vitrim.models import has_weights, open_model
+from vitrim.models.build import check_name
 from vitrim.models.checkpoints import read_weights
 
 NAME = "vit_tiny_patch16_224"
@@ -260,3 +261,20 @@ def test_sizes_that_do_not_go_together_are_one_line():
     with pytest.raises(VitrimError, match=r"vit_tiny_patch16_224 cannot be built with .*'embed_dim': 50") as caught:
         vitrim.build_model(NAME, embed_dim=50)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("spec", "way"),
+    [
+        ("vit_tiny_patch16_224@w.pth", "checkpoint='w.pth' beside it"),
+        ("vit_tiny_patch16_224@/none/w", "checkpoint='/none/w' beside it"),
+        ("vit_tiny_patch16_224@w.pth@128x288", r"checkpoint='w.pth', checkpoint_size=\(128, 288\) beside it"),
+        ("vit_tiny_patch16_224@pretrained", "pretrained=True beside it"),
+        ("ViTModel@w.safetensors", "give ViTModel as the name, and checkpoint='w.safetensors' beside it"),
+    ],
+)
+def test_a_name_with_weights_in_one_text_names_the_way_out(spec: str, way: str) -> None:
+    with pytest.raises(CheckpointError, match=f"as commands take them; .*{way}"):
+        vitrim.build_model(spec)
+    with pytest.raises(CheckpointError, match=f"as commands take them; .*{way}"):
+        check_name(spec)  # As a recipe does before anything is read.

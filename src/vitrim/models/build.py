@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import CheckpointError, ClassCountError, UnknownNameError
+from ..text import short_name
 from .architectures import architectures, build_architecture, builder_of
 from .checkpoints import SUFFIXES, read_weights
 from .create import SOURCES
@@ -209,7 +210,10 @@ def check_name(name: str) -> None:
         UnknownNameError: no such architecture.
         CheckpointError: there is nothing at this path.
     """
-    if name.startswith((*SOURCES, HF)) or not is_architecture(name):
+    if name.startswith((*SOURCES, HF)):
+        return
+    _check_parts(name)
+    if not is_architecture(name):
         return
     if "/" in name or "\\" in name:
         raise CheckpointError(f"nothing at {name}: no folder written by vitrim.save and no file of weights")
@@ -219,3 +223,17 @@ def check_name(name: str) -> None:
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
         usual = [other for other in known if re.fullmatch(r"vitrim_.*|deit_.*_224", other)]
         raise UnknownNameError("model", name, near or usual)
+
+
+def _check_parts(name: str) -> None:
+    """Raise `CheckpointError` for a name and its weights in one text, which only commands take."""
+    architecture, at, _ = name.partition("@")
+    if not at or os.path.exists(name) or builder_of(architecture) is None:
+        return
+    _, weights, size = split_spec(name)
+    way = "pretrained=True" if weights == "pretrained" else f"checkpoint={short_name(weights)!r}"
+    way += "" if size is None else f", checkpoint_size={size}"
+    raise CheckpointError(
+        f"{short_name(name)} holds a name and its weights, as commands take them; give {architecture} as the name, and "
+        f"{way} beside it"
+    )
