@@ -1,8 +1,6 @@
 """Extraction: masking, slicing and stock blocks agree; regression makes up for what is lost; reductions go on top."""
 
 import copy
-from collections.abc import Callable
-from functools import partial
 
 import numpy as np
 import pytest
@@ -11,7 +9,6 @@ import torch
 from safetensors.torch import load_file
 from timm.layers import Mlp
 from timm.models.vision_transformer import Block
-from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -23,9 +20,8 @@ from vitrim.elastic.extract import cut
 from vitrim.elastic.growth import grow
 from vitrim.elastic.sampler import narrowed
 from vitrim.errors import DataError, ScoreError, UnknownNameError, UnsupportedModelError, VitrimError
-from vitrim.models import BlockWidths, RemovedBranch, build_model, load, narrow, save, set_widths, widths_of
+from vitrim.models import RemovedBranch, narrow
 from vitrim.models.compensation import Compensation, Moments
-from zoo import predicted, redrawn
 
 
 def quiet(_: str) -> None:
@@ -364,42 +360,6 @@ class OwnMlp(Mlp):
 def test_a_sublayer_of_an_unknown_class_is_refused_by_its_name():
     with pytest.raises(UnsupportedModelError, match=r"blocks\.0\.mlp is a OwnMlp, whose width cannot change"):
         stratify(small(mlp_layer=OwnMlp), [images(2)], say=quiet)
-
-
-ROTARY: dict[str, Callable[[], nn.Module]] = {
-    name: partial(timm.create_model, name, img_size=32, depth=2, embed_dim=48, num_heads=3, num_classes=5, **options)
-    for name, options in (
-        ("eva02_tiny_patch14_224", {"patch_size": 16}), ("vit_small_patch16_dinov3", {}),
-        ("vit_small_patch16_rope_mixed_224", {}), ("eva_giant_patch14_224", {"patch_size": 16}),
-    )
-} | {
-    "DINOv3ViTModel": partial(
-        build_model, "DINOv3ViTModel", image_size=32, patch_size=16, hidden_size=48, num_hidden_layers=2,
-        num_attention_heads=3, intermediate_size=96, use_gated_mlp=True,
-    )
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", ROTARY)
-def test_models_whose_attention_stays_lose_hidden_units(name, tmp_path):
-    model = redrawn(ROTARY[name]()).double()
-    x = torch.randn(6, 3, 32, 32, dtype=torch.float64)
-    net = stratify(model, [torch.randn(16, 3, 32, 32, dtype=torch.float64)] * 2, num_images=32, rounds=1, say=quiet)
-    assert {unit.split(".")[-1] for unit in net.chain.units} <= {"mlp"}
-    torch.testing.assert_close(predicted(net.cut(0), x), predicted(model, x))
-    index = len(net.chain.entries) // 2
-    plain = net.cut(index, compensate="none")
-    with net.at(index) as whole:
-        torch.testing.assert_close(predicted(whole, x), predicted(plain, x), rtol=1e-12, atol=1e-12)
-    assert vitrim.cost(plain).macs == net.chain.macs_at(index)
-    assert [w.head_dim for w in widths_of(plain)] == [w.head_dim for w in widths_of(model)]
-    read = load(save(plain, tmp_path / "cut")).double()
-    torch.testing.assert_close(predicted(read, x), predicted(plain, x), rtol=1e-12, atol=1e-12)
-    with vitrim.attach(plain, "ToMe() @ ConstantR(1)"):
-        assert vitrim.cost(plain).macs < net.chain.macs_at(index)
-        assert predicted(plain, x).isfinite().all()
-    with pytest.raises(UnsupportedModelError, match="keep their 16 dims"):
-        set_widths(model, [BlockWidths(8, w.hidden) for w in widths_of(model)])
 
 
 def test_norms_behind_the_branches_forbid_other_widths():
