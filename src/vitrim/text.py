@@ -1,5 +1,9 @@
 """Text from outside (file names, options, messages of libraries) in a form that is safe to print and to write."""
 
+from collections.abc import Sized
+from dataclasses import fields, is_dataclass
+from typing import Any
+
 LONGEST_LINE = 480
 """Characters of a line in a message; a longer one loses its middle."""
 
@@ -42,6 +46,24 @@ def short(value: object, most: int = 80) -> str:
 def message(text: object) -> str:
     """A message for the terminal: lines stay lines, and each is printable and of bounded length."""
     return "\n".join(shortened(printable(line), LONGEST_LINE) for line in str(text).split("\n"))
+
+
+def outline(value: Any) -> str:
+    """A dataclass in one line for its `repr`: tensors by type and shape, long collections by their length.
+
+    >>> outline((1, 2))
+    '(1, 2)'
+    >>> outline([0] * 99)
+    '99 items'
+    """
+    if is_dataclass(value) and not isinstance(value, type):
+        parts = (f"{each.name}={outline(getattr(value, each.name))}" for each in fields(value) if each.repr)
+        return f"{type(value).__name__}({', '.join(parts)})"
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return f"{str(value.dtype).removeprefix('torch.')}{[*value.shape]}"
+    if isinstance(value, Sized) and not isinstance(value, str) and (len(value) > 8 or len(repr(value)) > 100):
+        return f"{len(value)} items"
+    return shortened(repr(value), 200)
 
 
 def short_name(text: object, most: int = 80) -> str:

@@ -107,6 +107,13 @@ class Certificate:
     notes: Sequence[str] = ()
     schema: int = SCHEMA
 
+    def __repr__(self) -> str:
+        lines = (
+            f"{FORMS[line.key].words} {line.value:{FORMS[line.key].form}}" for line in self.lines if line.key in FORMS
+        )
+        tokens = "" if self.reduction is None else f"; tokens: {self.reduction}"
+        return f"Certificate(asked: {self.asked}; {'met' if self.met else 'not met'}; {', '.join(lines)}{tokens})"
+
     def __getitem__(self, key: str) -> Line:
         """The line about `key`; `KeyError` if there is none."""
         found = {line.key: line for line in self.lines}

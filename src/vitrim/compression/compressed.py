@@ -17,6 +17,9 @@ class Compressed:
     model: nn.Module
     certificate: Certificate
 
+    def __repr__(self) -> str:
+        return f"Compressed({type(self.model).__name__}, {self.certificate!r})"
+
     def save(self, folder: str | Path, *, overwrite: bool = False, **extra: Any) -> Path:
         """Write the model, which `vitrim.load` brings back whole, and its certificate.
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from numbers import Integral
@@ -78,6 +79,11 @@ class Chain:
             if (entry.macs, entry.params) != (macs, params):
                 raise CheckpointError(f"entry {index} of the chain ({entry.module}) does not cost what it says")
             widths[entry.module] = entry.width
+
+    def __repr__(self) -> str:
+        kinds = Counter(name.rpartition(".")[2] for name in self.units)
+        sizes = f"{self.macs_at(-1):,} to {self.macs:,} MACs, {self.params_at(-1):,} to {self.params:,} parameters"
+        return f"Chain({len(self)} networks of {sizes}; {', '.join(f'{n} {kind}' for kind, n in kinds.items())})"
 
     def __len__(self) -> int:
         return len(self.entries) + 1

@@ -48,6 +48,10 @@ class SuperNet:
     chain: Chain
     compensations: Mapping[str, Compensation] | None = None
 
+    def __repr__(self) -> str:
+        made_up = "no compensations" if self.compensations is None else f"compensations of {len(self.compensations)}"
+        return f"SuperNet({type(self.model).__name__}, {self.chain!r}, {made_up})"
+
     def extract(
         self,
         *,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import VitrimError
+from ..text import outline
 from ..tokens.precision import exact
 
 TINY = torch.finfo(torch.float64).tiny
@@ -28,6 +29,9 @@ class Compensation:
 
     mean: Tensor
     factor: Tensor | None = None
+
+    def __repr__(self) -> str:
+        return outline(self)
 
     def folded(self, weight: Tensor, bias: Tensor | None, kept: int) -> tuple[Tensor, Tensor | None]:
         """Weights (C, kept) and bias (C,) for the leading `kept` inputs, in float64.

@@ -43,6 +43,13 @@ class Handle:
         self.policy = Policy(model, self.adapter, reduction, cls_only)
         self._exchange: Exchange | None = None
 
+    def __repr__(self) -> str:
+        reduction = "cls_only" if self.reduction is None else repr(str(self.reduction))
+        tokens = " ".join(map(str, self.token_counts))
+        if self._exchange is None:
+            return f"Handle({reduction}, removed)"
+        return f"Handle({reduction} on {type(self.model).__name__}, strength {self.strength:g}, tokens {tokens})"
+
     @property
     def geometry(self) -> Geometry:
         """Of the model at its own input size."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import VitrimError
+from ..text import outline
 from ..tokens import Assignment, Plan, Reducer, TokenState
 from ..tokens.recording import recording
 from .contents import Contents
@@ -49,6 +50,9 @@ class Trace:
     image_size: tuple[int, int] | None = None
     gradients: Mapping[int, Tensor] | None = None
     contents: Contents | None = None
+
+    def __repr__(self) -> str:
+        return outline(self)
 
     def size_after(self, assignment: Assignment) -> Tensor | None:
         """Input tokens behind each patch token after one more cut; None while every token is one input token."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import VitrimError
+from ..text import outline
 from .recording import recording
 
 
@@ -41,6 +42,9 @@ class Assignment:
     slot_BR: Tensor | None = None
     weight_BR: Tensor | None = None
     score_BN: Tensor | None = None
+
+    def __repr__(self) -> str:
+        return outline(self)
 
     @classmethod
     def drop(cls, num_in: int, kept_BK: Tensor, score_BN: Tensor | None = None) -> "Assignment":
@@ -181,6 +185,9 @@ class TokenState:
     size: Tensor
     score: Tensor | None = None
     coordinates: Tensor | None = None
+
+    def __repr__(self) -> str:
+        return outline(self)
 
     @property
     def positions(self) -> Tensor:
