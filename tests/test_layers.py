@@ -139,3 +139,16 @@ def test_only_the_port_reads_foreign_models(path: Path) -> None:
         assert name in NO_MODELS or not name.startswith(DOORS), (
             f"{path}:{line} imports {name}; models come through room models"
         )
+
+
+LONGEST = 250
+"""Lines of a file: longer ones have more than one purpose."""
+LONGER = {"models/adapter.py": 350}
+"""The port, which is read as one protocol."""
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_a_file_has_one_purpose_and_so_few_lines(path: Path) -> None:
+    name = path.relative_to(PACKAGE).as_posix()
+    lines = len(path.read_text().splitlines())
+    assert lines <= LONGER.get(name, LONGEST), f"{name} has {lines} lines; divide it where its purposes part"

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..data.batches import Images
 from ..errors import VitrimError
 from ..models.compensation import Moments
-from ..models.elastic_layers import ElasticHeads
+from ..models.elastic_heads import ElasticHeads
 from ..models.sublayers import Tap, elastic
 from ..tokens.precision import exact, exact_device, wide
 from .probing import all_reduce, batches, frozen, objective_of, output_of

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from ..data.batches import Images, batches_in
 from ..errors import UnknownNameError, VitrimError
 from ..models.compensation import Compensation, Moments
-from ..models.elastic_layers import ElasticHeads, ElasticHidden
+from ..models.elastic_heads import ElasticHeads
+from ..models.elastic_hidden import ElasticHidden
 from ..models.sublayers import Elastic, elastic
 from ..tokens.precision import exact
 from .elimination import elimination_order

@@ -2,7 +2,7 @@
 
 from . import families as _families  # noqa: F401  (fills the table of adapters)
 from . import small_vits as _small_vits  # noqa: F401  (enters its models in timm's registry)
-from .adapter import ADAPTERS, Adapter, Geometry, as_tensor
+from .adapter import ADAPTERS, Adapter, Geometry
 from .architectures import build_architecture, builder_of
 from .attach import attach, set_epoch
 from .attached import attached, handles_inside
@@ -12,6 +12,7 @@ from .compiling import compile, without_limit
 from .families.hf_timm import convert
 from .finding import adapter_of, find_adapter, num_classes
 from .handle import Handle
+from .outputs import as_tensor
 from .removed_branch import RemovedBranch
 from .store import check_place, load, save
 from .trace import Trace, trace_of

@@ -22,7 +22,7 @@ from ..tables import Table, home_of
 from ..tokens import Plan, Reducer
 from .input_format import InputFormat
 from .macs import Macs, needed
-from .outputs import Features, ModelInfo, Wanted
+from .outputs import Features, ModelInfo, Wanted, as_tensor
 from .removed_branch import RemovedBranch
 
 Head = Literal["prefix", "tokens"]
@@ -341,20 +341,3 @@ class Adapter:
             CheckpointError: they do not fit, or it is not known how their positions lie.
         """
         return state
-
-
-def as_tensor(out: Any) -> Tensor:
-    """The logits, or features, in whatever a model returned; those of several classifiers are averaged.
-
-    Of maps of features, the last one, channels first.
-    """
-    if isinstance(out, tuple):
-        out = sum(out) / len(out)
-    if isinstance(out, Tensor):
-        return out
-    for name in ("logits", "image_embeds", "pooler_output"):
-        if isinstance(found := getattr(out, name, None), Tensor):
-            return found
-    if maps := getattr(out, "feature_maps", None):
-        return maps[-1].mT if maps[-1].ndim == 3 else maps[-1]
-    raise UnsupportedModelError(f"a {type(out).__name__} holds neither logits nor features")

@@ -8,26 +8,21 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
 from ..text import short_name
 from ..tokens.reduction import Phase
+from .checked_values import Misfit, integer, mapping, number, numbers, optional, plain, shown, word
 from .widths import BlockWidths
 
 SCHEMA = 1
 _LONGEST = 16 << 20  # Characters of the whole description.
 _LARGEST = 1 << 16
 _MAX_IMAGE = 8192
-_WORD = re.compile(r"[\w.+-]{0,100}(?: [\w.+-]{1,100})*")
 _NAMES_FILES = re.compile(r"(.*_)?(path|dir|file|url|fn|cfg|filter)|pretrained.*|device|dtype|features_only|scriptable")
 """Arguments of an architecture that name files, code or places; no description holds them."""
-
-
-class _Misfit(Exception):
-    """What is wrong with a value."""
 
 
 @dataclass(frozen=True)
@@ -104,12 +99,12 @@ def parse(text: str, source: str | Path) -> Record:
     """
     try:
         if len(text) > _LONGEST:
-            raise _Misfit("it is too long")
-        return _record(_mapping("the whole", json.loads(text)), source)
-    except (_Misfit, ValueError, RecursionError) as error:
+            raise Misfit("it is too long")
+        return _record(mapping("the whole", json.loads(text)), source)
+    except (Misfit, ValueError, RecursionError) as error:
         if isinstance(error, CheckpointError):
             raise
-        reason = short_name(error, 200) if isinstance(error, _Misfit) else "it is no JSON"
+        reason = short_name(error, 200) if isinstance(error, Misfit) else "it is no JSON"
         raise CheckpointError(f"the description of the model in {source} is damaged: {reason}; save it again") from None
 
 
@@ -117,138 +112,82 @@ def check_args(args: Mapping[str, Any]) -> None:
     """Raise `CheckpointError` unless `parse` would take these arguments of an architecture."""
     try:
         _args(args)
-    except _Misfit as error:
+    except Misfit as error:
         raise CheckpointError(f"the model cannot be described: {error}") from None
 
 
 def _record(record: Mapping[str, Any], source: str | Path) -> Record:
-    schema = _integer("schema", record.get("schema"), 1, _LARGEST)
+    schema = integer("schema", record.get("schema"), 1, _LARGEST)
     if schema > SCHEMA:
         raise CheckpointError(f"{source} has schema {schema}, this vitrim reads up to {SCHEMA}; update vitrim")
     if missing := [name for name in ("architecture", "args") if name not in record]:
-        raise _Misfit(f"{missing[0]} is missing")
+        raise Misfit(f"{missing[0]} is missing")
     return Record(
-        architecture=_word("architecture", record["architecture"]),
-        args=_args(_mapping("args", record["args"])),
-        images=_images(_mapping("data", record.get("data") or {})),
-        num_classes=_optional(_integer)("num_classes", record.get("num_classes"), 0, _LARGEST * 16),
-        family=_optional(_word)("family", record.get("family")),
-        widths=_optional(_widths)("widths", record.get("widths")),
-        reduction=_optional(_cut)("reduction", record.get("reduction")),
-        versions={str(key): str(value) for key, value in _mapping("versions", record.get("versions") or {}).items()},
-        extra=_extra(_mapping("extra", record.get("extra") or {})),
+        architecture=word("architecture", record["architecture"]),
+        args=_args(mapping("args", record["args"])),
+        images=_images(mapping("data", record.get("data") or {})),
+        num_classes=optional(integer)("num_classes", record.get("num_classes"), 0, _LARGEST * 16),
+        family=optional(word)("family", record.get("family")),
+        widths=optional(_widths)("widths", record.get("widths")),
+        reduction=optional(_cut)("reduction", record.get("reduction")),
+        versions={str(key): str(value) for key, value in mapping("versions", record.get("versions") or {}).items()},
+        extra=_extra(mapping("extra", record.get("extra") or {})),
     )
 
 
 def _args(values: Mapping[str, Any]) -> dict[str, Any]:
     if len(values) > 100:
-        raise _Misfit(f"args has {len(values)} entries")
+        raise Misfit(f"args has {len(values)} entries")
     found: dict[str, Any] = {}
     for name, value in values.items():
-        _word("a name in args", name)
+        word("a name in args", name)
         if _NAMES_FILES.fullmatch(name):
-            raise _Misfit(f"args.{name} may name a file or code, which no description does")
+            raise Misfit(f"args.{name} may name a file or code, which no description does")
         most = _MAX_IMAGE if name == "img_size" else 1000 if name in ("depth", "depths", "layers") else _LARGEST
-        found[name] = _plain(f"args.{name}", value, most)
+        found[name] = plain(f"args.{name}", value, most)
     return found
-
-
-def _plain(where: str, value: Any, most: int, depth: int = 0) -> Any:
-    """A scalar, or a list of them, which becomes a tuple."""
-    if value is None or isinstance(value, bool):
-        return value
-    if isinstance(value, str):
-        return _word(where, value)
-    if isinstance(value, int):
-        return _integer(where, value, -1, most)
-    if isinstance(value, float):
-        return _number(where, value, -1e9, 1e9)
-    if isinstance(value, list | tuple) and depth < 3 and len(value) <= 256:
-        return tuple(_plain(where, part, most, depth + 1) for part in value)
-    raise _Misfit(f"{where} is {_shown(value)}; it must be a plain value or a short list of them")
 
 
 def _images(values: Mapping[str, Any]) -> dict[str, Any]:
     checks: dict[str, Callable[[str, Any], Any]] = {
-        "mean": lambda where, value: _numbers(where, value, -1e3, 1e3),
-        "std": lambda where, value: _numbers(where, value, 1e-6, 1e3),
-        "interpolation": _word,
-        "crop_pct": lambda where, value: _number(where, value, 0.01, 4),
-        "crop_mode": _word,
+        "mean": lambda where, value: numbers(where, value, -1e3, 1e3),
+        "std": lambda where, value: numbers(where, value, 1e-6, 1e3),
+        "interpolation": word,
+        "crop_pct": lambda where, value: number(where, value, 0.01, 4),
+        "crop_mode": word,
     }
     if unknown := [name for name in values if name not in checks]:
-        raise _Misfit(f"data.{short_name(unknown[0])} is not known")
+        raise Misfit(f"data.{short_name(unknown[0])} is not known")
     return {name: checks[name](f"data.{name}", value) for name, value in values.items()}
 
 
 def _widths(where: str, value: Any) -> tuple[BlockWidths, ...]:
     if not isinstance(value, list) or len(value) > 1000:
-        raise _Misfit(f"{where} is {_shown(value)}; it must be a list, one entry per block")
+        raise Misfit(f"{where} is {shown(value)}; it must be a list, one entry per block")
     found = []
     for block in value:
         if not isinstance(block, dict) or set(block) != {"head_dim", "hidden"}:
-            raise _Misfit(f"{where} holds {_shown(block)}; it must be head_dim and hidden of a block")
-        found.append(BlockWidths(**{name: _integer(f"{where}.{name}", block[name], 0, _LARGEST) for name in block}))
+            raise Misfit(f"{where} holds {shown(block)}; it must be head_dim and hidden of a block")
+        found.append(BlockWidths(**{name: integer(f"{where}.{name}", block[name], 0, _LARGEST) for name in block}))
     return tuple(found)
 
 
 def _cut(where: str, value: Any) -> Cut:
-    value = _mapping(where, value)
+    value = mapping(where, value)
     if set(value) != {"text", "phase", "strength", "cls_only"}:
-        raise _Misfit(f"{where} must hold text, phase, strength and cls_only")
+        raise Misfit(f"{where} must hold text, phase, strength and cls_only")
     text, phase = value["text"], value["phase"]
     if not (text is None or (isinstance(text, str) and 0 < len(text) <= 2000)):
-        raise _Misfit(f"{where}.text is {_shown(text)}; it must be a reduction")
+        raise Misfit(f"{where}.text is {shown(text)}; it must be a reduction")
     if phase not in ((None,) if text is None else ("train", "eval", "both")):
-        raise _Misfit(f"{where}.phase is {_shown(phase)}; it must be train, eval or both")
+        raise Misfit(f"{where}.phase is {shown(phase)}; it must be train, eval or both")
     if not isinstance(value["cls_only"], bool):
-        raise _Misfit(f"{where}.cls_only is {_shown(value['cls_only'])}; it must be true or false")
-    return Cut(text, phase, _number(f"{where}.strength", value["strength"], 0, 1), value["cls_only"])
+        raise Misfit(f"{where}.cls_only is {shown(value['cls_only'])}; it must be true or false")
+    return Cut(text, phase, number(f"{where}.strength", value["strength"], 0, 1), value["cls_only"])
 
 
 def _extra(values: Mapping[str, Any]) -> dict[str, Any]:
     names = values.get("classes")
     if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
-        raise _Misfit("extra.classes must be a list of names")
+        raise Misfit("extra.classes must be a list of names")
     return dict(values)
-
-
-def _mapping(where: str, value: Any) -> Mapping[str, Any]:
-    if not isinstance(value, dict):
-        raise _Misfit(f"{where} is {_shown(value)}; it must hold named values")
-    return value
-
-
-def _word(where: str, value: Any) -> str:
-    if not isinstance(value, str) or not _WORD.fullmatch(value) or ".." in value or len(value) > 200:
-        raise _Misfit(f"{where} is {_shown(value)}; it must be a short name")
-    return value
-
-
-def _integer(where: str, value: Any, least: int, most: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-        raise _Misfit(f"{where} is {_shown(value)}; it must be a whole number from {least} to {most}")
-    return value
-
-
-def _number(where: str, value: Any, least: float, most: float) -> float:
-    fits = isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= most
-    if not fits or not isfinite(value):
-        raise _Misfit(f"{where} is {_shown(value)}; it must be a number from {least} to {most}")
-    return value
-
-
-def _numbers(where: str, value: Any, least: float, most: float) -> tuple[float, ...]:
-    if not isinstance(value, list) or not 0 < len(value) <= 64:
-        raise _Misfit(f"{where} is {_shown(value)}; it must be a list of numbers, one per channel")
-    return tuple(_number(where, part, least, most) for part in value)
-
-
-def _optional(check: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda where, value, *bounds: None if value is None else check(where, value, *bounds)
-
-
-def _shown(value: Any) -> str:
-    """A value for a message; a large or deep one by its type, since writing it out may take for ever."""
-    small = isinstance(value, str | float | bool | None) or (isinstance(value, int) and abs(value) < 10**20)
-    return short_name(repr(value[:50] if isinstance(value, str) else value)) if small else f"a {type(value).__name__}"

@@ -10,11 +10,12 @@ Shapes: B images, K classes, S stage boundaries, P prefix and N patch tokens, C 
 from ast import literal_eval
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from ..errors import UnsupportedModelError
 from ..tables import Table
 
 if TYPE_CHECKING:
@@ -222,3 +223,20 @@ def _value(text: str) -> object:
         return literal_eval(text)
     except (ValueError, SyntaxError):
         return text
+
+
+def as_tensor(out: Any) -> Tensor:
+    """The logits, or features, in whatever a model returned; those of several classifiers are averaged.
+
+    Of maps of features, the last one, channels first.
+    """
+    if isinstance(out, tuple):
+        out = sum(out) / len(out)
+    if isinstance(out, Tensor):
+        return out
+    for name in ("logits", "image_embeds", "pooler_output"):
+        if isinstance(found := getattr(out, name, None), Tensor):
+            return found
+    if maps := getattr(out, "feature_maps", None):
+        return maps[-1].mT if maps[-1].ndim == 3 else maps[-1]
+    raise UnsupportedModelError(f"a {type(out).__name__} holds neither logits nor features")

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import ScoreError, VitrimError
+from ..errors import VitrimError
 from ..text import short
-from ..tokens import Constant, Plan, Reduction, Schedule, make_plan, render
+from ..tokens import Constant, Plan, Reduction, Schedule, make_plan
 from ..tokens.gradients import GradientMemory
 from .adapter import Adapter, Geometry
+from .needs import check_needs
 from .padded import PaddedTrace
 from .trace import Trace
 
@@ -52,7 +53,7 @@ class Policy:
     def fit(self, model: nn.Module, adapter: Adapter) -> None:
         """Plan for the model's present input size, for which a budget is solved."""
         reduction, g = self.reduction, adapter.geometry(model)
-        self._check(g, type(model).__name__)
+        check_needs(reduction, self.cls_only, g, type(model).__name__)
         schedule = None
         if reduction is not None:
             dense = Plan(g.num_patches, g.num_prefix, g.depth, ())
@@ -223,23 +224,6 @@ class Policy:
             )
 
         return of_schedule
-
-    def _check(self, g: Geometry, name: str) -> None:
-        if self.cls_only and g.head != "prefix":
-            raise VitrimError(f"cls_only needs a head that reads only CLS; the head of this {name} pools patch tokens")
-        if self.reduction is None or g.has_cls:
-            return
-        if self.reduction.reducer.needs == "cls_row":
-            raise ScoreError(
-                f"this {name} has no CLS token to score with; use TopK(score='norm'), 'key_norm', "
-                "'mean_attention' or ToMe()"
-            )
-        for figure in self.reduction.curriculum.reads:
-            if figure.needs == "cls_row":
-                raise ScoreError(
-                    f"this {name} has no CLS token, which {figure.name} of {render(self.reduction.curriculum)} needs; "
-                    "choose another curriculum"
-                )
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "last": None, "_origin": None}

@@ -8,6 +8,9 @@ from torch.nn import functional as F
 
 from ..errors import UnsupportedModelError
 
+Parts = tuple[tuple[Any, int], ...]
+"""Linear layers, each with how many equal parts its outputs have."""
+
 
 def leading(weight: Tensor, width: int, parts: int = 1, dim: int = 0) -> Tensor:
     """The leading `width` entries of each of `parts` equal parts of one dimension; a view where nothing is cut."""
@@ -88,3 +91,9 @@ def _cut(module: nn.Module, name: str, width: int, parts: int, dim: int) -> None
     old = getattr(module, name)
     new = leading(old.detach(), width, parts, dim).clone()
     setattr(module, name, nn.Parameter(new, requires_grad=old.requires_grad))
+
+
+def leading_rows(linear: nn.Linear, x: Tensor, width: int, parts: int) -> Tensor:
+    """The leading `width` outputs of each part of a linear layer."""
+    bias = None if linear.bias is None else leading(linear.bias, width, parts)
+    return F.linear(x, leading(linear.weight, width, parts), bias)

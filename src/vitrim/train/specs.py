@@ -143,8 +143,8 @@ class FinetuneSpec:
 
     Args:
         epochs: passes over the training images; 0 trains nothing.
-        lr: highest learning rate of AdamW; it falls along a cosine. Weights that were trained for long bear small
-            steps only.
+        lr: highest learning rate of AdamW; it falls along a cosine. Weights that were trained for long need small
+            steps.
         batch_size: images per update.
     """
 

@@ -13,7 +13,7 @@ from .hf_layout import IMAGENET, Layout, Whole, enter, first_token, mean_of_patc
 
 
 def _cls_and_mean(tower: Any, tokens_BTC: Tensor, num_prefix: int, size_BN: Tensor | None) -> Tensor:
-    """CLS beside the mean over patches."""
+    """CLS, followed by the mean over patches."""
     return torch.cat([tokens_BTC[:, 0], mean_of_patches(tower, tokens_BTC, num_prefix, size_BN)], dim=1)
 
 
@@ -23,7 +23,8 @@ def _sized(patch: Any, size: Any) -> dict[str, Any]:
     count = (height // rows) * (width // columns)
     if isqrt(count) ** 2 != count:
         raise VitrimError(
-            f"the positions of DINOv2 make a square, not {height} x {width} px; give position_size=SIDE beside img_size"
+            f"the positions of DINOv2 make a square, not {height} x {width} px; give position_size=SIDE as well "
+            "as img_size"
         )
     return {"image_size": size}
 

@@ -6,8 +6,10 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from ..compensation import Compensation
-from ..elastic_layers import ElasticHeads, ElasticHidden, Parts
+from ..elastic_heads import ElasticHeads
+from ..elastic_hidden import ElasticHidden
 from ..removed_branch import RemovedBranch
+from ..slicing import Parts
 from ..sublayers import ELASTIC
 from .hf_layout import Layout
 

@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 from ...errors import CheckpointError, UnsupportedModelError, VitrimError
 from ...tokens import Plan, Reducer
-from ..adapter import Adapter, Classifier, Description, Geometry, State, as_tensor
+from ..adapter import Adapter, Classifier, Description, Geometry, State
 from ..input_format import InputFormat, per_channel
 from ..macs import Macs
-from ..outputs import ModelInfo
+from ..outputs import ModelInfo, as_tensor
 from . import hf_check, hf_config, hf_hub, hf_macs, hf_sizes
 from .hf_config import image_size
 from .hf_export import without_idle_masks

@@ -6,7 +6,9 @@ from timm.layers import Attention, GluMlp, Mlp, SwiGLU
 from torch import Tensor, nn
 
 from ...errors import UnsupportedModelError
-from ..elastic_layers import ElasticHeads, ElasticHidden, Parts
+from ..elastic_heads import ElasticHeads
+from ..elastic_hidden import ElasticHidden
+from ..slicing import Parts
 
 
 class ElasticAttention(ElasticHeads, Attention, replaces=Attention):

@@ -1,11 +1,9 @@
-"""Attention and MLP layers of a variable width, for all families: what depends on one of them is in its subclass.
+"""Attention layers of a variable width, for all families: they run on the leading dims of every head.
 
-An attention layer runs on the leading dims of every head, an MLP on its leading hidden units. A family says where the
-queries, keys and values come from, or the hidden units, and what happens around the products.
+A family says where the queries, keys and values come from, and what happens around the products.
 """
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +13,18 @@ from ..errors import UnsupportedModelError
 from ..tokens.precision import exact
 from .compensation import Compensation
 from .macs import Macs
-from .slicing import check_linear, check_norm, cut_linear, cut_norm, leading, narrow_norm, store, store_linear
+from .slicing import (
+    Parts,
+    check_linear,
+    check_norm,
+    cut_linear,
+    cut_norm,
+    leading_rows,
+    narrow_norm,
+    store,
+    store_linear,
+)
 from .sublayers import Elastic
-
-Parts = tuple[tuple[Any, int], ...]
-"""Linear layers, each with how many equal parts its outputs have."""
 
 
 class ElasticHeads(Elastic):
@@ -86,7 +91,7 @@ class ElasticHeads(Elastic):
         width, heads = self.vitrim_width, self.num_heads
         if width == 0:
             return self.constant(x)
-        made = [_rows(linear, x, width, parts * heads) for linear, parts in self.streams]
+        made = [leading_rows(linear, x, width, parts * heads) for linear, parts in self.streams]
         qkv = made[0] if len(made) == 1 else torch.cat(made, dim=-1)
         self.tap("qkv", qkv)
         query, key, value = qkv.unflatten(-1, (3, heads, width)).permute(2, 0, 3, 1, 4).unbind(0)
@@ -166,86 +171,3 @@ class ElasticHeads(Elastic):
                     parameter *= fold
         self.resized(width)
         self.vitrim_width = width
-
-
-class ElasticHidden(Elastic):
-    """An MLP on its leading hidden units: one or two layers that make them, a norm at most, and a last projection."""
-
-    kind = "mlp"
-
-    @property
-    def first(self) -> Parts:
-        """The layers that make the hidden units, each with how many of its rows belong to one unit."""
-        raise NotImplementedError
-
-    @property
-    def hidden_norm(self) -> nn.Module:
-        """The norm of the hidden units; `nn.Identity` where there is none."""
-        return nn.Identity()
-
-    def activate(self, x: Tensor) -> Tensor:
-        """Hidden units after activation, gate and dropout, at the present width; see `made`."""
-        raise NotImplementedError
-
-    @property
-    def full_width(self) -> int:
-        return self.last.in_features
-
-    def refuse(self, name: str) -> None:
-        for linear, _ in (*self.first, (self.last, 1)):
-            check_linear(linear, name)
-        check_norm(self.hidden_norm, f"{name}: the norm of the hidden units")
-
-    def unit_macs(self, tokens: int) -> Macs:
-        rows = sum(linear.in_features * parts for linear, parts in self.first)
-        return Macs(tokens * (rows + self.last.out_features))
-
-    def unit_params(self) -> int:
-        rows = sum(parts * (linear.in_features + (linear.bias is not None)) for linear, parts in self.first)
-        return rows + self.last.out_features + sum(1 for _ in self.hidden_norm.parameters())
-
-    def made(self, x: Tensor, index: int = 0) -> Tensor:
-        """The rows that layer `index` of `first` makes, cut to the present width."""
-        linear, parts = self.first[index]
-        return _rows(linear, x, self.vitrim_width, parts)
-
-    def narrow_mlp(self, x: Tensor) -> Tensor:
-        """The MLP at the present width, (B, N, C)."""
-        if self.vitrim_width == 0:
-            return self.constant(x)
-        hidden = narrow_norm(self.hidden_norm, self.activate(x))
-        self.tap("hidden", hidden)
-        return self.project(hidden)
-
-    @torch.no_grad()
-    def unit_norms(self) -> Tensor:
-        """Squared length of the weights that make every hidden unit, in float64."""
-        squares = [exact(linear.weight).unflatten(0, (parts, -1)).square().sum((0, 2)) for linear, parts in self.first]
-        return torch.stack(squares).sum(0)
-
-    @torch.no_grad()
-    def order_units(self, order: Tensor) -> None:
-        """Put the hidden units in this order; gate and value rows of a unit stay together."""
-        order = order.to(self.last.weight.device)
-        for linear, parts in self.first:
-            for parameter in linear.parameters():
-                parameter.copy_(parameter.unflatten(0, (parts, -1))[:, order].flatten(0, 1))
-        for parameter in self.hidden_norm.parameters():
-            parameter.copy_(parameter[order])
-        self.last.weight.copy_(self.last.weight[:, order])
-
-    def shrink(self, width: int, compensation: Compensation | None = None) -> None:
-        projection = self.compensated(width, compensation)
-        norm = self.hidden_norm
-        for linear, parts in self.first:
-            cut_linear(linear, width, parts)
-        cut_norm(norm, width)
-        cut_linear(self.last, width, dim=1)
-        store_linear(self.last, *projection)
-        self.vitrim_width = width
-
-
-def _rows(linear: nn.Linear, x: Tensor, width: int, parts: int) -> Tensor:
-    """The leading `width` outputs of each part of a linear layer."""
-    bias = None if linear.bias is None else leading(linear.bias, width, parts)
-    return F.linear(x, leading(linear.weight, width, parts), bias)
