@@ -95,7 +95,7 @@ def test_a_certificate_states_what_was_asked_and_what_was_found(half: Compressed
 def test_learning_afterwards_never_makes_the_answer_worse() -> None:
     original, goal = model(), Goal.of(0.6, None, None)
     request = Request(goal, ("tokens",), 2, "float32", False, 64, 0)
-    parts = divide(gather(IMAGES, check_model(original), 64), False, None)
+    parts = divide(gather(IMAGES, check_model(original, Goal.of(0.5, None, None)), 64), False, None)
     job = Job(original, request, parts, torch.device("cpu"), quiet)
     found = job.run()
     closer, further = copy.deepcopy(original), copy.deepcopy(found.model)
@@ -181,7 +181,7 @@ def test_a_damaged_certificate_is_one_line(tmp_path: Path, text: str, fault: str
     (tmp_path / "certificate.json").write_text(text)
     with pytest.raises(CheckpointError, match=fault):
         Certificate.read(tmp_path)
-    with pytest.raises(CheckpointError, match="holds no certificate"):
+    with pytest.raises(CheckpointError, match="there is no folder"):
         Certificate.read(tmp_path / "nothing")
 
 
@@ -254,6 +254,10 @@ def test_a_family_whose_widths_cannot_change_loses_tokens_only() -> None:
         ({"macs": 0.5, "batch_size": 0}, "batch_size"),
         ({"macs": 0.5, "trials": -1}, "trials"),
         ({"macs": 0.5, "val": IMAGES[:20]}, "no classes"),
+        ({"macs": 1}, "all that the model needs"),
+        ({"params": 1e9}, "within the budget of 1,000,000,000 already"),
+        ({"macs": 0.5, "device": "gpu"}, "device is a name such as 'cpu'"),
+        ({"macs": 0.5, "device": "cuda:99"}, "there is no device cuda:99 here"),
     ],
 )
 def test_impossible_options_are_one_line(options: dict[str, Any], fault: str) -> None:

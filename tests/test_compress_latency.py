@@ -19,7 +19,7 @@ from vitrim.compression.block_times import NANO, BlockTimes, Workbench, kind_of
 from vitrim.compression.clock import Clock, LatencyPrice
 from vitrim.compression.networks import EmptyNetwork, Networks
 from vitrim.compression.progress import Progress
-from vitrim.errors import UnsupportedModelError
+from vitrim.errors import UnsupportedModelError, VitrimError
 from vitrim.models import BlockWidths
 from vitrim.models.foreign_macs import empty_copy
 from vitrim.tokens import KeepRate, Plan, make_plan
@@ -184,3 +184,12 @@ def test_a_budget_of_time_is_met_by_fresh_measurements(
     assert found.certificate[key].asked in (0.7, 5.6)
     assert found.certificate.met
     assert "time" in found.certificate.asked or "ms" in found.certificate.asked
+
+
+@pytest.mark.usefixtures("fake_times")
+def test_a_time_that_the_model_takes_anyway_is_refused_before_the_search() -> None:
+    with pytest.raises(VitrimError, match=r"needs about .* ms, so it is within the budget of 99,999 already"):
+        vitrim.compress(
+            small(torch.float32, **TINY), images(40, dtype=torch.float32), latency=99_999, using="tokens",
+            batch_size=2, say=lambda line: None,
+        )  # fmt: skip

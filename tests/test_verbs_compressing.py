@@ -257,3 +257,36 @@ def test_verify_needs_a_certificate(model: str, capsys: pytest.CaptureFixture[st
     assert (code, "holds no certificate.json" in err) == (2, True)
     code, _, err = call(capsys, "verify", __file__)
     assert (code, "is a file that holds no model" in err, err.strip().count("\n")) == (2, True, 0)
+
+
+def test_unreadable_images_are_named_where_there_are_too_few(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number in (1, 3):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        for index in range(number):
+            (folder / f"{index}.png").write_bytes(b"no image")
+        words = ("compress", model, "--macs", 0.5, "--data.root", folder, *FEW, "--out", tmp_path / "new")
+        code, _, err = call(capsys, *words)
+        assert (code, f"cannot read {folder / '0.png'}" in err, err.count("\n")) == (2, True, 1)
+        code, _, err = call(capsys, *words, "--data.on_corrupt", "skip")
+        assert (code, f"none of the {number} images can be read" in err, err.count("\n")) == (2, True, 1)
+    code, _, err = call(capsys, "verify", tmp_path / "new")
+    assert (code, f"there is no folder {tmp_path / 'new'}" in err) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("--macs 1", "macs is 1, all that the model needs; ask for less, such as macs=0.5"),
+        ("--latency 1", "latency is 1, all that the model needs"),
+        ("--params 1000000 --using width", "so it is within the budget of 1,000,000 already; ask for less"),
+        ("--macs 1e12", "already"),
+    ],
+)
+def test_a_budget_that_the_model_meets_as_it_is_asks_for_nothing(
+    words: str, says: str, model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _, err = call(capsys, "compress", model, *QUICK, *words.split(), "--dry_run")
+    assert (code, says in err, err.count("\n")) == (2, True, 1), err

@@ -196,6 +196,8 @@ class Certificate:
                 f"{folder} is a file that holds no model; give a folder that vitrim compress wrote, or an exported "
                 "file (.onnx or .pt2)"
             )
+        if not Path(folder).is_dir():
+            raise CheckpointError(f"there is no folder {folder}; give one that vitrim compress wrote")
         if not path.is_file():
             raise CheckpointError(f"{folder} holds no {FILE}; give a folder that vitrim compress wrote")
         return cls.from_json(path.read_text(encoding="utf-8", errors="replace"), path)

@@ -50,11 +50,15 @@ class Goal:
         """The budget as an absolute number, for a model that needs `full`."""
         return self.most * full if self.fraction else self.most
 
+    @property
+    def unit(self) -> str:
+        """What is counted, in words."""
+        return {"macs": "MACs", "params": "parameters", "latency": "time"}[self.kind]
+
     def __str__(self) -> str:
-        unit = {"macs": "MACs", "params": "parameters", "latency": "time"}[self.kind]
         if self.fraction:
-            return f"at most {self.most:g} of the {unit}"
-        return f"at most {self.most:g} ms" if self.kind == "latency" else f"at most {self.most:,.0f} {unit}"
+            return f"at most {self.most:g} of the {self.unit}"
+        return f"at most {self.most:g} ms" if self.kind == "latency" else f"at most {self.most:,.0f} {self.unit}"
 
 
 def check_using(using: Collection[str] | str, goal: Goal) -> tuple[Part, ...]:

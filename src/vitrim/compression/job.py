@@ -29,10 +29,12 @@ from .intervals import of_mean
 from .measured_lines import accuracy_lines, fidelity_lines, time_lines
 from .networks import Networks
 from .progress import Progress
-from .request import Request
+from .request import Request, check_asks
 from .search import Search, Tried, fit_units, planned_work
 from .timing import sessions
 
+ERROR = 0.25
+"""By what part of it a predicted time may be too small: a budget above that is surely met by the given model."""
 STRATIFY_UNITS = 10
 """Work of ordering and of measuring a chain, in images of the given model for each image."""
 
@@ -59,6 +61,8 @@ class Job:
         self.progress = Progress(STRATIFY_UNITS * len(parts.fit), say)
         self.price, full = price_for(self.original, request, device, self.progress.line)
         absolute = request.goal.kind == "latency" and not request.goal.fraction
+        if absolute:
+            check_asks(request.goal, full / NANO, ERROR)
         self.asked = request.goal.limit(full) * (NANO if absolute else 1)
 
     def run(self, max_drop: float | None = None, *, labelled: bool = False) -> Compressed:

@@ -14,7 +14,7 @@ from .goal import Goal, Part, check_using
 from .images import divide, gather
 from .job import Job
 from .networks import device_of
-from .request import MOST_IMAGES, Request, check_model
+from .request import MOST_IMAGES, Request, check_model, device_named
 
 MOST_UNSEEN = 5000
 """How many images are used for the certificate at most."""
@@ -61,7 +61,8 @@ def compress(
     model that can be, and a certificate that says so.
 
     Raises:
-        VitrimError: not exactly one budget, an impossible option, or a model in which nothing can be reduced.
+        VitrimError: not exactly one budget, one that the model meets as it is, an impossible option, or a model in
+            which nothing can be reduced.
         UnsupportedModelError: no adapter knows the model.
         DataError: too few images, of another size than the model takes, or with labels that are no classes of it.
     """
@@ -69,8 +70,8 @@ def compress(
     request = Request(goal, check_using(using, goal), batch_size, dtype, compile, num_images, trials)
     if max_drop is not None and (val is None or not 0 <= max_drop <= 1):
         raise VitrimError("max_drop is a fraction in [0, 1], such as 0.01, and needs val, images with their classes")
-    size = check_model(model)
-    place = torch.device(device) if device is not None else device_of(model)
+    size = check_model(model, goal)
+    place = device_of(model) if device is None else device_named(device)
     if val is not None and num_classes(model) < 2:
         raise VitrimError("this model has no classifier, so it has no accuracy; leave val out")
     labelled = None if val is None else gather(val, size, MOST_UNSEEN, "val", num_classes(model))

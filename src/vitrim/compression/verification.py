@@ -24,6 +24,7 @@ from .fidelity import Fidelity
 from .images import Pictures
 from .intervals import Interval
 from .measured_lines import compared_lines, time_lines
+from .request import device_named
 from .timing import sessions
 
 ROUNDING = 1e-6
@@ -139,7 +140,7 @@ def verify(
     if original is not None:
         check_original(original, certificate, folder)
     settings = dict(certificate.settings)
-    place = torch.device(device or settings.get("device", "cpu"))
+    place = torch.device(settings.get("device", "cpu")) if device is None else device_named(device)
     if place.type == "cuda" and not torch.cuda.is_available():
         say("the certificate was measured on CUDA, which is not available; times are those of the CPU")
         place = torch.device("cpu")

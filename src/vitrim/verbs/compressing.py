@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ..compression import Compressed
+    from ..compression.images import Sizes
+    from ..data.streams import Stream
 
 
 def compress(
@@ -78,7 +80,7 @@ def compress(
     """
     from ..compression.dry_run import dry_run as list_plan
     from ..compression.goal import Goal, check_using
-    from ..compression.images import divide, read, sizes
+    from ..compression.images import divide, read
     from ..compression.job import Job
     from ..compression.request import Request, check_model
     from ..compression.run import MOST_UNSEEN
@@ -98,7 +100,7 @@ def compress(
     check_used("compress", data, UNUSED, "training and test images")
     spec = images_of([model], data)
     network = open_model(model, spec.image_size)
-    check_model(network)
+    check_model(network, goal)
     network.to(make_accelerator(cpu=device == "cpu").device)
     if not has_weights(model):
         print(
@@ -112,7 +114,7 @@ def compress(
         raise DataError("max_drop needs test images whose classes are those of the model; leave it out or change data")
     width, most = "width" in request.using, min(len(train), num_images, spec.limit or num_images)
     most_unseen = None if test is None else min(len(test), num_test_images or MOST_UNSEEN)
-    planned = sizes(most, width, most_unseen)  # Refuses too few before any is read.
+    planned = _planned(train, most, width, most_unseen)
     if dry_run:
         some = read(train, min(TRIED_ON, most), spec.workers, labelled=False)
         print(list_plan(network, request, planned, some.images).table.text())
@@ -132,6 +134,22 @@ def compress(
     found.save(out, overwrite=overwrite, **kept_classes(model))
     print(found.certificate.in_folder(out).table().text())
     print(f"written to {out}")
+
+
+def _planned(train: "Stream", most: int, width: bool, unseen: int | None) -> "Sizes":
+    """The sizes of the parts; too few images are refused before any is read, unless they are all that there are.
+
+    Then one that cannot be read is named first: another one in its place may be enough.
+    """
+    from ..compression.images import sizes
+
+    try:
+        return sizes(most, width, unseen)
+    except DataError:
+        if most == len(train):
+            for row in range(most):
+                _ = train[row]
+        raise
 
 
 def _learnt(
