@@ -161,3 +161,15 @@ def test_a_flipped_bit_in_the_compensations_is_noticed(net, tmp_path):
     path.write_bytes(data)
     with pytest.raises(CheckpointError, match=r"compensation\.safetensors is damaged; stratify again"):
         SuperNet.load(tmp_path)
+
+
+def test_a_super_network_stays_what_it_was_when_its_files_change(net, tmp_path):
+    net.save(tmp_path)
+    loaded = SuperNet.load(tmp_path)
+    for path in tmp_path.glob("*.safetensors"):
+        path.write_bytes(b"")  # Touching mapped memory would end the process.
+    compensations = {name: (each.mean, each.factor) for name, each in (loaded.compensations or {}).items()}
+    assert compensations
+    for name, (mean, factor) in compensations.items():
+        torch.testing.assert_close(mean, net.compensations[name].mean.float())
+        torch.testing.assert_close(factor.tril(), factor)

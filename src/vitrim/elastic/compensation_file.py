@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
+from ..models.checkpoints import read_header, read_tensors
 from ..models.compensation import Compensation
 from ..models.sublayers import elastic
 from .chain import hash_tensors
@@ -31,10 +31,8 @@ def read_compensations(path: Path, model: nn.Module, weights: str) -> dict[str, 
         CheckpointError: a damaged file, or one of other weights.
     """
     try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-        tensors = load_file(path)
-    except SafetensorError:
+        metadata, tensors = read_header(path)[0], read_tensors(path)
+    except CheckpointError:
         raise CheckpointError(f"{path} is damaged or cut short; stratify again") from None
     with elastic(model) as layers:
         sizes = {name: layer.last.in_features for name, layer in layers.items()}

@@ -95,6 +95,20 @@ def read_content(path: Path) -> object:
             raise _damaged(path) from error
 
 
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file as copies: memory mapped to it would change, or end the process, with it.
+
+    Raises:
+        CheckpointError: a damaged file.
+    """
+    with opened(path) as file:
+        content = file.read()
+    try:
+        return parse_safetensors(content)
+    except Exception as error:  # Readers of foreign bytes fail in many ways.
+        raise _damaged(path) from error
+
+
 def read_header(path: Path) -> tuple[dict[str, str], dict[str, tuple[int, ...]]]:
     """The metadata of a safetensors file, and the shapes of its tensors, without reading them."""
     with opened(path) as file:

@@ -9,9 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load as parse_safetensors
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import CheckpointError, VitrimError
 from ..output import check_folder, recover, replacing_files, write_errors
@@ -19,7 +18,7 @@ from ..text import short_name
 from ..tokens import Reduction
 from .architectures import check_patches
 from .attach import attach
-from .checkpoints import opened, read_header
+from .checkpoints import opened, read_header, read_tensors
 from .description import Record, parse
 from .finding import adapter_of
 from .rebuild import check_plain, describe, rebuild
@@ -113,7 +112,7 @@ def load(folder: str | Path, *, image_size: Size | None = None, img_size: Size |
     record = read_description(path)
     _check_fit(record, path)
     model = rebuild(record, args)
-    state = _read(path)
+    state = read_tensors(path)
     if faults := misfits(model.state_dict(), state):
         raise CheckpointError(
             f"{path} does not fit a model with {args}: {faults}; give no arguments that change weights, or "
@@ -202,16 +201,6 @@ def _description(path: Path) -> Record | None:
             return None  # No safetensors.
     text = read_header(path)[0].get(_KEY)
     return None if text is None else parse(text, path)
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    """The tensors as copies: memory that is mapped to the file would change, or end the process, with the file."""
-    with opened(path) as file:
-        content = file.read()
-    try:
-        return parse_safetensors(content)
-    except Exception as error:  # Readers of foreign bytes fail in many ways.
-        raise CheckpointError(f"{path} is damaged or cut short; copy or download it again") from error
 
 
 def _check_fit(record: Record, path: Path) -> None:
