@@ -15,6 +15,7 @@ from vitrim.data.data_sets import open_both
 from vitrim.data.decode import read_image
 from vitrim.data.specs import AugmentSpec, DataSpec
 from vitrim.data.splits import make_splits, plain_stream
+from vitrim.errors import UnknownNameError
 from vitrim.models.input_format import InputFormat
 from vitrim.show.view import View
 from vitrim.study import compare
@@ -91,6 +92,13 @@ def test_the_whole_image_is_in_the_input_of_a_squash_model(root: Path):
         pixels = stream[names.index("edges.png")][0]
         assert (float(pixels[0, :, 0].mean()) > float(pixels[0, :, 15].mean()) + 1) == visible
         assert (float(pixels[2, :, -1].mean()) > float(pixels[2, :, 15].mean()) + 1) == visible
+
+
+@pytest.mark.parametrize("unknown", [{"crop_mode": "centre"}, {"interpolation": "random"}])
+def test_names_that_timm_would_take_for_others_are_refused(unknown: dict[str, str]):
+    model = timm.create_model("vit_tiny_patch16_224", depth=1, pretrained_cfg_overlay=unknown)
+    with pytest.raises(UnknownNameError, match=r"(crop mode|interpolation)"):
+        InputFormat.of(model)
 
 
 @pytest.mark.parametrize("crop", ["none", "pad"])

@@ -1,6 +1,7 @@
 """Opening models of Hugging Face transformers from folders: weights, processor, class names, and what is refused."""
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,11 @@ def test_the_crop_of_a_processor_is_kept(tmp_path: Path) -> None:
         open_model(str(written(tmp_path / "c", model, size={"height": 56, "width": 48})))
     with pytest.raises(CheckpointError, match="does not scale all images to one size"):
         open_model(str(written(tmp_path / "d", model, size={"shortest_edge": 40})))
+    with pytest.raises(CheckpointError, match="does not scale all images to one size"):
+        open_model(str(written(tmp_path / "e", model, **{**crop, "size": {"longest_edge": 50}})))
+    crop = {"size": {"shortest_edge": 53}, "do_center_crop": True, "crop_size": {"height": 40, "width": 40}}
+    form = InputFormat.of(open_model(str(written(tmp_path / "f", model, **crop))))
+    assert math.floor(40 / form.crop_pct) == 53  # 40 / (40 / 53) is a little less.
 
 
 def test_a_classifier_for_other_classes(folder: Path, tmp_path: Path) -> None:

@@ -13,10 +13,12 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from vitrim.compression.images import read
 from vitrim.data.data_sets import open_both, open_images
+from vitrim.data.readable import ReadableBatches
 from vitrim.data.specs import AugmentSpec, DataSpec
 from vitrim.data.splits import make_splits, plain_stream
-from vitrim.data.streams import Stream, shuffled_batches
+from vitrim.data.streams import Stream, make_loader, shuffled_batches
 from vitrim.data.transforms import transforms_for
 from vitrim.errors import CheckpointError, DataError, UnknownNameError, VitrimError
 from vitrim.measure.accuracy import evaluate
@@ -51,6 +53,10 @@ def spec(root: Path, **options: Any) -> DataSpec:
 def recipe(root: Path, **options: Any) -> Recipe:
     given = {"name": "folder", "root": str(root), "workers": 0, "holdout": 0.2, **options}
     return Recipe.from_dict({"model": MODEL, "data": given, "epochs": 2, "batch_size": 6})
+
+
+def skipping(root: Path) -> Stream:
+    return plain_stream(tiny(), spec(root, on_corrupt="skip"), train=True)
 
 
 def truncate(path: Path) -> None:
@@ -152,11 +158,21 @@ def test_damaged_images_are_skipped_and_counted_once(root: Path):
 
 def test_shuffled_batches_leave_damaged_images_out(root: Path):
     truncate(root / "train" / "digit0" / "0.png")
-    stream = plain_stream(tiny(), spec(root, on_corrupt="skip"), train=True)
+    stream = skipping(root)
     first, again, other = (list(shuffled_batches(stream, 0, seed)) for seed in (0, 0, 1))
     assert torch.cat([classes for _, classes in first]).bincount().tolist() == [9, 10, 10]
     assert all(torch.equal(one[0], two[0]) for one, two in zip(first, again, strict=True))
     assert not torch.equal(first[0][1], other[0][1])
+
+
+def test_a_batch_of_damaged_images_alone_is_left_out_and_named(root: Path, caplog: pytest.LogCaptureFixture):
+    truncate(broken := root / "train" / "digit0" / "0.png")
+    stream = skipping(root)
+    batches = ReadableBatches(make_loader(stream, 1, 0)[0], stream.images)
+    assert [len(images) for images, _ in batches] == [1] * 29
+    assert batches.seen == 29
+    assert caplog.messages == [f"images that could not be read and were left out: 1 ({broken})"]
+    assert len(read(stream, 30, 0)) == 29
 
 
 def test_figures_against_single_images(root: Path):

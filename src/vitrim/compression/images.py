@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import Subset
 
 from ..data.batches import batches_in, images_of
+from ..data.readable import ReadableBatches
 from ..data.readers import batches_of
 from ..data.seeding import permutation
 from ..data.streams import Stream
@@ -98,7 +99,8 @@ def read(stream: Stream, most: int, workers: int, *, labelled: bool = True, star
     """At most so many of the images of a stream, in an order drawn at random, the same one at every call.
 
     Args:
-        stream: of images in the model's format; images that cannot be read are left out where it skips them.
+        stream: of images in the model's format; images that cannot be read are left out, and named in the log,
+            where it skips them.
         most: number of images.
         workers: processes that read.
         labelled: whether the classes of the images are those of the model.
@@ -113,10 +115,10 @@ def read(stream: Stream, most: int, workers: int, *, labelled: bool = True, star
             "there are no images" if not start else f"there are no images besides the {start} that were used"
         )
     loader = batches_of(Subset(stream, rows), BATCH, workers)
-    found = [(images[index >= 0], classes[index >= 0]) for images, classes, index in loader]
-    images = torch.cat([images for images, _ in found])
-    if not len(images):
+    found = list(ReadableBatches(loader, stream.images))
+    if not found:
         raise DataError(f"none of {len(rows)} images can be read")
+    images = torch.cat([images for images, _ in found])
     return _different(Pictures(images, torch.cat([classes for _, classes in found]) if labelled else None), "images")
 
 

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 from ..errors import DataError
 from .fingerprint import fingerprint
 from .images import Images
+from .readable import ReadableBatches
 from .readers import batches_of
 from .seeding import permutation, seeded
 from .transforms import Transform
@@ -158,10 +159,9 @@ def make_loader(
     return loader, sampler
 
 
-def shuffled_batches(stream: Stream, workers: int, seed: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+def shuffled_batches(stream: Stream, workers: int, seed: int = 0) -> ReadableBatches:
     """Batches of 64 images (B, C, H, W) and their classes (B,), in an order drawn by the seed, once through the stream.
 
-    Images that cannot be read are left out where the stream skips them.
+    Images that cannot be read are left out, and named in the log, where the stream skips them.
     """
-    loader, _ = make_loader(stream, 64, workers, seed=seed, shuffle=True)
-    return ((images[index >= 0], classes[index >= 0]) for images, classes, index in loader)
+    return ReadableBatches(make_loader(stream, 64, workers, seed=seed, shuffle=True)[0], stream.images)

@@ -1,7 +1,7 @@
 """Values of a file that may come from anywhere: each is checked for its kind and its bounds before it is used."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from math import isfinite
 from typing import Any
 
@@ -40,6 +40,13 @@ def word(where: str, value: Any) -> str:
     """A short name."""
     if not isinstance(value, str) or not _WORD.fullmatch(value) or ".." in value or len(value) > 200:
         raise Misfit(f"{where} is {shown(value)}; it must be a short name")
+    return value
+
+
+def one_of(where: str, value: Any, known: Sequence[str]) -> str:
+    """One of these names."""
+    if value not in known:
+        raise Misfit(f"{where} is {shown(value)}; it must be {', '.join(known[:-1])} or {known[-1]}")
     return value
 
 

@@ -14,7 +14,8 @@ from typing import Any
 from ..errors import CheckpointError
 from ..text import short_name
 from ..tokens.reduction import Phase
-from .checked_values import Misfit, integer, mapping, number, numbers, optional, plain, shown, word
+from .checked_values import Misfit, integer, mapping, number, numbers, one_of, optional, plain, shown, word
+from .input_format import CROP_MODES, INTERPOLATIONS
 from .widths import BlockWidths
 
 SCHEMA = 1
@@ -152,9 +153,9 @@ def _images(values: Mapping[str, Any]) -> dict[str, Any]:
     checks: dict[str, Callable[[str, Any], Any]] = {
         "mean": lambda where, value: numbers(where, value, -1e3, 1e3),
         "std": lambda where, value: numbers(where, value, 1e-6, 1e3),
-        "interpolation": word,
+        "interpolation": lambda where, value: one_of(where, value, INTERPOLATIONS),
         "crop_pct": lambda where, value: number(where, value, 0.01, 4),
-        "crop_mode": word,
+        "crop_mode": lambda where, value: one_of(where, value, CROP_MODES),
     }
     if unknown := [name for name in values if name not in checks]:
         raise Misfit(f"data.{short_name(unknown[0])} is not known")

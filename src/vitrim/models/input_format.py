@@ -4,7 +4,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ..errors import DataError
+from ..errors import DataError, UnknownNameError
+
+INTERPOLATIONS = ("bicubic", "bilinear", "nearest", "lanczos", "box", "hamming")
+CROP_MODES = ("center", "squash", "border")
 
 
 @dataclass(frozen=True)
@@ -13,9 +16,12 @@ class InputFormat:
 
     size: (channels, height, width).
     mean, std: per channel, to normalise pixels in [0, 1] with.
-    interpolation: Pillow's name of the filter for resizing, such as "bicubic".
+    interpolation: Pillow's name of the filter for resizing, one of `INTERPOLATIONS`.
     crop_pct: share of the resized image that an evaluation crop shows.
     crop_mode: how evaluation fits an image in: timm's "center", "squash" (no crop, aspect ratio lost) or "border".
+
+    Raises:
+        UnknownNameError: there is no such interpolation or crop mode.
     """
 
     size: tuple[int, int, int]
@@ -24,6 +30,14 @@ class InputFormat:
     interpolation: str = "bicubic"
     crop_pct: float = 1.0
     crop_mode: str = "center"
+
+    def __post_init__(self) -> None:
+        # timm takes any mode of cropping that it does not know for "center".
+        for what, name, known in (
+            ("interpolation", self.interpolation, INTERPOLATIONS), ("crop mode", self.crop_mode, CROP_MODES),
+        ):  # fmt: skip
+            if name not in known:
+                raise UnknownNameError(what, name, known)
 
     @classmethod
     def of(cls, model: nn.Module, image_size: int | None = None) -> "InputFormat":

@@ -75,7 +75,7 @@ def stratify(
     supernet = run(network, batches, num_images=number, labels=bool(labels), width_multiple=multiple)
     supernet.save(out, overwrite=overwrite, **kept_classes(model))
     chain = supernet.chain
-    print(_summary(len(chain), chain.macs_at(-1) / chain.macs, min(number, len(stream)), out))
+    print(_summary(len(chain), chain.macs_at(-1) / chain.macs, min(number, batches.seen), out))
 
 
 def _recipe_for(

@@ -1,5 +1,6 @@
 """What the images of a model of Hugging Face transformers are like, as its processor says."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -60,23 +61,29 @@ def read_processor(processor: Any, source: str) -> tuple[Images, tuple[int, int]
     size, crop = _sides(read("size", {})), _sides(read("crop_size", {}))
     cropped = bool(read("do_center_crop", False)) and "height" in crop
     final = crop if cropped else size
+    resized = size.get("shortest_edge", size.get("height", 0))
     factor = float(read("rescale_factor", 1 / 255))
-    if "height" not in final or not read("do_resize", True) or abs(factor * 255 - 1) > 1e-3:
+    if "height" not in final or not resized or not read("do_resize", True) or abs(factor * 255 - 1) > 1e-3:
         raise CheckpointError(
             f"the processor of {source} does not scale all images to one size and to values from 0 to 1, so it cannot "
             "be the format of a model here"
         )
     squashes = "height" in size
-    resized = size.get("shortest_edge", size.get("height", 0))
     mean, std = (read("image_mean"), read("image_std")) if read("do_normalize", True) else ([0.0] * 3, [1.0] * 3)
     images = {
         "mean": [float(value) for value in mean],
         "std": [float(value) for value in std],
         "interpolation": _FILTERS[int(read("resample", 2))],
-        "crop_pct": crop["height"] / resized if cropped else 1.0,
+        "crop_pct": _share(crop["height"], resized) if cropped else 1.0,
         "crop_mode": "squash" if squashes else "center",
     }
     return images, (final["height"], final["width"])
+
+
+def _share(part: int, whole: int) -> float:
+    """part / whole, such that the whole is what division by it and rounding down give back."""
+    share = part / whole
+    return share if math.floor(part / share) == whole else math.nextafter(share, 0)
 
 
 def _sides(size: Any) -> dict[str, int]:
