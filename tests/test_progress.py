@@ -2,6 +2,8 @@
 
 import os
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ import pytest
 from rich.console import Console
 
 from clocks import Clock
+from vitrim.cli import main
 from vitrim.show import progress
 from vitrim.train.loop import train
 from vitrim.train.recipe import Recipe
@@ -85,6 +88,38 @@ def test_a_teacher_cache_without_a_terminal_is_not_silent():
             report("cache", {"name": "train", "done": done, "rows": 300})
     assert lines_of(console)[0] == "teacher cache, train 30 of 300 images"
     assert len(lines_of(console)) == 5
+
+
+@pytest.mark.parametrize(("event", "figures", "line"), [
+    ("evaluation", {"done": 3, "batches": 400}, "row-s0 evaluation batch 3 of 400"),
+    ("wait", {"runs": 2}, "waiting for other workers: 2 runs"),
+])  # fmt: skip
+def test_no_other_part_of_a_run_without_a_terminal_is_silent(event: str, figures: dict[str, int], line: str):
+    clock = Clock()
+    with progress.live(console := Console(file=StringIO(), width=200), "row-s0", clock=clock.read) as report:
+        for _ in range(7):
+            clock.sleep(20)
+            report(event, figures)
+    assert lines_of(console) == [line] * 2
+
+
+def test_runs_and_vitrim_eval_report_their_evaluations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    model = {"args": {"depth": 1, "embed_dim": 24, "num_heads": 2}}
+    options = Recipe.from_dict({"model": model, "data": {"workers": 0, "limit": 60}, "epochs": 1, "batch_size": 99})
+    told: list[Any] = []
+
+    @contextmanager
+    def noting() -> Iterator[Report]:
+        yield lambda event, figures: told.append((event, figures.get("batches")))
+
+    with noting() as report:
+        train(options, tmp_path / "run", report=report)
+    tested = [("evaluation", 4)] * 4
+    assert told == [("start", None), ("step", None), ("evaluation", 1), ("epoch", None), *tested, ("done", None)]
+    told.clear()
+    monkeypatch.setattr(progress, "live", noting)
+    main(["eval", f"{tmp_path}/run", "--data.workers", "0", "--batch_size", "99", "--device", "cpu"])
+    assert told == tested
 
 
 def test_with_a_terminal_the_bar_is_enough():

@@ -1,4 +1,4 @@
-"""Live progress of a run: a line at its start, one bar for the whole run, a line per epoch; also of a teacher cache.
+"""Live progress of a run: a line at its start, one bar for the whole run, a line per epoch; also of evaluations.
 
 Without a terminal there is no bar; a line a minute takes its place, so that a long epoch is not silent.
 """
@@ -74,6 +74,10 @@ def live(
                 name = _plain(f"{label} epoch {epoch + 1}".strip())
                 progress.update(task, description=name, completed=done, total=total, figures=_plain(_now(figures)))
                 say_without_bar(f"{_epoch(label, figures)}  step {figures['step']}/{steps}  {_now(figures)}")
+            elif event == "evaluation":
+                batches = f"batch {figures['done']} of {figures['batches']}"
+                progress.update(task, description=_plain(f"{label} evaluation".strip()), figures=batches)
+                say_without_bar(f"{label} evaluation  {batches}".strip())
             elif event == "epoch":
                 say(_line(label, figures))
             elif event == "run":
@@ -82,7 +86,9 @@ def live(
             elif event == "done":
                 progress.reset(task, total=None)
             elif event == "wait":
-                progress.update(task, description=f"waiting for other workers: {figures['runs']} runs", figures="")
+                waiting = f"waiting for other workers: {figures['runs']} runs"
+                progress.update(task, description=waiting, figures="")
+                say_without_bar(waiting)
             elif event == "outage":
                 say(figures["line"])
 

@@ -186,10 +186,13 @@ class _Run(PreparedRun):
     def _evaluate(self, networks: Mapping[str, nn.Module], stream: Stream) -> dict[str, Figures]:
         found = evaluate_all(
             networks, stream, batch_size=self.recipe.batch_size, workers=self.recipe.data.workers,
-            accelerator=self.accelerator,
+            accelerator=self.accelerator, tick=self._report_evaluation,
         )  # fmt: skip
         self.meter.note(name for figures in found.values() for name in figures.unreadable)
         return found
+
+    def _report_evaluation(self, done: int, batches: int) -> None:
+        self.report("evaluation", {"done": done, "batches": batches})
 
     def _finish(self) -> dict[str, Any]:
         model, best = load(self.folder.model_path).to(self.device), self.state.best

@@ -10,7 +10,7 @@ from .meter import Meter
 Report = Callable[[str, Mapping[str, Any]], None]
 """Called with the name of an event and its figures during a run.
 
-The events of a run: "cache", "start", "step", "epoch", "done". A study adds "run", "wait" and "outage".
+The events of a run: "cache", "start", "step", "evaluation", "epoch", "done". A study adds "run", "wait" and "outage".
 """
 
 

@@ -30,9 +30,14 @@ def evaluate(
     """
     check_table(out)
     check_used("eval", data, TRAINING_ONLY, "the test images")
+    from ..show.progress import live
     from ..study.compare import compare
 
-    deliver(compare(model, images_of(model, data), method, batch_size=batch_size, device=device), out)
+    images = images_of(model, data)
+    with live() as report:
+        tick = lambda done, batches: report("evaluation", {"done": done, "batches": batches})  # noqa: E731
+        table = compare(model, images, method, batch_size=batch_size, device=device, tick=tick)
+    deliver(table, out)
 
 
 def bench(
