@@ -16,6 +16,7 @@ from ..measure.speed import bench
 from ..models import attached, find_adapter, has_weights, open_model, variant
 from ..models.classes import class_labels
 from ..models.variants import DENSE, OWN
+from ..tokens.precision import exact
 from . import choices
 from .choices import Choice
 from .figures import format_figure
@@ -107,7 +108,7 @@ def sight(subject: Subject, image: str | Path, choice: Choice) -> Sight:
     with torch.inference_mode():
         tiles, heat = next(view.draw(batch, subject.device, None, False, side=192))
         batch = batch.to(subject.device, next(network.parameters()).dtype)
-        before, after = (output_of(model, batch)[0].double() for model in (subject.whole, network))
+        before, after = (exact(output_of(model, batch)[0]) for model in (subject.whole, network))
     if not (before.isfinite().all() and after.isfinite().all()):
         raise VitrimError(f"the outputs of {subject.spec} are not finite; check its weights")
     picture = sheet(wrap_rows(tiles, heat), source.name)
