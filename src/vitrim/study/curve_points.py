@@ -1,7 +1,7 @@
 """Cut the networks of a curve and evaluate them: accuracy, divergence and cost at every size."""
 
 import statistics
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +109,7 @@ def _supernet(curve: Curve, line: Line, folder: Path, data: DataSpec, seed: int,
     )  # fmt: skip
 
 
-def _training_batches(model: nn.Module, data: DataSpec, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _training_batches(model: nn.Module, data: DataSpec, seed: int) -> Iterable[tuple[Tensor, Tensor]]:
     """Shuffled training images with their classes, the same for every line of one seed."""
     return shuffled_batches(plain_stream(model, data, train=True), data.workers, seed)
 
