@@ -11,6 +11,7 @@ from ..errors import CheckpointError
 from ..measure.columns import columns
 from ..measure.speed import DTYPES
 from ..measure.table import Table
+from .forms import FORMS
 from .intervals import Interval
 
 FILE, TRIED = "certificate.json", "tried.json"
@@ -59,29 +60,6 @@ class Line:
     def of_interval(cls, key: str, found: Interval, **more: Any) -> "Line":
         """A line of what was measured."""
         return cls(key, found.value, found.low, found.high, **more)
-
-
-@dataclass(frozen=True)
-class Form:
-    """How a statement is written: in words, its number format, and whether a small value is good."""
-
-    words: str
-    form: str
-    small_is_good: bool = True
-
-
-FORMS: dict[str, Form] = {
-    "macs": Form("MACs", ",.0f"),
-    "params": Form("parameters", ",.0f"),
-    "time": Form("time ratio", ".3f"),
-    "ms": Form("ms per batch", ".2f"),
-    "divergence": Form("divergence", ".4f"),
-    "agreement": Form("same top class", ".2%", False),
-    "drop": Form("accuracy lost", ".2%"),
-    "accuracy": Form("accuracy", ".2%", False),
-    "over_tokens": Form("divergence over tokens alone", "+.4f"),
-    "over_width": Form("divergence over width alone", "+.4f"),
-}
 
 
 @dataclass(frozen=True)

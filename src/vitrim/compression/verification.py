@@ -19,8 +19,9 @@ from ..models.description import parse
 from ..models.foreign_macs import num_parameters
 from ..models.rebuild import rebuild
 from ..models.shapes_only import shapes_only
-from .certificate import FORMS, Certificate, Line, row_of
+from .certificate import Certificate, Line, row_of
 from .fidelity import Fidelity
+from .forms import FORMS
 from .images import Pictures
 from .intervals import Interval
 from .measured_lines import compared_lines, time_lines

@@ -38,7 +38,12 @@ def live(
     last_line = clock()
     columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), TextColumn("{task.fields[figures]}"))
     with Progress(
-        *columns, TimeRemainingColumn(), console=console, transient=True, speed_estimate_period=_PERIOD
+        *columns,
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        speed_estimate_period=_PERIOD,
+        disable=not console.is_interactive,  # It would end with an empty line.
     ) as progress:
         task, started = progress.add_task(escape(label), total=None, figures=""), False
 
