@@ -15,6 +15,7 @@ from ..errors import DataError, ScheduleError, ScoreError
 from ..models import Handle, adapter_of
 from ..models.input_format import InputFormat
 from ..tokens import TokenState
+from ..tokens.precision import exact
 from .draw import draw_scores, draw_tokens, make_canvas, slot_colours, to_image
 from .files import find_images
 from .sheet import Tile
@@ -111,7 +112,7 @@ def _heat_tile(canvas: np.ndarray, before: TokenState, after: TokenState, at: in
     """The scores that decided a cut, each at the patches of its token."""
     if after.score is None:
         return None
-    score = after.score[at].double().numpy()
+    score = exact(after.score[at]).numpy()
     origin = before.origin[at].numpy()
     spread = np.where(origin < 0, np.nan, score[origin.clip(min=0)])
     return Tile(draw_scores(canvas, spread), "", f"score {score.min():.3g} to {score.max():.3g}")
