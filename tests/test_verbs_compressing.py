@@ -138,21 +138,20 @@ def test_verify_leaves_out_the_images_that_the_search_used(
 ) -> None:
     folder, out = photos(tmp_path / "photos", 50), tmp_path / "cheaper"
     assert call(capsys, "compress", model, "--data.root", folder, "--macs", 0.6, *FEW, "--out", out)[0] == 0
-    certificate, network = Certificate.read(out), load(out)
-    used = Searched.of(certificate)
+    network, used = load(out), Searched.of(Certificate.read(out))
     assert used is not None
     assert used.number == 20
     spec = DataSpec(root=str(folder), workers=0)
     stream = training_stream(network, spec)
     searched = read(stream, 20, 0).images
-    found, notes = pictures(network, str(out), certificate, spec, None)
+    found, notes = pictures(network, str(out), used, spec, None)
     assert len(found) == 30
     assert not any((image == one).all() for image in found.images for one in searched)
     assert notes == ("The images that the search used are left out: 20 of 50.",)
     (folder / "0" / "0.png").unlink()
-    found, notes = pictures(network, str(out), certificate, spec, None)
+    found, notes = pictures(network, str(out), used, spec, None)
     assert (len(found), notes) == (49, (NOT_KNOWN,))
-    _, notes = pictures(network, str(out), certificate, DataSpec(workers=0), 30)
+    _, notes = pictures(network, str(out), used, DataSpec(workers=0), 30)
     assert "any of them that are among the images here are not left out" in notes[0]
     code, said, _ = call(capsys, "verify", out, "--data.workers", 0, "--num_images", 12)
     assert code in (0, 1)
@@ -175,8 +174,9 @@ def test_nothing_is_read_before_options_are_checked_and_little_for_a_dry_run(
 
 def test_a_certificate_of_another_image_size_is_verified_at_that_size(model: str, tmp_path: Path) -> None:
     network = open_model(model, 12)
-    assert _original(None, model, hash_of(network), 12) is not None
-    assert _original(None, model, hash_of(network), None) is None
+    certificate = Certificate("macs 0.5", [], "another", hash_of(network), source={"model": model})
+    assert _original(None, certificate, 12) is not None
+    assert _original(None, certificate, None) is None
 
 
 def test_images_must_be_named_where_a_model_comes_with_none(

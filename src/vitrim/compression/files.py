@@ -28,7 +28,7 @@ from .fidelity import Fidelity
 from .images import BATCH, Pictures
 from .measured_lines import compared_lines, time_lines
 from .timing import sessions
-from .verification import COMPARED, COUNTED, Finding, Verified, check_original, described
+from .verification import COUNTED, Verified, check_original, described, findings
 
 KEY, SUFFIX = "certificate", ".certificate.json"
 BATCH_SIZE = 32
@@ -89,23 +89,17 @@ def verify_file(
     if original is not None:
         check_original(original, certificate, served.path)
     found: dict[str, Line] = {}
-    why: dict[str, str] = dict.fromkeys(COUNTED, "counted when the file was exported")
-    why |= dict.fromkeys(COMPARED, "no images were given")
+    reasons: dict[str, str] = dict.fromkeys(COUNTED, "counted when the file was exported")
     if images is not None and original is not None:
         found |= {line.key: line for line in _compared(served, original, images, say)}
-        why |= dict.fromkeys(COMPARED, "the images have no classes of the model")
-    elif images is not None:
-        why |= dict.fromkeys(COMPARED, "the given model is not here; name it with --original")
     whole = described(certificate) if original is None else original
-    if whole is None:
-        why |= dict.fromkeys(("time", "ms"), "the given model is not here; name it with --original")
-    else:
+    if whole is not None:
         timed, reason = _timed(served, whole, int(certificate.settings.get("batch_size", BATCH_SIZE)), say)
         found |= {line.key: line for line in timed}
-        why |= dict.fromkeys(("time", "ms"), reason)
-    why |= dict.fromkeys(("over_tokens", "over_width"), "only the search had the other answers")
-    findings = tuple(Finding(line, found.get(line.key), why.get(line.key, "")) for line in certificate.lines)
-    return Verified(certificate, findings, [*notes, _about_times(served)])
+        reasons |= dict.fromkeys(("time", "ms"), reason)
+    return Verified(
+        certificate, findings(certificate, found, images, original, **reasons), [*notes, _about_times(served)]
+    )
 
 
 def certify_file(

@@ -10,7 +10,8 @@ from torch import nn
 from ..data.specs import AugmentSpec, DataSpec
 from ..errors import VitrimError
 from ..models import attach, attached, load, num_classes
-from ..models.build import saved_folder, split_spec
+from ..models.build import split_spec
+from ..models.store import saved_folder
 from ..train.checkpoint import RunFolder
 from ..train.loop import train
 from ..train.recipe import Recipe

@@ -146,30 +146,49 @@ def verify(
         say("the certificate was measured on CUDA, which is not available; times are those of the CPU")
         place = torch.device("cpu")
     found: dict[str, Line] = {line.key: line for line in _counted(model, certificate)}
-    why: dict[str, str] = dict.fromkeys(COMPARED, "no images were given")
     if images is not None and original is not None:
         say(f"comparing with the given model on {len(images)} images")
         found |= {line.key: line for line in _compared(model.to(place), original.to(place), images, place)}
-        why = dict.fromkeys(COMPARED, "the images have no classes of the model")
-    elif images is not None:
-        why = dict.fromkeys(COMPARED, "the given model is not here; name it with --original")
     whole = original if original is not None else described(certificate)
-    if whole is None:
-        why |= dict.fromkeys(("time", "ms"), "the given model is not here; name it with --original")
-    else:
+    if whole is not None:
         say("measuring the time in fresh rounds")
         found |= {line.key: line for line in _timed(whole, model, settings, place)}
-    why |= dict.fromkeys(("over_tokens", "over_width"), "only the search had the other answers")
-    findings = tuple(Finding(line, found.get(line.key), why.get(line.key, "")) for line in certificate.lines)
-    return Verified(certificate, findings, notes)
+    return Verified(certificate, findings(certificate, found, images, original), notes)
 
 
-def check_original(original: nn.Module, certificate: Certificate, place: str | Path) -> None:
-    """Raise `VitrimError` unless this is the given model of a certificate, which lies in `place`.
+def findings(
+    certificate: Certificate, found: Mapping[str, Line], images: Pictures | None, original: nn.Module | None,
+    **reasons: str,
+) -> tuple[Finding, ...]:  # fmt: skip
+    """Each statement of a certificate with what was found here, or with the reason why nothing was.
+
+    Args:
+        found: by key.
+        images, original: what there was to compare on and with.
+        reasons: why a statement was not measured, by key, where the cause is neither images nor models.
+    """
+    absent = "the given model is not here; name it with --original"
+    compared = "no images were given" if images is None else "the images have no classes of the model"
+    why = {
+        **dict.fromkeys(COMPARED, absent if images is not None and original is None else compared),
+        **dict.fromkeys(("time", "ms"), absent),
+        **dict.fromkeys(("over_tokens", "over_width"), "only the search had the other answers"),
+        **reasons,
+    }
+    return tuple(Finding(line, found.get(line.key), why.get(line.key, "")) for line in certificate.lines)
+
+
+def is_original(model: nn.Module, certificate: Certificate) -> bool:
+    """Whether this is the given model of a certificate.
 
     The weights alone do not say so: a model of which only tokens were removed has those of the given one.
     """
-    if attached(original) is not None or hash_of(original) != certificate.original:
+    return attached(model) is None and hash_of(model) == certificate.original
+
+
+def check_original(original: nn.Module, certificate: Certificate, place: str | Path) -> None:
+    """Raise `VitrimError` unless this is the given model of a certificate, which lies in `place`."""
+    if not is_original(original, certificate):
         raise VitrimError(f"the certificate in {place} compares with another model than this; give the one compressed")
 
 
@@ -181,9 +200,8 @@ def described(certificate: Certificate) -> nn.Module | None:
     record = parse(text, "the certificate")
     with shapes_only():
         size = num_parameters(rebuild(record))
-    if (
-        "params" not in certificate or size != certificate["params"].of
-    ):  # Before memory is taken for what may be any size.
+    # Before memory is taken for what may be any size.
+    if "params" not in certificate or size != certificate["params"].of:
         raise CheckpointError("the certificate describes another model than the one it compares with; compress again")
     return rebuild(record).eval()
 

@@ -17,9 +17,8 @@ from torch import nn
 from ..data.batches import Images, batches_in, images_of
 from ..errors import CheckpointError, DataError, UnknownNameError, VitrimError
 from ..models import attached
-from ..models.build import saved_folder
 from ..models.compensation import Compensation
-from ..models.store import load, save_with
+from ..models.store import load, save_with, saved_folder
 from ..models.sublayers import Kind
 from ..output import recover
 from .chain import GROUPS, Chain, hash_of, start_chain
@@ -132,7 +131,7 @@ class SuperNet:
         Raises:
             CheckpointError: no super-network there, a damaged one, or a chain or compensations of other weights.
         """
-        folder = saved_folder(str(folder)) or Path(folder)
+        folder = saved_folder(folder) or Path(folder)
         recover(folder)
         if not (folder / CHAIN).is_file():
             raise CheckpointError(f"{folder} holds no {CHAIN}, so no super-network; make one with vitrim.stratify")

@@ -19,7 +19,7 @@ from .create import SOURCES
 from .families.hf_hub import SOURCE as HF
 from .finding import adapter_of
 from .shapes_only import shapes_only
-from .store import DESCRIPTION, WEIGHTS, check_heads, known_size, load, weights_path
+from .store import DESCRIPTION, WEIGHTS, check_heads, known_size, load, saved_folder, weights_path
 from .torchvision_weights import Converted, convert_torchvision, is_torchvision
 from .weights import aligned, check_not_hugging_face, class_count, load_weights
 
@@ -119,12 +119,6 @@ def split_spec(spec: str) -> tuple[str, str | None, tuple[int, int] | None]:
     if sized is None or os.path.exists(weights):
         return name, weights, None
     return name, sized[1], (int(sized[2]), int(sized[3]))
-
-
-def saved_folder(spec: str) -> Path | None:
-    """The folder of the saved model in a run folder, or in a folder written by `save`; None for anything else."""
-    places = (Path(spec) / "model", Path(spec))
-    return next((place for place in places if os.path.exists(place / DESCRIPTION)), None)
 
 
 def has_weights(spec: str) -> bool:

@@ -9,11 +9,11 @@ from pathlib import Path
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import nn
 
-from .build import saved_folder, split_spec, transformers_name
+from .build import split_spec, transformers_name
 from .create import SOURCES
 from .families.hf_hub import class_names_at
 from .finding import adapter_of
-from .store import WEIGHTS, read_description, weights_path
+from .store import WEIGHTS, read_description, saved_folder, weights_path
 
 _SYNSET = re.compile(r"n\d{8}")
 
@@ -26,7 +26,7 @@ def classes_of(spec: str | Path) -> list[str] | None:
     if (found := transformers_name(str(spec))) is not None:
         return class_names_at(found)
     path = Path(spec if os.path.exists(spec) else split_spec(str(spec))[1] or spec)
-    folder = saved_folder(str(path.parent if path.name == WEIGHTS else path))
+    folder = saved_folder(path.parent if path.name == WEIGHTS else path)
     return None if folder is None else read_description(weights_path(folder)).classes
 
 

@@ -73,18 +73,19 @@ class Call:
     @property
     def inner(self) -> bool:
         """Whether this is part of another call of the same model."""
-        outer = self._outer
-        while outer is not None and outer.policy is not self.policy:
-            outer = outer._outer
-        return outer is not None
+        return _innermost(self._outer, self.policy) is not None
 
     @staticmethod
     def of(policy: Policy) -> "Call | None":
         """The innermost call of this model that the thread is in."""
-        call = None if recomputing() else _thread.inside
-        while call is not None and call.policy is not policy:
-            call = call._outer
-        return call
+        return None if recomputing() else _innermost(_thread.inside, policy)
+
+
+def _innermost(call: Call | None, policy: Policy) -> Call | None:
+    """Of a call and those around it, the innermost one of this model."""
+    while call is not None and call.policy is not policy:
+        call = call._outer
+    return call
 
 
 def arrive(policy: Policy, block: int, x_BTC: Tensor, training: bool) -> Trace:

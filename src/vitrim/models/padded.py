@@ -150,7 +150,12 @@ def together(groups: Sequence[Group], tokens: Sequence[Tensor], num_patches: int
 
 
 def padded_trace_of(x_BTC: Tensor) -> PaddedTrace | None:
-    """The trace of these padded tokens; None if they have none, as after `clone()`, or if they were written over."""
-    trace: PaddedTrace | None = getattr(x_BTC, _TRACE, None)
+    """The trace of these padded tokens; None if they have none, as after `clone()`."""
+    return getattr(x_BTC, _TRACE, None)
+
+
+def unchanged_padded_trace_of(x_BTC: Tensor) -> PaddedTrace | None:
+    """As `padded_trace_of`, but None too if the tokens were written over."""
+    trace = padded_trace_of(x_BTC)
     unchanged = trace is None or trace.contents is None or trace.contents.still_in(x_BTC) is not False
     return trace if unchanged else None

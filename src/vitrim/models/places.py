@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ..errors import UnsupportedModelError, VitrimError
 from ..tokens import TokenState
 from .adapter import Adapter
-from .padded import PaddedTrace, padded_trace_of
+from .padded import PaddedTrace, unchanged_padded_trace_of
 from .trace import Trace, unchanged_trace_of
 
 
@@ -19,7 +19,7 @@ def grid_places(rows: int, columns: int, device: torch.device) -> Tensor:
 
 def trace_behind(tokens: Tensor) -> Trace | PaddedTrace:
     """The trace that these tokens carry; `VitrimError` if they carry none."""
-    trace = unchanged_trace_of(tokens) or padded_trace_of(tokens)
+    trace = unchanged_trace_of(tokens) or unchanged_padded_trace_of(tokens)
     if trace is None:
         raise VitrimError(
             "it is not known from which forward pass these tokens come; give the tensor that the model returned, as it "

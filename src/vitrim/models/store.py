@@ -147,12 +147,18 @@ def _height_and_width(size: Any) -> tuple[int, int]:
     return sides
 
 
+def saved_folder(spec: str | Path) -> Path | None:
+    """The folder of the saved model in a run folder, or in a folder written by `save`; None for anything else."""
+    places = (Path(spec) / "model", Path(spec))
+    return next((place for place in places if os.path.exists(place / DESCRIPTION)), None)
+
+
 def weights_path(folder: str | Path) -> Path:
     """The file of weights in a folder that `save` wrote, or in the run folder around it."""
     folder = Path(folder)
     path = folder if folder.name == WEIGHTS else folder / WEIGHTS
-    if not os.path.exists(path.parent / DESCRIPTION) and os.path.isdir(folder / "model"):
-        path = folder / "model" / WEIGHTS
+    if not os.path.exists(path.parent / DESCRIPTION):
+        path = (saved_folder(folder) or path.parent) / WEIGHTS
     recover(path.parent)
     if not path.is_file():
         raise CheckpointError(f"no model at {folder}: {path} is missing")

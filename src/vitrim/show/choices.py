@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..compression.candidates import named_options
 from ..errors import VitrimError
-from ..models.build import saved_folder
+from ..models.store import saved_folder
 from ..models.variants import OWN
 from ..notation import render
 from ..tokens import REDUCERS, SCHEDULES, SCORES, Budget, Reducer, Reduction
@@ -41,7 +41,7 @@ class Choice:
 
 def models(first: str) -> list[str]:
     """The first one, and the run folders in `runs/`."""
-    found = sorted(str(folder) for folder in Path("runs").glob("*") if saved_folder(str(folder)) is not None)
+    found = sorted(str(folder) for folder in Path("runs").glob("*") if saved_folder(folder) is not None)
     return list(dict.fromkeys([first, *found[:MOST_FOLDERS]]))
 
 

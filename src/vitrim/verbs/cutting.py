@@ -82,7 +82,8 @@ def _recipe_for(
     model: str, data: DataOptions, file: str | None, epochs: int, num_images: int | None, width_multiple: int | None
 ) -> Recipe:  # fmt: skip
     """The recipe of the training; where it is shortened, growth keeps its part of it."""
-    from ..models.build import saved_folder, split_spec
+    from ..models.build import split_spec
+    from ..models.store import saved_folder
 
     base = Recipe.read(file) if file else PUBLISHED
     if base.elastic is None:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from ..compression import Certificate
     from ..compression.images import Pictures
+    from ..compression.searched import Searched
     from ..measure.served import ServedFile
 
 
@@ -45,6 +46,7 @@ def verify(
         device: where to measure; auto takes the kind of device of the certificate where it is here.
         out: file to write the table to (.md, .csv, .json or .html).
     """
+    from ..compression.searched import Searched
     from ..measure.served import is_file, open_file
     from .delivery import check_table, deliver
 
@@ -63,12 +65,12 @@ def verify(
         raise DataError(f"the certificate in {folder} names no images; add --data.root FOLDER")
     spec = override_data(recorded or DataSpec(), data) if recorded or data else None
     size = None if recorded is None else recorded.image_size
-    given = _original(original, certificate.source.get("model"), certificate.original, size)
+    given = _original(original, certificate, size)
     pictures, notes = None, ()
     if given is not None and spec is not None:
         name = folder if served is None else original or certificate.source["model"]
         try:
-            pictures, notes = _pictures(given, name, certificate, spec, num_images)
+            pictures, notes = _pictures(given, name, Searched.of(certificate), spec, num_images)
         except DataError:
             if data:
                 raise  # The images of the certificate may be on another machine.
@@ -105,9 +107,6 @@ def _certify(
     from dataclasses import asdict
 
     from ..compression.files import SUFFIX, certify_file, write_certificate
-    from ..compression.images import read
-    from ..compression.request import MOST_IMAGES
-    from ..compression.run import MOST_UNSEEN
     from ..models import open_model
 
     if original is None:
@@ -116,11 +115,7 @@ def _certify(
         )
     spec = known_images(original, data) or images_of([original], data)
     given = open_model(original, spec.image_size)
-    test = test_stream(given, spec)
-    labelled = test is not None and knows_classes(given, original, test)
-    stream = training_stream(given, spec) if test is None else test
-    most = most or (MOST_IMAGES if test is None else MOST_UNSEEN)
-    pictures = read(stream, most, spec.workers, labelled=labelled)
+    pictures, _ = _pictures(given, original, None, spec, most)
     found = certify_file(served, pictures, given, source={"model": original, "data": asdict(spec)})
     print(found.table().text())
     if out is None:
@@ -131,15 +126,15 @@ def _certify(
 
 
 def _pictures(
-    network: "nn.Module", folder: str, certificate: "Certificate", spec: DataSpec, most: int | None
+    network: "nn.Module", folder: str, used: "Searched | None", spec: DataSpec, most: int | None
 ) -> tuple["Pictures", Sequence[str]]:
-    """Images to compare on, without those that the search used as far as these are known; and what to say about it."""
+    """Images to compare on, without those that a search used as far as these are known; and what to say about it."""
     from ..compression.images import read
     from ..compression.request import MOST_IMAGES
     from ..compression.run import MOST_UNSEEN
-    from ..compression.searched import NOT_KNOWN, Searched
+    from ..compression.searched import NOT_KNOWN
 
-    used, test = Searched.of(certificate), test_stream(network, spec)
+    test = test_stream(network, spec)
     if test is not None:
         labelled = knows_classes(network, folder, test)
         notes = () if used is None else (used.elsewhere,)
@@ -149,12 +144,13 @@ def _pictures(
     return read(train, most or MOST_IMAGES, spec.workers, labelled=False, start=start), (note,)
 
 
-def _original(given: str | None, recorded: Any, weights: str, size: int | None) -> "nn.Module | None":
+def _original(given: str | None, certificate: "Certificate", size: int | None) -> "nn.Module | None":
     """The model that was compressed, at its image size; None where it is not here any more and none was named."""
-    from ..elastic.chain import hash_of
-    from ..models import attached, open_model
+    from ..compression.verification import is_original
+    from ..models import open_model
     from ..models.build import split_spec
 
+    recorded: Any = certificate.source.get("model")
     # A model that only a file names is opened from this machine alone: a file never starts a download.
     if given is None and not (isinstance(recorded, str) and os.path.exists(split_spec(recorded)[1] or recorded)):
         return None
@@ -164,7 +160,7 @@ def _original(given: str | None, recorded: Any, weights: str, size: int | None) 
         if given is not None:
             raise
         return None
-    if hash_of(model) == weights and attached(model) is None:
+    if is_original(model, certificate):
         return model
     if given is not None:
         raise VitrimError(f"{given} is another model than the one that was compressed; name that one")

@@ -8,14 +8,14 @@ from torch import Tensor, nn
 
 from ..exchange import Reduced
 from ..forward_pass import trace_at_head
-from ..padded import joined, padded_trace_of
+from ..padded import joined, unchanged_padded_trace_of
 from ..trace import mark, trace_of
 from .hf_layout import Layout
 
 
 def logits_of(layout: Layout, model: Any, final_BTC: Tensor) -> Tensor:
     """What the heads of a model give for final tokens; pooled tokens for a bare tower."""
-    if (padded := padded_trace_of(final_BTC)) is not None:
+    if (padded := unchanged_padded_trace_of(final_BTC)) is not None:
         return joined(padded.groups, [logits_of(layout, model, group.tokens) for group in padded.groups])
     whole, tower, size = layout.whole(model), layout.tower_of(model), None
     pool, reads = (layout.pool, layout.pool_reads) if whole is None else (whole.pool, whole.reads)

@@ -13,6 +13,7 @@ from ..architectures import check_patches
 from .hf_config import image_size, names_in, set_image_size
 from .hf_images import library, read_processor, set_images
 from .hf_layout import LAYOUTS, pair
+from .hf_sizes import resize
 
 SOURCE = "hf:"
 """How the names of models begin that are a folder written by `save_pretrained`, or a name on the Hugging Face hub."""
@@ -52,12 +53,9 @@ def opened(spec: str, args: Mapping[str, Any]) -> nn.Module:
         set_image_size(layout, model, shown)
     elif shown != layout.own_size(layout.tower_of(model).config):
         raise CheckpointError(f"the processor of {source} gives images of {shown} px, which its model does not take")
-    from .hf_model import TransformersViT
-
-    adapter = TransformersViT()
     if size is not None and pair(size) != image_size(layout, model):
         check_patches(model, pair(size))
-        adapter.resize(model, pair(size))
+        resize(layout, model, pair(size))
     return model.eval()
 
 

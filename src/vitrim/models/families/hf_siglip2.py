@@ -15,7 +15,16 @@ from ...errors import VitrimError
 from ..exchange import Reduced, while_attached
 from ..forward_pass import Call, finish
 from ..macs import Macs
-from ..padded import Group, by_length, joined, lengths_of, padded_trace_of, together, uncompiled
+from ..padded import (
+    Group,
+    by_length,
+    joined,
+    lengths_of,
+    padded_trace_of,
+    together,
+    unchanged_padded_trace_of,
+    uncompiled,
+)
 from ..places import grid_places
 from .hf_layout import Whole, enter, mean_of_patches, pair
 from .hf_reduced_models import ReducedTower, ReducedWhole
@@ -103,7 +112,7 @@ class _ReducedWhole(ReducedWhole):
 class _ReducedPool(ReducedPool):
     @while_attached
     def forward(self, hidden_state: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        trace = padded_trace_of(hidden_state)
+        trace = unchanged_padded_trace_of(hidden_state)
         if trace is None:
             return super().forward(hidden_state, *args, **kwargs)
         return joined(trace.groups, [super(_ReducedPool, self).forward(group.tokens) for group in trace.groups])

@@ -23,7 +23,16 @@ from ..forward_pass import Call, finish
 from ..input_format import InputFormat
 from ..macs import BlockShape, Macs
 from ..outputs import ModelInfo
-from ..padded import Group, by_length, joined, lengths_of, padded_trace_of, together, valid_of
+from ..padded import (
+    Group,
+    by_length,
+    joined,
+    lengths_of,
+    padded_trace_of,
+    together,
+    unchanged_padded_trace_of,
+    valid_of,
+)
 from ..removed_branch import RemovedBranch
 from .timm_eva import ReducedEvaBlock, TimmEva
 from .timm_reduced import ReducedTimmModel, left_by_patch_drop
@@ -82,7 +91,7 @@ class ReducedNaFlexVit(ReducedTimmModel, NaFlexVit):
 
     @while_attached
     def forward_head(self, patches: Tensor, pre_logits: bool = False, patch_valid: Tensor | None = None) -> Tensor:
-        trace = padded_trace_of(patches)
+        trace = unchanged_padded_trace_of(patches)
         if trace is None:
             return super().forward_head(patches, pre_logits, patch_valid)
         groups = trace.groups
