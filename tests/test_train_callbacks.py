@@ -89,13 +89,15 @@ def lightning_fit(
 
 
 def transformers_fit(
-    text: str | None, folder: Path, epochs: int, *copies: nn.Module, evaluate: str = "epoch", resume: bool = False
-) -> tuple[Classifier, Any]:
+    text: str | None, folder: Path, epochs: int, *copies: nn.Module, evaluate: str = "epoch",
+    resume: bool | str = False, **options: Any,
+) -> tuple[Classifier, Any]:  # fmt: skip
     transformers = pytest.importorskip("transformers")
     model, callback = Classifier(text), transformers_callback(*copies)
     args = transformers.TrainingArguments(
         str(folder), num_train_epochs=epochs, per_device_train_batch_size=4, eval_strategy=evaluate, use_cpu=True,
         save_strategy="epoch", report_to=[], disable_tqdm=True, learning_rate=1e-2, remove_unused_columns=False,
+        **options,
     )  # fmt: skip
     trainer = transformers.Trainer(model, args, train_dataset=Pairs(), eval_dataset=Pairs(), callbacks=[callback])
     trainer.train(resume_from_checkpoint=resume)
@@ -126,6 +128,59 @@ def test_a_resumed_run_continues_at_the_strength_of_the_whole_run(fit: Any, tmp_
     assert rest.strengths == whole.strengths[4:]
     assert max(whole.strengths) > 0
     assert sorted(resumed.figures) == sorted(uninterrupted.figures) == [0, 1, 2, 3]
+
+
+def test_a_checkpoint_of_lightning_is_tested_at_its_strength(tmp_path: Path) -> None:
+    lightning = pytest.importorskip("lightning.pytorch")
+
+    class Module(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = Classifier(REDUCTION + "Polynomial(0, 4, gamma=1)")
+
+        def training_step(self, batch: dict[str, Tensor], _: int) -> Tensor:
+            return self.net(**batch)["loss"]
+
+        def test_step(self, batch: dict[str, Tensor]) -> None:
+            self.net(**batch)
+
+        validation_step = predict_step = test_step
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=0.01)
+
+    def trainer() -> Any:
+        return lightning.Trainer(
+            max_epochs=3, callbacks=[lightning_callback()], default_root_dir=tmp_path, accelerator="cpu", logger=False,
+            enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
+        )  # fmt: skip
+
+    loader = torch.utils.data.DataLoader(Pairs(), 4)
+    (trained := trainer()).fit(Module(), loader)
+    trained.save_checkpoint(tmp_path / "last.ckpt")
+    content = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    content["state_dict"] = dict(content["state_dict"])  # As callbacks of Lightning that average weights write it.
+    torch.save(content, tmp_path / "plain.ckpt")
+    for use in ("test", "validate", "predict"):
+        getattr(trainer(), use)(module := Module(), loader, ckpt_path=tmp_path / "plain.ckpt", weights_only=True)
+        assert vitrim.attached(module).strength == 0.5
+
+
+def test_the_best_model_of_transformers_comes_with_its_strength(tmp_path: Path) -> None:
+    average = AveragedModel(Classifier(PER_STEP))
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True}
+    model, _ = transformers_fit(REDUCTION + "Polynomial(0, 4, gamma=1)", tmp_path, 3, average, **best)
+    assert model.strengths[-1] == 0.5
+    assert vitrim.attached(model).strength == 0.0  # The loss falls, so that the largest is that of epoch 0.
+    assert vitrim.attached(average).strength > 0.5
+
+
+def test_a_checkpoint_elsewhere_is_not_resumed_without_what_was_learnt(tmp_path: Path) -> None:
+    transformers_fit(ADAPTIVE, tmp_path / "one", 1)
+    with pytest.raises(VitrimError, match=r"resumes at step 2, but .*two/checkpoint-2/vitrim.pt is missing"):
+        transformers_fit(ADAPTIVE, tmp_path / "two", 2, resume=f"{tmp_path}/one/checkpoint-2")
+    model, _ = transformers_fit(DELAYED, tmp_path / "three", 2, resume=f"{tmp_path}/one/checkpoint-2")
+    assert model.strengths == [1, 1]  # It follows the epoch alone.
 
 
 def test_a_figure_that_no_validation_reports_is_named(tmp_path: Path) -> None:

@@ -45,7 +45,8 @@ def transformers_callback(*copies: nn.Module) -> "TrainerCallback":
     """A callback for `transformers.Trainer(callbacks=[...])` that moves the curriculum.
 
     The model of the Trainer is, or contains, a model with a reduction attached. Adaptive curricula read "eval_loss" of
-    the Trainer's evaluations. Each checkpoint folder gets a file `vitrim.pt`, which `resume_from_checkpoint` reads.
+    the Trainer's evaluations. Each checkpoint folder gets a file `vitrim.pt`. `resume_from_checkpoint` reads it
+    from checkpoints in `output_dir`; `load_best_model_at_end` takes the strength of the best model from it.
 
     Args:
         copies: further models to move, such as an EMA.
@@ -99,6 +100,16 @@ class Mover:
         for handle, own in zip(handles, state["handles"], strict=True):
             handle.load_state_dict(own)
 
+    def restore_model(self, model: nn.Module, state: Mapping[str, Any]) -> None:
+        """Give the model, not its copies, the strength that it had when `saved` returned this."""
+        for handle, own in zip(handles_inside(model), state["handles"], strict=False):
+            handle.load_state_dict(own)
+
+    def learns(self, model: nn.Module) -> bool:
+        """Whether the strength depends on figures, or the score on gradients, of the epochs so far."""
+        handles = [handle for handle in self._handles(model) if handle.reduction is not None]
+        return any(handle.gradients is not None or handle.reduction.curriculum.reads for handle in handles)
+
     def _handles(self, model: nn.Module) -> list[Handle]:
         handles = [handle for one in (model, *self.copies) for handle in handles_inside(one)]
         if not handles:
@@ -126,6 +137,9 @@ def _lightning_class() -> Any:
             if self._loaded is not None:
                 self.restore(pl_module, self._loaded)
                 self._loaded = None
+
+        # A checkpoint may also be validated, tested or used to predict without training.
+        on_validation_start = on_test_start = on_predict_start = on_train_start
 
         def on_train_epoch_start(self, trainer: Any, pl_module: nn.Module) -> None:
             self.move(pl_module, trainer.current_epoch)
@@ -161,9 +175,23 @@ def _transformers_class() -> Any:
         """Moves curricula in a `transformers.Trainer`."""
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 0:
+                return
             file = _folder(args, state) / STATE_FILE
-            if state.global_step > 0 and file.exists():
+            if file.exists():
                 self.restore(kwargs["model"], torch.load(file, weights_only=True, map_location="cpu"))
+            elif self.learns(kwargs["model"]):
+                raise VitrimError(
+                    f"training resumes at step {state.global_step}, but {file} is missing, which holds what the "
+                    "reduction has learnt; resume with the output_dir of that run, or copy its checkpoint there"
+                )
+
+        def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if not args.load_best_model_at_end or state.best_model_checkpoint is None:
+                return
+            file = Path(state.best_model_checkpoint) / STATE_FILE
+            if file.exists():
+                self.restore_model(kwargs["model"], torch.load(file, weights_only=True, map_location="cpu"))
 
         def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             self.move(kwargs["model"], state.epoch or 0.0)
