@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from vitrim.data import data_sets, timm_readers
-from vitrim.data.data_sets import open_both, open_images
+from vitrim.data.data_sets import open_both, open_images, open_unlabelled
 from vitrim.data.folder import FolderImages, natural_key
 from vitrim.data.images import Images
 from vitrim.data.specs import DataSpec
@@ -102,6 +102,21 @@ def test_a_folder_inside_a_class_folder_belongs_to_the_class(tmp_path: Path):
     assert images.notes == [f"{tmp_path}/train: images in folders inside of class folders are taken for that class (1)"]
 
 
+def test_a_folder_without_classes_is_read_as_one_with_classes(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    """By every verb that takes one: hidden files, such as those of macOS, are no images, and the rest is counted."""
+    for name in ("1.png", "sub/2.png", ".hidden/3.png"):
+        draw(tmp_path / name)
+    for name in ("._1.png", "photo.heic", "notes.txt"):
+        (tmp_path / name).write_bytes(b"text")
+    os.symlink(tmp_path, tmp_path / "sub" / "loop")
+    images = open_unlabelled(tmp_path)
+    assert [images.name(index) for index in range(len(images))] == [f"{tmp_path}/1.png", f"{tmp_path}/sub/2.png"]
+    assert [name for name, _ in find_images(tmp_path)] == ["1.png", "sub/2.png"]
+    (line,) = caplog.messages
+    for reason in ("hidden files: 1", "hidden folders: 1", ".heic: 1", ".txt: 1", "links to a folder above: 1"):
+        assert reason in line
+
+
 def test_a_class_without_a_readable_image_is_refused_with_what_it_holds(tmp_path: Path):
     spec = folder(tmp_path, "a")
     (tmp_path / "train" / "b").mkdir()
@@ -136,6 +151,10 @@ def test_classes_that_differ_in_case_alone_stay_two(tmp_path: Path):
     folder(tmp_path / "other", "a", "b", splits=("val",))
     with pytest.raises(DataError, match="different classes: A, b"):
         open_both(DataSpec(name="folder", root=str(tmp_path / "other")))
+    folder(tmp_path / "fewer", "Ant", "bee", splits=("train",))
+    folder(tmp_path / "fewer", "ant", splits=("val",))
+    with pytest.raises(DataError, match="different classes: bee$"):  # Not Ant and ant.
+        open_both(DataSpec(name="folder", root=str(tmp_path / "fewer")))
 
 
 def test_names_sort_in_natural_order_whatever_digits_they_have():

@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections import Counter
 from functools import cache
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from ..errors import DataError
 from ..text import message
 from .decode import suffixes
 from .digits import BUILT_IN, CLASSES
-from .folder import FolderImages, class_folders, natural_key
+from .folder import FolderImages, class_folders, image_paths, not_read
 from .images import Images
 from .specs import DataSpec
 from .timm_readers import open_by_reader
@@ -48,11 +49,21 @@ def open_unlabelled(root: str | Path) -> Images:
     """
     if not os.path.isdir(root):
         raise DataError(f"{root} is not a folder")
-    kinds = suffixes()
-    found = [str(path) for path in Path(root).rglob("*") if path.suffix.lower() in kinds and path.is_file()]
-    if not found:
-        raise DataError(f"{root} holds no images ({', '.join(sorted(kinds))})")
-    return Images([(path, 0) for path in sorted(found, key=natural_key)])
+    return Images([(path, 0) for path in all_images(root)])
+
+
+def all_images(root: str | Path) -> list[str]:
+    """The image files below a folder, in natural order; logs what else is there.
+
+    Raises:
+        DataError: there are none.
+    """
+    left_out = Counter[str]()
+    if not (found := image_paths(Path(root), left_out)):
+        raise DataError(f"{root} holds no images ({', '.join(sorted(suffixes()))})")
+    if note := not_read(left_out):
+        _report_once(f"{root}: {note}")
+    return found
 
 
 def open_both(spec: DataSpec) -> tuple[Images, Images]:

@@ -36,23 +36,17 @@ class FolderImages:
         self.samples: list[tuple[str, int]] = []
         left_out, nested = Counter[str](), 0
         for index, (_, folder) in enumerate(pairs):
-            own, others = Counter[str](), 0
-            paths: list[str] = []
-            for path in _files_below(folder, own):
-                if reason := _not_read(path):
-                    own[reason] += 1
-                else:
-                    paths.append(path.path)
-                    others += os.path.dirname(path.path) != str(folder)
+            own = Counter[str]()
+            paths = image_paths(folder, own)
             if not paths:
                 found = f" ({_counted(own)})" if own else ""
                 raise DataError(f"class folder {folder} holds no images that can be read{found}; fill it or remove it")
-            self.samples += [(path, index) for path in sorted(paths, key=natural_key)]
+            self.samples += [(path, index) for path in paths]
             left_out += own
-            nested += others
+            nested += sum(os.path.dirname(path) != str(folder) for path in paths)
         outside = sum(not entry.is_dir() and not entry.name.startswith(".") for entry in os.scandir(root))
         self.notes = [f"{root}: {note}" for note in (
-            f"files not read ({_counted(left_out)})" if left_out else "",
+            not_read(left_out),
             f"files not read (outside of class folders: {outside})" if outside else "",
             f"images in folders inside of class folders are taken for that class ({nested})" if nested else "",
             f"classes {renamed} are taken for those of the training images, which differ in case" if renamed else "",
@@ -63,6 +57,22 @@ class FolderImages:
 
     def __getitem__(self, index: int) -> tuple[str, int]:
         return self.samples[index]
+
+
+def image_paths(folder: Path, left_out: Counter[str]) -> list[str]:
+    """The image files below a folder, in natural order; what else is there is counted in `left_out`, by reason."""
+    paths: list[str] = []
+    for entry in _files_below(folder, left_out):
+        if reason := _not_read(entry):
+            left_out[reason] += 1
+        else:
+            paths.append(entry.path)
+    return sorted(paths, key=natural_key)
+
+
+def not_read(left_out: Counter[str]) -> str:
+    """A line on files that were not read, by reason; empty where there are none."""
+    return f"files not read ({_counted(left_out)})" if left_out else ""
 
 
 def class_folders(root: Path) -> list[Path]:
@@ -107,13 +117,14 @@ def _not_read(entry: os.DirEntry[str]) -> str:
 
 
 def _named_as(names: list[str], reference: Sequence[str]) -> tuple[list[str], str]:
-    """These names as the reference spells them, if both differ in case alone; and those that were spelt otherwise."""
+    """These names as the reference spells those that differ in case alone; and the names that were spelt otherwise."""
     spelt = {_folded(name): name for name in reference}
     folded = [_folded(name) for name in names]
-    if set(names) == set(reference) or len(spelt) < len(reference) or sorted(folded) != sorted(spelt):
+    if len(spelt) < len(reference) or len({*folded}) < len(folded):
         return names, ""
-    other = [name for name, key in zip(names, folded, strict=True) if spelt[key] != name]
-    return [spelt[key] for key in folded], ", ".join(other[:5]) + (", ..." if len(other) > 5 else "")
+    known = [spelt.get(key, name) for name, key in zip(names, folded, strict=True)]
+    other = [name for name, own in zip(names, known, strict=True) if name != own]
+    return known, ", ".join(other[:5]) + (", ..." if len(other) > 5 else "")
 
 
 def _folded(name: str) -> str:

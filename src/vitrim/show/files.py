@@ -7,6 +7,7 @@ from itertools import count
 from pathlib import Path
 from typing import TypeVar
 
+from ..data.data_sets import all_images
 from ..data.decode import suffixes
 from ..errors import DataError
 
@@ -26,11 +27,7 @@ def find_images(images: str | Path | Sequence[str | Path]) -> list[tuple[str, Pa
             return [(root.name, root)]
         if not root.is_dir():
             raise DataError(f"{root} is not a folder or an image")
-        kinds = suffixes()
-        paths = sorted(path for path in root.rglob("*") if path.suffix.lower() in kinds and path.is_file())
-        if not paths:
-            raise DataError(f"{root} holds no images ({', '.join(sorted(kinds))})")
-        return [(path.relative_to(root).as_posix(), path) for path in paths]
+        return [(path.relative_to(root).as_posix(), path) for path in sorted(map(Path, all_images(root)))]
     paths = [Path(image) for image in images]
     missing = [path for path in paths if not path.is_file()]
     if missing:
