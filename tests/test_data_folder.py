@@ -153,7 +153,7 @@ def test_classes_that_differ_in_case_alone_stay_two(tmp_path: Path):
         open_both(DataSpec(name="folder", root=str(tmp_path / "other")))
     folder(tmp_path / "fewer", "Ant", "bee", splits=("train",))
     folder(tmp_path / "fewer", "ant", splits=("val",))
-    with pytest.raises(DataError, match="different classes: bee$"):  # Not Ant and ant.
+    with pytest.raises(DataError, match=r"different classes: bee$"):  # Not Ant and ant.
         open_both(DataSpec(name="folder", root=str(tmp_path / "fewer")))
 
 

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 import vitrim
 from fuzzing import fault_of
+from hf_models import HF
 from vitrim.errors import CheckpointError, VitrimError
 from vitrim.models.classes import classes_of
 from vitrim.models.description import parse
@@ -81,6 +82,8 @@ ALTERED = {
     "terabytes of positions": put("args", "img_size", value=8192),
     "endless images": put("args", "img_size", value=10**9),
     "no patch": put("args", "patch_size", value=0),
+    "a truth in place of a number": put("args", "num_heads", value=True),
+    "heads below zero": put("args", "num_heads", value=-1),
     "no head": put("args", "num_heads", value=0),
     "a negative width": put("args", "embed_dim", value=-16),
     "not a number": put("args", "mlp_ratio", value=float("nan")),
@@ -121,6 +124,26 @@ def test_altered_descriptions_are_refused_in_one_line(name, folder, tmp_path):
     with pytest.raises(VitrimError) as refused:
         vitrim.load(altered)
     assert not fault_of(str(refused.value))
+
+
+BAD_SIZES = ([], [16], "", "x", 0, True, 0.5, [[]], [16, None], [1, 2, 3])
+
+
+@pytest.mark.parametrize("name", ["hf_vit", "hf_dinov2", "hf_siglip2"])
+def test_altered_sizes_of_hugging_face_models_are_refused_in_one_line(name, tmp_path):
+    stored = vitrim.save(HF[name](), tmp_path / "m")
+    for key in ("img_size", "patch_size", "position_size"):
+        for value in BAD_SIZES:
+            altered = changed(stored, tmp_path, put("args", key, value=value))
+            with pytest.raises(VitrimError) as refused:
+                vitrim.load(altered)
+            assert not fault_of(str(refused.value))
+
+
+def test_images_below_one_patch_are_refused(tmp_path):
+    stored = vitrim.save(HF["hf_dinov2"](), tmp_path / "m")
+    with pytest.raises(VitrimError, match="images of 3 x 3 px are smaller than one patch"):
+        vitrim.load(changed(stored, tmp_path, put("args", "img_size", value=[3, 3])))
 
 
 def test_an_unaltered_description_is_read(folder, tmp_path):

@@ -4,28 +4,40 @@ import json
 import random
 from pathlib import Path
 
+import pytest
+import timm
 import torch
 from safetensors.torch import save_file
 
 import vitrim
 from fuzzing import altered_text, altered_value, fuzz
+from hf_models import HF
+from vitrim.models import num_classes
 from vitrim.models.classes import classes_of
 from vitrim.models.description import parse
 
 SIZES = {"depth": 1, "embed_dim": 8, "num_heads": 1}
 
 
-def saved(folder: Path) -> tuple[dict[str, torch.Tensor], str]:
+FAMILIES = {
+    "own": lambda: vitrim.build_model("vitrim_digits_vit", **SIZES),
+    "naflex": lambda: timm.create_model("naflexvit_base_patch16_gap", num_classes=10, **SIZES),
+    **{name: HF[name] for name in ("hf_vit", "hf_dinov2", "hf_siglip2")},
+}
+
+
+def saved(folder: Path, family: str = "own") -> tuple[dict[str, torch.Tensor], str]:
     torch.manual_seed(0)
-    model = vitrim.build_model("vitrim_digits_vit", **SIZES)
+    model = FAMILIES[family]()
     vitrim.attach(model, "TopK(score=norm) @ KeepRate(0.5, at=(0,))")
-    vitrim.save(model, folder, classes=[str(digit) for digit in range(10)])
+    vitrim.save(model, folder, classes=[str(digit) for digit in range(num_classes(model))])
     return dict(model.state_dict()), (folder / "vitrim.json").read_text()
 
 
-def test_values_of_descriptions(tmp_path: Path):
+@pytest.mark.parametrize("family", FAMILIES)
+def test_values_of_descriptions(family: str, tmp_path: Path):
     """Whatever loads is of the saved shapes, takes images, and has the saved weights."""
-    state, text = saved(tmp_path / "m")
+    state, text = saved(tmp_path / "m", family)
     record = json.loads(text)
 
     def surface(rng: random.Random) -> None:

@@ -33,6 +33,8 @@ class Images:
             return str(reader.filename(index, absolute=True))
         if (samples := getattr(self.source, "samples", None)) is not None:
             return str(samples[index][0])
+        if isinstance(self.source, list) and isinstance(path := self.source[index][0], str | Path):
+            return str(path)
         return f"image {index}"
 
     def load(self, index: int) -> tuple[Image.Image, int]:

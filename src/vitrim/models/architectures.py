@@ -26,7 +26,7 @@ def architectures() -> list[str]:
 
 
 def check_patches(model: nn.Module, size: int | Sequence[int]) -> None:
-    """Raise `VitrimError` for images of (height, width), or square ones, with more patches than memory has room for.
+    """Raise `VitrimError` for images of (height, width), or square ones, of no patch or of more than memory holds.
 
     Not attention takes it, which is computed in parts, but the positions and what the MLP makes of every patch.
     """
@@ -35,6 +35,8 @@ def check_patches(model: nn.Module, size: int | Sequence[int]) -> None:
         rows, columns = adapter_of(model).grid(model, (height, width))
     except UnsupportedModelError:
         return
+    if rows * columns < 1:
+        raise VitrimError(f"images of {height} x {width} px are smaller than one patch; choose a larger image size")
     if rows * columns > MOST_PATCHES:
         raise VitrimError(
             f"images of {height} x {width} px give {rows * columns:,} patches each, more than {MOST_PATCHES:,}; choose "
@@ -53,4 +55,7 @@ def build_architecture(
     if isinstance(size, int) and size > _SURELY_SMALL and name in adapter.architectures():
         with shapes_only():
             check_patches(adapter.build(name, args, pretrained=False, images={}), size)
-    return adapter.build(name, args, pretrained=pretrained, images=images or {})
+    model = adapter.build(name, args, pretrained=pretrained, images=images or {})
+    if size is not None:
+        check_patches(model, adapter_of(model).input_format(model).size[1:])
+    return model

@@ -24,6 +24,11 @@ _LARGEST = 1 << 16
 _MAX_IMAGE = 8192
 _NAMES_FILES = re.compile(r"(.*_)?(path|dir|file|url|fn|cfg|filter)|pretrained.*|device|dtype|features_only|scriptable")
 """Arguments of an architecture that name files, code or places; no description holds them."""
+_COUNTS = (
+    "depth", "embed_dim", "hidden_size", "img_size", "in_chans", "intermediate_size", "num_attention_heads",
+    "num_heads", "num_hidden_layers", "patch_size", "position_size",
+)  # fmt: skip
+"""Arguments that are whole numbers of 1 or more wherever they are given."""
 
 
 @dataclass(frozen=True)
@@ -146,6 +151,9 @@ def _args(values: Mapping[str, Any]) -> dict[str, Any]:
             raise Misfit(f"args.{name} may name a file or code, which no description does")
         most = _MAX_IMAGE if name == "img_size" else 1000 if name in ("depth", "depths", "layers") else _LARGEST
         found[name] = plain(f"args.{name}", value, most)
+        for part in value if isinstance(value, list | tuple) else [value]:
+            if name in _COUNTS and part is not None:
+                integer(f"args.{name}", part, 1, most)
     return found
 
 

@@ -13,7 +13,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ...errors import VitrimError
 from ...tables import Table
+from ...text import short_name
 from ..macs import Macs
 
 LAYOUTS: Table[str, "Layout"] = Table("layout")
@@ -24,8 +26,15 @@ Stats = tuple[tuple[float, ...], tuple[float, ...]]
 
 
 def pair(size: Any) -> tuple[int, int]:
-    """Height and width of what transformers writes as one number or as two."""
-    return (int(size), int(size)) if isinstance(size, int) else (int(size[0]), int(size[1]))
+    """Height and width of what transformers writes as one number or as two.
+
+    Raises:
+        VitrimError: it is neither, or a side is no whole number of 1 or more.
+    """
+    sides = tuple(size) if isinstance(size, list | tuple) else (size, size)
+    if len(sides) != 2 or any(isinstance(side, bool) or not isinstance(side, int) or side < 1 for side in sides):
+        raise VitrimError(f"a size is {short_name(size)}; it must be a side in pixels or (height, width)")
+    return sides
 
 
 IMAGENET: Stats = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
