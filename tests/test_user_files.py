@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 import vitrim
 from vitrim import user_files
@@ -236,3 +237,39 @@ def test_no_file_can_import_anything(mine: Path, tmp_path: Path, capsys: pytest.
             main(["train", "--config", str(recipe), "--out", str(tmp_path / "run")])
         assert capsys.readouterr().err.count("\n") == 1
     assert "MyStride" not in REDUCERS
+
+
+VERBS = """
+import sys
+from vitrim.cli import main
+
+family, out, images = sys.argv[1:]
+common = "--data.workers 0"
+for words in (
+    "list adapters",
+    f"train --model.name toy_vit --out {out}/run --epochs 1 --batch_size 32 --data.name digits --data.limit 64 "
+    f"{common}",
+    f"train --model.name toy_vit --teacher.name {out}/run --distill Labels()+Pooled() --out {out}/student --epochs 1 "
+    f"--batch_size 32 --data.name digits --data.limit 64 {common}",
+    f"eval {out}/run --method TopK()@KeepRate(0.5,at=1) --batch_size 512 {common}",
+    f"bench {out}/run --batch_size 4 --rounds 1",
+    f"show {out}/run --images {images} --out {out}/pictures --method TopK()@KeepRate(0.5,at=1)",
+    f"stratify {out}/run --out {out}/net --num_images 32 --width_multiple 4 {common}",
+    f"extract {out}/net --macs 0.7 --out {out}/small",
+    f"compress {out}/run --macs 0.8 --out {out}/cheap --using tokens --num_images 32 --num_test_images 64 --trials 0 "
+    f"--batch_size 2 {common}",
+):
+    print("verb", words.split()[0], flush=True)
+    main([*words.split(), "--import", family])
+"""
+
+
+def test_every_verb_takes_a_family_that_is_a_file_of_the_user(tmp_path: Path) -> None:
+    Image.new("L", (8, 8), 90).save(tmp_path / "one.png")
+    family, images = Path(__file__).with_name("toy_family.py"), tmp_path / "one.png"
+    command = [sys.executable, "-c", VERBS, str(family), str(tmp_path), str(images)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "toy" in done.stdout
+    assert (tmp_path / "small" / "model.safetensors").exists()
+    assert list((tmp_path / "pictures").rglob("*.png"))
