@@ -44,7 +44,7 @@ study 2 2 4 &
 study 4 5 3 &
 study 6 4 4 &
 run 0 finetune vitrim train --config recipes/system5/finetune-vits14.yaml --data.limit 9469 --data.workers 4 --epochs 3 \
-    --optim.precision bf16 --out "$model"
+    --optim.precision auto --out "$model"
 run 0 widths python benchmarks/widths.py "$model" --root $images --device cuda --out "$runs/widths-vits14-cuda" &
 run 0 tokens python benchmarks/tokens.py "$model" --root $images --device cuda --out "$runs/tokens-vits14-cuda" &
 answers() { run 0 "answers-$1" python benchmarks/compress.py "$model" --root $images --models "$runs/answers" "${@:2}"; }

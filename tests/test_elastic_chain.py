@@ -1,6 +1,7 @@
 """The chain as data: growing, monotony, budgets, and what it refuses."""
 
 import json
+import math
 import random
 from dataclasses import replace
 from itertools import pairwise
@@ -15,6 +16,7 @@ from vitrim.elastic import SuperNet
 from vitrim.elastic.chain import Chain, Entry, UnitCost, hash_of, start_chain
 from vitrim.elastic.growth import _falling_outwards, blend, grow, grow_evenly
 from vitrim.elastic.importance import interpolate, measure_rises, probe_loss, tail_sums, taylor_curves
+from vitrim.elastic.measured_chain import log_ratio, worse
 from vitrim.elastic.probing import first_batches, in_turn, portions
 from vitrim.elastic.sampler import RULES, draw, narrowed
 from vitrim.errors import CheckpointError, UnknownNameError, VitrimError
@@ -238,6 +240,19 @@ def test_a_measured_chain_keeps_more_than_taylor_importance_and_than_an_even_cut
         means = (small_one(x) - model(x)).square().mean()
         regression = (measured.extract(macs=0.25)(x) - model(x)).square().mean()
     assert regression < 0.3 * means
+
+
+def test_noise_alone_does_not_give_measured_widths_up():
+    """Of networks that diverge as much as even ones, on 64 images whose divergences have a long tail."""
+    generator = torch.Generator().manual_seed(0)
+    given_up = 0
+    for _ in range(200):
+        shared = torch.randn(1, 64, generator=generator)
+        one, other = ((0.8 * shared + torch.randn(12, 64, generator=generator)).exp() for _ in range(2))
+        given_up += bool(worse(one, other).any())
+    assert given_up <= 20
+    assert worse(other + 0.1, other).all()
+    assert abs(log_ratio(2 * other, other) - math.log(2)) < 1e-6
 
 
 def test_every_round_and_the_comparison_have_images_of_their_own():
