@@ -1,7 +1,7 @@
 """What can only go wrong on CUDA: tensors on two devices, lower precision, graphs. Left out where there is no CUDA."""
 
 import copy
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import pytest
 import timm
@@ -80,6 +80,41 @@ def test_a_recorded_graph_repeats_the_pass_on_new_images(reduction):
         pixels.copy_(second)
         graph.replay()
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_head_called_by_itself_is_recorded_too_but_not_where_nothing_counts_what_is_written():
+    model, first, second = small(global_pool="avg"), *torch.randn(2, 4, 3, 64, 64, device="cuda")
+    attach(model, "ToMe() @ ConstantR(3)")
+
+    def record(guard: AbstractContextManager[object]) -> None:
+        with guard:
+            expected, pixels = model(second), first.clone()
+            for _ in range(3):
+                model.forward_head(model.forward_features(pixels))
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                found = model.forward_head(model.forward_features(pixels))
+            pixels.copy_(second)
+            graph.replay()
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+    record(torch.no_grad())
+    with pytest.raises(VitrimError, match="no_grad"):
+        record(torch.inference_mode())
+    torch.cuda.synchronize()
+
+
+def test_features_that_were_written_over_are_refused_on_cuda_in_whatever_way():
+    model, pixels = small(global_pool="avg"), torch.randn(4, 3, 64, 64, device="cuda")
+    attach(model, "ToMe() @ ConstantR(3)")
+    for guard in (torch.no_grad(), torch.inference_mode()):
+        with guard:
+            kept, written = model.forward_features(pixels), model.forward_features(pixels)
+            torch.testing.assert_close(model.forward_head(kept), model(pixels), rtol=1e-4, atol=1e-5)
+            written.data.mul_(1.01)
+            with pytest.raises(VitrimError):
+                model.forward_head(written)
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])

@@ -39,7 +39,7 @@ class Contents:
 
     def still_in(self, x: Tensor) -> bool | None:
         """Whether `x` holds the same; None where it cannot be read. Waits for the accelerator that it is on."""
-        if x.is_cuda and torch.cuda.is_current_stream_capturing():
+        if capturing(x):
             return None
         now = Contents.of(x)
         if now is None:
@@ -52,6 +52,11 @@ class Contents:
 
     def __deepcopy__(self, memo: dict[int, object]) -> "Contents":
         return self
+
+
+def capturing(x: Tensor) -> bool:
+    """Whether a CUDA graph is captured on the device of `x`, where nothing can wait for it."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _readable(x: Tensor) -> bool:

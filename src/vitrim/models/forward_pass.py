@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..errors import VitrimError
 from ..tokens import Plan
-from .contents import Contents
+from .contents import Contents, capturing
 from .policy import Policy
 from .trace import Trace, mark, own_trace, trace_of, unchanged_trace_of
 
@@ -160,6 +160,11 @@ def trace_at_head(policy: Policy, x_BTC: Tensor) -> Trace | None:
         return trace if trace.device == x_BTC.device else trace.to(x_BTC.device)
     if x_BTC.is_meta or (g.fixed_size and x_BTC.shape[1] == g.num_patches + g.num_prefix):
         return None
+    if x_BTC.is_inference() and capturing(x_BTC):
+        raise VitrimError(
+            "in a CUDA graph nothing proves from which forward pass features of inference mode come; capture it under "
+            "torch.no_grad, or capture the whole model"
+        )
     raise VitrimError(
         "it is not known from which forward pass these features come, so the head cannot weigh tokens that stand for "
         "several patches; give forward_head the tensor that forward_features returned, as it is (no copy, cast or "
