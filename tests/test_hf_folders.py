@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import vitrim
+from calling import call
 from hf_models import HF, LABELS, MORE, SMALL
 from vitrim.errors import CheckpointError, ClassCountError, UnsupportedModelError, VitrimError
 from vitrim.models import adapter_of, build_model, has_weights, open_model
@@ -179,3 +180,19 @@ def test_kinds_of_models_are_built_by_name() -> None:
         build_model("ViTModel", pretrained=True)
     with pytest.raises(VitrimError, match="ViTModel cannot be built with"):
         build_model("ViTModel", num_hidden_layers="many")
+
+
+@pytest.mark.usefixtures("few_test_digits")
+@pytest.mark.parametrize("name", ["hf_vit", "deit_distilled"])
+def test_a_folder_is_trained_and_evaluated(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Their models return a class of their own in place of logits."""
+    model = written(tmp_path / "hf", {**HF, **MORE}[name]())
+    words = ("--data.name", "digits", "--data.workers", 0)
+    learn = ("--data.limit", 40, "--epochs", 1, "--batch_size", 20, "--seed", 0)
+    code, _, err = call(
+        capsys, "train", "--model.name", model, "--model.reset_head", *words, *learn, "--out", tmp_path / "run"
+    )
+    assert code == 0, err
+    assert 0 <= json.loads((tmp_path / "run" / "result.json").read_text())["test_accuracy"] <= 1
+    code, said, err = call(capsys, "eval", tmp_path / "run", "--method", "dense", "TopK() @ KeepRate(0.5, at=(1,))")
+    assert (code, "KeepRate" in said) == (0, True), err

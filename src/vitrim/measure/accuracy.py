@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from ..data.streams import Share, Stream, make_loader
 from ..errors import DataError
-from ..models import attached_instead, find_adapter
+from ..models import adapter_of, attached_instead, find_adapter
 from ..models.evaluating import evaluating
 from ..tokens import KeepRate, Reduction, TopK
 from .accelerator import make_accelerator
@@ -65,7 +65,8 @@ def evaluate_all(
     The mode of every module and the global random generators are the same afterwards as before.
 
     Args:
-        models: each maps images to logits (B, classes), with the reductions that are attached to it.
+        models: each gives logits (B, classes), as a tensor or as its library returns them, with the reductions that
+            are attached to it.
         streams: images with their classes: one stream for all models, or one per model where input formats differ.
         originals: model -> the one among `models`, on the same images, to which its predictions are compared.
         batch_size: images per batch, over all processes.
@@ -91,18 +92,19 @@ def evaluate_all(
     for model in models.values():  # Outside of inference mode: weights that are moved in it cannot be trained later.
         model.to(device)
     names = list(models)
+    predict = {name: partial(adapter_of(model).predict, model) for name, model in models.items()}
     with evaluating(*models.values()):
         for done, batches in enumerate(zip(*ready, strict=True), 1):
             if done == 1 and device.type != "cpu":  # The first pass on a GPU loads its kernels and is not timed.
                 for name in names:
                     with torch.inference_mode(), accelerator.autocast():
-                        models[name](batches[which[name]][0])
+                        predict[name](batches[which[name]][0])
             found: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
             for name in names[done % len(names) :] + names[: done % len(names)]:
                 images, targets, index = batches[which[name]]
                 start = _clock(device)
                 with torch.inference_mode(), accelerator.autocast():
-                    logits = models[name](images)
+                    logits = predict[name](images)
                 tallies[name].seconds += _clock(device) - start
                 with torch.inference_mode():
                     gathered: Any = accelerator.gather_for_metrics((logits.float(), targets, index))
@@ -198,11 +200,12 @@ class _Tally:
 @torch.inference_mode()
 def attention_entropy(model: nn.Module, images: Tensor) -> float:
     """Entropy of CLS attention over the patches in the middle block, as a fraction of its maximum: 1 = uniform."""
-    middle = find_adapter(model).geometry(model).depth // 2
+    adapter = find_adapter(model)
+    middle = adapter.geometry(model).depth // 2
     # A cut records the scores that it used. Those of the first cut come from attention over all patches.
     first_cut = Reduction(TopK("cls_attention"), KeepRate(0.5, at=(middle,)))
     with evaluating(model), attached_instead(model, first_cut) as handle:
-        model(images)
+        adapter.predict(model, images)
         score = handle.states[middle].score
     assert score is not None  # TopK always records it.
     share = score / score.sum(1, keepdim=True)
