@@ -18,6 +18,7 @@ from torch import nn
 from vitrim import load
 from vitrim.arguments import run
 from vitrim.compression.certificate import Certificate
+from vitrim.compression.finetune import RUN, START
 from vitrim.compression.verification import open_certified
 from vitrim.measure.bench_table import ratios
 from vitrim.measure.environment import environment
@@ -26,7 +27,7 @@ from vitrim.measure.table import Column, Table
 from vitrim.models import attached, open_model
 from vitrim.options import Range
 from vitrim.train.recipe import Recipe
-from vitrim.verbs.compressing import RUN, START, compress
+from vitrim.verbs.compressing import compress
 
 Kind = Literal["tokens", "width", "joint"]
 Row = dict[str, Any]

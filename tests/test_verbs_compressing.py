@@ -1,6 +1,7 @@
 """`vitrim compress` and `vitrim verify` as commands: what they refuse, list, warn about and write."""
 
 import re
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from torch import nn
 
 from calling import call
 from vitrim import Certificate, ToMe, TopK, attached, build_model, load, save
-from vitrim.compression import job, search, verification
+from vitrim.compression import finetune, job, search, verification
 from vitrim.compression.candidates import power, stages
 from vitrim.compression.images import read
 from vitrim.compression.searched import NOT_KNOWN, Searched
@@ -19,6 +20,7 @@ from vitrim.data.specs import DataSpec
 from vitrim.data.streams import Stream
 from vitrim.elastic.chain import hash_of
 from vitrim.models import open_model
+from vitrim.train.stopping import Stopped
 from vitrim.verbs.images import known_images, training_stream
 from vitrim.verbs.verifying import _original
 from vitrim.verbs.verifying import _pictures as pictures
@@ -105,6 +107,47 @@ def test_an_answer_can_learn_from_the_model_afterwards(
     assert str(attached(load(out)).reduction) == after.reduction  # type: ignore[union-attr]
     assert call(capsys, "verify", out)[0] == 0
     assert call(capsys, "compress", model, "--macs", 0.6, *QUICK, *words, "--out", out)[0] == 2
+
+
+def test_learning_that_was_interrupted_goes_on_and_another_search_starts_over(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "learnt"
+    words = (*QUICK, "--finetune.epochs", 1, "--data.limit", 60, "--out", out)
+
+    def stopped(*args: object, **options: object) -> None:
+        raise Stopped(signal.SIGINT, "epoch 1, step 1 of 2")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune, "train", stopped)
+        code, _, err = call(capsys, "compress", model, "--macs", 0.6, *words)
+    assert (code, "repeat the same command" in err) == (130, True)
+    code, _, err = call(capsys, "compress", model, "--macs", 0.5, *words)
+    assert (code, "another search; choose another folder" in err) == (2, True)
+    with monkeypatch.context() as patch:
+        patch.setattr(job.Job, "run", lambda *args, **options: pytest.fail("the search was finished"))
+        code, said, err = call(capsys, "compress", model, "--macs", 0.6, *words)
+    assert (code, f"is in {out / 'start'} already" in said) == (0, True), err
+    assert "epochs: 1" in Certificate.read(out).notes[-1]
+    (out / "finetune" / "mine.txt").write_text("of the run before")
+    assert call(capsys, "compress", model, "--macs", 0.5, *words, "--overwrite")[0] == 0
+    assert not (out / "finetune" / "mine.txt").exists(), "weights of the run before would be taken for those of this"
+    assert Certificate.read(out / "start").asked == Certificate.read(out).asked == "at most 0.5 of the MACs"
+
+
+def test_what_cannot_learn_is_refused_before_the_search(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(job, "Job", None)
+    bare = save(build_model("vitrim_digits_vit", depth=2, embed_dim=16, num_heads=2, num_classes=0), tmp_path / "bare")
+    words = ("--macs", 0.6, *FEW, "--finetune.epochs", 1, "--out", tmp_path / "out")
+    code, _, err = call(capsys, "compress", bare, *words, "--data.name", "digits")
+    assert (code, "has no classifier; leave finetune.epochs out" in err) == (2, True)
+    code, _, err = call(capsys, "compress", model, *words, "--data.root", photos(tmp_path / "photos"))
+    assert (code, "has no folder train" in err) == (2, True)
+    code, _, err = call(capsys, "compress", "vitrim_digits_vit", *words, "--data.name", "digits")
+    assert (code, "has learnt nothing" in err) == (2, True)
+    assert not (tmp_path / "out").exists()
 
 
 def photos(folder: Path, number: int = 40) -> Path:

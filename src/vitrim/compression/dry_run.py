@@ -20,6 +20,8 @@ from .sampler_space import SHARES
 from .search import fit_units, planned_work
 from .timing import ROUNDS, SESSIONS
 
+LESSON = 3
+"""Work of learning from an image, in forward passes of the network that learns."""
 _COLUMNS = columns("what", "number", "values")
 
 
@@ -32,7 +34,7 @@ class Outlook:
 
 
 @torch.inference_mode()
-def dry_run(model: nn.Module, request: Request, parts: Sizes, images: Tensor) -> Outlook:
+def dry_run(model: nn.Module, request: Request, parts: Sizes, images: Tensor, lessons: int = 0) -> Outlook:
     """List what `compress` would try for a model and images like these; searches nothing.
 
     Args:
@@ -40,6 +42,7 @@ def dry_run(model: nn.Module, request: Request, parts: Sizes, images: Tensor) ->
         request: what is asked for.
         parts: numbers of images.
         images: some of them, to measure the time of a forward pass.
+        lessons: images that the answer learns from afterwards, over all epochs.
     """
     geometry = find_adapter(model).geometry(model)
     tokens, width = "tokens" in request.using, "width" in request.using
@@ -52,6 +55,7 @@ def dry_run(model: nn.Module, request: Request, parts: Sizes, images: Tensor) ->
     units = planned_work(number, left, parts.judge) + request.trials * parts.judge / 3 * left
     units += (STRATIFY_UNITS + narrower * fit_units(1)) * parts.fit + 3 * parts.unseen
     units += SESSIONS * (ROUNDS + 2) * (1 + left) * request.batch_size
+    units += lessons * (1 + LESSON * left)
     seconds = units * _seconds_per_image(model, images)
     rows = [
         {"what": "reducers", "number": len(methods), "values": ", ".join(map(render, methods)) or "-"},
@@ -67,6 +71,7 @@ def dry_run(model: nn.Module, request: Request, parts: Sizes, images: Tensor) ->
         {"what": "images to compare candidates", "number": parts.judge, "values": "-"},
         {"what": "images for the certificate", "number": parts.unseen, "values": "-"},
     ]
+    rows += [{"what": "images to learn from afterwards", "number": lessons, "values": "-"}] if lessons else []
     notes = [f"About {duration(seconds)} here, at the speed of one forward pass."]
     return Outlook(Table(f"Dry run: {request.goal}", _COLUMNS, rows, notes=notes), seconds)
 

@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from ..data.specs import DataSpec
@@ -17,19 +18,16 @@ from .images import (
     training_stream,
 )
 
-START, RUN = "start", "finetune"
-"""Folders in that of a model which was fine-tuned after the search: the model before that, and the run."""
-
 UNUSED = ("holdout",)
 """Options of `DataSpec` that do not concern images of which none is held out."""
 TRIED_ON = 16
 """Images on which a dry run measures the time of a forward pass."""
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from ..compression import Compressed
+    from ..compression.finetune import Finetuning
     from ..compression.images import Sizes
+    from ..compression.job import Job
     from ..data.streams import Stream
 
 
@@ -79,6 +77,7 @@ def compress(
         device: where to search and to measure.
     """
     from ..compression.dry_run import dry_run as list_plan
+    from ..compression.finetune import Finetuning
     from ..compression.goal import Goal, check_using
     from ..compression.images import divide, read
     from ..compression.job import Job
@@ -93,8 +92,7 @@ def compress(
         raise VitrimError("a folder for the model is needed; give --out DIR, or --dry_run to see what would be tried")
     further = FinetuneSpec(**finetune)
     if out is not None:
-        for place in (out, *([f"{out}/{START}"] if further.epochs else [])):
-            check_place(place, overwrite=overwrite)
+        check_place(out, overwrite=overwrite)
     goal = Goal.of(macs, params, latency)
     request = Request(goal, check_using(using, goal), batch_size, dtype, compile, num_images, trials)
     check_used("compress", data, UNUSED, "training and test images")
@@ -108,6 +106,9 @@ def compress(
             f"{model}@pretrained or {model}@FILE",
             file=sys.stderr,
         )
+    learning = Finetuning(further, model, spec, Path(out or "."), overwrite or out is None) if further.epochs else None
+    if learning is not None:
+        learning.check(network)
     train, test = training_stream(network, spec), test_stream(network, spec)
     labelled = test is not None and knows_classes(network, model, test)
     if max_drop is not None and not labelled:
@@ -117,20 +118,25 @@ def compress(
     planned = _planned(train, most, width, most_unseen)
     if dry_run:
         some = read(train, min(TRIED_ON, most), spec.workers, labelled=False)
-        print(list_plan(network, request, planned, some.images).table.text())
+        lessons = further.epochs * (spec.limit or len(train))
+        print(list_plan(network, request, planned, some.images, lessons).table.text())
         return
     unseen = None if test is None else read(test, planned.unseen, spec.workers, labelled=labelled)
     pictures = read(train, most, spec.workers, labelled=False)
     parts = divide(pictures, width, unseen)
-    source = {"model": model, "data": asdict(spec)}
+    options = {
+        "using": [*request.using], "num_images": num_images, "num_test_images": num_test_images, "trials": trials,
+        "batch_size": batch_size, "dtype": dtype, "compile": compile, "max_drop": max_drop,
+    }  # fmt: skip
+    source = {"model": model, "data": asdict(spec), "options": options}
     if test is None:
         source["searched"] = searched(train, len(parts.fit) + len(parts.judge) + most - len(pictures))
     job = Job(network, request, parts, next(network.parameters()).device, print, source)
-    found = job.run(max_drop, labelled=labelled)
     assert out is not None
-    if further.epochs:
-        learnt = _learnt(found, further, model, spec, out, kept_classes(model), overwrite)
-        found = job.learnt(found, learnt.to(job.device), further.epochs, max_drop, labelled=labelled)
+    if learning is None:
+        found = job.run(max_drop, labelled=labelled)
+    else:
+        found = _learnt(job, learning, kept_classes(model), max_drop, labelled)
     found.save(out, overwrite=overwrite, **kept_classes(model))
     print(found.certificate.in_folder(out).table().text())
     print(f"written to {out}")
@@ -153,13 +159,17 @@ def _planned(train: "Stream", most: int, width: bool, unseen: int | None) -> "Si
 
 
 def _learnt(
-    found: "Compressed", spec: Any, model: str, data: DataSpec, out: str, classes: dict[str, Any], overwrite: bool
-) -> "nn.Module":
-    """The answer after it has learnt from the given model; its start and its run are kept in the folder."""
-    from ..compression.finetune import finetune, recipe_for
+    job: "Job", learning: "Finetuning", classes: dict[str, Any], max_drop: float | None, labelled: bool
+) -> "Compressed":
+    """The answer after it has learnt from the given model; an interrupted call goes on where it was."""
     from ..show.progress import live
 
-    start = found.save(f"{out}/{START}", overwrite=overwrite, **classes)
-    recipe = recipe_for(spec, start, model, data)
+    found = learning.found(job.original, str(job.request.goal), job.source)
+    if found is None:
+        found = job.run(max_drop, labelled=labelled)
+        learning.keep(found, **classes)
+    else:
+        print(f"the answer of the search is in {learning.start} already")
     with live() as report:
-        return finetune(found.model, recipe, f"{out}/{RUN}", command=command_line(), report=report)
+        learnt = learning.learnt(found, command=command_line(), report=report)
+    return job.learnt(found, learnt.to(job.device), learning.spec.epochs, max_drop, labelled=labelled)
