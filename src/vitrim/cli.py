@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from difflib import get_close_matches
+from io import TextIOWrapper
 from typing import NoReturn
 
 from . import __version__
@@ -28,6 +29,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run one verb; user mistakes are one line and exit code 2."""
     warnings.filterwarnings("ignore", module="torch|timm|accelerate|PIL")
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # It looks for a compiler nobody needs.
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # A terminal may lack letters that names and tables hold.
+            stream.reconfigure(errors="backslashreplace")
     words, user_files = split_imports(sys.argv[1:] if argv is None else argv)
     verb = _verb(words)
     try:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import OutputError, UnknownNameError, VitrimError
-from ..measure.served import ServedFile, open_file
+from ..measure.served import ServedFile, check_name, open_file
 from ..output import check_file, replacing_files, write_errors
 from .comparison import Agreement, compare
 from .formats import FORMATS, quantise
@@ -55,6 +55,7 @@ def check_place(file: str | Path, format: str, int8: bool = False) -> None:
     if int8 and format != "onnx":
         raise VitrimError(f"int8 is for --format onnx, not {format}; docs/export.md shows torchao for the others")
     check_file(file, [FORMATS[format].suffix])
+    check_name(file)
     if format == "onnx" and (weights := Path(f"{file}.data")).exists():
         raise OutputError(f"{weights} exists, where the weights of {file} would lie; choose another name or remove it")
     FORMATS[format].check()

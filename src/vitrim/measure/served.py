@@ -7,6 +7,7 @@ import json
 import os
 import zipfile
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -96,6 +97,12 @@ def is_file(spec: object) -> bool:
     return isinstance(spec, str) and spec.endswith(SUFFIXES)
 
 
+def check_name(path: str | Path) -> None:
+    """Raise `CheckpointError` for a name with bytes that are no UTF-8, which no runtime opens."""
+    if any("\udc80" <= letter <= "\udcff" for letter in str(path)):
+        raise CheckpointError(f"{path} has a name that is not UTF-8, which no runtime opens; rename it")
+
+
 def open_file(path: str, threads: int | None = None) -> ServedFile:
     """Open a file.
 
@@ -109,6 +116,7 @@ def open_file(path: str, threads: int | None = None) -> ServedFile:
     """
     if not os.path.isfile(path):
         raise CheckpointError(f"there is no file {path}")
+    check_name(path)
     try:
         if path.endswith(".onnx"):
             return _open_onnx(path, threads or torch.get_num_threads())

@@ -1,5 +1,7 @@
 """The address of a database as users type it, and every way in which it can be wrong, in one line without password."""
 
+from pathlib import Path
+
 from sqlalchemy import URL, Engine, create_engine, make_url
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError
 from sqlalchemy.pool import NullPool
@@ -30,8 +32,20 @@ def connect(text: str) -> Engine:
         raise VitrimError(f"{url.drivername} needs a driver; run: pip install '{package}'") from None
 
 
+def file_url(path: str | Path) -> str:
+    """The URL of an SQLite file, in which reserved characters of its name are quoted.
+
+    Raises:
+        VitrimError: no URL can hold this name, since it has bytes that are no UTF-8.
+    """
+    name = str(Path(path).absolute())
+    _check_text(name, f"the database would be {name}, but no URL can name a file that is not UTF-8; rename its folder")
+    return URL.create("sqlite", database=name).render_as_string(hide_password=False)
+
+
 def parse_url(text: str) -> URL:
     """The URL in this text, see `connect`."""
+    _check_text(text, "--database has bytes that are no UTF-8; choose another place")
     if _ambiguous(text):
         raise VitrimError(
             "user and password in --database must be quoted as in any URL: write @ as %40, / as %2F, : as %3A, "
@@ -46,6 +60,12 @@ def parse_url(text: str) -> URL:
     if url.get_backend_name() == "sqlite" and url.database in (None, "", ":memory:"):
         raise VitrimError("other workers cannot see a database in memory; write sqlite:///FILE")
     return url
+
+
+def _check_text(text: str, fault: str) -> None:
+    """Raise `VitrimError` for a text that holds bytes that are no UTF-8."""
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise VitrimError(fault)
 
 
 def _ambiguous(text: str) -> bool:

@@ -13,6 +13,7 @@ import torch
 from ..errors import RecipeError
 from ..user_files import import_options
 from ..variables import DATABASE
+from .database_url import file_url
 from .interruption import stopping_on_sigterm
 from .study import Study
 from .study_check import check_study
@@ -45,7 +46,7 @@ def local_workers(
     # A mistake in the study is then reported once, and before anything is written.
     check_study(Study.read(file, scale, root), Path(out))
     mark_folder(Path(out))
-    database = database or f"sqlite:///{Path(out).absolute()}/leases.db"
+    database = database or file_url(Path(out) / "leases.db")
     command = ["study", file, "--out", out, "--scale", scale, *(["--root", root] if root is not None else [])]
     with processes(number, command, Path(out) / "worker", database):
         yield database

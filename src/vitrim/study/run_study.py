@@ -16,11 +16,12 @@ from ..train.loop import train
 from ..train.state import Report
 from .compare import CLS_ONLY_NOTE, different_images_note, evaluate_variants, mean_over_seeds
 from .curve_points import measure_curve
+from .database_url import file_url
 from .interruption import stopping_on_sigterm
 from .leases import GRACE
 from .published import add_published_columns
 from .study import Study, run_folder
-from .study_check import check_study
+from .study_check import TRIALS, check_study
 from .study_folder import check_study_folder, mark_folder
 from .sweep import sweep
 from .sweep_plan import Place
@@ -109,8 +110,8 @@ def _write_tables(
         seed = study.seeds[0]
         tested = {run_folder(out, row, seed): row for row in dict.fromkeys(row["row"] for row in table.rows)}
         data = {str(folder): study.recipe(row, seed, out).data for folder, row in tested.items()}
-        kept = out / "sweep.trials.db"
-        place = Place(f"sqlite:///{kept.absolute()}")
+        kept = out / TRIALS
+        place = Place(file_url(kept))
         swept = sweep([*data], data, study.sweep.method or "", study.sweep.vary, place=place)
         names = {folder.name: row for folder, row in tested.items()}
         study.sweep.add_published(swept, names).write_all(out / "sweep")

@@ -23,9 +23,12 @@ from ..train.checkpoint import RunFolder
 from ..train.learner import prepare_model, reduction_of
 from ..train.recipe import Recipe
 from ..train.specs import ModelSpec
+from .database_url import file_url
 from .study import Study, run_folder
 from .sweep import methods_of
 
+TRIALS = "sweep.trials.db"
+"""The file in the folder of a study that keeps the trials of its sweep until all are done."""
 MOST_BYTES = 120
 """Of the name of a row, which becomes part of the names of files."""
 
@@ -56,6 +59,7 @@ def check_study(study: Study, out: Path) -> None:
         raise RecipeError("no row of the study learns classes, so there is nothing to test")
     if study.sweep is not None:
         study.sweep.check([*tested])
+        file_url(out / TRIALS)
     _check_tests(study, tested)
     for row, recipe in recipes.items():
         finished = all(RunFolder(run_folder(out, row, seed)).result for seed in study.seeds)

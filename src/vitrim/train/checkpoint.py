@@ -26,13 +26,13 @@ _PATIENCE = 2.0  # Seconds that the children of a process that was killed may ta
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
-    """Replace a file in one step, see `replacing`; its folder is made.
+    """Replace a file in one step, see `replacing`; its folder is made. Names of files keep bytes that are no UTF-8.
 
     Raises:
         OutputError: it could not be written (full disk); the one before is still there.
     """
     with _written(path) as part:
-        part.write_bytes(content.encode() if isinstance(content, str) else content)
+        part.write_bytes(content.encode(errors="surrogateescape") if isinstance(content, str) else content)
 
 
 class RunFolder:
@@ -104,7 +104,7 @@ class RunFolder:
         path = self.path / "result.json"
         if not os.path.exists(path):
             return None
-        found = _parsed(path, path.read_text())
+        found = _parsed(path, path.read_text(encoding="utf-8"))
         if "best_epoch" not in found:
             raise CheckpointError(f"{path} is not the result of a run; choose another folder with --out")
         return found
@@ -121,12 +121,12 @@ class RunFolder:
     def metrics(self) -> list[dict[str, Any]]:
         """The figures of all epochs so far."""
         path = self.path / "metrics.jsonl"
-        return [_parsed(path, line) for line in path.read_text().splitlines()] if path.exists() else []
+        return [_parsed(path, line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
     def write_draws(self, epoch: int, line: Mapping[str, Any]) -> None:
         """Write which networks of a super-network the steps of this epoch have trained, below the epochs before it."""
         path = self.path / "draws.jsonl"
-        before = path.read_text().splitlines()[:epoch] if path.exists() else []
+        before = path.read_text(encoding="utf-8").splitlines()[:epoch] if path.exists() else []
         write_atomic(path, "".join(f"{one}\n" for one in [*before, json.dumps({"epoch": epoch, **line})]))
 
     @property

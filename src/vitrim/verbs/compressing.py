@@ -1,6 +1,5 @@
 """The verb that turns one budget into a cheaper model with a certificate."""
 
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -10,7 +9,7 @@ from ..errors import DataError, VitrimError
 from ..options import Range
 from ..train.specs import FinetuneSpec
 from ..verb_options import Without
-from .delivery import Count, Device, check_used, command_line
+from .delivery import Count, Device, check_used, command_line, say
 from .images import (
     images_of,
     knows_classes,
@@ -101,10 +100,10 @@ def compress(
     check_model(network, goal)
     network.to(make_accelerator(cpu=device == "cpu").device)
     if not has_weights(model):
-        print(
+        say(
             "vitrim compress: weights are random, so that closeness to the model says nothing; write "
             f"{model}@pretrained or {model}@FILE",
-            file=sys.stderr,
+            error=True,
         )
     learning = Finetuning(further, model, spec, Path(out or "."), overwrite or out is None) if further.epochs else None
     if learning is not None:
@@ -131,7 +130,7 @@ def compress(
     source = {"model": model, "data": asdict(spec), "options": options}
     if test is None:
         source["searched"] = searched(train, len(parts.fit) + len(parts.judge) + most - len(pictures))
-    job = Job(network, request, parts, next(network.parameters()).device, print, source)
+    job = Job(network, request, parts, next(network.parameters()).device, say, source)
     assert out is not None
     if learning is None:
         found = job.run(max_drop, labelled=labelled)
@@ -139,7 +138,7 @@ def compress(
         found = _learnt(job, learning, kept_classes(model), max_drop, labelled)
     found.save(out, overwrite=overwrite, **kept_classes(model))
     print(found.certificate.in_folder(out).table().text())
-    print(f"written to {out}")
+    say(f"written to {out}")
 
 
 def _planned(train: "Stream", most: int, width: bool, unseen: int | None) -> "Sizes":

@@ -8,7 +8,7 @@ from ..errors import DataError, RecipeError, VitrimError
 from ..options import Range
 from ..train.recipe import Recipe
 from ..train.specs import ElasticSpec, OptimSpec
-from .delivery import TEST_ONLY, Count, DataOptions, Device, TrainingImages, check_used, command_line
+from .delivery import TEST_ONLY, Count, DataOptions, Device, TrainingImages, check_used, command_line, say
 from .images import images_of, override_data
 
 PUBLISHED = Recipe(optim=OptimSpec(lr=2.5e-4, min_lr=1e-5), elastic=ElasticSpec(), epochs=300)
@@ -75,7 +75,7 @@ def stratify(
     supernet = run(network, batches, num_images=number, labels=bool(labels), width_multiple=multiple)
     supernet.save(out, overwrite=overwrite, **kept_classes(model))
     chain = supernet.chain
-    print(_summary(len(chain), chain.macs_at(-1) / chain.macs, min(number, batches.seen), out))
+    say(_summary(len(chain), chain.macs_at(-1) / chain.macs, min(number, batches.seen), out))
 
 
 def _recipe_for(
@@ -119,7 +119,7 @@ def _train(recipe: Recipe, out: str, device: Device) -> None:
         result = train(recipe, out, command=command_line(), report=report)
     assert recipe.elastic is not None
     seen = min(recipe.elastic.images, result["train_images"])
-    print(_summary(result["networks"], 1 - result["saving"], seen, out))
+    say(_summary(result["networks"], 1 - result["saving"], seen, out))
 
 
 def _summary(networks: int, least: float, seen: int, out: str) -> str:
@@ -186,4 +186,4 @@ def extract(
         macs=macs, params=params, latency=latency, compensate=compensate, data=batches, num_images=num_images or 1024
     )
     save(network, out, overwrite=overwrite, **kept_classes(supernet))
-    print(f"{cost(network)}; written to {out}")
+    say(f"{cost(network)}; written to {out}")

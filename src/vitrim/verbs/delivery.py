@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 from ..data.specs import DataSpec
 from ..errors import RecipeError
 from ..options import Range
+from ..text import printable
 from ..verb_options import Without
 
 Device = Literal["auto", "cpu", "cuda"]
@@ -52,9 +53,14 @@ def check_table(out: str | None) -> None:
         check_file(out, FORMS)
 
 
+def say(text: object, error: bool = False) -> None:
+    """Print lines in which names may come from outside: what is not printable in them is written as escapes."""
+    print(printable(text, "\n"), file=sys.stderr if error else sys.stdout)
+
+
 def deliver(table: Any, out: str | None) -> None:
     """Print a table, and write it where asked; an existing file is not overwritten."""
     print(table.text())
     if out is not None:
         table.write(out)
-        print(f"written to {out}")
+        say(f"written to {out}")

@@ -1,15 +1,13 @@
 """The verb that writes a model as a file for other runtimes."""
 
 import os
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from ..data.specs import DataSpec
 from ..errors import CheckpointError, DataError
 from ..options import Range
-from ..text import printable
-from .delivery import TRAINING_ONLY, TestImages, check_used
+from .delivery import TRAINING_ONLY, TestImages, check_used, say
 from .images import images_to_compare, known_images, override_data
 
 if TYPE_CHECKING:
@@ -54,22 +52,22 @@ def export(
     if spec is None:
         if int8:
             raise DataError("how often an int8 file gives the same class depends on your images; give --data.root DIR")
-        print("no images are named, so that outputs are compared on the built-in digits; --data.root DIR takes yours")
+        say("no images are named, so that outputs are compared on the built-in digits; --data.root DIR takes yours")
         spec = override_data(DataSpec(), data)
     network = open_model(model, spec.image_size)
     if not has_weights(model):
-        print(
+        say(
             f"vitrim export: weights are random, which will do for timing; write {model}@pretrained or {model}@FILE",
-            file=sys.stderr,
+            error=True,
         )
     pictures = images_to_compare(network, spec, num_images or (INT8 if int8 else EXACT))
     found = write(
         network, pictures.images, out, format=format, method=method, int8=int8, classes=classes_of(model),
         more=None if method is not None else _certificate(model, network),
     )  # fmt: skip
-    print(printable(found.text(), "\n"))
+    say(found.text())
     if KEY in found.about:
-        print(f"the certificate of {printable(model)} is in the file; to measure it again: vitrim verify {out}")
+        say(f"the certificate of {model} is in the file; to measure it again: vitrim verify {out}")
 
 
 def _certificate(model: str, network: "nn.Module") -> dict[str, Any] | None:

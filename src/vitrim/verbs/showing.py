@@ -1,13 +1,11 @@
 """Verbs that show something: pictures, reports, the demonstration, and lists of names."""
 
-import sys
 from typing import Annotated, Literal
 
 from ..errors import VitrimError
 from ..options import Range
-from ..text import printable
 from ..verb_help import UsageError
-from .delivery import Count, Device, Pixels, command_line
+from .delivery import Count, Device, Pixels, command_line, say
 
 
 def show(
@@ -62,15 +60,15 @@ def show(
     if attached(network) is None:
         raise VitrimError(f"{model} reduces no tokens by itself; give a --method, such as 'TopK() @ KeepRate(0.7)'")
     if not has_weights(model):
-        print(f"vitrim show: weights are random; write {model}@pretrained or {model}@FILE", file=sys.stderr)
+        say(f"vitrim show: weights are random; write {model}@pretrained or {model}@FILE", error=True)
     drawn = draw(
         network, images, out, montage=montage, scores=scores, limit=limit, blocks=blocks,
         overwrite=overwrite, device=make_accelerator(cpu=device == "cpu").device,
     )  # fmt: skip
     for line in (*drawn, *drawn.skipped):
-        print(printable(line))
+        say(line)
     if drawn.left_out:
-        print(f"vitrim show: images left out by --limit {limit}: {drawn.left_out}", file=sys.stderr)
+        say(f"vitrim show: images left out by --limit {limit}: {drawn.left_out}", error=True)
 
 
 def _serve(model: str, given: dict[str, object], port: int, image_size: int | None, device: str) -> None:
@@ -90,7 +88,7 @@ def report(folder: list[str], out: str | None = None) -> None:
     """
     from ..show.report import write_report
 
-    print(printable(write_report(folder if len(folder) > 1 else folder[0], out)))
+    say(write_report(folder if len(folder) > 1 else folder[0], out))
 
 
 def demo(out: str = "runs/demo", epochs: Count | None = None) -> None:

@@ -2,16 +2,14 @@
 
 import json
 import os
-import sys
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from ..errors import RecipeError, VitrimError
 from ..options import Range
-from ..text import printable
 from ..variables import DATABASE
-from .delivery import TRAINING_ONLY, Count, Device, TestImages, check_table, check_used, deliver
+from .delivery import TRAINING_ONLY, Count, Device, TestImages, check_table, check_used, deliver, say
 from .images import images_of
 
 if TYPE_CHECKING:
@@ -89,7 +87,7 @@ def sweep(
     options = {"method": method, "vary": vary, "name": name, "batch_size": batch_size, "device": device}
     words = _words(model, data, plan, {**options, "runs": runs if recipe else None})
     with _helpers(workers, words, out, place):
-        kept = Place(place, name, lambda line: print(printable(line), file=sys.stderr))
+        kept = Place(place, name, lambda line: say(line, error=True))
         table = _run(model, data, vary, method, plan, kept, batch_size, device, runs if recipe else None)
     deliver(table, out)
 
@@ -118,8 +116,10 @@ def _database(given: str | None, out: str | None) -> str | None:
         return url
     if out is None:
         return None
+    from ..study.database_url import file_url
+
     Path(out).parent.mkdir(parents=True, exist_ok=True)
-    return f"sqlite:///{Path(out).absolute()}.db"
+    return file_url(f"{out}.db")
 
 
 def _helpers(number: int, words: list[str], out: str | None, database: str | None) -> Any:

@@ -7,7 +7,7 @@ from typing import Annotated
 from ..options import Range
 from ..train.recipe import Recipe
 from ..variables import DATABASE
-from .delivery import command_line, hide_password
+from .delivery import command_line, hide_password, say
 
 
 def train(recipe: Recipe, out: str) -> None:
@@ -26,7 +26,7 @@ def train(recipe: Recipe, out: str) -> None:
     if not first:
         return
     figure = f"test accuracy {result['test_accuracy']:.2%}" if "test_accuracy" in result else "finished"
-    print(f"{figure} (epoch {result['best_epoch'] + 1}); see {out}/result.json")
+    say(f"{figure} (epoch {result['best_epoch'] + 1}); see {out}/result.json")
 
 
 def study(
@@ -65,4 +65,4 @@ def study(
         )  # fmt: skip
     draw_study(Study.read(file, scale, root), out)
     print(table.text())
-    print(f"written to {out}/table.md and {write_report(out)}")
+    say(f"written to {out}/table.md and {write_report(out)}")

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..data.specs import DataSpec
 from ..errors import DataError, VitrimError
-from .delivery import TRAINING_ONLY, Count, Device, TestImages, check_used
+from .delivery import TRAINING_ONLY, Count, Device, TestImages, check_used, say
 from .images import (
     images_of,
     known_images,
@@ -119,10 +119,10 @@ def _certify(
     found = certify_file(served, pictures, given, source={"model": original, "data": asdict(spec)})
     print(found.table().text())
     if out is None:
-        print(f"to keep it, add --out {served.path}{SUFFIX}, where vitrim verify looks for it")
+        say(f"to keep it, add --out {served.path}{SUFFIX}, where vitrim verify looks for it")
         return
     write_certificate(found, out)
-    print(f"written to {out}")
+    say(f"written to {out}")
 
 
 def _pictures(
