@@ -9,11 +9,12 @@ from torch import nn
 
 from vitrim.data.specs import DataSpec
 from vitrim.data.splits import plain_stream
-from vitrim.errors import DataError, VitrimError
+from vitrim.errors import DataError, DivergedError, VitrimError
 from vitrim.measure.accuracy import evaluate
 from vitrim.measure.speed import bench_methods
 from vitrim.models import attach, build_model, save, variant
 from vitrim.study.compare import CLS_ONLY_NOTE, compare
+from vitrim.study.sweep import sweep
 
 DIGITS = DataSpec(name="digits", workers=0)
 SIZES = {"embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 10}
@@ -75,3 +76,21 @@ def test_without_a_method_each_model_is_compared_as_it_is(tmp_path: Path):
     assert [row.name for row in timed] == [f"{folders[0]}: dense", f"{folders[1]}: own"]
     assert timed[1].reference == timed[0].name, "with one method per model, the first row is the reference"
     assert timed[1].macs_ratio == pytest.approx(table.rows[1]["macs_ratio"])
+
+
+@pytest.fixture
+def overflowing(tmp_path: Path) -> str:
+    """A model whose weights are finite, and whose outputs are not; the class of a NaN would be 0."""
+    model = tiny(0)
+    with torch.no_grad():
+        model.get_parameter("blocks.0.mlp.fc1.weight").mul_(1e30)
+        model.get_parameter("blocks.0.mlp.fc2.weight").mul_(1e30)
+    save(model, tmp_path / "model")
+    return str(tmp_path / "model")
+
+
+def test_outputs_that_are_not_finite_have_no_accuracy(overflowing: str):
+    with pytest.raises(DivergedError, match="model under 'dense' are not finite"):
+        compare([overflowing], DIGITS, ["dense"], device="cpu")
+    with pytest.raises(DivergedError, match="model are not finite"):
+        sweep([overflowing], DIGITS, "TopK() @ KeepRate({r})", {"r": [0.5]}, device="cpu")

@@ -410,6 +410,19 @@ def test_weights_that_are_not_finite_are_never_kept(holdout: float, tmp_path: Pa
     assert (folder.state_path.exists(), folder.model_path.exists(), folder.result) == (False, False, None)
 
 
+@pytest.mark.parametrize("more", [{}, {"optim__ema": 0.5}, {"elastic": {"grow_epochs": 1, "images": 16}}])
+def test_weights_too_large_to_compute_with_are_never_kept(more: Any, tmp_path: Path):
+    """They are finite, and without held-out images no other figure shows what they do."""
+    options = recipe(
+        epochs=1, data__holdout=0.0, batch_size=120, optim__name="sgd", optim__lr=1e6, optim__clip=0.0,
+        optim__warmup_epochs=0.0, **more,
+    )  # fmt: skip
+    with pytest.raises(VitrimError, match="weights are so large that outputs are not finite at epoch 1, step 1"):
+        train(options, tmp_path / "run")
+    folder = RunFolder(tmp_path / "run")
+    assert (folder.state_path.exists(), folder.model_path.exists(), folder.result) == (False, False, None)
+
+
 def test_weights_that_are_not_finite_are_not_kept_on_a_signal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def broken(event: str, figures: Mapping[str, Any]) -> None:
         if event == "step":

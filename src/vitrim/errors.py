@@ -68,7 +68,7 @@ class RecipeError(VitrimError):
 
 
 class DivergedError(VitrimError):
-    """A training run whose loss or weights are not finite."""
+    """A training run whose loss or weights are not finite, or a network whose outputs are not."""
 
 
 class BusyError(VitrimError):

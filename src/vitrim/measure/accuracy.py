@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..data.streams import Share, Stream, make_loader
-from ..errors import DataError
+from ..errors import DataError, DivergedError
 from ..models import adapter_of, attached_instead, find_adapter
 from ..models.evaluating import evaluating
 from ..tokens import KeepRate, Reduction, TopK
@@ -42,6 +42,16 @@ class Figures:
     entropy: float | None = None
     divergence: float | None = None
     unreadable: tuple[str, ...] = ()
+
+    def checked(self, name: str) -> "Figures":
+        """These figures of the model with this name, whose outputs must be finite: the class of a NaN means nothing.
+
+        Raises:
+            DivergedError: they are not.
+        """
+        if not math.isfinite(self.loss):
+            raise DivergedError(f"the outputs of {name} are not finite; check its weights and in which dtype it runs")
+        return self
 
 
 def evaluate(model: nn.Module, stream: Stream, **options: Any) -> Figures:

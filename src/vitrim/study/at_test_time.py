@@ -70,7 +70,7 @@ class AtTestTime:
             {self.name: model}, self._stream, batch_size=self._batch_size, workers=self._data.workers,
             accelerator=self._accelerator,
             watch=None if watch is None else lambda name, hits, seen: watch.check(hits, seen, len(self._stream)),
-        )[self.name]  # fmt: skip
+        )[self.name].checked(self.name)  # fmt: skip
         return {
             "accuracy": found.accuracy, "loss": found.loss, "entropy": found.entropy, "num_images": found.num_images,
             "unreadable": list(found.unreadable),

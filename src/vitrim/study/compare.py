@@ -133,7 +133,7 @@ def evaluate_variants(
     first: dict[ImageSet, Row] = {}
     for (name, method), model in variants.items():
         with evaluating(model):
-            figures, spent = found[name, method], cost(model)
+            figures, spent = found[name, method].checked(f"{name} under {method!r}"), cost(model)
         rows.append({
             "model": Path(name).name if short[Path(name).name] == 1 else name, "method": method,
             "accuracy": figures.accuracy, "loss": figures.loss, "entropy": figures.entropy,

@@ -49,7 +49,7 @@ def notes_of(rows: Sequence[Row]) -> list[str]:
     if number := counts[" (stopped)"]:
         notes.append(f"Stopped before the end, since another network costs no more and is more accurate: {number}.")
     if number := counts[" (failed)"]:
-        notes.append(f"Failed, since the loss or the weights were not finite: {number}.")
+        notes.append(f"Failed, since the loss, the weights or the outputs were not finite: {number}.")
     return notes
 
 

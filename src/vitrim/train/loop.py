@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from ..data.seeding import restored_generators, seed_everything
 from ..data.streams import Stream
 from ..distill import Outputs
+from ..elastic.probing import output_of
 from ..errors import DivergedError
 from ..measure.accuracy import Figures, evaluate_all
 from ..measure.cost import cost
 from ..measure.environment import environment
 from ..models import attached, load
+from ..models.evaluating import evaluating
 from .checkpoint import RunFolder
 from .prepared import PreparedRun
 from .recipe import Recipe
@@ -141,11 +143,16 @@ class _Run(PreparedRun):
             self._stop_if_asked()
 
     def _check_weights(self) -> None:
-        """Refuse weights that are not finite before they are kept; the loss is that of the weights before an update."""
+        """Refuse weights of which nothing can be computed before they are kept; the loss is that before an update."""
         learnt = (weight for weight in self.task.learner.parameters() if weight.requires_grad)
         finite = [weight.detach().isfinite().all() for weight in {*learnt, *self.evaluated.parameters()}]
         if not bool(torch.stack(finite).all()):
             self._refuse("weights are not finite")
+        images = self.splits.train.sample(2).to(self.device)
+        for network in {self.student, self.evaluated}:
+            with torch.inference_mode(), evaluating(network), self.accelerator.autocast():
+                if not bool(output_of(network, images).isfinite().all()):
+                    self._refuse("weights are so large that outputs are not finite")
 
     def _refuse(self, what: str) -> NoReturn:
         kept = "the last good checkpoint is kept" if self.folder.state_path.exists() else "nothing was saved yet"
