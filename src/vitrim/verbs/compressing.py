@@ -168,7 +168,7 @@ def _learnt(
         found = job.run(max_drop, labelled=labelled)
         learning.keep(found, **classes)
     else:
-        print(f"the answer of the search is in {learning.start} already")
+        say(f"the answer of the search is in {learning.start} already")
     with live() as report:
         learnt = learning.learnt(found, command=command_line(), report=report)
     return job.learnt(found, learnt.to(job.device), learning.spec.epochs, max_drop, labelled=labelled)
