@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vitrim.compression.intervals import LEVEL, RESAMPLES, Interval, of_mean
+from vitrim.measure.intervals import LEVEL, RESAMPLES, Interval, of_mean
 
 CLASSES = 11
 """The background, and ten digits."""

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from finished import Finished, Values
 from linear_head import CLASSES, Scores, patches_of, scored, trained
 from vitrim import KeepRate, ToMe, TopK, arguments, attach, cost
-from vitrim.compression.intervals import Interval
 from vitrim.data.digits import MovedDigits
 from vitrim.data.specs import AugmentSpec, DataSpec
 from vitrim.data.transforms import transforms_for
 from vitrim.errors import DataError
 from vitrim.measure.environment import environment
+from vitrim.measure.intervals import Interval
 from vitrim.measure.table import Column, Table
 from vitrim.models import open_model
 from vitrim.notation import render

@@ -38,6 +38,12 @@ def test_each_model_sees_images_its_own_way(tmp_path: Path):
         assert row["accuracy"] == alone.accuracy
         assert row["loss"] == pytest.approx(alone.loss, rel=1e-5)
     assert len({row["loss"] for row in table.rows}) == 3
+    first, *others = table.rows
+    assert "gain" not in first
+    for row in others:
+        assert row["gain"] == pytest.approx(row["accuracy"] - first["accuracy"])
+        assert row["gain_low"] < row["gain"] < row["gain_high"]
+    assert "differences" not in others[0]
 
 
 def test_a_curriculum_has_no_place_at_test_time():

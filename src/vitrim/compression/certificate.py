@@ -9,10 +9,10 @@ from typing import Any
 
 from ..errors import CheckpointError
 from ..measure.columns import columns
+from ..measure.intervals import Interval
 from ..measure.speed import DTYPES
 from ..measure.table import Table
 from .forms import FORMS
-from .intervals import Interval
 
 FILE, TRIED = "certificate.json", "tried.json"
 SCHEMA = 1

@@ -14,6 +14,7 @@ from ..elastic.chain import hash_of
 from ..errors import UnsupportedModelError, VitrimError
 from ..measure.cost import cost
 from ..measure.environment import environment
+from ..measure.intervals import of_mean
 from ..models import attach
 from ..models.foreign_macs import counting_once
 from ..models.rebuild import describe
@@ -25,7 +26,6 @@ from .clock import Clock
 from .compressed import Compressed
 from .fidelity import Fidelity
 from .images import Parts
-from .intervals import of_mean
 from .measured_lines import accuracy_lines, fidelity_lines, time_lines
 from .networks import Networks
 from .progress import Progress

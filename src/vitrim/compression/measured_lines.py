@@ -1,10 +1,10 @@
 """Lines of a certificate, made of what was measured: times, closeness to the given model, and accuracy."""
 
 from ..errors import VitrimError
+from ..measure.intervals import of_drop, of_mean, of_share
 from .certificate import Line
 from .fidelity import Closeness, Fidelity
 from .goal import Goal
-from .intervals import of_drop, of_mean, of_share
 from .timing import milliseconds, time_ratio
 
 

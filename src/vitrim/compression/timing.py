@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..measure.intervals import Interval, of_sessions
 from ..measure.speed import bench
-from .intervals import Interval, of_sessions
 
 SESSIONS, ROUNDS = 5, 6
 

@@ -13,6 +13,7 @@ from ..errors import CheckpointError, VitrimError
 from ..measure.columns import columns
 from ..measure.cost import cost
 from ..measure.environment import environment
+from ..measure.intervals import Interval
 from ..measure.table import Table
 from ..models import attached, load
 from ..models.description import parse
@@ -23,7 +24,6 @@ from .certificate import Certificate, Line, row_of
 from .fidelity import Fidelity
 from .forms import FORMS
 from .images import Pictures
-from .intervals import Interval
 from .measured_lines import compared_lines, time_lines
 from .request import device_named
 from .timing import sessions

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.data_loader import prepare_data_loader
@@ -32,6 +33,7 @@ class Figures:
     entropy: mean entropy of the predictions on correctly classified images, in nats; None if there are none.
     divergence: mean KL(original || this) in nats, for a model made from another; None without an original.
     unreadable: names of the images that could not be read; they enter no other figure.
+    right: whether each of the other images, in their order, is put into its class (N,).
     """
 
     accuracy: float
@@ -42,6 +44,7 @@ class Figures:
     entropy: float | None = None
     divergence: float | None = None
     unreadable: tuple[str, ...] = ()
+    right: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=bool), compare=False, repr=False)
 
     def checked(self, name: str) -> "Figures":
         """These figures of the model with this name, whose outputs must be finite: the class of a NaN means nothing.
@@ -176,6 +179,7 @@ class _Tally:
     divergence: float | None = None
     seconds: float = 0.0
     unreadable: set[int] = field(default_factory=set)
+    right: dict[int, bool] = field(default_factory=dict)
 
     def add(self, logits: Tensor, targets: Tensor, index: Tensor, original: Tensor | None) -> None:
         valid = index >= 0  # In place of an unreadable image comes another one, under a negative index.
@@ -185,6 +189,7 @@ class _Tally:
             self.divergence = new + (self.divergence or 0.0)
         logits, targets = logits[valid], targets[valid]
         correct = logits.argmax(1) == targets
+        self.right |= zip(index[valid].tolist(), correct.tolist(), strict=True)
         self.hits += int(correct.sum())
         self.entropy += float(torch.special.entr(logits[correct].softmax(1)).sum())
         self.loss += float(F.cross_entropy(logits, targets, reduction="sum"))
@@ -204,6 +209,7 @@ class _Tally:
             entropy=self.entropy / self.hits if self.hits else None,
             divergence=None if self.divergence is None else self.divergence / self.seen,
             unreadable=names,
+            right=np.array([right for _, right in sorted(self.right.items())]),
         )
 
 

@@ -15,6 +15,7 @@ COLUMNS: dict[str, Column] = {
         Column("accuracy", "accuracy", ".2%"),
         Column("drop", "accuracy lost", ".2%"),
         Column("accuracy_std", "std", ".2%"),
+        Column("gain", "accuracy gained", "+.2%"),
         Column("n", "n", "d"),
         Column("published", "published", ".2%"),
         Column("over_alone", "over trained alone", "+.2%"),

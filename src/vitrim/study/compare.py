@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from ..data.data_sets import open_images
@@ -18,6 +19,7 @@ from ..measure.accuracy import Figures, evaluate_all
 from ..measure.columns import columns
 from ..measure.cost import cost
 from ..measure.environment import environment
+from ..measure.intervals import of_difference
 from ..measure.table import Table
 from ..models import attached, num_classes, open_model, own_method, variant
 from ..models.classes import other_classes
@@ -34,12 +36,18 @@ Row = dict[str, Any]
 """The figures of one variant, by the keys in `ROW_KEYS`."""
 
 COLUMNS = columns(
-    "model", "method", "accuracy", "entropy", "seconds", "speed", "images_per_second", "gmacs", "macs_ratio", "tokens"
-)
+    "model", "method", "accuracy", "gain", "entropy", "seconds", "speed", "images_per_second", "gmacs", "macs_ratio",
+    "tokens",
+)  # fmt: skip
 ROW_KEYS = (
     "model", "method", "accuracy", "loss", "entropy", "divergence", "seconds", "images_per_second", "gmacs",
-    "gmacs_linear_only", "params", "tokens", "num_images", "unreadable", "speed", "macs_ratio",
+    "gmacs_linear_only", "params", "tokens", "num_images", "unreadable", "speed", "macs_ratio", "gain", "gain_low",
+    "gain_high",
 )  # fmt: skip
+GAIN_NOTE = (
+    "Accuracy gained is over the first row with the same images; the 95 % interval is paired by image, and says what "
+    "other images would change, not what another training would."
+)
 CLS_ONLY_NOTE = (
     "Under a reduction, the last block computes only CLS where the head reads nothing else (same logits, so 1 token "
     "leaves it); the method dense+cls_only shows that saving without a reduction."
@@ -92,7 +100,8 @@ def compare(
         for name, model in opened.items()
         for method in methods or [own_method(model)]
     }
-    rows = evaluate_variants(variants, data, batch_size=batch_size, device=device, tick=tick)
+    found = evaluate_variants(variants, data, batch_size=batch_size, device=device, tick=tick)
+    rows = [{key: value for key, value in (row | gain([row])).items() if key in ROW_KEYS} for row in found]
     title = f"{data.name} test images, {rows[0]['num_images']} of them"
     return Table(
         title, COLUMNS, rows, notes=[*_notes(rows, [*variants.values()]), *images.notes], environment=environment()
@@ -107,6 +116,8 @@ def evaluate_variants(
 
     Variants on the same test images are evaluated together, batch by batch; ratios are to the first of them.
     `originals` names, for some variants, another one on the same images; their divergence from it is computed.
+    The key "differences" of a row holds, image by image, what is right here and wrong in the original or else the first
+    (1), and the other way round (-1); None for the first itself.
     """
     accelerator = make_accelerator(cpu=device == "cpu")
     together: dict[ImageSet, dict[Variant, nn.Module]] = {}
@@ -130,7 +141,7 @@ def evaluate_variants(
         found |= zip(group, figures.values(), strict=True)
     short = Counter(Path(name).name for name in {name for name, _ in variants})
     rows: list[Row] = []
-    first: dict[ImageSet, Row] = {}
+    first: dict[ImageSet, tuple[Variant, Row]] = {}
     for (name, method), model in variants.items():
         with evaluating(model):
             figures, spent = found[name, method].checked(f"{name} under {method!r}"), cost(model)
@@ -143,19 +154,32 @@ def evaluate_variants(
             "tokens": list(spent.token_counts),
             "num_images": figures.num_images, "unreadable": list(figures.unreadable),
         })  # fmt: skip
-        base = first.setdefault(image_set(data_for(name, data)), rows[-1])
+        one, base = first.setdefault(image_set(data_for(name, data)), ((name, method), rows[-1]))
+        one = (originals or {}).get((name, method), one)
+        right = figures.right.astype(float) - found[one].right
+        rows[-1]["differences"] = None if one == (name, method) else right
         rows[-1]["speed"] = base["seconds"] / figures.seconds
         rows[-1]["macs_ratio"] = base["gmacs"] / rows[-1]["gmacs"]
     return rows
 
 
-def mean_over_seeds(per_seed: Sequence[Mapping[str, Any]], *means: str) -> dict[str, Any]:
-    """Accuracy of one model trained with several seeds: mean, standard deviation and n; and the mean of other keys."""
+def gain(per_seed: Sequence[Row]) -> Row:
+    """How much accuracy one row has over another, on average over seeds, with its interval paired by image."""
+    differences = [row["differences"] for row in per_seed]
+    if any(each is None for each in differences):
+        return {}
+    found = of_difference(np.mean(differences, axis=0))
+    return {"gain": found.value, "gain_low": found.low, "gain_high": found.high}
+
+
+def mean_over_seeds(per_seed: Sequence[Row], *means: str) -> Row:
+    """Accuracy of one model trained with several seeds, also over another row; and the mean of other keys."""
     accuracies = [figures["accuracy"] for figures in per_seed]
     return {
         "accuracy": statistics.fmean(accuracies),
         "accuracy_std": statistics.stdev(accuracies) if len(accuracies) > 1 else None,
         "n": len(accuracies),
+        **gain(per_seed),
         **{name: statistics.fmean(figures[name] for figures in per_seed) for name in means},
     }
 
@@ -176,6 +200,7 @@ def different_images_note(data: Mapping[str, DataSpec]) -> list[str]:
 
 def _notes(rows: list[Row], models: Sequence[nn.Module]) -> list[str]:
     notes = ["Time is that inside the model; models were timed in turns, batch by batch. Ratios are to the first row."]
+    notes += [GAIN_NOTE] if len(rows) > 1 else []
     if any(handle.cls_only for handle in map(attached, models) if handle is not None):
         notes.append(CLS_ONLY_NOTE)
     if names := rows[0]["unreadable"]:

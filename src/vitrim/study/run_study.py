@@ -14,7 +14,7 @@ from ..models import DENSE, num_classes, open_model, variant
 from ..train.checkpoint import RunFolder, write_atomic
 from ..train.loop import train
 from ..train.state import Report
-from .compare import CLS_ONLY_NOTE, different_images_note, evaluate_variants, mean_over_seeds
+from .compare import CLS_ONLY_NOTE, GAIN_NOTE, different_images_note, evaluate_variants, mean_over_seeds
 from .curve_points import measure_curve
 from .database_url import file_url
 from .interruption import stopping_on_sigterm
@@ -34,8 +34,8 @@ RunKey = tuple[str, int]
 Figures = dict[str, Any]
 
 COLUMNS = columns(
-    "row", "test", "accuracy", "accuracy_std", "n", "entropy", "seconds", "speed", "gmacs", "macs_ratio", "params",
-    "images_per_second", "train_seconds", "tokens",
+    "row", "test", "accuracy", "accuracy_std", "n", "gain", "entropy", "seconds", "speed", "gmacs", "macs_ratio",
+    "params", "images_per_second", "train_seconds", "tokens",
 )  # fmt: skip
 
 
@@ -178,6 +178,7 @@ def _tabulate(
         f"{len(study.seeds)} seed{'s' if len(study.seeds) > 1 else ''}. "
         f"{_choice_of_epoch(recipe.data.holdout for recipe in recipes.values())}; test images are read once.",
         "Test time is that inside the model; rows were timed in turns, batch by batch. Ratios are to the first row.",
+        *([GAIN_NOTE] if len(rows) > 1 else []),
         *([CLS_ONLY_NOTE] if any(study.test[row["test"]] != DENSE for row in rows) else []),
         *different_images_note({row: recipe.data for row, recipe in recipes.items()}),
     ]

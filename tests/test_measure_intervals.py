@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from vitrim.compression import intervals
-from vitrim.compression.intervals import Interval, of_drop, of_mean, of_sessions, of_share
+from vitrim.measure import intervals
+from vitrim.measure.intervals import Interval, of_difference, of_drop, of_mean, of_sessions, of_share
 
 DICE = np.random.default_rng(0)
 
@@ -45,6 +45,25 @@ def test_intervals_of_paired_drops_cover(lost: float, gained: float) -> None:
         return lost - gained in of_drop(before, after)
 
     assert sum(covers() for _ in range(400)) / 400 >= 0.92
+
+
+def test_intervals_of_paired_differences_cover_where_several_seeds_share_the_images() -> None:
+    def covers() -> bool:
+        hard = DICE.random((1, 300))
+        before, after = DICE.random((3, 300)) > 0.4 * hard, DICE.random((3, 300)) > 0.5 * hard
+        return -0.05 in of_difference((after.astype(float) - before).mean(0))
+
+    assert 0.92 <= sum(covers() for _ in range(400)) / 400 <= 0.99
+
+
+def test_of_one_seed_the_interval_of_differences_is_that_of_bonett_and_price() -> None:
+    lost, gained, number = 7, 3, 50
+    down, up = (lost + 1) / (number + 2), (gained + 1) / (number + 2)
+    error = math.sqrt((down + up - (down - up) ** 2) / (number + 2))
+    found = of_drop([True] * 7 + [False] * 43, [False] * 7 + [True] * 3 + [False] * 40)
+    assert (found.value, found.low, found.high) == pytest.approx(
+        (0.08, down - up - 1.959964 * error, down - up + 1.959964 * error)
+    )
 
 
 def test_intervals_of_sessions_contain_another_measurement() -> None:

@@ -2,8 +2,8 @@
 
 Means of skewed values: studentised bootstrap (Efron & Tibshirani 1993, 12.5). The percentile bootstrap is too narrow
 for a divergence, which is near 0 for most images and large for a few. Shares: Wilson's interval, which is not empty
-where all images agree. Differences of paired shares: Bonett & Price (2012). Ratios of times: Student's t over sessions,
-for another measurement of as many sessions.
+where all images agree. Differences of paired shares: Bonett & Price (2012), and its form for shares that are means over
+several seeds. Ratios of times: Student's t over sessions, for another measurement of as many sessions.
 """
 
 import math
@@ -61,12 +61,18 @@ def of_share(hits: int, number: int) -> Interval:
 
 def of_drop(before: Sequence[bool] | np.ndarray, after: Sequence[bool] | np.ndarray) -> Interval:
     """By how much the share of right answers falls, paired by image: Bonett & Price's interval."""
-    a, b = np.asarray(before, dtype=bool), np.asarray(after, dtype=bool)
-    lost, gained, number = int((a & ~b).sum()), int((~a & b).sum()), len(a)
-    down, up = (lost + 1) / (number + 2), (gained + 1) / (number + 2)
-    error = math.sqrt((down + up - (down - up) ** 2) / (number + 2))
-    z = float(stats.norm.ppf((1 + LEVEL) / 2))
-    return Interval((lost - gained) / number, max(-1.0, down - up - z * error), min(1.0, down - up + z * error))
+    return of_difference(np.asarray(before, dtype=np.float64) - np.asarray(after, dtype=np.float64))
+
+
+def of_difference(differences: np.ndarray) -> Interval:
+    """Of the mean of differences in [-1, 1], one for each image, such as that of two shares of seeds that are right.
+
+    With two images more, one that gains and one that loses everything, so that it is not empty where all agree. For
+    differences of -1, 0 and 1 this is Bonett & Price's interval.
+    """
+    x = np.concatenate([differences, [1.0, -1.0]])
+    mean, reach = float(x.mean()), float(stats.norm.ppf((1 + LEVEL) / 2)) * float(x.std()) / math.sqrt(len(x))
+    return Interval(float(differences.mean()), max(-1.0, mean - reach), min(1.0, mean + reach))
 
 
 def of_sessions(values: Sequence[float]) -> Interval:
