@@ -525,9 +525,11 @@ def test_a_recipe_says_what_the_row_of_the_study_does(system: str):
 
 def test_committed_results_are_those_of_the_studies_as_they_are():
     """Every recipe that stands beside results is what the study still does at that scale, wherever its images lie."""
-    read = functools.cache(lambda system: Study.read(ROOT / "recipes" / system / "study.yaml", "small"))
-    for path in sorted((ROOT / "results").glob("system*-small/*-s*/recipe.yaml")):
-        study = read(path.parts[-3].split("-")[0])
+    read = functools.cache(lambda system, scale: Study.read(ROOT / "recipes" / system / "study.yaml", scale))
+    paths = sorted((ROOT / "results").glob("system*-*/*-s*/recipe.yaml"))
+    assert {path.parts[-3].rpartition("-")[2] for path in paths} == {"small", "real"}
+    for path in paths:
+        study = read(path.parts[-3].split("-")[0], path.parts[-3].rpartition("-")[2])
         seed = path.parent.name.rpartition("-s")[2]
         row = {run_folder(Path(), row, int(seed)).name: row for row in study.rows}[path.parent.name]
         found = Recipe.read(path).differences(study.recipe(row, int(seed), Path("runs")))
