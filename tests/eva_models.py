@@ -10,6 +10,8 @@ from timm.models.eva import Eva, EvaBlockPostNorm
 from torch import Tensor, nn
 
 from references import VIEWS
+from vitrim.models import BlockWidths, RemovedBranch, set_widths
+from vitrim.models.elastic_values import value_dim
 
 SMALL = {"img_size": 40, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 3, "num_classes": 5}
 """25 patch tokens, an odd number, in 3 blocks."""
@@ -28,8 +30,9 @@ def _plain(**options: object) -> nn.Module:
 EVA: dict[str, Callable[[], nn.Module]] = {
     "dinov3": lambda: _named("vit_small_patch16_dinov3", **_WIDE, global_pool="token"),
     "perception": lambda: _named("vit_pe_core_tiny_patch16_384", **_WIDE, attn_pool_num_heads=3),
+    "narrow_values": lambda: _narrowed(_named("eva02_tiny_patch14_224", **_WIDE)),
 }
-"""In the zoo: CLS pooled, four registers, half rotation; pooled by attention, interleaved rotation."""
+"""In the zoo: CLS pooled, four registers, half rotation; pooled by attention, interleaved rotation; values cut."""
 MORE: dict[str, Callable[[], nn.Module]] = {
     "eva": lambda: _named("eva_giant_patch14_224"),
     "eva02": lambda: _named("eva02_tiny_patch14_224", **_WIDE),
@@ -46,6 +49,12 @@ MORE: dict[str, Callable[[], nn.Module]] = {
     "qk_norm": lambda: _plain(**_WIDE, use_rot_pos_emb=True, qk_norm=True, attn_type="rope", qkv_fused=False),
     "no_prefix": lambda: _plain(**_WIDE, class_token=False, use_rot_pos_emb=True, scale_attn_inner=True),
 }
+
+
+def _narrowed(model: nn.Module) -> nn.Module:
+    """As it is cut out of a super-network."""
+    set_widths(model, [BlockWidths(12, 40, 5), BlockWidths(12, 96), BlockWidths(12, 17, 3)])
+    return model
 
 
 def _separate(model: Any) -> nn.Module:
@@ -80,13 +89,16 @@ def in_timm_words(model: Any) -> Any:
 
     def qkv(attn: Any, x: Tensor) -> Tensor:
         if attn.qkv is None:
-            heads = [part(x).unflatten(-1, (-1, attn.head_dim)) for part in (attn.q_proj, attn.k_proj, attn.v_proj)]
+            parts = (attn.q_proj, attn.head_dim), (attn.k_proj, attn.head_dim), (attn.v_proj, value_dim(attn))
+            heads = [part(x).unflatten(-1, (-1, dim)) for part, dim in parts]
             whole = [one.repeat_interleave(attn.num_heads // one.shape[-2], -2).flatten(-2) for one in heads]
             return torch.cat(whole, -1)
         bias = getattr(attn, "q_bias", None)
         return attn.qkv(x) if bias is None else attn.qkv(x) + torch.cat([bias, torch.zeros_like(bias), attn.v_bias])
 
     def heads(attn: Any, index: int) -> Any:
+        if isinstance(attn, RemovedBranch):
+            return attn
         view = SimpleNamespace(
             qkv=lambda x: qkv(attn, x), num_heads=attn.num_heads, head_dim=attn.head_dim, q_norm=attn.q_norm,
             k_norm=attn.k_norm, norm=attn.norm, gate=attn.gate, proj=attn.proj,

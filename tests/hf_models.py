@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from eva_models import turned
 from references import VIEWS
-from vitrim.models import RemovedBranch, attached
+from vitrim.models import BlockWidths, RemovedBranch, attached, set_widths
 from vitrim.models.families.hf_layout import layout_of
 
 SMALL = {"image_size": 40, "patch_size": 8, "hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 3}
@@ -32,6 +32,7 @@ HF: dict[str, Callable[[], nn.Module]] = {
     ),
     "hf_siglip": lambda: _made("SiglipVisionModel", "SiglipVisionConfig"),
     "hf_siglip2": lambda: _siglip2("Siglip2VisionModel"),
+    "hf_narrow_values": lambda: _narrowed(MORE["dinov3"]()),
 }
 """In the zoo."""
 MORE: dict[str, Callable[[], nn.Module]] = {
@@ -71,6 +72,12 @@ BACKBONES: dict[str, Callable[[], nn.Module]] = {
 }
 """Give maps of what the embeddings and every block give."""
 _STAGES: dict[str, object] = {"out_indices": [0, 1, 2, 3]}
+
+
+def _narrowed(model: nn.Module) -> nn.Module:
+    """As it is cut out of a super-network."""
+    set_widths(model, [BlockWidths(12, 40, 5), BlockWidths(12, 48), BlockWidths(12, 17, 3)])
+    return model
 
 
 def _plain(name: str, config: str, **options: object) -> nn.Module:

@@ -200,7 +200,9 @@ def _attention(
     if isinstance(attn, RemovedBranch):
         return attn.bias.expand_as(normed_TC), normed_TC.new_empty(0, *2 * normed_TC.shape[:1]), normed_TC.new_empty(0)
     count, heads, dim = normed_TC.shape[0], attn.num_heads, attn.head_dim
-    query, key, value = attn.qkv(normed_TC).reshape(count, 3, heads, dim).permute(1, 2, 0, 3)
+    rows = attn.qkv(normed_TC)  # Queries and keys of all heads, then values, which may have fewer dims.
+    query, key = rows[:, : 2 * heads * dim].reshape(count, 2, heads, dim).permute(1, 2, 0, 3)
+    value = rows[:, 2 * heads * dim :].reshape(count, heads, -1).transpose(0, 1)
     query, key = attn.q_norm(query), attn.k_norm(key)
     if hasattr(attn, "turned"):
         query, key = (

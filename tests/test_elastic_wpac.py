@@ -266,7 +266,7 @@ def test_two_processes_sum_to_one_and_write_no_files(tmp_path):
 
 
 def test_sums_of_nothing_are_zero():
-    sums = HeadSums.zeros(2, 4, torch.device("cpu"))
-    assert sums.second_3Hhh.shape == (3, 2, 4, 4)
-    assert sums.second_3Hhh.dtype == torch.float64
-    assert not sums.second_3Hhh.any()
+    sums = HeadSums.zeros((3, 2, 4), 8, torch.device("cpu"))
+    assert sums.second_SHhh.shape == (3, 2, 4, 4)
+    assert sums.second_SHhh.dtype == torch.float64
+    assert not sums.second_SHhh.any()

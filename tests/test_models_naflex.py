@@ -238,10 +238,14 @@ def test_widths_change_where_blocks_are_standard_ones() -> None:
     agrees_with_reference(model, vitrim.ToMe(), expected)
     rotary = _model("naflex_rotary")
     dims = vitrim.models.widths_of(rotary)[0].head_dim
-    with pytest.raises(UnsupportedModelError, match=f"keep their {dims} dims, since its rotary positions"):
+    with pytest.raises(UnsupportedModelError, match=f"queries and keys keep their {dims} dims"):
         vitrim.models.set_widths(rotary, [vitrim.models.BlockWidths(5, 40)] * 3)
-    vitrim.models.set_widths(rotary, [vitrim.models.BlockWidths(dims, 40)] * 3)
+    vitrim.models.set_widths(rotary, [vitrim.models.BlockWidths(dims, 40, 5)] * 3)
     agrees_with_reference(rotary, vitrim.ToMe(), expected)
+    pictures = _images()
+    together = rotary(padded(pictures, longest=30))
+    for image, logits in zip(pictures, together, strict=True):
+        torch.testing.assert_close(rotary(padded([image]))[0], logits, rtol=1e-10, atol=1e-10)
 
 
 @torch.no_grad()

@@ -9,8 +9,9 @@ from torch import nn
 
 import vitrim
 from hf_models import HF, MORE, _made, _plain
+from vitrim.elastic import stratify
 from vitrim.errors import UnsupportedModelError, VitrimError
-from vitrim.models import adapter_of
+from vitrim.models import BlockWidths, adapter_of, set_widths, widths_of
 from vitrim.models.input_format import InputFormat
 from zoo import images, predicted, redrawn
 
@@ -86,3 +87,28 @@ def test_what_the_other_library_does_not_build_is_refused() -> None:
     for name in ("dinov2", "vit_bare", "deit", "ijepa"):
         with pytest.raises(UnsupportedModelError, match="timm"):
             vitrim.convert(MORE[name](), "timm")
+
+
+@pytest.mark.parametrize("name", ["dinov3", "vit"])
+def test_models_that_were_cut_unevenly_are_refused(name: str) -> None:
+    dims = widths_of(TIMM[name]())[0].head_dim
+    uneven = [[BlockWidths(dims, 9), *[BlockWidths(dims, 10)] * 2], [BlockWidths(0, 10)] * 3]
+    uneven.append([BlockWidths(dims, 10, 5) if name == "dinov3" else BlockWidths(5, 10)] * 3)
+    for each in uneven:
+        for made in (TIMM[name](), TRANSFORMERS[name]()):
+            set_widths(made, each)
+            to = "timm" if adapter_of(made).name == "transformers" else "transformers"
+            with pytest.raises(UnsupportedModelError, match=r"were cut.* convert the model before it is cut"):
+                vitrim.convert(made, to)
+
+
+def test_networks_of_every_width_are_the_same_in_both_libraries() -> None:
+    model = redrawn(TIMM["dinov3"]()).double()
+    other, x = vitrim.convert(model, "transformers"), images(8, dtype=torch.float64)
+    options = {"num_images": 8, "width_multiple": 4, "max_saving": 0.7, "rounds": 1, "even": True}
+    one, two = (stratify(each, [x], **options, say=lambda _: None) for each in (model, other))
+    assert [one.chain.macs_at(at) for at in range(len(one.chain))] == [
+        two.chain.macs_at(at) for at in range(len(two.chain))
+    ]
+    for at in (len(one.chain) // 2, len(one.chain) - 1):
+        torch.testing.assert_close(predicted(two.cut(at), x), predicted(one.cut(at), x), rtol=1e-5, atol=1e-5)

@@ -118,7 +118,7 @@ def observe(
         norm = block.get_submodule(branches[following[0]])
         hooks.append(norm.register_forward_pre_hook(lambda norm, args: keep("after", args[0])))
     if isinstance(layer, Elastic):
-        layer.vitrim_tap = lambda name, tensor: None if name == "qkv" else keep("inputs", tensor)
+        layer.vitrim_tap = lambda name, tensor: None if name == "streams" else keep("inputs", tensor)
     try:
         out = call(block, x)
         found.setdefault("after", out)

@@ -16,7 +16,9 @@ from ..measure.cost import cost
 from ..models.sublayers import Kind, elastic, sublayers
 from .probing import check_counts
 
-SCHEMA = 3
+SCHEMA = 4
+OLDEST = 3
+"""Schemas that are read: 3 knows no fixed MACs, since there were none."""
 GROUPS: dict[Kind, int] = {"attention": 8, "mlp": 32}
 
 
@@ -36,7 +38,11 @@ class Entry:
 
 @dataclass(frozen=True)
 class UnitCost:
-    """What one unit of width of a sub-layer costs, and how many units are cut at a time."""
+    """What one unit of width of a sub-layer costs, and how many units are cut at a time.
+
+    fixed_macs, fixed_macs_linear_only: of what belongs to no unit and goes with the last one: queries and keys, where
+        values alone are cut.
+    """
 
     width: int
     step: int
@@ -44,12 +50,18 @@ class UnitCost:
     macs_linear_only: int
     params: int
     left_params: int
-    """Parameters that removal adds (a constant where there was no bias), minus those of the removed norm."""
+    """Parameters that removal adds (a constant where there was no bias), minus those that belong to no unit."""
+    fixed_macs: int = 0
+    fixed_macs_linear_only: int = 0
 
     def saved(self, width: int, narrower: int) -> tuple[int, int]:
         """MACs and parameters that are saved when `width` becomes `narrower`."""
-        lost = width - narrower
-        return lost * self.macs, lost * self.params - (self.left_params if narrower == 0 else 0)
+        lost, gone = width - narrower, width > narrower == 0
+        return lost * self.macs + gone * self.fixed_macs, lost * self.params - gone * self.left_params
+
+    def saved_linear_only(self, width: int, narrower: int) -> int:
+        """As the MACs of `saved`, without products of activations."""
+        return (width - narrower) * self.macs_linear_only + (width > narrower == 0) * self.fixed_macs_linear_only
 
 
 @dataclass(frozen=True)
@@ -117,7 +129,7 @@ class Chain:
 
     def macs_linear_only_at(self, index: int) -> int:
         """MACs of network `index` without products of activations, as some papers count."""
-        lost = ((unit.width - now) * unit.macs_linear_only for unit, now in self._both(index))
+        lost = (unit.saved_linear_only(unit.width, now) for unit, now in self._both(index))
         return self.macs_linear_only - sum(lost)
 
     def largest(self, what: str, most: float) -> int:
@@ -154,8 +166,9 @@ class Chain:
             raw = json.loads(text)
             if raw["schema"] > SCHEMA:
                 raise CheckpointError(f"the chain has schema {raw['schema']}, this vitrim reads up to {SCHEMA}; update")
-            if raw["schema"] < SCHEMA:
+            if raw["schema"] < OLDEST:
                 raise CheckpointError("this chain was written by an older version of vitrim; stratify again")
+            raw["schema"] = SCHEMA
             units = {name: UnitCost(**unit) for name, unit in raw["units"].items()}
             return cls(**raw | {"units": units, "entries": tuple(Entry(**entry) for entry in raw["entries"])})
         except CheckpointError:
@@ -190,10 +203,13 @@ def start_chain(model: nn.Module, *, groups: Mapping[Kind, int] = GROUPS, width_
     with elastic(model) as layers:
         for part in parts:
             layer, norm = layers[part.name], model.get_submodule(part.norm)
-            macs, width = layer.unit_macs(full.token_counts[0]), layer.full_width
+            tokens, width = full.token_counts[0], layer.full_width
+            macs, fixed = layer.unit_macs(tokens), layer.fixed_macs(tokens)
             step = -(-width // (groups[layer.kind] * width_multiple)) * width_multiple
             left = layer.left_params() - sum(parameter.numel() for parameter in norm.parameters())
-            units[part.name] = UnitCost(width, step, macs.total, macs.linear, layer.unit_params(), left)
+            units[part.name] = UnitCost(
+                width, step, macs.total, macs.linear, layer.unit_params(), left, fixed.total, fixed.linear
+            )
     return Chain(units, full.macs, full.macs_linear_only, full.params)
 
 

@@ -42,7 +42,7 @@ def grow(chain: Chain, curves: Mapping[str, Tensor], saving: float) -> Chain:
             raise VitrimError(f"the importance of {name} is not finite; check the weights of the model and the images")
         edges = list(pairwise([*range(0, width, unit.step), width]))
         cuts = [(name, low, (curve[low] - curve[high]).item()) for low, high in edges]
-        macs = [(high - low) * unit.macs for low, high in edges]
+        macs = [unit.saved(high, low)[0] for low, high in edges]
         for density, members in _falling_outwards([cut[2] for cut in cuts], macs):
             queue.append((density, [cuts[index] for index in reversed(members)]))
     # Sorting is stable, and the groups of one sub-layer have different densities: outer ones always come first.

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from ..data.batches import Images
 from ..errors import VitrimError
+from ..models.attention_heads import AttentionHeads
 from ..models.compensation import Moments
-from ..models.elastic_heads import ElasticHeads
 from ..models.sublayers import Tap, elastic
 from ..tokens.precision import exact, exact_device, wide
 from .probing import all_reduce, batches, frozen, objective_of, output_of
@@ -22,71 +22,81 @@ from .probing import all_reduce, batches, frozen, objective_of, output_of
 
 @dataclass
 class HeadSums:
-    """Sums over tokens for one attention layer; the first dimension holds q, k, v (H heads of h dimensions)."""
+    """Sums over tokens for one attention layer; the first dimension holds the streams (H heads of h dimensions).
+
+    These are queries, keys and values (S = 3), or the values alone (S = 1) where no other stream is cut.
+    """
 
     tokens: Tensor
-    plain_3Hh: Tensor
-    weight_3H: Tensor
-    first_3Hh: Tensor
-    second_3Hhh: Tensor
-    taylor_3Hh: Tensor
+    plain_SHh: Tensor
+    weight_SH: Tensor
+    first_SHh: Tensor
+    second_SHhh: Tensor
+    taylor_SHh: Tensor
     mixed: Moments
     mixed_held_out: Moments
 
     @classmethod
-    def zeros(cls, heads: int, dim: int, device: torch.device) -> "HeadSums":
-        """Empty sums."""
-        streams = (3, heads, dim)
-        shapes = ((), streams, (3, heads), streams, (*streams, dim), streams)
+    def zeros(cls, streams_SHh: tuple[int, int, int], inputs: int, device: torch.device) -> "HeadSums":
+        """Empty sums for so many streams, heads and dims, and for the inputs of the output projection."""
+        streams, heads, dim = streams_SHh
+        shapes = ((), streams_SHh, (streams, heads), streams_SHh, (*streams_SHh, dim), streams_SHh)
         a, b, c, d, e, f = (torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes)
-        return cls(a, b, c, d, e, f, Moments.zeros(heads * dim, device), Moments.zeros(heads * dim, device))
+        return cls(a, b, c, d, e, f, Moments.zeros(inputs, device), Moments.zeros(inputs, device))
 
     def add(self, f_TA: Tensor, g_TA: Tensor, covariance: bool) -> None:
-        """Add the activations and gradients of T tokens, each row (3, H, h) flattened."""
+        """Add the activations and gradients of T tokens, each row (S, H, h) flattened."""
         f_TA, g_TA = f_TA.to(self.tokens.device), g_TA.to(self.tokens.device)
-        shape, double = self.plain_3Hh.shape, torch.float64
+        shape, double = self.plain_SHh.shape, torch.float64
         taylor = (wide(f_TA) * wide(g_TA)).abs_().view(-1, *shape)
-        self.taylor_3Hh += taylor.sum(0, dtype=double)
+        self.taylor_SHh += taylor.sum(0, dtype=double)
         self.tokens += f_TA.shape[0]
         if not covariance:
             return
         weight = exact(taylor.mean(3)).permute(1, 2, 0)
         f = f_TA.view(-1, *shape).permute(1, 2, 0, 3).to(double, memory_format=torch.contiguous_format)
         weighted = f * weight.unsqueeze(3)
-        self.plain_3Hh += f.sum(2)
-        self.weight_3H += weight.sum(2)
-        self.first_3Hh += weighted.sum(2)
-        self.second_3Hhh += weighted.mT @ f
+        self.plain_SHh += f.sum(2)
+        self.weight_SH += weight.sum(2)
+        self.first_SHh += weighted.sum(2)
+        self.second_SHhh += weighted.mT @ f
 
     @property
     def moments(self) -> tuple[Moments, Moments]:
         """Of the inputs of the output projection, head by head: of most images and of those held out."""
         return self.mixed, self.mixed_held_out
 
-    def covariance(self, *streams: int) -> Tensor:
-        """sum w c c^T (H, h, h) over these streams, each centred on its own plain mean."""
-        centre = self.plain_3Hh / self.tokens
-        cross = self.first_3Hh.unsqueeze(-1) * centre.unsqueeze(-2)
-        outer = centre.unsqueeze(-1) * centre.unsqueeze(-2) * self.weight_3H[..., None, None]
-        return (self.second_3Hhh - cross - cross.mT + outer)[list(streams)].sum(0)
+    @property
+    def has_query_key(self) -> bool:
+        """Whether there are sums for queries and keys, besides those for values."""
+        return len(self.plain_SHh) > 1
 
-    def energy(self, value_Hhh: Tensor, query_key_Hhh: Tensor) -> Tensor:
+    def covariance(self, *streams: int) -> Tensor:
+        """sum w c c^T (H, h, h) over these streams (values: -1), each centred on its own plain mean."""
+        centre = self.plain_SHh / self.tokens
+        cross = self.first_SHh.unsqueeze(-1) * centre.unsqueeze(-2)
+        outer = centre.unsqueeze(-1) * centre.unsqueeze(-2) * self.weight_SH[..., None, None]
+        return (self.second_SHhh - cross - cross.mT + outer)[list(streams)].sum(0)
+
+    def energy(self, value_Hhh: Tensor, query_key_Hhh: Tensor | None) -> Tensor:
         """Importance of dimension j of all heads once the streams are rotated to these axes (h).
 
         Each stream's saliency, the mean |G F|, is spread over its new axes by their part of the weighted variance. The
         root of the variance is taken because saliency is linear in the activations.
         """
-        shares = torch.zeros_like(self.plain_3Hh[0])
-        for streams, axes in (((2,), value_Hhh), ((0, 1), query_key_Hhh)):
+        shares = torch.zeros_like(self.plain_SHh[0])
+        for streams, axes in (((-1,), value_Hhh), ((0, 1), query_key_Hhh)):
+            if axes is None:
+                continue
             variance = torch.einsum("hij,hik,hkj->hj", axes, self.covariance(*streams), axes).clamp_min(0).sqrt()
-            saliency = self.weight_3H[list(streams)].sum(0) / self.tokens
+            saliency = self.weight_SH[list(streams)].sum(0) / self.tokens
             shares += variance / variance.sum(1, keepdim=True).clamp_min(1e-300) * saliency[:, None]
         return shares.sum(0)
 
     @property
     def taylor(self) -> Tensor:
-        """Mean |G F| of dimension j of q, k and v over tokens, summed over heads (h)."""
-        return (self.taylor_3Hh / self.tokens).sum((0, 1))
+        """Mean |G F| of dimension j of the streams over tokens, summed over streams and heads (h)."""
+        return (self.taylor_SHh / self.tokens).sum((0, 1))
 
 
 @dataclass
@@ -189,8 +199,9 @@ def collect(
             width = layer.vitrim_width
             if width == 0:
                 continue
-            if isinstance(layer, ElasticHeads):
-                sums[name] = HeadSums.zeros(layer.num_heads, width, device)
+            if isinstance(layer, AttentionHeads):
+                streams = (layer.cut_streams, layer.value_heads, width)
+                sums[name] = HeadSums.zeros(streams, layer.kept_inputs(width), device)
             else:
                 sums[name] = UnitSums.zeros(width, device)
             layer.vitrim_tap = _tap(sums[name], covariance)
@@ -219,13 +230,13 @@ def _tap(sums: Sums, covariance: bool) -> Tap:
             x.requires_grad_()
 
         def add(g: Tensor) -> None:
-            if name == "qkv":
+            if name == "streams":
                 assert isinstance(sums, HeadSums)
                 sums.add(f.flatten(0, 1), g.flatten(0, 1), covariance)
             if name == "hidden":
                 assert isinstance(sums, UnitSums)
                 sums.add(f.flatten(0, 1), g.flatten(0, 1))
-            if covariance and name != "qkv":
+            if covariance and name != "streams":
                 add_weighted(*sums.moments, f, g)
 
         x.register_hook(add)

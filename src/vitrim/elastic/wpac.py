@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from ..data.batches import Images, batches_in
 from ..errors import UnknownNameError, VitrimError
+from ..models.attention_heads import AttentionHeads
 from ..models.compensation import Compensation, Moments
-from ..models.elastic_heads import ElasticHeads
 from ..models.elastic_hidden import ElasticHidden
 from ..models.sublayers import Elastic, elastic
 from ..tokens.precision import exact
@@ -24,10 +24,13 @@ from .elimination import elimination_order
 from .probing import batches, frozen, output_of, world_size
 from .statistics import HeadSums, Sums, UnitSums, collect
 
-Axes = tuple[Tensor, Tensor]
-"""Orthogonal matrices (H, h, h) for the values and for queries and keys, new axes in columns, best first."""
+Axes = tuple[Tensor, Tensor | None]
+"""Orthogonal matrices (H, h, h) for the values and for queries and keys, new axes in columns, best first.
 
-Heads = Callable[[ElasticHeads, HeadSums], Axes]
+None for queries and keys that keep all their dims.
+"""
+
+Heads = Callable[[AttentionHeads, HeadSums], Axes]
 Units = Callable[[ElasticHidden, UnitSums], Tensor]
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)
 """Ridges, as fractions of the mean variance, of which each sub-layer gets the best one for its regression."""
@@ -131,19 +134,25 @@ def apply(
                 moments, held_out = (one.ordered(order) for one in each.moments)
                 shares[name] = each.taylor[order]
             else:
-                assert isinstance(layer, ElasticHeads)
-                value, query_key = axes_of(layer, each)
-                if layer.rotates_query_key:
-                    layer.rotate(value, query_key)
-                else:
-                    order = each.taylor_3Hh[:2].sum((0, 1)).argsort(descending=True, stable=True)
-                    layer.rotate(value)
-                    layer.order_query_key(order)
-                    query_key = torch.eye(len(order), dtype=value.dtype, device=value.device)[:, order].expand_as(value)
+                assert isinstance(layer, AttentionHeads)
+                value, query_key = _turned(layer, each, axes_of(layer, each))
                 shares[name] = each.energy(value, query_key)
-                moments, held_out = (one.rotated(value).ordered(layer.inputs) for one in each.moments)
+                axes = layer.of_every_head(value)
+                moments, held_out = (one.rotated(axes).ordered(layer.inputs) for one in each.moments)
             compensations[name] = compensation_of(layer, moments, held_out)
     return compensations, shares
+
+
+def _turned(layer: AttentionHeads, sums: HeadSums, axes: Axes) -> Axes:
+    """Turn the heads of a layer to these axes; the axes that they took."""
+    value, query_key = axes
+    if query_key is None or layer.rotates_query_key:
+        layer.rotate(value, query_key)
+        return axes
+    order = sums.taylor_SHh[:2].sum((0, 1)).argsort(descending=True, stable=True)
+    layer.rotate(value)
+    layer.order_query_key(order)
+    return value, torch.eye(len(order), dtype=value.dtype, device=value.device)[:, order].expand_as(value)
 
 
 def compensation_of(layer: Elastic, moments: Moments, held_out: Moments) -> Compensation:
@@ -179,12 +188,12 @@ def permutation(score_Hh: Tensor) -> Tensor:
     return exact(nn.functional.one_hot(order, order.shape[-1]).mT)
 
 
-def _register(name: str, heads: Heads, units: Units) -> None:
-    """Enter an ordering that permutes: scores of values and of queries with keys (H, h), and scores of units."""
+def _register(name: str, heads: Callable[[AttentionHeads, HeadSums], Tensor], units: Units) -> None:
+    """Enter an ordering that permutes: scores of the dims of all streams (S, H, h), values last, and of units."""
 
-    def axes(layer: ElasticHeads, sums: HeadSums) -> Axes:
-        value, query_key = heads(layer, sums)
-        return permutation(value), permutation(query_key)
+    def axes(layer: AttentionHeads, sums: HeadSums) -> Axes:
+        *query_key, value = heads(layer, sums)
+        return permutation(value), permutation(torch.stack(query_key).sum(0)) if query_key else None
 
     ORDERINGS[name] = (axes, lambda layer, sums: units(layer, sums).argsort(descending=True, stable=True))
 
@@ -194,8 +203,15 @@ def _random(shape: torch.Size, like: Tensor) -> Tensor:
     return torch.rand(shape, generator=generator, dtype=torch.float64).to(like.device)
 
 
-def _wpac_axes(_: ElasticHeads, sums: HeadSums) -> Axes:
-    return principal_axes(sums.covariance(2)), principal_axes(sums.covariance(0, 1))
+def _random_streams(sums: HeadSums) -> Tensor:
+    scores = _random(sums.plain_SHh.shape, sums.tokens)
+    scores[1:-1] = 0  # Keys have the order of queries.
+    return scores
+
+
+def _wpac_axes(_: AttentionHeads, sums: HeadSums) -> Axes:
+    query_key = principal_axes(sums.covariance(0, 1)) if sums.has_query_key else None
+    return principal_axes(sums.covariance(-1)), query_key
 
 
 def _eliminated(layer: ElasticHidden, sums: UnitSums) -> Tensor:
@@ -206,18 +222,10 @@ def _eliminated(layer: ElasticHidden, sums: UnitSums) -> Tensor:
 
 ORDERINGS["elimination"] = (_wpac_axes, _eliminated)
 ORDERINGS["wpac"] = (_wpac_axes, lambda _, sums: sums.fisher.argsort(descending=True, stable=True))
-_register(
-    "taylor",
-    lambda _, sums: (sums.taylor_3Hh[2], sums.taylor_3Hh[:2].sum(0)),
-    lambda _, sums: sums.taylor,
-)
-_register(
-    "magnitude",
-    lambda layer, _: (layer.stream_norms()[2], layer.stream_norms()[:2].sum(0)),
-    lambda layer, _: layer.unit_norms(),
-)
+_register("taylor", lambda _, sums: sums.taylor_SHh, lambda _, sums: sums.taylor)
+_register("magnitude", lambda layer, _: layer.stream_norms(), lambda layer, _: layer.unit_norms())
 _register(
     "random",
-    lambda _, sums: (_random(sums.plain_3Hh.shape, sums.tokens)[2], _random(sums.plain_3Hh.shape, sums.tokens)[0]),
+    lambda _, sums: _random_streams(sums),
     lambda _, sums: _random(sums.taylor_sum.shape, sums.tokens),
 )

@@ -17,7 +17,7 @@ from .removed_branch import RemovedBranch
 from .store import check_place, load, save
 from .trace import Trace, trace_of
 from .variants import DENSE, OWN, attached_instead, detached, own_method, reads_prefix_only, variant
-from .widths import BlockWidths, narrow, set_widths, widths_of
+from .widths import BlockWidths, cuts_values_alone, even_widths, narrow, set_widths, widths_of
 
 __all__ = [
     "ADAPTERS",
@@ -40,7 +40,9 @@ __all__ = [
     "check_place",
     "compile",
     "convert",
+    "cuts_values_alone",
     "detached",
+    "even_widths",
     "find_adapter",
     "handles_inside",
     "has_weights",

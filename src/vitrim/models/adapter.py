@@ -128,12 +128,12 @@ class Adapter:
     def check_widths(self, model: nn.Module) -> None:
         """Raise `UnsupportedModelError` where no width can change; else each sub-layer decides."""
 
-    def keeps_attention(self, model: nn.Module) -> bool:
-        """Whether attention stays as it is where widths change.
+    def keeps_attention(self, model: nn.Module) -> str:
+        """Why attention stays as it is where widths change; "" where its width changes too.
 
-        So it is where blocks rotate pairs of query and key dims by one table, which a narrower head would not fit.
+        Families whose blocks rotate queries and keys by place may cut the values alone, see `elastic_values`.
         """
-        return self.geometry(model).rotary
+        return "its rotary positions need all dims of its heads" if self.geometry(model).rotary else ""
 
     def narrowable(self, model: nn.Module) -> Mapping[str, str]:
         """Those of `branches_of` whose width can change."""

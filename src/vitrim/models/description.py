@@ -18,7 +18,7 @@ from .checked_values import Misfit, integer, mapping, number, numbers, one_of, o
 from .input_format import CROP_MODES, INTERPOLATIONS
 from .widths import BlockWidths
 
-SCHEMA = 1
+SCHEMA = 2
 _LONGEST = 16 << 20  # Characters of the whole description.
 _LARGEST = 1 << 16
 _MAX_IMAGE = 8192
@@ -85,7 +85,7 @@ class Record:
             "args": dict(self.args),
             "num_classes": self.num_classes,
             "data": dict(self.images),  # They belong to the weights and not to the architecture.
-            "widths": None if widths is None else [vars(block) for block in widths],
+            "widths": None if widths is None else [_of_block(block) for block in widths],
             "reduction": None if cut is None else vars(cut),
             "versions": dict(self.versions),
             "extra": dict(self.extra),
@@ -175,10 +175,14 @@ def _widths(where: str, value: Any) -> tuple[BlockWidths, ...]:
         raise Misfit(f"{where} is {shown(value)}; it must be a list, one entry per block")
     found = []
     for block in value:
-        if not isinstance(block, dict) or set(block) != {"head_dim", "hidden"}:
-            raise Misfit(f"{where} holds {shown(block)}; it must be head_dim and hidden of a block")
+        if not isinstance(block, dict) or set(block) - {"value_dim"} != {"head_dim", "hidden"}:
+            raise Misfit(f"{where} holds {shown(block)}; it must be head_dim, hidden and perhaps value_dim of a block")
         found.append(BlockWidths(**{name: integer(f"{where}.{name}", block[name], 0, _LARGEST) for name in block}))
     return tuple(found)
+
+
+def _of_block(block: BlockWidths) -> dict[str, int]:
+    return {name: size for name, size in vars(block).items() if size is not None}
 
 
 def _cut(where: str, value: Any) -> Cut:

@@ -6,11 +6,12 @@ A family says where the queries, keys and values come from, and what happens aro
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import UnsupportedModelError
 from ..tokens.precision import exact
+from .attention_heads import AttentionHeads
 from .compensation import Compensation
 from .macs import Macs
 from .slicing import (
@@ -24,33 +25,15 @@ from .slicing import (
     store,
     store_linear,
 )
-from .sublayers import Elastic
 
 
-class ElasticHeads(Elastic):
-    """An attention layer on the leading dims of every head. Always with the scale of the full head dimension.
-
-    num_heads, head_dim: as the foreign layer has them.
-    """
-
-    kind = "attention"
-    num_heads: int
-    head_dim: int
+class ElasticHeads(AttentionHeads):
+    """An attention layer whose queries, keys and values have one width, the leading dims of every head."""
 
     @property
     def streams(self) -> Parts:
         """The layers that make queries, keys and values, in this order: one of 3 parts, or three of one part."""
         raise NotImplementedError
-
-    @property
-    def query_key_norms(self) -> tuple[nn.Module, nn.Module]:
-        """The norms of queries and keys; `nn.Identity` where there are none."""
-        return nn.Identity(), nn.Identity()
-
-    @property
-    def dropout(self) -> float:
-        """Probability of dropout on the attention."""
-        return 0.0
 
     def resized(self, width: int) -> None:
         """Take note that the weights now have so many dims per head: set head dimension and scale of the layer."""
@@ -59,15 +42,6 @@ class ElasticHeads(Elastic):
     @property
     def full_width(self) -> int:
         return self.head_dim
-
-    @property
-    def inputs(self) -> Tensor:
-        return torch.arange(self.last.in_features).view(self.num_heads, -1).mT.flatten()
-
-    @property
-    def rotates_query_key(self) -> bool:
-        """Whether queries and keys may be rotated: not under a norm, which only permutations commute with."""
-        return all(isinstance(norm, nn.Identity) for norm in self.query_key_norms)
 
     def refuse(self, name: str) -> None:
         for linear, _ in (*self.streams, (self.last, 1)):
@@ -93,7 +67,7 @@ class ElasticHeads(Elastic):
             return self.constant(x)
         made = [leading_rows(linear, x, width, parts * heads) for linear, parts in self.streams]
         qkv = made[0] if len(made) == 1 else torch.cat(made, dim=-1)
-        self.tap("qkv", qkv)
+        self.tap("streams", qkv)
         query, key, value = qkv.unflatten(-1, (3, heads, width)).permute(2, 0, 3, 1, 4).unbind(0)
         query_norm, key_norm = self.query_key_norms
         mixed = F.scaled_dot_product_attention(
@@ -111,13 +85,11 @@ class ElasticHeads(Elastic):
 
     @torch.no_grad()
     def stream_norms(self) -> Tensor:
-        """Length of the weights of every dim of queries, keys and values, (3, H, h), in float64."""
         rows = [exact(linear.weight).view(parts, self.num_heads, self.head_dim, -1) for linear, parts in self.streams]
         return torch.cat(rows).norm(dim=-1)
 
     @torch.no_grad()
     def rotate(self, value_Hhh: Tensor, query_key_Hhh: Tensor | None = None) -> None:
-        """Rotate every head's values, and its queries and keys together, by orthogonal matrices (columns: new axes)."""
         heads, dim = self.num_heads, self.head_dim
         matrices = iter((query_key_Hhh, query_key_Hhh, value_Hhh))
         for linear, parts in self.streams:
@@ -133,12 +105,10 @@ class ElasticHeads(Elastic):
             store(linear.weight, weight.flatten(0, 2))
             if bias is not None and linear.bias is not None:
                 store(linear.bias, bias.flatten())
-        columns = exact(self.last.weight).view(-1, heads, dim)
-        store(self.last.weight, torch.einsum("chi,hij->chj", columns, value_Hhh.to(columns)).flatten(1))
+        self.rotate_last(value_Hhh)
 
     @torch.no_grad()
     def order_query_key(self, order_h: Tensor) -> None:
-        """Put the query and key dims of all heads, and the weights of their norms, in one and the same order."""
         stream = 0
         for linear, parts in self.streams:
             for parameter in linear.parameters():

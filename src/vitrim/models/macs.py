@@ -1,9 +1,13 @@
 """Counting: multiply-accumulates as a reduced model executes them, by arithmetic on the sizes of its blocks."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from ..tokens import Cut, Reducer
 from ..tokens.scores import Needs
+
+Stream = Literal["query", "key", "value"]
+WHOLE: tuple[Stream, ...] = ("query", "key", "value")
 
 
 @dataclass(frozen=True)
@@ -25,14 +29,16 @@ class Macs:
 class BlockShape:
     """Sizes of an attention block. All MACs are those of one token.
 
-    width: channels of a token. attn_dim: of the values of all heads. head_dim: of one head.
+    width: channels of a token. attn_dim: of the queries of all heads by which tokens are chosen. head_dim: of one head.
     qkv_macs: of the projections to queries, keys and values, together.
-    query_macs: of the projection to queries, where groups of heads share keys and values; None: a third of qkv_macs.
+    query_macs: of the projection to queries, where it differs from the others; None: a third of qkv_macs.
+    key_macs: of that to keys; None: half of what queries leave.
+    value_dims: of the values of all heads; None: attn_dim.
     whole_qkv: whether the three are one foreign layer (LoRA, quantised, with a hook), which always computes all.
     whole_attention: whether attention as a whole has a hook or a `forward` of its own, and computes all rows.
     proj_macs: of the output projection. gate_macs: of the gate on the output of attention.
     mlp_macs: of the MLP.
-    mix_macs: of one query with one key, both products of attention; None: twice attn_dim.
+    mix_macs: of one query with one key, both products of attention; None: attn_dim and value_dims.
     """
 
     width: int
@@ -46,12 +52,21 @@ class BlockShape:
     whole_attention: bool = False
     query_macs: int | None = None
     mix_macs: int | None = None
+    key_macs: int | None = None
+    value_dims: int | None = None
 
-    def project(self, tokens: int, queries: int, others: int) -> int:
-        """MACs of queries (0 or 1) and of so many of keys and values for these tokens, computed in one call."""
+    def project(self, tokens: int, *streams: Stream) -> int:
+        """MACs of these streams for these tokens, computed in one call."""
         query = self.qkv_macs // 3 if self.query_macs is None else self.query_macs
-        parts = queries * query + others * (self.qkv_macs - query) // 2
-        return tokens * (self.qkv_macs if self.whole_qkv else parts)
+        key = (self.qkv_macs - query) // 2 if self.key_macs is None else self.key_macs
+        each = {"query": query, "key": key, "value": self.qkv_macs - query - key}
+        return tokens * (self.qkv_macs if self.whole_qkv else sum(each[stream] for stream in streams))
+
+    @property
+    def pair_macs(self) -> int:
+        """MACs of one query with one key in both products of attention."""
+        values = self.attn_dim if self.value_dims is None else self.value_dims
+        return self.attn_dim + values if self.mix_macs is None else self.mix_macs
 
 
 def block_macs(
@@ -65,23 +80,22 @@ def block_macs(
         total += Macs(_evidence(shape, tokens, needs), _scoring(shape, tokens, needs))
         total += _deciding(shape, reducer, before)
         tokens = num_prefix + before.num_out
-    queries, projected = tokens, shape.project(tokens, 1, 2)
+    queries, projected = tokens, shape.project(tokens, *WHOLE)
     if prefix_only and not shape.whole_attention:
         queries = num_prefix
-        projected = shape.project(tokens, 0, 2) + shape.project(queries, 1, 0)
+        projected = shape.project(tokens, *WHOLE[1:]) + shape.project(queries, "query")
     elif inside is not None and reducer is not None:
         needs = needed(reducer, inside)
         if shape.whole_attention:
             projected += _evidence(shape, tokens, needs)
         elif skips_queries(reducer, inside):
             queries = num_prefix + inside.keep
-            cls_row = shape.project(1, 1, 0) if needs == "cls_row" else 0
-            projected = shape.project(tokens, 0, 2) + cls_row + shape.project(queries, 1, 0)
+            cls_row = shape.project(1, "query") if needs == "cls_row" else 0
+            projected = shape.project(tokens, *WHOLE[1:]) + cls_row + shape.project(queries, "query")
         total += Macs(0, _scoring(shape, tokens, needs)) + _deciding(shape, reducer, inside)
     leaving = num_prefix if prefix_only else num_prefix + inside.num_out if inside is not None else tokens
     linear = projected + queries * (shape.proj_macs + shape.gate_macs) + leaving * shape.mlp_macs
-    each = 2 * shape.attn_dim if shape.mix_macs is None else shape.mix_macs
-    return total + Macs(linear, queries * tokens * each)
+    return total + Macs(linear, queries * tokens * shape.pair_macs)
 
 
 def needed(reducer: Reducer, cut: Cut) -> Needs:
@@ -99,8 +113,8 @@ def _evidence(shape: BlockShape, tokens: int, needs: Needs) -> int:
     if needs in ("nothing", "hidden"):
         return 0
     if needs == "attention":
-        return shape.project(tokens, 1, 1)
-    return shape.project(tokens, 0, 1) + (shape.project(1, 1, 0) if needs == "cls_row" else 0)
+        return shape.project(tokens, *WHOLE[:2])
+    return shape.project(tokens, "key") + (shape.project(1, "query") if needs == "cls_row" else 0)
 
 
 def _scoring(shape: BlockShape, tokens: int, needs: Needs) -> int:

@@ -15,7 +15,9 @@ class RemovedBranch(nn.Module):
         super().__init__()
         self.bias = nn.Parameter(torch.zeros(dim, device=device, dtype=dtype))
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """The constant, in the shape of `x` (..., C); attention masks change nothing. TorchScript can compile it."""
+    def forward(
+        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, rope: Tensor | None = None
+    ) -> Tensor:
+        """The constant, in the shape of `x` (..., C); masks and places change nothing. TorchScript can compile it."""
         # A copy, since gradient hooks fail on a view of a parameter that was made without gradients.
         return self.bias.to(x.dtype, copy=True).expand_as(x)

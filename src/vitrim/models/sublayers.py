@@ -33,8 +33,9 @@ class Elastic(nn.Module):
 
     vitrim_width: the width that the next forward pass uses, at most `full_width`.
     vitrim_last: weight (C, inputs) and bias of the last projection at this width; None: the leading part of its own.
-    vitrim_tap: called with (name, tensor) at the places where statistics are taken: "qkv" (B, N, 3*H*h) before any
-        norm and "mixed" (B, N, H*h) before the output projection; "hidden" (B, N, units) before the last projection.
+    vitrim_tap: called with (name, tensor) at the places where statistics are taken: "streams" (B, N, S*H*h), the
+        queries, keys and values before any norm (S = 3) or the values alone (S = 1), and "mixed" (B, N, H*h) before
+        the output projection; "hidden" (B, N, units) before the last projection.
     """
 
     kind: ClassVar[Kind]
@@ -91,8 +92,15 @@ class Elastic(nn.Module):
         """Parameters that belong to one unit of width."""
         raise NotImplementedError
 
+    def fixed_macs(self, tokens: int) -> Macs:
+        """MACs of what belongs to no unit of width, and goes only with the whole layer."""
+        return Macs()
+
     def left_params(self) -> int:
-        """Parameters that removal adds: the constant that stays, where the last projection had no bias."""
+        """Parameters that removal adds: the constant that stays, where the last projection had no bias.
+
+        Less those that belong to no unit of width: the number may be negative.
+        """
         return 0 if self.last.bias is not None else self.last.out_features
 
     def shrink(self, width: int, compensation: Compensation | None = None) -> None:

@@ -1,6 +1,7 @@
 """Blocks of uneven width: fewer dims in every head, fewer hidden units, or a branch that is gone altogether.
 
-A narrowed block stays a stock block of its family; only a branch of width 0 is replaced, by a `RemovedBranch`.
+A narrowed block stays a stock block of its family; only a branch of width 0 is replaced, by a `RemovedBranch`, and
+attention whose values alone were cut by a class of its own, see `elastic_values`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,17 +11,28 @@ import torch
 from torch import nn
 
 from ..errors import UnsupportedModelError, VitrimError
+from .attention_heads import AttentionHeads
 from .compensation import Compensation
+from .elastic_values import ElasticValues
 from .finding import find_adapter
-from .sublayers import Kind, elastic, sublayers
+from .sublayers import elastic, sublayers
 
 
 @dataclass(frozen=True)
 class BlockWidths:
-    """Dims per attention head and hidden units of the MLP; 0 means that the branch is removed."""
+    """Dims per attention head and hidden units of the MLP; 0 means that the branch is removed.
+
+    value_dim: dims of the values per head, where they are fewer than those of queries and keys; None: `head_dim`.
+    """
 
     head_dim: int
     hidden: int
+    value_dim: int | None = None
+
+    @property
+    def values(self) -> int:
+        """Dims of the values per head."""
+        return self.head_dim if self.value_dim is None else self.value_dim
 
 
 def widths_of(model: nn.Module) -> tuple[BlockWidths, ...]:
@@ -29,17 +41,25 @@ def widths_of(model: nn.Module) -> tuple[BlockWidths, ...]:
     Raises:
         UnsupportedModelError: the model is not made of blocks whose widths can change.
     """
-    found: dict[tuple[int, Kind], int] = {}
-    parts = sublayers(model)
-    with elastic(model) as layers:
-        for part in parts:
-            found[part.block, part.kind] = layers[part.name].full_width
-    adapter = find_adapter(model)
+    heads: dict[int, tuple[int, int]] = {}
+    hidden: dict[int, int] = {}
+    parts, adapter = sublayers(model), find_adapter(model)
     blocks = adapter.blocks(model)
     if adapter.keeps_attention(model):
         attention = next(iter(adapter.branches_of(model)))
-        found |= {(i, "attention"): getattr(block, attention).head_dim for i, block in enumerate(blocks)}
-    return tuple(BlockWidths(found.get((i, "attention"), 0), found.get((i, "mlp"), 0)) for i in range(len(blocks)))
+        heads = {i: (dim, dim) for i, block in enumerate(blocks) for dim in [getattr(block, attention).head_dim]}
+    with elastic(model) as layers:
+        for part in parts:
+            layer = layers[part.name]
+            if isinstance(layer, AttentionHeads):
+                heads[part.block] = layer.head_dim, layer.full_width
+            else:
+                hidden[part.block] = layer.full_width
+    return tuple(_widths(*heads.get(i, (0, 0)), hidden.get(i, 0)) for i in range(len(blocks)))
+
+
+def _widths(head_dim: int, values: int, hidden: int) -> BlockWidths:
+    return BlockWidths(head_dim, hidden, None if values == head_dim else values)
 
 
 def set_widths(model: nn.Module, widths: Sequence[BlockWidths]) -> None:
@@ -47,22 +67,48 @@ def set_widths(model: nn.Module, widths: Sequence[BlockWidths]) -> None:
 
     Raises:
         VitrimError: a list of another length, or a width that is negative or larger than it was.
-        UnsupportedModelError: blocks of a kind that no width can be given to.
+        UnsupportedModelError: blocks of a kind that no width can be given to, or not this one.
     """
     present = widths_of(model)
     if len(widths) != len(present):
         raise VitrimError(f"{len(widths)} widths for {len(present)} blocks; give one BlockWidths per block")
-    kept = find_adapter(model).keeps_attention(model)
+    parts, kept, cut_alone = sublayers(model), find_adapter(model).keeps_attention(model), cuts_values_alone(model)
     for index, (new, old) in enumerate(zip(widths, present, strict=True)):
-        if not 0 <= new.head_dim <= old.head_dim or not 0 <= new.hidden <= old.hidden:
+        pairs = ((new.head_dim, old.head_dim), (new.values, old.values), (new.hidden, old.hidden))
+        if not all(0 <= width <= most for width, most in pairs):
             raise VitrimError(f"block {index} can be narrowed from {old} only, not set to {new}")
-        if new.head_dim != old.head_dim and kept:
-            raise UnsupportedModelError(
-                f"the heads of this {type(model).__name__} keep their {old.head_dim} dims, since its rotary positions "
-                f"or its kind of attention need all of them; give head_dim={old.head_dim} and change the hidden units"
-            )
-    wanted = {"attention": [w.head_dim for w in widths], "mlp": [w.hidden for w in widths]}
-    narrow(model, {part.name: wanted[part.kind][part.block] for part in sublayers(model)})
+        if why := _misfit(new, old, index in cut_alone, kept):
+            raise UnsupportedModelError(f"block {index} of this {type(model).__name__} cannot be set to {new}: {why}")
+    wanted = {"attention": [w.values for w in widths], "mlp": [w.hidden for w in widths]}
+    narrow(model, {part.name: wanted[part.kind][part.block] for part in parts})
+
+
+def cuts_values_alone(model: nn.Module) -> set[int]:
+    """The blocks whose attention keeps its queries and keys and loses dims of its values alone."""
+    parts = sublayers(model)
+    with elastic(model) as layers:
+        return {part.block for part in parts if isinstance(layers[part.name], ElasticValues)}
+
+
+def even_widths(model: nn.Module, values: int, hidden: int) -> list[BlockWidths]:
+    """Widths for `set_widths` with so many dims per head, of values at least, and hidden units in every block."""
+    alone = cuts_values_alone(model)
+    return [
+        BlockWidths(old.head_dim if index in alone and values else values, hidden, values if index in alone else None)
+        for index, old in enumerate(widths_of(model))
+    ]
+
+
+def _misfit(new: BlockWidths, old: BlockWidths, values_alone: bool, kept: str) -> str:
+    """Why attention cannot have these dims; "" where it can."""
+    dims = old.head_dim
+    if kept and (new.head_dim, new.values) != (dims, dims):
+        return f"its heads keep their {dims} dims, since {kept}; give head_dim={dims} and change the hidden units"
+    if values_alone and new.head_dim != dims and (new.head_dim, new.values) != (0, 0):
+        return f"its queries and keys keep their {dims} dims; give head_dim={dims}, value_dim={new.values}"
+    if not values_alone and new.values != new.head_dim:
+        return "its queries, keys and values have one width; give no value_dim"
+    return ""
 
 
 def narrow(

@@ -10,6 +10,7 @@ from ..sublayers import Elastic
 from .hf_elastic import RemovedAttention, enter_elastic
 from .hf_layout import Layout
 from .hf_reduced import reduced_class
+from .hf_values import narrow_class
 
 
 def check(adapter: Adapter, layout: Layout, model: Any) -> None:
@@ -37,7 +38,8 @@ def check(adapter: Adapter, layout: Layout, model: Any) -> None:
     for index, (block, (attn, mlp)) in enumerate(zip(blocks, parts, strict=True)):
         if isinstance(attn, Elastic) or isinstance(mlp, Elastic):
             raise VitrimError("the model runs as a sub-network of a super-network; leave that context first")
-        known = ((block, (layer, reduced_class(layer))), (attn, (attention, RemovedAttention)))
+        attentions = (attention, *((narrow_class(layout, attention),) if layout.rotary else ()), RemovedAttention)
+        known = ((block, (layer, reduced_class(layer))), (attn, attentions))
         for part, classes in known:
             if type(part) not in classes:
                 raise UnsupportedModelError(

@@ -21,12 +21,16 @@ class _ReducedLayer(ReducedLayer):
         return cos, sin
 
     def rotate(self, stream_BHTD: Tensor, table: Table) -> Tensor:
-        cos, sin = table
-        prefix = stream_BHTD.shape[2] - cos.shape[-2]
-        patches: Any = stream_BHTD[:, :, prefix:]
-        one, two = patches.chunk(2, dim=-1)
-        rotated = patches * cos + torch.cat((-two, one), dim=-1) * sin
-        return torch.cat([stream_BHTD[:, :, :prefix], rotated], dim=2)
+        return _rotated(stream_BHTD, table)
+
+
+def _rotated(stream_BHTD: Tensor, table: Table) -> Tensor:
+    cos, sin = table
+    prefix = stream_BHTD.shape[2] - cos.shape[-2]
+    patches: Any = stream_BHTD[:, :, prefix:]
+    one, two = patches.chunk(2, dim=-1)
+    rotated = patches * cos + torch.cat((-two, one), dim=-1) * sin
+    return torch.cat([stream_BHTD[:, :, :prefix], rotated], dim=2)
 
 
 DINOV3 = Layout(
@@ -45,7 +49,7 @@ DINOV3 = Layout(
     dropout="dropout",
     any_size=True,
     rotary="position_embeddings",
-    elastic_attention=False,
+    rotate=_rotated,
     block=_ReducedLayer,
     stats=IMAGENET,
 )

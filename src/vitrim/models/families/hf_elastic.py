@@ -5,13 +5,16 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from ..attention_heads import AttentionHeads
 from ..compensation import Compensation
 from ..elastic_heads import ElasticHeads
 from ..elastic_hidden import ElasticHidden
+from ..elastic_values import ElasticValues
 from ..removed_branch import RemovedBranch
 from ..slicing import Parts
 from ..sublayers import ELASTIC
 from .hf_layout import Layout
+from .hf_values import narrow_class, queries_and_keys
 
 
 class RemovedAttention(RemovedBranch):
@@ -22,7 +25,9 @@ class RemovedAttention(RemovedBranch):
         return super().forward(hidden_states), None
 
 
-class _ElasticAttention(ElasticHeads):
+class _Attention(AttentionHeads):
+    """What both kinds of attention layers share."""
+
     vitrim_layout: ClassVar[Layout]
     q_proj: Any
     k_proj: Any
@@ -33,10 +38,6 @@ class _ElasticAttention(ElasticHeads):
         return vars(self)[self.vitrim_layout.heads]
 
     @property
-    def streams(self) -> Parts:
-        return ((self.q_proj, 1), (self.k_proj, 1), (self.v_proj, 1))
-
-    @property
     def last(self) -> nn.Linear:
         return getattr(self, self.vitrim_layout.out)
 
@@ -44,17 +45,37 @@ class _ElasticAttention(ElasticHeads):
     def dropout(self) -> float:
         return vars(self)[self.vitrim_layout.dropout]
 
-    def resized(self, width: int) -> None:
-        self.head_dim = width
-        vars(self)[self.vitrim_layout.scale] = width**-0.5
-
     def remains(self, compensation: Compensation | None = None) -> RemovedBranch:
         branch = super().remains(compensation)
         branch.__class__ = RemovedAttention
         return branch
 
+
+class _ElasticAttention(_Attention, ElasticHeads):
+    @property
+    def streams(self) -> Parts:
+        return ((self.q_proj, 1), (self.k_proj, 1), (self.v_proj, 1))
+
+    def resized(self, width: int) -> None:
+        self.head_dim = width
+        vars(self)[self.vitrim_layout.scale] = width**-0.5
+
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
         return self.mix(hidden_states, attention_mask), None
+
+
+class _ElasticRotary(_Attention, ElasticValues):
+    """Attention whose queries and keys are rotated by place."""
+
+    @property
+    def projections(self) -> tuple[Any, ...]:
+        return self.q_proj, self.k_proj, self.v_proj
+
+    def queries_and_keys(self, x: Tensor, table: Any) -> tuple[Tensor, Tensor]:
+        return queries_and_keys(self, self.vitrim_layout, x, table)
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
+        return self.mix(hidden_states, kwargs[self.vitrim_layout.rotary], attention_mask), None
 
 
 class _Hidden(ElasticHidden):
@@ -118,11 +139,19 @@ _MLPS = {"MLP": _ElasticMlp, "UpDown": _ElasticUpDown, "SwiGLUFFN": _ElasticGate
 
 def enter_elastic(layout: Layout) -> None:
     """Make the layers of this layout known as elastic ones."""
-    mixins: dict[str, type[nn.Module]] = {layout.prefix + name: _MLPS[kind] for name, kind in layout.mlps.items()}
-    if layout.elastic_attention:
-        mixins[layout.prefix + layout.attention] = _ElasticAttention
-    for name, mixin in mixins.items():
-        foreign = getattr(layout.module, name)
-        if foreign not in ELASTIC:
-            body = {"__module__": __name__, "__qualname__": f"Elastic{name}", "vitrim_layout": layout}
-            type(f"Elastic{name}", (mixin, foreign), body, replaces=foreign)
+    for name, kind in layout.mlps.items():
+        _enter(layout, _MLPS[kind], layout.part_class(name))
+    attention = layout.part_class(layout.attention)
+    if not layout.rotary:
+        _enter(layout, _ElasticAttention, attention)
+        return
+    narrow = narrow_class(layout, attention)
+    for each in (attention, narrow):
+        _enter(layout, _ElasticRotary, each, narrow=narrow)
+
+
+def _enter(layout: Layout, mixin: type[nn.Module], foreign: type[nn.Module], **attributes: object) -> None:
+    if foreign not in ELASTIC:
+        name = f"Elastic{foreign.__name__}"
+        body = {"__module__": __name__, "__qualname__": name, "vitrim_layout": layout, **attributes}
+        type(name, (mixin, foreign), body, replaces=foreign)

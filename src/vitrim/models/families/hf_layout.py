@@ -73,7 +73,8 @@ class Layout:
     prefix_tokens: without registers. any_size: whether images of all sizes are taken without asking for it.
     shuffled: whether patches enter the first block in random order.
     maps: whether this is a backbone, which gives maps of features by block in place of final tokens.
-    rotary: name of the argument of a block that is the rotary table. elastic_attention: whether heads can be narrowed.
+    rotary: name of the argument of a block, and of its attention, that is the rotary table. rotate: (queries or keys
+        (B, H, T, D), prefix tokens first; the table for the patch tokens) -> the same with the patch tokens rotated.
     relative: whether blocks of this tower have relative positions. check: raises for towers that cannot be cut.
     others: classes inside the tower that change -> their mixins.
     place_macs: (tower, patches) -> MACs of making their positions. pool_macs: (tower, tokens) -> MACs of its pooling.
@@ -112,9 +113,9 @@ class Layout:
     shuffled: bool = False
     maps: bool = False
     rotary: str = ""
+    rotate: Callable[[Tensor, Any], Tensor] = lambda stream, table: stream
     relative: Callable[[Any], bool] = lambda tower: False
     check: Callable[[Any], None] = lambda tower: None
-    elastic_attention: bool = True
     others: Mapping[str, type[nn.Module]] = field(default_factory=dict)
     place_macs: Callable[[Any, int], Macs] = lambda tower, patches: Macs()
     pool_macs: Callable[[Any, int], Macs] = lambda tower, tokens: Macs()

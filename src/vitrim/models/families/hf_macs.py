@@ -4,6 +4,7 @@ from operator import attrgetter
 from typing import Any
 
 from ...tokens import Plan, Reducer
+from ..elastic_values import value_dim
 from ..exchange import intercepted
 from ..foreign_macs import macs_per_row
 from ..macs import BlockShape, Macs, block_macs
@@ -35,14 +36,17 @@ def _shape(layout: Layout, block: Any, width: int) -> BlockShape:
     attn, mlp = getattr(block, layout.parts[0]), macs_per_row(getattr(block, layout.parts[1]), width)
     if isinstance(attn, RemovedBranch):
         return BlockShape(width, 0, 0, 0, 0, mlp)
-    dims = getattr(attn, layout.heads) * attn.head_dim
+    heads = getattr(attn, layout.heads)
+    values = heads * value_dim(attn)
     return BlockShape(
         width=width,
-        attn_dim=dims,
+        attn_dim=heads * attn.head_dim,
         head_dim=attn.head_dim,
         qkv_macs=sum(macs_per_row(layer, width) for layer in (attn.q_proj, attn.k_proj, attn.v_proj)),
-        proj_macs=macs_per_row(getattr(attn, layout.out), dims),
+        proj_macs=macs_per_row(getattr(attn, layout.out), values),
         mlp_macs=mlp,
         query_macs=macs_per_row(attn.q_proj, width),
+        key_macs=macs_per_row(attn.k_proj, width),
+        value_dims=values,
         whole_attention=intercepted(attn) != "",
     )

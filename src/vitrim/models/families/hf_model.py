@@ -85,6 +85,9 @@ class TransformersViT(Adapter):
             )
         return grid(layout, model, image_size)
 
+    def keeps_attention(self, model: nn.Module) -> str:
+        return ""
+
     def dense_owner(self, model: nn.Module, among: Iterable[object] | None = None) -> nn.Module | None:
         layout = _layout(model)
         return holder(layout, model, layout.dense, among)

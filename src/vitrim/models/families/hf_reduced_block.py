@@ -4,9 +4,9 @@ import inspect
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ...errors import VitrimError
+from ..attention_product import attention_product
 from ..exchange import while_attached
 from ..heads import split_heads
 from ..reduced import ReducedBlock
@@ -45,15 +45,15 @@ class ReducedLayer(ReducedBlock):
         attn = self._attention
         if not self.attends:  # Nothing is projected, and nothing attends.
             return (normed_BTC.new_empty(normed_BTC.shape[0], 1, normed_BTC.shape[1], 0),) * (last - first)
-        layers = (attn.q_proj, attn.k_proj, attn.v_proj)[first:last]
-        return tuple(split_heads(layer(normed_BTC), dim=attn.head_dim) for layer in layers)
+        layers, heads = (attn.q_proj, attn.k_proj, attn.v_proj)[first:last], getattr(attn, self.vitrim_layout.heads)
+        return tuple(split_heads(layer(normed_BTC), heads) for layer in layers)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, normed_BQC: Tensor) -> Tensor:
         attn, layout = self._attention, self.vitrim_layout
         if not self.attends:
             return self._after(attn(normed_BQC)[0], 0)
         dropout = getattr(attn, layout.dropout) if self.training else 0.0
-        mixed = attention(attn, query, key, value, bias, getattr(attn, layout.scale), dropout)
+        mixed, _ = attended(attn, query, key, value, bias, getattr(attn, layout.scale), dropout)
         return self._after(getattr(attn, layout.out)(mixed), 0)
 
     def attend_whole(self, normed_BTC: Tensor, bias: Tensor | None, table: Any) -> Tensor | None:
@@ -78,19 +78,23 @@ class ReducedLayer(ReducedBlock):
         return x
 
 
-def attention(
+def attended(
     attn: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float, dropout: float
-) -> Tensor:
-    """Attention (B, T, H * D) of (B, H, T, D) tensors by the implementation that the model is set to."""
+) -> tuple[Tensor, Tensor | None]:
+    """Attention (B, T, H * V) of (B, H, T, D) tensors by the implementation that the model is set to, and its maps.
+
+    Flash attention takes no bias and no values of other dims; where there are such, PyTorch's own takes its place.
+    """
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     name = attn.config._attn_implementation
-    if name == "sdpa" or (bias is not None and name != "eager"):  # Flash attention takes no bias.
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout, scale=scale)
-        return out.transpose(1, 2).flatten(2)
+    if name == "sdpa" or (name != "eager" and (bias is not None or value.shape[-1] != query.shape[-1])):
+        out = attention_product(query, key, value, bias, dropout=dropout, scale=scale)
+        return out.transpose(1, 2).flatten(2), None
     eager = inspect.getmodule(_foreign(type(attn))).eager_attention_forward  # type: ignore[union-attr]
     run = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
-    return run(attn, query, key, value, bias, scaling=scale, dropout=dropout)[0].flatten(2)
+    out, maps = run(attn, query, key, value, bias, scaling=scale, dropout=dropout)
+    return out.flatten(2), maps
 
 
 def _foreign(cls: type[nn.Module]) -> type[nn.Module]:

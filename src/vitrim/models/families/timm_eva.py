@@ -5,23 +5,23 @@ that of its largest member, a fused one that of its best-scored member, and pref
 tokens (`ToMe`) are rotated as attention sees them, so that neighbours tend to merge.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import torch
 from timm.layers import AttentionRope
-from timm.layers.pos_embed_sincos import apply_rot_embed_cat
 from timm.models.eva import Eva, EvaAttention, EvaBlock, EvaBlockPostNorm, checkpoint_filter_fn
 from torch import Tensor, nn
 
 from ...errors import UnsupportedModelError
 from ..adapter import State
+from ..elastic_values import value_dim
 from ..exchange import intercepted
 from ..foreign_macs import macs_per_row
-from ..heads import split_heads
 from ..macs import BlockShape
 from ..reduced import ReducedBlock
-from .timm_reduced import ReducedTimmModel, mix, rows_of_qkv, splits
+from ..removed_branch import RemovedBranch
+from .timm_eva_heads import NARROW, part_behind, rotated, streams_of
+from .timm_reduced import ReducedTimmModel, mix, splits
 from .timm_vit import Classes, TimmViT
 
 
@@ -31,17 +31,14 @@ class _ReducedEva(ReducedBlock):
     rotary_argument = "rope"
     attn: Any
 
+    @property
+    def attends(self) -> bool:
+        return not isinstance(self.attn, RemovedBranch)
+
     def project(self, normed_BTC: Tensor, first: int, last: int) -> tuple[Tensor, ...]:
-        attn = self.attn
-        streams = [split_heads(out, dim=attn.head_dim) for out in _rows(attn, normed_BTC, first, last)]
-        norms = (attn.q_norm, attn.k_norm, nn.Identity())[first:last]
-        streams = [norm(stream) for norm, stream in zip(norms, streams, strict=True)]
-        # Heads of one group read the same keys and values.
-        return tuple(
-            stream if stream.shape[1] == attn.num_heads
-            else stream.repeat_interleave(attn.num_heads // stream.shape[1], dim=1)
-            for stream in streams
-        )  # fmt: skip
+        if not self.attends:  # Nothing is projected, and nothing attends.
+            return (normed_BTC.new_empty(normed_BTC.shape[0], 1, normed_BTC.shape[1], 0),) * (last - first)
+        return streams_of(self.attn, normed_BTC, first, last)
 
     def rows_of_table(self, table: Tensor, place_BM: Tensor) -> Tensor:
         if table.ndim == 2:  # (N, E), the same for all heads and images.
@@ -51,15 +48,15 @@ class _ReducedEva(ReducedBlock):
         return table.gather(2, place_BM[:, None, :, None].expand(-1, table.shape[1], -1, table.shape[3]))
 
     def rotate(self, stream_BHTD: Tensor, table: Tensor) -> Tensor:
-        prefix = stream_BHTD.shape[2] - table.shape[-2]
-        rotated = apply_rot_embed_cat(stream_BHTD[:, :, prefix:], table, half=self.attn.rotate_half)
-        return torch.cat([stream_BHTD[:, :, :prefix], rotated], dim=2)
+        return rotated(self.attn, stream_BHTD, table)
 
     def add(self, attended: Tensor) -> Tensor:
         """What is added to the residual stream for this output of the attention layer."""
         raise NotImplementedError
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, normed_BQC: Tensor) -> Tensor:
+        if not self.attends:
+            return self.add(self.attn(normed_BQC))
         return self.add(mix(self.attn, query, key, value, bias, normed_BQC, self.training))
 
     def attend_whole(self, normed_BTC: Tensor, bias: Tensor | None, table: Any) -> Tensor | None:
@@ -69,7 +66,7 @@ class _ReducedEva(ReducedBlock):
 
     @property
     def head_scale(self) -> float:
-        return self.attn.head_dim**-0.5
+        return self.attn.head_dim**-0.5 if self.attends else 1.0
 
 
 class ReducedEvaBlock(_ReducedEva, EvaBlock):
@@ -110,7 +107,7 @@ class TimmEva(TimmViT):
     covers = "timm Eva: EVA, EVA-02, DINOv3, Perception Encoder, RoPE-ViT, Sapiens 2, LingBot"
     branches: ClassVar[Mapping[str, str]] = {"attn": "norm1", "mlp": "norm2"}
 
-    _attentions = (EvaAttention, AttentionRope)
+    _attentions = (EvaAttention, AttentionRope, *NARROW, RemovedBranch)
     _reduced_blocks: ClassVar[Classes] = {EvaBlock: ReducedEvaBlock, EvaBlockPostNorm: ReducedEvaBlockPostNorm}
     _reduced_models: ClassVar[Classes] = {Eva: ReducedEva}
 
@@ -124,32 +121,33 @@ class TimmEva(TimmViT):
                 "would act on what is left of a removed one; reduce its tokens instead"
             )
 
-    def keeps_attention(self, model: Any) -> bool:
-        # Without rotary positions too: timm's `EvaAttention` takes no narrower heads.
-        return super().keeps_attention(model) or any(isinstance(block, EvaBlock) for block in model.blocks)
+    def keeps_attention(self, model: Any) -> str:
+        attentions = [block.attn for block in model.blocks if isinstance(block, EvaBlock)]
+        between = next((part for attn in attentions if (part := part_behind(attn))), "")
+        return between and f"its {between} between attention and output projection forbids rotating the values"
 
     def _convert(self, state: State, model: Any) -> State:
         return checkpoint_filter_fn(state, model)
 
     def _shape(self, block: Any, width: int) -> BlockShape:
-        attn, dims = block.attn, block.attn.num_heads * block.attn.head_dim
+        attn, mlp = block.attn, macs_per_row(block.mlp, width)
+        if isinstance(attn, RemovedBranch):
+            return BlockShape(width, 0, 0, 0, 0, mlp)
         layers = (attn.q_proj, attn.k_proj, attn.v_proj) if attn.qkv is None else (attn.qkv,)
+        made = [macs_per_row(layer, width) for layer in layers]
+        queries, values = attn.num_heads * attn.head_dim, attn.num_heads * value_dim(attn)
+        query, key = made[:2] if attn.qkv is None else [made[0] * queries // (2 * queries + values)] * 2
         return BlockShape(
             width=width,
-            attn_dim=dims,
+            attn_dim=queries,
             head_dim=attn.head_dim,
-            qkv_macs=sum(macs_per_row(layer, width) for layer in layers),
-            proj_macs=macs_per_row(attn.proj, dims),
-            mlp_macs=macs_per_row(block.mlp, width),
+            qkv_macs=sum(made),
+            proj_macs=macs_per_row(attn.proj, values),
+            mlp_macs=mlp,
             gate_macs=0 if attn.gate is None else macs_per_row(attn.gate, width),
             whole_qkv=attn.qkv is not None and not splits(attn.qkv),
-            query_macs=macs_per_row(attn.q_proj, width) if attn.qkv is None else None,
+            query_macs=query,
+            key_macs=key,
+            value_dims=values,
             whole_attention=intercepted(attn) != "",
         )
-
-
-def _rows(attn: Any, x_BTC: Tensor, first: int, last: int) -> Sequence[Tensor]:
-    """Rows `first` to `last` (exclusive) of (query, key, value), each (B, T, H * D), as the layer itself makes them."""
-    if attn.qkv is None:
-        return [layer(x_BTC) for layer in (attn.q_proj, attn.k_proj, attn.v_proj)[first:last]]
-    return rows_of_qkv(attn, attn.num_heads * attn.head_dim, x_BTC, first, last)

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
-from timm.layers import Attention, AttentionRope
+from timm.layers import Attention
 from timm.layers.helpers import to_2tuple
 from timm.models import get_model_input_config
-from timm.models.eva import EvaAttention, EvaBlock
+from timm.models.eva import EvaBlock
 from timm.models.naflexvit import NaFlexVit, checkpoint_filter_fn
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
@@ -33,7 +33,6 @@ from ..padded import (
     unchanged_padded_trace_of,
     valid_of,
 )
-from ..removed_branch import RemovedBranch
 from .timm_eva import ReducedEvaBlock, TimmEva
 from .timm_reduced import ReducedTimmModel, left_by_patch_drop
 from .timm_vit import Classes, ReducedTimmBlock, TimmViT
@@ -131,7 +130,7 @@ class TimmNaFlex(TimmEva):
     name = "timm-naflex"
     covers = "timm NaFlexVit: ViT for images of any size, also padded batches; SigLIP 2, C-RADIO"
 
-    _attentions: ClassVar[tuple[type[nn.Module], ...]] = (Attention, RemovedBranch, EvaAttention, AttentionRope)
+    _attentions: ClassVar[tuple[type[nn.Module], ...]] = (Attention, *TimmEva._attentions)
     _reduced_blocks: ClassVar[Classes] = {Block: ReducedTimmBlock, EvaBlock: ReducedEvaBlock}
     _reduced_models: ClassVar[Classes] = {NaFlexVit: ReducedNaFlexVit}
 

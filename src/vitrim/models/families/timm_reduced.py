@@ -5,27 +5,31 @@ from typing import Any
 
 import torch
 from timm.layers import PatchEmbed
+from timm.layers.attention import resolve_self_attn_mask
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ...errors import VitrimError
+from ..attention_product import attention_product
 from ..exchange import intercepted, while_attached
 from ..forward_pass import CHANGED, finish, trace_at_head
 from ..reduced_model import ReducedModel
 
 
 def mix(
-    attn: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, normed_BQC: Tensor, training: bool
-) -> Tensor:
+    attn: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, normed_BQC: Tensor, training: bool,
+    is_causal: bool = False,
+) -> Tensor:  # fmt: skip
     """The attention of a timm layer from (B, H, T, D) queries, keys and values on: up to its output projection."""
     if attn.fused_attn:
         dropout = attn.attn_drop.p if training else 0.0
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout)
+        out = attention_product(query, key, value, bias, dropout=dropout, is_causal=is_causal)
     else:  # Whoever wants double backward, forward-mode gradients, or attention maps from a hook on attn_drop.
         logits = (query * attn.scale) @ key.transpose(-2, -1)
-        out = attn.attn_drop((logits if bias is None else logits + bias).softmax(dim=-1)) @ value
+        mask = resolve_self_attn_mask(query.shape[2], logits, bias, is_causal)
+        out = attn.attn_drop((logits if mask is None else logits + mask).softmax(dim=-1)) @ value
     out = out.transpose(1, 2).flatten(2)
     if (norm := getattr(attn, "norm", None)) is not None:
         out = norm(out)
@@ -40,9 +44,15 @@ def splits(qkv: Any) -> bool:
     return type(qkv) is nn.Linear and not intercepted(qkv) and not is_traceable_wrapper_subclass(qkv.weight)
 
 
-def rows_of_qkv(attn: Any, dims: int, x_BTC: Tensor, first: int, last: int) -> tuple[Tensor, ...]:
-    """Streams `first` to `last` (exclusive) of queries, keys and values, each (B, T, dims), of a fused layer `qkv`."""
-    part, separate = slice(first * dims, last * dims), getattr(attn, "q_bias", None) is not None
+def rows_of_qkv(
+    attn: Any, dims: int | tuple[int, int, int], x_BTC: Tensor, first: int, last: int
+) -> tuple[Tensor, ...]:
+    """Streams `first` to `last` (exclusive) of queries, keys and values, each (B, T, dims), of a fused layer `qkv`.
+
+    `dims` is one number for all heads of each stream, or one for each of the three.
+    """
+    each = (dims,) * 3 if isinstance(dims, int) else dims
+    part, separate = slice(sum(each[:first]), sum(each[:last])), getattr(attn, "q_bias", None) is not None
     bias = torch.cat((attn.q_bias, attn.k_bias, attn.v_bias)) if separate else None
     if splits(attn.qkv):
         bias = bias if separate else attn.qkv.bias
@@ -52,7 +62,7 @@ def rows_of_qkv(attn: Any, dims: int, x_BTC: Tensor, first: int, last: int) -> t
     else:  # Another layer put in its place (LoRA, quantised), or hooks: call it, which computes everything.
         out = attn.qkv(x_BTC)[..., part]
         out = out if bias is None else out + bias[part]
-    return out.chunk(last - first, dim=-1)
+    return out.split(each[first:last], dim=-1)
 
 
 class ReducedTimmModel(ReducedModel):

@@ -1,0 +1,66 @@
+"""Attention of transformers that rotates queries and keys by place, with values of another width.
+
+The class of such a layer is made when a model of its family is first met. These classes are attributes of this module,
+such as `NarrowDINOv3ViTAttention`, so that pickle finds them by name.
+"""
+
+import threading
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from ..heads import split_heads
+from .hf_layout import LAYOUTS, Layout
+from .hf_reduced_block import attended
+
+_PREFIX = "Narrow"
+_lock = threading.RLock()
+_made: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+class _Narrow(nn.Module):
+    """Mixin before an attention layer whose values were cut."""
+
+    vitrim_layout: ClassVar[Layout]
+    value_dim: int
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """As the layer of transformers."""
+        layout, parts = self.vitrim_layout, vars(self)
+        dropout = parts[layout.dropout] if self.training else 0.0
+        query, key = queries_and_keys(self, layout, hidden_states, kwargs[layout.rotary])
+        value = split_heads(self.get_submodule("v_proj")(hidden_states), parts[layout.heads])
+        out, maps = attended(self, query, key, value, attention_mask, parts[layout.scale], dropout)
+        return self.get_submodule(layout.out)(out), maps
+
+
+def queries_and_keys(attn: Any, layout: Layout, x_BTC: Tensor, table: Any) -> tuple[Tensor, Tensor]:
+    """Queries and keys (B, H, T, D) of an attention layer, rotated by the table of its family."""
+    heads = getattr(attn, layout.heads)
+    query, key = (split_heads(layer(x_BTC), heads) for layer in (attn.q_proj, attn.k_proj))
+    return layout.rotate(query, table), layout.rotate(key, table)
+
+
+def narrow_class(layout: Layout, foreign: type[nn.Module]) -> type[nn.Module]:
+    """The class of narrowed layers of this attention layer of transformers."""
+    with _lock:
+        if foreign not in _made:
+            name = _PREFIX + foreign.__name__
+            doc = f"`{foreign.__name__}` whose values have fewer dims per head than queries and keys."
+            body = {"__module__": __name__, "__qualname__": name, "__doc__": doc, "vitrim_layout": layout}
+            _made[foreign] = type(name, (_Narrow, foreign), body)
+        return _made[foreign]
+
+
+class _Unknown(AttributeError):
+    pass
+
+
+def __getattr__(name: str) -> Any:
+    """The narrowed class of this name: pickle asks for it where no model of its family has been met yet."""
+    for layout in LAYOUTS.values():
+        if layout.rotary and name == _PREFIX + layout.prefix + layout.attention:
+            return narrow_class(layout, layout.part_class(layout.attention))
+    raise _Unknown(f"module {__name__!r} has no attribute {name!r}")

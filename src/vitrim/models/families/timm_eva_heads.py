@@ -1,0 +1,152 @@
+"""The attention layers of timm's `Eva`: how they make queries, keys and values, and with values of another width.
+
+A narrowed layer keeps all names of its parameters; its values have `value_dim` dims per head.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from timm.layers import AttentionRope
+from timm.layers.pos_embed_sincos import apply_rot_embed_cat
+from timm.models.eva import EvaAttention
+from torch import Tensor, nn
+
+from ..elastic_values import ElasticValues, Rows, value_dim
+from ..heads import split_heads
+from .timm_reduced import mix, rows_of_qkv
+
+
+def streams_of(attn: Any, x_BTC: Tensor, first: int, last: int) -> tuple[Tensor, ...]:
+    """Streams `first` to `last` (exclusive) of (query, key, value) of all heads, each (B, H, T, dims), after norms."""
+    dims = (attn.head_dim, attn.head_dim, value_dim(attn))[first:last]
+    norms = (attn.q_norm, attn.k_norm, nn.Identity())[first:last]
+    rows = zip(_rows(attn, x_BTC, first, last), dims, norms, strict=True)
+    # Heads of one group read the same keys and values.
+    return tuple(_of_every_head(norm(split_heads(out, dim=dim)), attn.num_heads) for out, dim, norm in rows)
+
+
+def rotated(attn: Any, stream_BHTD: Tensor, table: Tensor | None) -> Tensor:
+    """Queries or keys, prefix tokens first, with the patch tokens rotated by their rows of the table."""
+    if table is None:
+        return stream_BHTD
+    prefix = stream_BHTD.shape[2] - table.shape[-2]
+    turned = apply_rot_embed_cat(stream_BHTD[:, :, prefix:], table, half=attn.rotate_half)
+    return torch.cat([stream_BHTD[:, :, :prefix], turned], dim=2)
+
+
+def part_behind(attn: Any) -> str:
+    """What stands between the values and the output projection, so that they can neither rotate nor be cut; ""."""
+    if getattr(attn, "gate", None) is not None:
+        return "gate"
+    return "" if isinstance(getattr(attn, "norm", None), nn.Identity | None) else "norm"
+
+
+class _Narrow(nn.Module):
+    """Mixin before an attention layer whose values were cut."""
+
+    value_dim: int
+
+    def forward(
+        self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
+        """As the layer of timm; `is_causal` is taken for attention over all tokens alone, as timm's blocks give it."""
+        query, key, value = streams_of(self, x, 0, 3)
+        query, key = (rotated(self, stream, rope) for stream in (query, key))
+        return mix(self, query, key, value, attn_mask, x, self.training, is_causal)
+
+
+class NarrowEvaAttention(_Narrow, EvaAttention):
+    """timm's `EvaAttention` whose values have fewer dims per head than queries and keys."""
+
+
+class NarrowAttentionRope(_Narrow, AttentionRope):
+    """timm's `AttentionRope` whose values have fewer dims per head than queries and keys."""
+
+
+NARROW = (NarrowEvaAttention, NarrowAttentionRope)
+
+
+class _Elastic(ElasticValues):
+    """Mixin before an attention layer of either kind."""
+
+    qkv: Any
+    q_proj: Any
+    k_proj: Any
+    v_proj: Any
+    q_norm: Any
+    k_norm: Any
+    proj: Any
+    attn_drop: Any
+    proj_drop: Any
+
+    @property
+    def projections(self) -> tuple[Any, ...]:
+        return (self.q_proj, self.k_proj, self.v_proj) if self.qkv is None else (self.qkv,)
+
+    @property
+    def value_bias(self) -> Rows | None:
+        separate = getattr(self, "v_bias", None) is not None
+        return Rows(self, "v_bias") if separate else super().value_bias
+
+    @property
+    def last(self) -> nn.Linear:
+        return self.proj
+
+    @property
+    def value_heads(self) -> int:
+        return getattr(self, "num_kv_heads", self.num_heads)
+
+    @property
+    def query_key_norms(self) -> tuple[nn.Module, nn.Module]:
+        return self.q_norm, self.k_norm
+
+    @property
+    def dropout(self) -> float:
+        return self.attn_drop.p
+
+    def queries_and_keys(self, x: Tensor, table: Any) -> tuple[Tensor, Tensor]:
+        query, key = (rotated(self, stream, table) for stream in streams_of(self, x, 0, 2))
+        return query, key
+
+    def forward(
+        self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
+        return self.proj_drop(self.mix(x, rope, attn_mask, is_causal))
+
+
+class ElasticEvaAttention(_Elastic, EvaAttention, replaces=EvaAttention):
+    """timm's `EvaAttention` on the leading dims of the values."""
+
+    narrow = NarrowEvaAttention
+
+
+class ElasticAttentionRope(_Elastic, AttentionRope, replaces=AttentionRope):
+    """timm's `AttentionRope` on the leading dims of the values."""
+
+    narrow = NarrowAttentionRope
+
+
+class ElasticNarrowEvaAttention(_Elastic, NarrowEvaAttention, replaces=NarrowEvaAttention):
+    """The same of a layer whose values were cut before."""
+
+    narrow = NarrowEvaAttention
+
+
+class ElasticNarrowAttentionRope(_Elastic, NarrowAttentionRope, replaces=NarrowAttentionRope):
+    """The same of a layer whose values were cut before."""
+
+    narrow = NarrowAttentionRope
+
+
+def _rows(attn: Any, x_BTC: Tensor, first: int, last: int) -> Sequence[Tensor]:
+    """Rows `first` to `last` (exclusive) of (query, key, value), each (B, T, H * dims), as the layer makes them."""
+    if attn.qkv is None:
+        return [layer(x_BTC) for layer in (attn.q_proj, attn.k_proj, attn.v_proj)[first:last]]
+    whole = attn.num_heads * attn.head_dim
+    return rows_of_qkv(attn, (whole, whole, attn.num_heads * value_dim(attn)), x_BTC, first, last)
+
+
+def _of_every_head(stream_BHTD: Tensor, heads: int) -> Tensor:
+    groups = heads // stream_BHTD.shape[1]
+    return stream_BHTD if groups == 1 else stream_BHTD.repeat_interleave(groups, dim=1)
