@@ -1,5 +1,6 @@
 """The same network in timm and in Hugging Face transformers: built anew in the other library, with its weights."""
 
+from contextlib import suppress
 from typing import Any, Literal
 
 import torch
@@ -10,6 +11,7 @@ from ..adapter import State
 from ..architectures import build_architecture
 from ..attached import attached
 from ..finding import adapter_of, find_adapter
+from ..widths import BlockWidths, widths_of
 from .hf_images import library
 from .hf_layout import LAYOUTS, Layout, layout_of, pair
 from .hf_timm_names import in_timm_names, in_transformers_names
@@ -36,7 +38,7 @@ def convert(model: nn.Module, to: Library) -> nn.Module:
         to: "timm" or "transformers".
 
     Raises:
-        UnsupportedModelError: the other library builds no such network.
+        UnsupportedModelError: the other library builds no such network, as none whose blocks were cut unevenly.
         VitrimError: a reduction is attached.
     """
     if to not in ("timm", "transformers"):
@@ -48,8 +50,25 @@ def convert(model: nn.Module, to: Library) -> nn.Module:
     layout = layout_of(model)
     if (layout is None) == (to == "timm"):
         raise UnsupportedModelError(f"a {type(model).__name__} is no model that can be converted to {to}")
+    _refuse_uneven(model)
     new = _to_transformers(model) if layout is None else _to_timm(layout, model)
     return new.to(next(model.parameters())).train(model.training)
+
+
+def _refuse_uneven(model: nn.Module) -> None:
+    adapter, widths = find_adapter(model), set[BlockWidths]()
+    with suppress(UnsupportedModelError):  # Blocks of a kind that is never cut.
+        widths = set(widths_of(model))
+    if not widths:
+        return
+    block, (first, *more) = adapter.blocks(model)[0], widths
+    attn: Any = getattr(block, next(iter(adapter.branches_of(model))))
+    heads = getattr(attn, "num_heads", getattr(attn, "num_attention_heads", 0))
+    if more or first.value_dim is not None or first.head_dim * heads != adapter.info(model).width:
+        raise UnsupportedModelError(
+            f"the widths of this {type(model).__name__} were cut, and the other library builds no such blocks; convert "
+            "the model before it is cut"
+        )
 
 
 def _to_timm(layout: Layout, model: Any) -> nn.Module:
