@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import timm
 import torch
 from torch import nn
 
 import vitrim
 from elastic_models import images, small
+from eva_models import MORE as MORE_EVA
 from hf_models import HF
+from hf_models import MORE as MORE_HF
 from vitrim import ToMe, TopK
 from vitrim.compression import budget, clock, job, search, times_file
 from vitrim.compression.block_times import NANO, BlockTimes, Workbench, kind_of
@@ -21,6 +22,7 @@ from vitrim.compression.networks import EmptyNetwork, Networks
 from vitrim.compression.progress import Progress
 from vitrim.errors import UnsupportedModelError, VitrimError
 from vitrim.models import BlockWidths
+from vitrim.models.families.timm_eva import ReducedEvaBlock
 from vitrim.models.foreign_macs import empty_copy
 from vitrim.tokens import KeepRate, Plan, make_plan
 
@@ -124,10 +126,28 @@ def test_blocks_of_transformers_are_timed_with_the_arguments_that_they_are_calle
 
 
 @pytest.mark.usefixtures("fake_times")
-def test_blocks_that_take_more_than_tokens_are_refused() -> None:
-    eva = timm.create_model("eva02_tiny_patch14_224", img_size=56, depth=1, embed_dim=24, num_heads=2)
-    with pytest.raises(UnsupportedModelError):
-        Workbench(eva, 2, CPU, "float32").measure()
+@pytest.mark.parametrize("name", ["eva02", "mixed", "eva", "hf_dinov3"])
+def test_blocks_with_rotary_positions_are_timed_with_tables_of_as_many_tokens(name: str) -> None:
+    made = {**MORE_EVA, "hf_dinov3": MORE_HF["dinov3"]}[name]()
+    bench = Workbench(made, 2, CPU, "float32")
+    found = bench.measure()
+    dims = vitrim.models.widths_of(made)[0].head_dim
+    assert (found.head_dims[:2], found.head_dims[-1]) == ([0, 1], dims), "one value dim: queries and keys, almost alone"
+    assert found.attention[0] == [0.0] * len(found.tokens)
+    bench.measure_cut(found, ToMe())
+    plan = Plan(25, found.tokens[-1] - 25, 3, ())
+    narrow, whole = (found.predict(plan, vitrim.models.even_widths(made, values, 8), None) for values in (1, dims))
+    assert narrow < whole
+
+
+@pytest.mark.usefixtures("fake_times")
+def test_blocks_that_take_more_than_tokens_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    gated = MORE_EVA["gated"]()
+    with pytest.raises(UnsupportedModelError, match=r"cannot be timed by halves.*give macs= or params="):
+        Workbench(gated, 2, CPU, "float32").measure()
+    monkeypatch.setattr(ReducedEvaBlock, "rotary_argument", "")
+    with pytest.raises(UnsupportedModelError, match=r"take more than tokens.*give a budget of macs="):
+        Workbench(MORE_EVA["eva02"](), 2, CPU, "float32").measure()
 
 
 class _Exact(Clock):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..errors import UnsupportedModelError
 from ..measure.speed import DTYPES
-from ..models import BlockWidths, attach, find_adapter, set_widths, widths_of
+from ..models import BlockWidths, attach, cuts_values_alone, even_widths, find_adapter, set_widths, widths_of
 from ..models.evaluating import evaluating
 from ..tokens import KeepRate, Plan, Reducer
 
@@ -65,7 +65,7 @@ class BlockTimes:
             skips = reducer is not None and inside is not None and reducer.drops_queries and not inside.returns
             queries = plan.num_prefix if last else leaving if skips else now
             # Half of attention's time goes with the queries: their projection, the one after, the rows of the products.
-            attention = self._half(self.attention, self.head_dims, width.head_dim, now)
+            attention = self._half(self.attention, self.head_dims, width.values, now)
             total += attention * (0.5 + 0.5 * queries / now)
             total += self._half(self.mlp, self.hiddens, width.hidden, leaving)
         return total
@@ -115,9 +115,11 @@ class Workbench:
                 "stays; give macs= or params= in place of a latency"
             )
         full = widths_of(self.model)[0]
-        head_dims = [0, *_fractions(full.head_dim, 1)]
+        # Where values alone are cut, most of the time of a narrow layer is that of its queries and keys.
+        least = (1,) if cuts_values_alone(self.model) else ()
+        head_dims = [0, *sorted({*least, *_fractions(full.values, 1)})]
         hiddens = [0, *_fractions(full.hidden, 1)]
-        width, given, named = self._arguments_of_a_block()
+        width, call = self._call_of_a_block()
         count = self.geometry.num_patches + self.geometry.num_prefix
         tokens = _fractions(count, self.geometry.num_prefix + 1, TOKENS)
         pairs = [*((dim, 0) for dim in head_dims), *((0, hidden) for hidden in hiddens[1:])]
@@ -125,9 +127,7 @@ class Workbench:
         found: dict[tuple[int, int], list[float]] = {pair: [] for pair in pairs}
         for done, number in enumerate(tokens):
             x = torch.randn(self.batch_size, number, width, device=self.device, dtype=self.dtype)
-            times = self.times(
-                {pair: lambda block=block, x=x: block(x, *given, **named) for pair, block in halves.items()}
-            )
+            times = self.times({pair: lambda block=block, x=x: call(block, x) for pair, block in halves.items()})
             for pair, spent in times.items():
                 found[pair].append(spent)
             tick(done + 1, len(tokens) + 1)
@@ -137,7 +137,7 @@ class Workbench:
             return [np.maximum(np.array(found[pair]) - nothing, 0.0).tolist() for pair in chosen]
 
         empty = copy.deepcopy(self.model)
-        set_widths(empty, [BlockWidths(0, 0)] * self.geometry.depth)
+        set_widths(empty, even_widths(empty, 0, 0))
         whole = self.times({"dense": lambda: self.model(*self.inputs), "empty": lambda: empty(*self.inputs)})
         return BlockTimes(
             tokens, head_dims, hiddens, rows([(dim, 0) for dim in head_dims]), rows([(0, h) for h in hiddens]),
@@ -177,11 +177,11 @@ class Workbench:
 
     def _narrowed(self, head_dim: int, hidden: int) -> nn.Module:
         model = copy.deepcopy(self.model)
-        set_widths(model, [BlockWidths(head_dim, hidden)] * self.geometry.depth)
+        set_widths(model, even_widths(model, head_dim, hidden))
         return self.adapter.blocks(model)[0]
 
-    def _arguments_of_a_block(self) -> tuple[int, tuple[Any, ...], dict[str, Any]]:
-        """Channels of the tokens, and the further arguments that the first block is called with."""
+    def _call_of_a_block(self) -> tuple[int, Callable[[nn.Module, Tensor], Any]]:
+        """Channels of the tokens, and how a first block is called: with rotary positions of as many as there are."""
         seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         block = self.adapter.blocks(self.model)[0]
         hook = block.register_forward_pre_hook(lambda _, args, kwargs: seen.append((args, kwargs)), with_kwargs=True)
@@ -189,13 +189,25 @@ class Workbench:
             self.model(*self.inputs)
         finally:
             hook.remove()
-        args, kwargs = seen[0]
-        if any(isinstance(value, Tensor) for value in (*args[1:], *kwargs.values())):
+        (tokens, *args), kwargs = seen[0]
+        name = getattr(self.adapter.reduced_class(block), "rotary_argument", "")
+        table = kwargs.pop(name, None)
+        if any(isinstance(value, Tensor) for value in (*args, *kwargs.values())):
             raise UnsupportedModelError(
                 f"blocks of this {type(self.model).__name__} take more than tokens, so that they cannot be timed "
                 "alone; give a budget of macs= instead"
             )
-        return int(args[0].shape[-1]), args[1:], kwargs
+
+        def call(block: nn.Module, x: Tensor) -> Any:
+            rotary = {} if table is None else {name: _first_rows(table, x.shape[1] - self.geometry.num_prefix)}
+            return block(x, *args, **kwargs, **rotary)
+
+        return int(tokens.shape[-1]), call
+
+
+def _first_rows(table: Any, patches: int) -> Any:
+    """A rotary table (..., N, E), or several, for fewer patches."""
+    return tuple(_first_rows(part, patches) for part in table) if isinstance(table, tuple) else table[..., :patches, :]
 
 
 def _fractions(full: int, least: int, parts: Sequence[float] = WIDTHS) -> list[int]:
