@@ -6,7 +6,7 @@
 Calibration images are drawn from the training split by several seeds and have no labels; all networks are tested on the
 same images of the test split. A network that was trained for minutes has width to spare, so that every method is good
 there: take one that was trained for long. A benchmark that was stopped goes on where it was when the same command is
-given again.
+given again; several processes may measure seeds of their own, with `--table false`, before one makes the table.
 """
 
 import statistics
@@ -105,9 +105,10 @@ def main(
     seeds: list[int] = [1, 2, 3],  # noqa: B006 (shown as the default; never changed)
     threads: int | None = 2,
     device: str = "cpu",
+    table: bool = True,
     out: str = "results/widths-vits14-cpu",
 ) -> None:
-    """Measure, print, and write OUT.md, OUT.csv and OUT.json."""
+    """Measure; print, and write OUT.md, OUT.csv and OUT.json, if a table is wanted."""
     torch.set_num_threads(threads or torch.get_num_threads())
     network = open_model(model, image_size).eval().to(device)
     spec = DataSpec(name="folder", root=root, image_size=image_size, workers=0)
@@ -130,6 +131,9 @@ def main(
             key = {"seed": seed, "macs": macs, "widths": widths, "compensation": how}
             values = finished.measured(partial(closeness, partial(cuts.cut, macs, widths, how)), **key)
             found[macs, widths, how].append((values["divergence"], values["accuracy"]))
+
+    if not table:
+        return
 
     def mean(key: tuple[float, str, str], which: int) -> float:
         return statistics.fmean(each[which] for each in found[key])
@@ -154,9 +158,9 @@ def main(
             f"{'met' if worst <= divergence else 'not met'} ({worst:.4f}); at most {lost:.0%} of accuracy lost "
             f"{'met' if gone <= lost else 'not met'} ({gone:.1%})."
         )
-    table = Table("Widths without training", COLUMNS, rows, notes=notes, environment=environment())
-    print(table.text())
-    table.write_all(out)
+    made = Table("Widths without training", COLUMNS, rows, notes=notes, environment=environment())
+    print(made.text())
+    made.write_all(out)
     finished.close()
 
 
