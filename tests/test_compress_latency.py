@@ -207,6 +207,20 @@ def test_a_budget_of_time_is_met_by_fresh_measurements(
 
 
 @pytest.mark.usefixtures("fake_times")
+def test_a_budget_that_no_candidate_meets_on_the_clock_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (clock, job):
+        monkeypatch.setattr(module, "sessions", lambda *models, number=2, **_: [(1.4, 8.0, 11.2)] * number)
+    for module in (search, budget):
+        monkeypatch.setattr(module, "reducers", lambda has_cls: [ToMe()])
+    found = vitrim.compress(
+        small(torch.float32, **TINY), images(40, dtype=torch.float32), latency=0.7, using="tokens", batch_size=2,
+        trials=0, say=lambda line: None,
+    ).certificate  # fmt: skip
+    assert found.met is False
+    assert "of the time was not reached on the clock; the fastest candidate took 2.00 times that" in found.notes[-1]
+
+
+@pytest.mark.usefixtures("fake_times")
 def test_a_time_that_the_model_takes_anyway_is_refused_before_the_search() -> None:
     with pytest.raises(VitrimError, match=r"needs about .* ms, so it is within the budget of 99,999 already"):
         vitrim.compress(

@@ -1,5 +1,7 @@
 """Solving for a budget, and the search among candidates."""
 
+import re
+import threading
 from dataclasses import dataclass, replace
 from itertools import product
 
@@ -15,6 +17,7 @@ from vitrim.compression.images import Pictures
 from vitrim.compression.networks import EmptyNetwork, Networks, macs_price, params_price
 from vitrim.compression.progress import Progress, duration
 from vitrim.compression.search import Search, Tried
+from vitrim.heartbeat import heartbeat
 from vitrim.models.foreign_macs import counting_once, empty_copy
 from vitrim.tokens import REDUCERS, Reducer, Schedule, render
 
@@ -183,6 +186,23 @@ def test_the_better_of_two_candidates_is_first_and_the_pure_ones_stay() -> None:
     kept = search._best([*many, pure, width], 2)
     assert kept == [many[0], many[1], pure, width]
     assert replace(many[0].candidate, index=0).kind == "tokens"
+
+
+def test_a_step_that_takes_long_says_that_it_goes_on() -> None:
+    said: list[str] = []
+    enough = threading.Event()
+
+    def say(line: str) -> None:
+        said.append(line)
+        enough.set()
+
+    with heartbeat("reading images", say, every=0.001):
+        assert enough.wait(60)
+    assert re.fullmatch(r"reading images: \d+ s so far", said[0])
+    number = len(said)
+    with pytest.raises(KeyError), heartbeat("reading images", say):
+        raise KeyError
+    assert len(said) == number, "a short one says nothing"
 
 
 def test_the_time_that_is_left_follows_the_speed_so_far() -> None:

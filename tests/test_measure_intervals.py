@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 
+from vitrim.compression.timing import milliseconds, time_ratio
 from vitrim.measure import intervals
 from vitrim.measure.intervals import Interval, of_difference, of_drop, of_mean, of_sessions, of_share
 
@@ -71,6 +72,11 @@ def test_intervals_of_sessions_contain_another_measurement() -> None:
         return float(DICE.normal(0.5, 0.02, 5).mean()) in of_sessions(DICE.normal(0.5, 0.02, 5).tolist())
 
     assert 0.92 <= sum(mean_of_another() for _ in range(400)) / 400 <= 0.98
+
+
+def test_no_time_is_below_zero() -> None:
+    times = [(0.1, 2.0, 0.2), (3.0, 2.0, 6.0)]
+    assert time_ratio(times).low == milliseconds(times)[0].low == 0.0
 
 
 def test_an_interval_is_never_empty_where_all_images_agree() -> None:

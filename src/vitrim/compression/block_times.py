@@ -92,12 +92,20 @@ class Workbench:
         model: the given model, without a reduction.
         batch_size, device, dtype: for which times are measured.
         seed: of the order within rounds.
+
+    Raises:
+        UnsupportedModelError: the halves of its blocks cannot be timed apart.
     """
 
     def __init__(self, model: nn.Module, batch_size: int, device: torch.device, dtype: str, seed: int = 0) -> None:
         self.model = copy.deepcopy(model).to(device, DTYPES[dtype]).eval()
         self.adapter = find_adapter(model)
         self.geometry = self.adapter.geometry(model)
+        if self.adapter.keeps_attention(model):
+            raise UnsupportedModelError(
+                f"blocks of this {type(model).__name__} cannot be timed by halves, since their attention always stays; "
+                "give macs= or params= in place of a latency"
+            )
         self.batch_size, self.device, self.dtype, self.dice = batch_size, device, DTYPES[dtype], random.Random(seed)
         images = torch.randn(batch_size, *self.geometry.input_size, device=device, dtype=self.dtype)
         self.inputs = self.adapter.inputs(model, images)
@@ -109,11 +117,6 @@ class Workbench:
         Raises:
             UnsupportedModelError: widths of this model cannot change, or its blocks take more than tokens.
         """
-        if self.adapter.keeps_attention(self.model):
-            raise UnsupportedModelError(
-                f"blocks of this {type(self.model).__name__} cannot be timed by halves, since their attention always "
-                "stays; give macs= or params= in place of a latency"
-            )
         full = widths_of(self.model)[0]
         # Where values alone are cut, most of the time of a narrow layer is that of its queries and keys.
         least = (1,) if cuts_values_alone(self.model) else ()

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..heartbeat import heartbeat
 from ..models import attach
 from ..tokens import Plan, Reducer
 from .block_times import NANO, BlockTimes, Workbench, kind_of
@@ -50,14 +51,16 @@ def table_for(
     table = read_table(where)
     bench: Workbench | None = None
     if table is None:
-        say("measuring how long a block takes with fewer tokens and at smaller widths; kept for the next time")
         bench = Workbench(model, batch_size, device, dtype)
-        table = bench.measure()
+        say("measuring how long a block takes with fewer tokens and at smaller widths; kept for the next time")
+        with heartbeat("measuring how long a block takes", say):
+            table = bench.measure()
         write_table(table, where)
     if missing := [one for one in reducers if kind_of(one) not in table.cuts]:
         bench = bench or Workbench(model, batch_size, device, dtype)
-        for reducer in missing:
-            bench.measure_cut(table, reducer)
+        with heartbeat("measuring how long reducers take", say):
+            for reducer in missing:
+                bench.measure_cut(table, reducer)
         write_table(table, where)
     return table
 
@@ -85,15 +88,32 @@ class Clock:
             ((ratio, _, cheaper),) = sessions(self.networks.original, network, **self.options, number=1)
         return (ratio if self.fraction else cheaper) / self.most
 
-    def first_in_time(self, ranked: Sequence[Tried]) -> Tried:
-        """The first of some candidates that meets the budget once it is corrected, or the fastest of them."""
+    def first_in_time(self, ranked: Sequence[Tried]) -> tuple[float, Tried]:
+        """The first of some candidates that meets the budget once it is corrected, or the fastest of them.
+
+        With the part of the budget that it takes, above 1 where no candidate meets it.
+        """
         tried: list[tuple[float, Tried]] = []
         for one in ranked[:CANDIDATES]:
             spent, candidate = self.corrected(one.candidate)
             tried.append((spent, Tried(candidate, one.parts)))
             if spent <= 1:
-                return tried[-1][1]
-        return min(tried, key=lambda each: each[0])[1]
+                return tried[-1]
+        return min(tried, key=lambda each: each[0])
+
+    def answers(self, ranked: Sequence[Tried]) -> tuple[float, dict[str, Tried]]:
+        """The best candidate, and the best ones of one kind, each corrected as `first_in_time` does.
+
+        With the part of the budget that the best one takes.
+        """
+        spent, best = self.first_in_time(ranked)
+        found = {"best": best}
+        for kind in ("tokens", "width"):
+            if best.candidate.kind == kind:
+                found[kind] = best
+            elif own := [tried for tried in ranked if tried.candidate.kind == kind]:
+                found[kind] = self.first_in_time(own)[1]
+        return spent, found
 
     def corrected(self, candidate: Candidate) -> tuple[float, Candidate]:
         """The candidate, solved again for a smaller or larger price until it takes just less than the budget.

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..elastic.chain import hash_of
 from ..errors import CheckpointError, VitrimError
 from ..export.run import open_as
+from ..heartbeat import heartbeat
 from ..measure.cost import cost
 from ..measure.environment import environment
 from ..measure.served import ServedFile
@@ -163,8 +164,9 @@ def _compared(served: ServedFile, original: nn.Module, images: Pictures, say: Ca
     say(f"comparing with the given model on {len(images)} images")
     channels, height, width = images.images.shape[1:]
     served.check(served.dims[0] or len(images), (channels, height, width))
-    fidelity = Fidelity(original, images, torch.device("cpu"))
-    found = outputs_of(served, images.images)
+    with heartbeat("comparing with the given model", say):
+        fidelity = Fidelity(original, images, torch.device("cpu"))
+        found = outputs_of(served, images.images)
     if found.shape != fidelity.reference.shape:
         gives, given = tuple(found.shape[1:]), tuple(fidelity.reference.shape[1:])
         raise VitrimError(
@@ -179,7 +181,8 @@ def _timed(
     """The times of the file and of the given model in the same format, or no lines and the reason."""
     say(f"exporting the given model for {served.runtime}, and measuring the time in fresh rounds")
     size = served.dims[0] or batch_size
-    with tempfile.TemporaryDirectory(prefix="vitrim-verify-") as folder:
+    where = tempfile.TemporaryDirectory(prefix="vitrim-verify-")
+    with where as folder, heartbeat("exporting and timing the given model", say):
         try:
             given = open_as(original, served.runtime, folder)
         except VitrimError as error:

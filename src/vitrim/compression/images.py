@@ -4,7 +4,7 @@ A part that fits weights, a part that judges candidates, and a part that neither
 to the images it is judged by would look better than it is, and so would the winner on the images that made it win.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -20,6 +20,7 @@ from ..data.seeding import permutation
 from ..data.streams import Stream
 from ..elastic.probing import all_alike, check_classes
 from ..errors import DataError
+from ..heartbeat import heartbeat
 
 LEAST = 16
 """Images without which no part of a search says anything."""
@@ -95,7 +96,10 @@ def gather(
     return _different(Pictures(images, labels), what)
 
 
-def read(stream: Stream, most: int, workers: int, *, labelled: bool = True, start: int = 0) -> Pictures:
+def read(
+    stream: Stream, most: int, workers: int, *, labelled: bool = True, start: int = 0,
+    say: Callable[[str], None] = print,
+) -> Pictures:  # fmt: skip
     """At most so many of the images of a stream, in an order drawn at random, the same one at every call.
 
     Args:
@@ -105,6 +109,7 @@ def read(stream: Stream, most: int, workers: int, *, labelled: bool = True, star
         workers: processes that read.
         labelled: whether the classes of the images are those of the model.
         start: leave out so many images from the front of that order.
+        say: called from time to time where reading takes long.
 
     Raises:
         DataError: there is no image, or one cannot be read and the stream does not skip it.
@@ -115,7 +120,8 @@ def read(stream: Stream, most: int, workers: int, *, labelled: bool = True, star
             "there are no images" if not start else f"there are no images besides the {start} that were used"
         )
     loader = batches_of(Subset(stream, rows), BATCH, workers)
-    found = list(ReadableBatches(loader, stream.images))
+    with heartbeat("reading images", say):
+        found = list(ReadableBatches(loader, stream.images))
     if not found:
         raise DataError(f"none of {len(rows)} images can be read")
     images = torch.cat([images for images, _ in found])

@@ -162,16 +162,13 @@ class Job:
     def _supernet(self) -> SuperNet | None:
         if "width" not in self.request.using:
             return None
-        self.progress.line("ordering the widths and measuring what each costs")
         images = len(self.parts.fit)
         try:
-            net = stratify(
-                self.original,
-                self.parts.fit.batches(),
-                num_images=images,
-                max_saving=largest_saving(self.request.goal),
-                say=lambda line: None,
-            )
+            with self.progress.step("ordering the widths and measuring what each costs"):
+                net = stratify(
+                    self.original, self.parts.fit.batches(), num_images=images,
+                    max_saving=largest_saving(self.request.goal), say=lambda line: None,
+                )  # fmt: skip
         except UnsupportedModelError as error:
             if "tokens" not in self.request.using:
                 raise
@@ -190,14 +187,11 @@ class Job:
 
     def _in_time(self, networks: Networks, search: Search, ranked: Sequence[Tried]) -> dict[str, Tried]:
         """The answers as `_answers`, corrected until the clock agrees with the budget."""
-        self.progress.line("timing the best candidates, and correcting them")
-        clock = Clock(networks, search, self.request.goal.most, self.request.goal.fraction, self._timing)
-        found = {"best": clock.first_in_time(ranked)}
-        for kind in ("tokens", "width"):
-            if found["best"].candidate.kind == kind:
-                found[kind] = found["best"]
-            elif own := [tried for tried in ranked if tried.candidate.kind == kind]:
-                found[kind] = clock.first_in_time(own)
+        goal = self.request.goal
+        with self.progress.step("timing the best candidates, and correcting them"):
+            spent, found = Clock(networks, search, goal.most, goal.fraction, self._timing).answers(ranked)
+        if spent > 1:
+            self._note(f"{goal} was not reached on the clock; the fastest candidate took {spent:.2f} times that")
         return found
 
     def _built(self, networks: Networks, candidate: Candidate) -> nn.Module:
@@ -213,17 +207,19 @@ class Job:
             Line("macs", spent.macs, asked=self.asked if goal == "macs" else None, of=given.macs),
             Line("params", spent.params, asked=self.asked if goal == "params" else None, of=given.params),
         ]
-        self.progress.line(f"measuring the answer on {len(self.parts.unseen)} images that the search has not seen")
-        fidelity = Fidelity(self.original, self.parts.unseen, self.device)
-        best = fidelity.compare(model)
-        lines += fidelity_lines(best)
-        for kind, build in others.items():
-            difference = of_mean((best.divergence - fidelity.compare(build()).divergence).numpy())
-            lines.append(Line.of_interval(f"over_{kind}", difference, number=len(fidelity)))
+        number = len(self.parts.unseen)
+        with self.progress.step(f"measuring the answer on {number} images that the search has not seen"):
+            fidelity = Fidelity(self.original, self.parts.unseen, self.device)
+            best = fidelity.compare(model)
+            lines += fidelity_lines(best)
+            for kind, build in others.items():
+                difference = of_mean((best.divergence - fidelity.compare(build()).divergence).numpy())
+                lines.append(Line.of_interval(f"over_{kind}", difference, number=number))
         if labelled:
             lines += accuracy_lines(fidelity, best, max_drop)
-        self.progress.line("measuring the time of the answer in fresh rounds")
-        return [*lines, *time_lines(sessions(self.original, model, **self._timing), self.request.goal)]
+        with self.progress.step("measuring the time of the answer in fresh rounds"):
+            times = sessions(self.original, model, **self._timing)
+        return [*lines, *time_lines(times, self.request.goal)]
 
     def _row(self, tried: Tried, search: Search) -> dict[str, Any]:
         candidate, network = tried.candidate, search.networks.empty(tried.candidate.index)

@@ -1,7 +1,10 @@
 """How much of a search is done, and how long the rest takes, in units of one image in the given model."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from ..heartbeat import heartbeat
 
 EVERY = 15.0
 """Seconds between two lines."""
@@ -23,6 +26,13 @@ class Progress:
     def line(self, text: str) -> None:
         """A line that is always shown."""
         self._say(text)
+
+    @contextmanager
+    def step(self, text: str) -> Iterator[None]:
+        """A line about a step that cannot count its work; while it lasts, lines say from time to time that it does."""
+        self.line(text)
+        with heartbeat(text, self._say):
+            yield
 
     def add(self, units: float, what: str) -> None:
         """Count work as done; a line about it at most every `EVERY` seconds."""

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..elastic.chain import hash_of
 from ..errors import CheckpointError, VitrimError
+from ..heartbeat import heartbeat
 from ..measure.columns import columns
 from ..measure.cost import cost
 from ..measure.environment import environment
@@ -148,11 +149,13 @@ def verify(
     found: dict[str, Line] = {line.key: line for line in _counted(model, certificate)}
     if images is not None and original is not None:
         say(f"comparing with the given model on {len(images)} images")
-        found |= {line.key: line for line in _compared(model.to(place), original.to(place), images, place)}
+        with heartbeat("comparing with the given model", say):
+            found |= {line.key: line for line in _compared(model.to(place), original.to(place), images, place)}
     whole = original if original is not None else described(certificate)
     if whole is not None:
         say("measuring the time in fresh rounds")
-        found |= {line.key: line for line in _timed(whole, model, settings, place)}
+        with heartbeat("measuring the time", say):
+            found |= {line.key: line for line in _timed(whole, model, settings, place)}
     return Verified(certificate, findings(certificate, found, images, original), notes)
 
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from ..data.specs import DataSpec
 from ..errors import CheckpointError, DataError
+from ..heartbeat import heartbeat
 from ..options import Range
 from .delivery import TRAINING_ONLY, TestImages, check_used, say
 from .images import images_to_compare, known_images, override_data
@@ -61,10 +62,11 @@ def export(
             error=True,
         )
     pictures = images_to_compare(network, spec, num_images or (INT8 if int8 else EXACT))
-    found = write(
-        network, pictures.images, out, format=format, method=method, int8=int8, classes=classes_of(model),
-        more=None if method is not None else _certificate(model, network),
-    )  # fmt: skip
+    with heartbeat("exporting", say):
+        found = write(
+            network, pictures.images, out, format=format, method=method, int8=int8, classes=classes_of(model),
+            more=None if method is not None else _certificate(model, network),
+        )  # fmt: skip
     say(found.text())
     if KEY in found.about:
         say(f"the certificate of {model} is in the file; to measure it again: vitrim verify {out}")
