@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.onnx.errors import OnnxExporterError
 
 import vitrim
 from calling import call
+from relative_models import BEIT
 from vitrim.errors import CheckpointError, DataError, OutputError, UnknownNameError, UnsupportedModelError, VitrimError
 from vitrim.export import FORMATS, Format, compare, export, formats, run
 from vitrim.export.formats import quantise
@@ -64,6 +66,22 @@ def test_programs_of_families_agree_with_the_model(adapter: str, blocks: str) ->
     found = compare(ready, program.module(), images(4))
     assert found.largest <= found.allowed
     assert found.batch_sizes == (1, 3)
+
+
+def test_attention_under_a_learnt_bias_becomes_onnx(tmp_path: Path) -> None:
+    model = redrawn(BEIT["beit"]())
+    found = export(model, images(3, 40, dtype=torch.float32), tmp_path / "beit.onnx", method=CUT)
+    assert found.agreement.largest <= found.agreement.allowed
+
+
+def test_what_onnx_cannot_hold_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_export: None) -> None:
+    def fails(*args: object, **options: object) -> None:
+        raise OnnxExporterError("step 2 of 3") from ValueError("no such operator\nand a stack")
+
+    monkeypatch.setattr(torch.onnx, "export", fails)
+    with pytest.raises(UnsupportedModelError, match=r"^this model cannot be written as ONNX: no such operator; use"):
+        export(small(), images(2, 24), tmp_path / "model.onnx")
+    assert not [*tmp_path.iterdir()]
 
 
 def test_transformers_make_no_mask_in_an_export() -> None:

@@ -11,9 +11,11 @@ from typing import Any
 
 import torch
 from torch.export import ExportedProgram
+from torch.onnx.errors import OnnxExporterError
 
-from ..errors import VitrimError
+from ..errors import UnsupportedModelError, VitrimError
 from ..measure.served import AOTI, KEY, MISSING, ONNX, PROGRAM
+from ..text import reason_of
 from .program import INPUT
 
 About = Mapping[str, Any]
@@ -60,10 +62,15 @@ def _check_onnx() -> None:
 
 
 def _write_onnx(program: ExportedProgram, about: About, path: Path) -> None:
-    with _quiet():
-        made = torch.onnx.export(
-            program, (), input_names=[INPUT], output_names=[about["output"]["name"]], dynamo=True, verbose=False
-        )
+    try:
+        # As the program was made: with gradients, attention under a learnt bias is another kernel of other strides.
+        with _quiet(), torch.no_grad():
+            made = torch.onnx.export(
+                program, (), input_names=[INPUT], output_names=[about["output"]["name"]], dynamo=True, verbose=False
+            )
+    except OnnxExporterError as error:
+        reason = reason_of(error.__cause__ or error)
+        raise UnsupportedModelError(f"this model cannot be written as ONNX: {reason}; use format torch") from error
     assert made is not None
     _name_batch(made.model)
     made.model.metadata_props[KEY] = json.dumps(about)
@@ -100,7 +107,7 @@ def _write_aoti(program: ExportedProgram, about: About, path: Path) -> None:
     from torch._inductor.exc import CppCompileError
 
     try:
-        with _quiet():
+        with _quiet(), torch.no_grad():
             torch._inductor.aoti_compile_and_package(
                 program,
                 package_path=str(path),

@@ -1,6 +1,8 @@
 """The verb that writes a model as a file for other runtimes."""
 
 import os
+import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -62,7 +64,7 @@ def export(
             error=True,
         )
     pictures = images_to_compare(network, spec, num_images or (INT8 if int8 else EXACT))
-    with heartbeat("exporting", say):
+    with heartbeat("exporting", partial(print, file=sys.stdout)):  # Exporters are run with another standard output.
         found = write(
             network, pictures.images, out, format=format, method=method, int8=int8, classes=classes_of(model),
             more=None if method is not None else _certificate(model, network),
