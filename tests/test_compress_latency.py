@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from torch import nn
 
@@ -148,6 +149,16 @@ def test_blocks_that_take_more_than_tokens_are_refused(monkeypatch: pytest.Monke
     monkeypatch.setattr(ReducedEvaBlock, "rotary_argument", "")
     with pytest.raises(UnsupportedModelError, match=r"take more than tokens.*give a budget of macs="):
         Workbench(MORE_EVA["eva02"](), 2, CPU, "float32").measure()
+
+
+@pytest.mark.usefixtures("fake_times")
+@pytest.mark.parametrize(
+    "made",
+    [lambda: timm.create_model("beit_base_patch16_224", img_size=32, depth=1, embed_dim=12), MORE_HF["beit"]],
+)
+def test_blocks_that_read_the_places_of_all_tokens_are_refused(made: Callable[[], nn.Module]) -> None:
+    with pytest.raises(UnsupportedModelError, match=r"reads the places of all tokens; give macs= or params="):
+        Workbench(made(), 2, CPU, "float32")
 
 
 class _Exact(Clock):

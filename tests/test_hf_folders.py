@@ -182,6 +182,19 @@ def test_kinds_of_models_are_built_by_name() -> None:
         build_model("ViTModel", num_hidden_layers="many")
 
 
+@pytest.mark.parametrize("method", ["dense", "ToMe() @ ConstantR(4)"])
+def test_beit_can_be_trained_after_it_was_evaluated(method: str) -> None:
+    """transformers keeps an index of its positions for all models, also one that was made in inference mode."""
+    side = {"dense": 48, "ToMe() @ ConstantR(4)": 56}[method]  # Of a size that no other test has made.
+    model = vitrim.models.variant(MORE["beit"](), method)
+    x = images(2, side, dtype=torch.float32)
+    with torch.inference_mode():
+        adapter_of(model).predict(model, x)
+    adapter_of(model).predict(model.train(), x).sum().backward()
+    layer = adapter_of(model).blocks(model)[0]
+    assert layer.relative_position_bias.relative_position_bias_table.grad.abs().sum() > 0
+
+
 @pytest.mark.usefixtures("few_test_digits")
 @pytest.mark.parametrize("name", ["hf_vit", "deit_distilled"])
 def test_a_folder_is_trained_and_evaluated(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

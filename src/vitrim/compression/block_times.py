@@ -101,10 +101,11 @@ class Workbench:
         self.model = copy.deepcopy(model).to(device, DTYPES[dtype]).eval()
         self.adapter = find_adapter(model)
         self.geometry = self.adapter.geometry(model)
-        if self.adapter.keeps_attention(model):
+        if self.adapter.keeps_attention(model) or self.geometry.relative:
+            why = "reads the places of all tokens" if self.geometry.relative else "always stays"
             raise UnsupportedModelError(
-                f"blocks of this {type(model).__name__} cannot be timed by halves, since their attention always stays; "
-                "give macs= or params= in place of a latency"
+                f"blocks of this {type(model).__name__} cannot be timed by halves, since their attention {why}; give "
+                "macs= or params= in place of a latency"
             )
         self.batch_size, self.device, self.dtype, self.dice = batch_size, device, DTYPES[dtype], random.Random(seed)
         images = torch.randn(batch_size, *self.geometry.input_size, device=device, dtype=self.dtype)

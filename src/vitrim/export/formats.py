@@ -69,7 +69,7 @@ def _write_onnx(program: ExportedProgram, about: About, path: Path) -> None:
                 program, (), input_names=[INPUT], output_names=[about["output"]["name"]], dynamo=True, verbose=False
             )
     except OnnxExporterError as error:
-        reason = reason_of(error.__cause__ or error)
+        reason = reason_of(error.__cause__ if isinstance(error.__cause__, Exception) else error)
         raise UnsupportedModelError(f"this model cannot be written as ONNX: {reason}; use format torch") from error
     assert made is not None
     _name_batch(made.model)

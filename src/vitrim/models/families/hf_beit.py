@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ...errors import UnsupportedModelError
@@ -26,7 +27,27 @@ class _ReducedLayer(ReducedLayer):
         if self.relative_position_bias is None:
             return None
         height, width = shared
+        _keep_index(self, height, width)
         return self.relative_position_bias((height // self.patch_size, width // self.patch_size))[0]
+
+
+def _keep_index(block: Any, height: int, width: int) -> None:
+    """Have transformers keep the places of all pairs as a tensor that training can use.
+
+    It keeps them for the whole process. Made in inference mode first, they would fail in every training after that.
+    """
+    if block.relative_position_bias is None or torch.compiler.is_compiling():  # Then nothing is kept.
+        return
+    with torch.inference_mode(False):
+        block.relative_position_bias.generate_relative_position_index(
+            (height // block.patch_size, width // block.patch_size)
+        )
+
+
+def _inputs(tower: Any, images: Tensor) -> tuple[Any, ...]:
+    encoder = tower if hasattr(tower, "layers") else tower.beit  # The latter of a backbone.
+    _keep_index(encoder.layers[0], *images.shape[-2:])
+    return (images,)
 
 
 class _ReducedPooler(Reduced):
@@ -80,6 +101,7 @@ BEIT = Layout(
     pool_reads="tokens",
     after=(("dropout", "lambda_1", "drop_path"), ("dropout", "lambda_2", "drop_path")),
     any_size=True,
+    inputs=_inputs,
     relative=lambda tower: tower.layers[0].relative_position_bias is not None,
     check=_check,
     others={"BeitPooler": _ReducedPooler},
