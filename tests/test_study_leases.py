@@ -12,7 +12,7 @@ from sqlalchemy.exc import OperationalError
 from clocks import Clock
 from vitrim.errors import VitrimError
 from vitrim.study import leases as module
-from vitrim.study.database_url import parse_url
+from vitrim.study.database_url import connect, parse_url
 from vitrim.study.leases import GRACE, Leases
 
 
@@ -138,11 +138,18 @@ def test_reserved_characters_in_a_password_are_explained_without_showing_it(text
     assert "cret" not in str(raised.value)
 
 
-@pytest.mark.parametrize("text", ["postgresql://u:p@host:port/d", "x", "", "://", "postgresql://[::1/d"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "postgresql://u:p@host:port/d", "x", "", "://", "postgresql://[::1/d", "sqlite://me:secret@host/name",
+        "sqlite:///l.db?timeout=secret",
+    ],
+)  # fmt: skip
 def test_text_that_is_no_url_is_one_line(text: str):
     with pytest.raises(VitrimError) as raised:
-        parse_url(text)
+        connect(text)
     assert "\n" not in str(raised.value)
+    assert "secret" not in str(raised.value)
 
 
 def test_quoted_passwords_and_files_with_odd_names_are_accepted(tmp_path: Path):

@@ -412,6 +412,8 @@ def test_workers_and_recipes_need_a_place(run: str, tmp_path: Path, capsys: pyte
     [
         (METHOD, {"r": [0.5, 0.5]}, "r lists 0.5 twice"),
         ("ToMe() @ ConstantR({r})", {"r": [1, 1.0]}, "r lists 1 twice"),
+        (METHOD, {"r": ["0.5", 0.5]}, "r lists 0.5 twice"),
+        (METHOD, {"r": [0.5000001, 0.5, 0.5]}, "r lists 0.5 twice"),
         (METHOD, {"r": [float("nan")]}, "r lists nan"),
         ("TopK({r}) @ KeepRate(0.5)", {"r": ["norm", "norm"]}, "r lists norm twice"),
         ("TopK() @ KeepRate({r.foo})", {"r": [0.5]}, "braces hold one name each"),

@@ -114,6 +114,13 @@ def parse(text: str, source: str | Path) -> Record:
         raise CheckpointError(f"the description of the model in {source} is damaged: {reason}; save it again") from None
 
 
+def largest(name: str) -> int:
+    """The largest whole number that this argument of an architecture may be: more is a mistake, or an attack."""
+    if name in ("depth", "depths", "layers", "num_hidden_layers"):
+        return 1000
+    return _MAX_IMAGE if name in ("img_size", "position_size") else _LARGEST
+
+
 def check_args(args: Mapping[str, Any]) -> None:
     """Raise `CheckpointError` unless `parse` would take these arguments of an architecture."""
     try:
@@ -149,7 +156,7 @@ def _args(values: Mapping[str, Any]) -> dict[str, Any]:
         word("a name in args", name)
         if _NAMES_FILES.fullmatch(name):
             raise Misfit(f"args.{name} may name a file or code, which no description does")
-        most = _MAX_IMAGE if name == "img_size" else 1000 if name in ("depth", "depths", "layers") else _LARGEST
+        most = largest(name)
         found[name] = plain(f"args.{name}", value, most)
         for part in value if isinstance(value, list | tuple) else [value]:
             if name in _COUNTS and part is not None:

@@ -47,8 +47,7 @@ def check_values(vary: Settings) -> None:
         for at, value in enumerate(values):
             if not isinstance(value, str) and not isfinite(value):
                 raise ScheduleError(f"{name} lists {value}; give finite numbers")
-            if value in values[:at]:
-                shown = value if isinstance(value, str) else f"{value:g}"
+            if (shown := _text(value)) in map(_text, values[:at]):
                 raise ScheduleError(f"{name} lists {shown} twice; give each value once")
     if prod(map(len, vary.values())) > MOST_SETTINGS:
         raise ScheduleError(f"a sweep has at most {MOST_SETTINGS:,} settings; give fewer values")
@@ -76,11 +75,15 @@ def fill_template(method: str, setting: Setting, check: bool = False) -> str:
         setting: the value of every name in it.
         check: raise `VitrimError` where the result is no reduction.
     """
-    values = {name: int(v) if isinstance(v, float) and v.is_integer() else v for name, v in setting.items()}
-    text = "".join(literal + ("" if name is None else str(values[name])) for literal, name in _parts(method))
+    text = "".join(literal + ("" if name is None else _text(setting[name])) for literal, name in _parts(method))
     if check:
         Reduction.parse(text)
     return text
+
+
+def _text(value: float | str) -> str:
+    """A value as it stands in a method."""
+    return str(int(value) if isinstance(value, float) and value.is_integer() else value)
 
 
 def _parts(method: str) -> list[tuple[str, str | None]]:

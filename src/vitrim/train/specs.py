@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from ..errors import RecipeError, UnknownNameError
 from ..options import Range, check_options
-from ..text import shortened
+from ..text import short, shortened
 
 _FILES = ("checkpoint_path", "cache_dir", "model_name", "pretrained_cfg", "pretrained_cfg_overlay", "spec")
 """Arguments of model builders that choose another model or other weights."""
@@ -41,7 +41,9 @@ class ModelSpec:
                 f"{where}.checkpoint_size is {shortened(str(self.checkpoint_size), 60)}; it must be the height and the "
                 f"width of the images of {where}.checkpoint, such as [128, 288]"
             )
-        for name in self.args:
+        from ..models.description import largest  # Here, since it imports torch.
+
+        for name, value in self.args.items():
             if name in ("pretrained", "checkpoint", "checkpoint_size", "reset_head"):
                 raise RecipeError(f"{where}.args holds {name}; set {where}.{name} instead")
             if name in _FILES:
@@ -52,6 +54,9 @@ class ModelSpec:
                 raise RecipeError(
                     f"{where}.args has an entry named {name[:60]!r}; write {{name: value}}, with a space after :"
                 )
+            for part in value if isinstance(value, list) else [value]:
+                if isinstance(part, int) and part > largest(name):
+                    raise RecipeError(f"{where}.args.{name} is {short(part)}; it must be at most {largest(name):,}")
 
 
 @dataclass
