@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from calling import call
@@ -252,6 +253,13 @@ def test_every_option_is_explained_in_whole_sentences(verb: str, capsys: pytest.
         (DataError("Caught DataError in DataLoader worker process 0.\nTraceback:\n  x\nvitrim.errors.DataError: cannot"
                    " read a.png: broken"), 2, "vitrim list: cannot read a.png: broken"),
         (KeyboardInterrupt(), 130, "vitrim list: interrupted"),
+        (MemoryError(), 2, "vitrim list: there is not enough memory for this; lower --batch_size (in training, optim."),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee"), 2,
+         "vitrim list: there is not enough memory for this; lower --batch_size"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."), 2,
+         "vitrim list: there is not enough memory for this; lower --batch_size"),
+        (RuntimeError("DataLoader worker (pid 1) is killed by signal: Bus error. It is possible that dataloader's "
+                      "workers are out of shared memory."), 2, "vitrim list: the processes that read images ran out"),
         (Stopped(15, "epoch 2, step 3 of 9"), 143, "vitrim list: stopped by SIGTERM at epoch 2, step 3 of 9; the"),
     ],
 )  # fmt: skip

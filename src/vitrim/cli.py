@@ -57,6 +57,23 @@ def main(argv: Sequence[str] | None = None) -> None:
         if error.filename is None and error.errno not in FULL:
             raise  # It is not about a file, so that no advice can be given.
         _leave(verb, f"{error.filename or 'cannot write'}: {error.strerror}", 2)
+    except (MemoryError, RuntimeError) as error:
+        if (line := _short_of_memory(error)) is None:
+            raise
+        _leave(verb, line, 2)
+
+
+def _short_of_memory(error: Exception) -> str | None:
+    """What to do about this exception, if it says that there is not enough memory."""
+    text = str(error)
+    if "DataLoader worker" in text and ("shared memory" in text or "Killed" in text):
+        return "the processes that read images ran out of memory; lower --data.workers, or give them more (/dev/shm)"
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "t allocate memory" in text:
+        return (
+            "there is not enough memory for this; lower --batch_size (in training, optim.accumulate keeps its effect), "
+            "or take smaller images or a smaller model"
+        )
+    return None
 
 
 def _verb(words: Sequence[str]) -> str:
