@@ -3,6 +3,7 @@
 import json
 import random
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 import yaml
 
 import vitrim
-from fuzzing import COUNT, altered_bytes, altered_text, altered_value, fuzz
+from fuzzing import COUNT, altered_bytes, altered_text, altered_value, fuzz, odd_value
 from test_distill_cache import views
 from vitrim.distill import Teacher, TeacherCache
 from vitrim.elastic.chain import Chain
@@ -73,6 +74,23 @@ def test_manifests_of_caches(cache: tuple[Path, Callable[[], TeacherCache]]) -> 
 
     def surface(rng: random.Random) -> None:
         path.write_text(document(text, rng, json.dumps), encoding="utf-8", errors="replace")
+        assert {name: value.shape for name, value in opened()[0].items()} == whole
+
+    outcomes = fuzz(surface)
+    assert outcomes["refused"] > outcomes["accepted"]
+
+
+def test_manifests_of_caches_whose_digest_was_made_again(cache: tuple[Path, Callable[[], TeacherCache]]) -> None:
+    folder, opened = cache
+    path = folder / "manifest.json"
+    data, whole = json.loads(path.read_text()), {name: value.shape for name, value in opened()[0].items()}
+    data.pop("digest")
+
+    def surface(rng: random.Random) -> None:
+        name = rng.choice([*data])
+        altered = {**data, name: odd_value(rng) if rng.random() < 0.5 else altered_value(data[name], rng)}
+        digest = sha256(json.dumps(altered, sort_keys=True).encode()).hexdigest()
+        path.write_text(json.dumps({**altered, "digest": digest}))
         assert {name: value.shape for name, value in opened()[0].items()} == whole
 
     outcomes = fuzz(surface)

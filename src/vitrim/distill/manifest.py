@@ -12,10 +12,13 @@ import numpy as np
 
 from ..data.streams import Stream
 from ..errors import DistillError
+from ..models.checked_values import Misfit, integer, mapping, number, word
 from ..models.outputs import ModelInfo, Wanted
+from ..text import short_name
 from .teacher import Grid, Teacher
 
 MANIFEST, FORMAT = "manifest.json", 4
+_MOST = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -91,13 +94,10 @@ class Manifest:
                 raise _refusal(folder, "is of another version of vitrim")
             if data.pop("digest") != _digest(data):
                 raise ValueError("altered")
-            grid = None if data["grid"] is None else (data["grid"][0], data["grid"][1])
-            fixed = {"info": ModelInfo(**data["info"]), "grid": grid}
-            fixed |= {name: tuple(data[name]) for name in ("outputs", "temperatures")}
-            return cls(**{**data, **fixed})
+            return cls(**{**data, **_checked(data)})
         except DistillError:
             raise
-        except (ValueError, TypeError, KeyError, IndexError, RecursionError):
+        except (Misfit, ValueError, TypeError, KeyError, RecursionError):
             raise DistillError(
                 f"{path} is not the manifest of a teacher cache, or is damaged; choose another folder, or remove "
                 f"{folder} if a cache was there"
@@ -106,15 +106,16 @@ class Manifest:
     def check_serves(self, other: "Manifest", folder: Path) -> None:
         """Raise `DistillError` unless this cache belongs to the same things and holds whatever `other` wants."""
         mine, yours = self.views, other.views
-        if self.teacher != other.teacher:
-            whose = f"another teacher ({self.info.name}: other weights, settings or input format)"
+        if (self.teacher, self.info) != (other.teacher, other.info):
+            whose = f"another teacher ({short_name(self.info.name)}: other weights, settings or input format)"
             raise _refusal(folder, f"is of {whose}")
         # Numbers first: another seed or length also holds other images out, and says more than their digest.
         for key in sorted({*mine, *yours} - {"data", "augmentation"}):
             if mine.get(key) != yours.get(key):
-                raise _refusal(folder, f"was made with {key} {mine.get(key)}, not {yours.get(key)}")
+                was, wanted = (short_name(views.get(key)) for views in (mine, yours))
+                raise _refusal(folder, f"was made with {short_name(key)} {was}, not {wanted}")
         for key, whose in (("augmentation", "another augmentation"), ("data", "other images")):
-            if mine[key] != yours[key]:
+            if mine.get(key) != yours.get(key):
                 raise _refusal(folder, f"is of {whose}")
         if not set(self._parts()) >= set(other._parts()):
             raise _refusal(folder, f"holds {', '.join(self._parts())}, but the terms need {', '.join(other._parts())}")
@@ -125,6 +126,42 @@ class Manifest:
 
     def _parts(self) -> list[str]:
         return [*self.outputs, *(f"temperature {temperature:g}" for temperature in self.temperatures)]
+
+
+def _checked(data: Mapping[str, Any]) -> dict[str, Any]:
+    """What a manifest holds, in the types of its class; `Misfit` or `TypeError` where something is of another kind."""
+    outputs = tuple(map(_name, data["outputs"]))
+    temperatures = tuple(number("temperatures", one, 1e-6, 1e6) for one in data["temperatures"])
+    fields = {_name(name): _field(kind) for name, kind in mapping("fields", data["fields"]).items()}
+    features = {*outputs} - {"logits"}
+    largest = {"top", "index", *(f"rest@{one:g}" for one in temperatures)}
+    logits = [{"logits"}, largest] if "logits" in outputs else [set[str]()]
+    if {*fields} not in [features | names for names in logits]:
+        raise Misfit("fields are not those of the outputs")
+    return {
+        "info": ModelInfo(**mapping("info", data["info"])),
+        "views": mapping("views", data["views"]),
+        "grid": None if data["grid"] is None else _grid(*data["grid"]),
+        "top_k": integer("top_k", data["top_k"], 1, _MOST),
+        "outputs": outputs, "temperatures": temperatures, "fields": fields,
+    }  # fmt: skip
+
+
+def _name(value: Any) -> str:
+    """The name of an output, which is that of a file too."""
+    if not isinstance(value, str) or not value.isprintable() or {"/", "\\"} & {*value}:
+        raise Misfit("a name is none of a file")
+    return value
+
+
+def _field(value: Any) -> tuple[Any, ...]:
+    """The dtype and shape of a row."""
+    kind, *shape = value
+    return word("a dtype", kind), *(integer("a shape", size, 1, _MOST) for size in shape)
+
+
+def _grid(rows: Any, columns: Any) -> Grid:
+    return integer("grid", rows, 1, _MOST), integer("grid", columns, 1, _MOST)
 
 
 def _digest(data: Mapping[str, Any]) -> str:
