@@ -5,6 +5,7 @@ import math
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import threading
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from limits import no_file_above
@@ -461,6 +463,48 @@ def test_of_equally_accurate_epochs_the_one_of_lower_loss_is_kept(tmp_path: Path
 
     monkeypatch.setattr(loop, "evaluate_all", tied)
     assert train(recipe(), tmp_path / "run")["best_epoch"] == 1
+
+
+@pytest.mark.parametrize("change", ["added", "removed", "renamed", "another folder of this name"])
+def test_a_run_does_not_go_on_with_other_images(change: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for place in ("here", "there"):
+        for split, number in (("train", 12), ("test", 2)):
+            for kind in "ab":
+                folder = tmp_path / place / "data" / split / kind
+                folder.mkdir(parents=True)
+                for each in range(number):
+                    Image.new("L", (8, 8), 9 * each).save(folder / f"{place}-{each}.png")
+    monkeypatch.chdir(tmp_path / "here")
+    options = recipe(data__root="data", data__limit=None)
+    with pytest.raises(Stopped):
+        train(options, tmp_path / "run", report=At(1, 1, signal.SIGTERM))
+    one, new = Path("data/train/a/here-3.png"), Path("data/train/a/new.png")
+    match change:
+        case "added":
+            shutil.copy(one, new)
+        case "removed":
+            one.unlink()
+        case "renamed":
+            one.rename(new)
+        case _:
+            monkeypatch.chdir(tmp_path / "there")
+    with pytest.raises(RecipeError, match="the training images are not those with which this run began") as error:
+        train(options, tmp_path / "run")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "one", "other"),
+    [
+        ("reduction", "TopK() @ KeepRate(0.6)", 'TopK(score="cls_attention") @ KeepRate(0.60)'),
+        ("distill", "Labels(0.3) + Logits()", "Labels( 0.30 )+Logits()"),
+    ],
+)
+def test_a_notation_may_be_written_in_several_ways(name: str, one: str, other: str):
+    taught = {"teacher": {"name": "t"}} if name == "distill" else {}
+    first, second, third = (recipe(**taught, **{name: text}) for text in (one, other, one.replace("0.", "0.1")))
+    assert first.differences(second) == []
+    assert len(first.differences(third)) == 1
 
 
 FOREIGN = ["movie.mkv.part", "notes.lock", ".lock", ".tmpabc", ".vitrim-part-file"]

@@ -25,16 +25,16 @@ def connect(text: str) -> Engine:
     try:
         # No connection outlives its use, since the processes that read images are forks of this one.
         return create_engine(url, poolclass=NullPool)
-    except (ArgumentError, TypeError, ValueError):
-        raise VitrimError(
-            f"the URL in --database has parts that {url.drivername} does not take; write sqlite:///FILE or "
-            "postgresql://USER:PASSWORD@HOST/NAME"
-        ) from None
     except NoSuchModuleError:
         raise UnknownNameError("kind of database", url.drivername, _KINDS) from None
     except ModuleNotFoundError as error:
         package = _PACKAGES.get(error.name or "", error.name)
         raise VitrimError(f"{url.drivername} needs a driver; run: pip install '{package}'") from None
+    except (ArgumentError, TypeError, ValueError):
+        raise VitrimError(
+            f"the URL in --database has parts that {url.drivername} does not take; write sqlite:///FILE or "
+            "postgresql://USER:PASSWORD@HOST/NAME"
+        ) from None
 
 
 def file_url(path: str | Path) -> str:

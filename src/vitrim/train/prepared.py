@@ -17,7 +17,7 @@ from .learner import make_mixup, make_optimizer, make_scheduler, prepare_student
 from .meter import Meter
 from .recipe import Recipe
 from .single_network import SingleNetwork
-from .state import Report, RunState, Stateful
+from .state import Report, RunState, SameImages, Stateful
 from .stratification import Stratification
 from .task import Task
 
@@ -66,6 +66,7 @@ class PreparedRun:
             "scaler": self.accelerator.scaler,
             "gradients": handle.gradients if (handle := attached(self.student)) else None,
             "task": self.task.part,
+            "images": SameImages(*filter(None, (self.splits.train, self.splits.select))),
         }
 
     def _make_task(self) -> Task:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from ..data.specs import AugmentSpec, DataSpec
-from ..errors import RecipeError, UnknownNameError
+from ..errors import RecipeError, UnknownNameError, VitrimError
 from ..options import Range, check_options, flatten, from_dict, plain, read_yaml
 from ..yaml_text import dump_yaml, parse_yaml
 from .specs import CacheSpec, ElasticSpec, ModelSpec, OptimSpec
@@ -15,7 +15,7 @@ WITHOUT_EFFECT = ("data.workers", "data.download", "cache.folder", "shard_teache
 PLACES = ("data.root", "model.name", "model.checkpoint", "teacher.name", "teacher.checkpoint")
 """Options that may name a file or folder."""
 NOTATION = ("reduction", "distill")
-"""Options in which spaces have no meaning."""
+"""Options that may be written in several ways: with other spaces, with or without an option that has its default."""
 
 
 @dataclass
@@ -187,4 +187,15 @@ def _same(name: str, one: Any, other: Any) -> bool:
         return one == other
     if name in PLACES:
         return one == other or Path(one).resolve() == Path(other).resolve()
-    return "".join(one.split()) == "".join(other.split()) if name in NOTATION else one == other
+    return one == other or (name in NOTATION and _parsed(name, one) == _parsed(name, other))
+
+
+def _parsed(name: str, text: str) -> object:
+    """What a text in the notation means; a text that means nothing stands for itself."""
+    from ..distill import Terms  # Here, since both import torch.
+    from ..tokens import Reduction
+
+    try:
+        return Terms.parse(text) if name == "distill" else str(Reduction.parse(text))
+    except VitrimError:
+        return text

@@ -2,8 +2,15 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
+from hashlib import sha256
 from typing import Any, Protocol
 
+from torch.utils.data import Subset
+
+from ..data.fingerprint import fingerprint
+from ..data.streams import Stream
+from ..errors import CheckpointError, RecipeError
 from .checkpoint import RunFolder
 from .meter import Meter
 
@@ -22,6 +29,30 @@ class Stateful(Protocol):
 
     def load_state_dict(self, state_dict: Any) -> Any:
         """Continue from what `state_dict` returned."""
+
+
+class SameImages:
+    """The part of a checkpoint by which a run continues on the images that it began with, and on no others."""
+
+    def __init__(self, *streams: Stream) -> None:
+        self.streams = streams
+
+    @cached_property
+    def _hash(self) -> str:
+        found = (fingerprint(Subset(one.images.source, one.indices), 8, sizes=False) for one in self.streams)
+        return sha256(" ".join(found).encode()).hexdigest()
+
+    def state_dict(self) -> str:
+        """A hash of which images these are; their files are not touched."""
+        return self._hash
+
+    def load_state_dict(self, state_dict: str) -> None:
+        """Raise `RecipeError` unless these images are those of the checkpoint."""
+        if state_dict != self.state_dict():
+            raise RecipeError(
+                "the training images are not those with which this run began: files were added, removed or renamed, or "
+                "data.root is another folder from here; put them back, or choose another folder with --out"
+            )
 
 
 @dataclass
@@ -55,6 +86,10 @@ class RunState:
         state = folder.load_state()
         if state is None:
             return
+        if missing := [name for name, part in parts.items() if part is not None and name not in state]:
+            raise CheckpointError(
+                f"{folder.state_path} lacks {missing[0]}, as one of another version does; remove it to start again"
+            )
         for name in vars(self):
             setattr(self, name, state[name])
         meter.restore(state["sums"], state["unreadable"])
