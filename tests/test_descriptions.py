@@ -16,6 +16,7 @@ from vitrim.errors import CheckpointError, VitrimError
 from vitrim.models.classes import classes_of
 from vitrim.models.description import parse
 from vitrim.models.rebuild import describe
+from zoo import ZOO
 
 NAME = "vit_tiny_patch16_224"
 SIZES = {"img_size": 32, "depth": 2, "embed_dim": 16, "num_heads": 2}
@@ -101,6 +102,10 @@ ALTERED = {
     "widths that are a number": put("widths", value=3),
     "too few widths": put("widths", value=[{"head_dim": 8, "hidden": 64}]),
     "wider than it is": put("widths", value=[{"head_dim": 8, "hidden": 65_536}] * 2),
+    "values of another width": put("widths", value=[{"head_dim": 8, "hidden": 64, "value_dim": 4}] * 2),
+    "values of no number": put("widths", value=[{"head_dim": 8, "hidden": 64, "value_dim": None}] * 2),
+    "values below zero": put("widths", value=[{"head_dim": 8, "hidden": 64, "value_dim": -1}] * 2),
+    "another width": put("widths", value=[{"head_dim": 8, "hidden": 64, "query_dim": 4}] * 2),
     "strength is a list": put("reduction", "strength", value=[]),
     "strength above 1": put("reduction", "strength", value=7),
     "strength is no number": put("reduction", "strength", value=float("nan")),
@@ -124,6 +129,17 @@ def test_altered_descriptions_are_refused_in_one_line(name, folder, tmp_path):
     with pytest.raises(VitrimError) as refused:
         vitrim.load(altered)
     assert not fault_of(str(refused.value))
+
+
+@pytest.mark.parametrize("adapter", ["timm-eva", "transformers"])
+def test_altered_widths_of_values_are_refused_in_one_line(adapter, tmp_path):
+    name = next(name for name in ZOO[adapter] if name.endswith("narrow_values"))
+    stored = vitrim.save(ZOO[adapter][name](), tmp_path / "m")
+    for changes in ({"value_dim": 13}, {"value_dim": 4}, {"head_dim": 6}, {"head_dim": 0}, {"value_dim": 0}):
+        altered = changed(stored, tmp_path, lambda record, changes=changes: record["widths"][0].update(changes))
+        with pytest.raises(VitrimError) as refused:
+            vitrim.load(altered)
+        assert not fault_of(str(refused.value)), changes
 
 
 BAD_SIZES = ([], [16], "", "x", 0, True, 0.5, [[]], [16, None], [1, 2, 3])
