@@ -81,6 +81,12 @@ def test_floats_in_the_unit_interval_are_scaled():
     assert (grey(Image.fromarray((RAMP / 65535).astype(np.float32))) == EIGHT).all()
 
 
+def test_twelve_bits_in_sixteen_are_scaled_as_the_message_says():
+    image = Image.fromarray(RAMP >> 4)
+    assert (abs(grey(Image.fromarray(np.asarray(image).astype(float) / 4095)).astype(int) - EIGHT) <= 1).all()
+    assert (grey(Image.fromarray(RAMP // 8)) == (RAMP // 8 * 255.0 / 65535).round()).all()  # Dark, but in 13 bits.
+
+
 @pytest.mark.parametrize(
     ("image", "reason"),
     [
@@ -89,8 +95,10 @@ def test_floats_in_the_unit_interval_are_scaled():
         (Image.fromarray(RAMP.astype(np.int32)), "have no known range; .*astype"),
         (Image.fromarray(EIGHT.astype(np.int32)), "have no known range; .*astype"),
         (Image.fromarray(EIGHT.astype(np.uint8)).convert("I"), "have no known range; .*astype"),
-        (Image.fromarray(EIGHT.astype(np.uint16)), "go up to 255 only, which is black; .*astype"),
-        (Image.fromarray(EIGHT.astype(">u2")), "go up to 255 only, which is black; .*astype"),
+        (Image.fromarray(EIGHT.astype(np.uint16)), "go up to 255 only, which is black.*in 8 bits, .*uint8"),
+        (Image.fromarray(EIGHT.astype(">u2")), "go up to 255 only, which is black.*in 8 bits, .*uint8"),
+        (Image.fromarray(RAMP >> 4), r"go up to 4095 only, which is black or nearly so; .*12 bits, .*float\) / 4095\)"),
+        (Image.fromarray(RAMP >> 6), "go up to 1023 only, which is black or nearly so"),
         (Image.fromarray(EIGHT.astype(np.float32)), "floating-point values are not all in"),
         (Image.fromarray(RAMP.astype(np.int32) - 1), "have no known range"),
         (Image.fromarray(RAMP.astype(np.int32) * 9), "have no known range"),
@@ -105,6 +113,8 @@ def test_floats_in_the_unit_interval_are_scaled():
         "L as I",
         "8 in 16",
         "8 in big",
+        "12 in 16",
+        "10 in 16",
         "8 in float",
         "negative",
         "large",

@@ -117,6 +117,14 @@ def test_runs_and_vitrim_eval_report_their_evaluations(tmp_path: Path, monkeypat
     tested = [("evaluation", 4)] * 4
     assert told == [("start", None), ("step", None), ("evaluation", 1), ("epoch", None), *tested, ("done", None)]
     told.clear()
+    data = {"workers": 0, "limit": 60, "holdout": 0.5}
+    model["args"]["num_classes"] = 0  # Without classes the objective itself is measured, 8 images at a time.
+    taught = {"teacher": {"name": str(tmp_path / "run")}, "distill": "Tokens()"}
+    features = Recipe.from_dict({"model": model, "data": data, "epochs": 1, "batch_size": 8, **taught})
+    with noting() as report:
+        train(features, tmp_path / "features", report=report)
+    assert told.count(("evaluation", 4)) == 4
+    told.clear()
     monkeypatch.setattr(progress, "live", noting)
     main(["eval", f"{tmp_path}/run", "--data.workers", "0", "--batch_size", "99", "--device", "cpu"])
     assert told == tested

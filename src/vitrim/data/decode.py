@@ -35,6 +35,8 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 """EXIF orientation -> what undoes it."""
+_DARK = 4095
+"""The largest value of 12 bits, which is a sixteenth of white in 16."""
 _TIFF_BITS, _TIFF_PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0
 
 
@@ -107,10 +109,12 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     """The image with 8 bits per channel; Pillow's own conversion clips to 255."""
     if image.mode.startswith("I;16"):
         values = np.asarray(image).astype(np.int64)
-        if image.format is None and 0 < values.max() <= 255:
+        # Of files the format says the range. Cameras with 10 or 12 bits leave the upper ones of images in memory empty.
+        if image.format is None and 0 < values.max() <= _DARK:
+            way = "astype(np.uint8)" if values.max() <= 255 else "astype(float) / 4095"
             raise DataError(
-                f"its 16-bit values go up to {values.max()} only, which is black; if they are meant in 8 bits, give "
-                "Image.fromarray(np.asarray(image).astype(np.uint8))"
+                f"its 16-bit values go up to {values.max()} only, which is black or nearly so; if they are meant in "
+                f"{'8' if values.max() <= 255 else '12'} bits, give Image.fromarray(np.asarray(image).{way})"
             )
         return _scaled(values, *_range_of(image))
     if image.mode == "I":

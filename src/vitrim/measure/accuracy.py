@@ -142,18 +142,21 @@ def mean_loss(
     batch_size: int,
     workers: int,
     accelerator: Accelerator,
+    tick: Callable[[int, int], None] | None = None,
 ) -> dict[str, float]:
     """Mean over a stream of the objective, and of these terms of it, in eval mode and with its final weights.
 
     Each process evaluates its share of the images, so that the figures do not depend on the number of processes. All
     of them call the learner equally often, since a teacher in shards exchanges weights at every call. The teacher's
-    outputs come with the images where they are cached. Images that cannot be read are left out.
+    outputs come with the images where they are cached. Images that cannot be read are left out. `tick` is called with
+    (batches done, number of batches).
     """
     share = Share(stream, accelerator.process_index, accelerator.num_processes)
     names = ["loss", *terms]
     sums = torch.zeros(1 + len(names), device=accelerator.device)
+    loader = make_loader(share, batch_size, workers)[0] if len(share) else ()
     with evaluating(learner):
-        for images, targets, index, *known in make_loader(share, batch_size, workers)[0] if len(share) else ():
+        for done, (images, targets, index, *known) in enumerate(loader, 1):
             counted = index >= 0
             number = int(counted.sum())
             used = counted if number else torch.arange(len(index)) == 0  # A call needs at least one image.
@@ -164,6 +167,8 @@ def mean_loss(
             if number:
                 means = torch.stack([found.loss, *(found.terms[name] for name in names[1:])]).float()
                 sums += number * torch.cat([torch.ones_like(means[:1]), means])
+            if tick is not None:
+                tick(done, len(loader))
     number, *totals = accelerator.reduce(sums).tolist()
     if number == 0:
         raise DataError("there is no image to evaluate on")

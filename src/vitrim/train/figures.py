@@ -19,12 +19,14 @@ _MEASURES: Mapping[str, Callable[[nn.Module, Tensor], float]] = {"attention_entr
 
 
 def held_out_loss(
-    judge: nn.Module, stream: Stream, terms: Sequence[str], recipe: Recipe, accelerator: Accelerator
-) -> dict[str, float]:
+    judge: nn.Module, stream: Stream, terms: Sequence[str], recipe: Recipe, accelerator: Accelerator,
+    tick: Callable[[int, int], None],
+) -> dict[str, float]:  # fmt: skip
     """The mean of an objective and of its terms over all images of a stream, as "val_loss" and "val_" + term."""
     means = mean_loss(
-        judge, stream, terms=terms, batch_size=recipe.batch_size, workers=recipe.data.workers, accelerator=accelerator
-    )
+        judge, stream, terms=terms, batch_size=recipe.batch_size, workers=recipe.data.workers,
+        accelerator=accelerator, tick=tick,
+    )  # fmt: skip
     return {f"val_{name}": value for name, value in means.items()}
 
 

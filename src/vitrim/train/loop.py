@@ -187,7 +187,7 @@ class _Run(PreparedRun):
         self.task.follow(self.state.epoch, (self.steps - 1) / self.steps, self.state.history)
         figures |= self.task.strength()
         if self.splits.select is not None:
-            figures |= self.task.hold_out(self.splits.select, self._evaluate)
+            figures |= self.task.hold_out(self.splits.select, self._evaluate, self._report_evaluation)
         return figures
 
     def _evaluate(self, networks: Mapping[str, nn.Module], stream: Stream) -> dict[str, Figures]:

@@ -19,7 +19,7 @@ from .figures import held_out_loss, measure_figures
 from .learner import prepare_learner, with_student
 from .recipe import Recipe
 from .state import Report, Stateful
-from .task import Evaluate
+from .task import Evaluate, Tick
 
 
 class SingleNetwork:
@@ -89,13 +89,13 @@ class SingleNetwork:
     def record(self, folder: RunFolder, epoch: int, updates: range) -> None:
         """Nothing else belongs to an epoch."""
 
-    def hold_out(self, stream: Stream, evaluate: Evaluate) -> dict[str, Any]:
+    def hold_out(self, stream: Stream, evaluate: Evaluate, tick: Tick) -> dict[str, Any]:
         """Accuracy and loss, or the objective where no classes are learnt, and what the curriculum reads."""
         if self.classifies:
             found = evaluate({"network": self.network}, stream)["network"]
             figures = {"val_accuracy": found.accuracy, "val_loss": found.loss}
         else:
-            figures = held_out_loss(self.judge, stream, self.terms, self.recipe, self.accelerator)
+            figures = held_out_loss(self.judge, stream, self.terms, self.recipe, self.accelerator, tick)
         if any(figure.name not in figures for figure in self._curriculum_reads):
             images = stream.sample(64).to(self.accelerator.device)
             figures |= measure_figures(self.network, self._curriculum_reads, images)

@@ -33,7 +33,7 @@ from .figures import held_out_loss
 from .learner import cross_entropy, prepare_teacher
 from .recipe import Recipe
 from .state import Stateful
-from .task import Evaluate
+from .task import Evaluate, Tick
 
 log = logging.getLogger(__name__)
 BATCH = 64
@@ -125,12 +125,12 @@ class Stratification:
         parts = {part: [one[part] for one in drawn] for part in self.terms}
         folder.write_draws(epoch, {"networks": len(self.stratifier.chain), "first_update": updates.start} | parts)
 
-    def hold_out(self, stream: Stream, evaluate: Evaluate) -> dict[str, Any]:
+    def hold_out(self, stream: Stream, evaluate: Evaluate, tick: Tick) -> dict[str, Any]:
         """Figures of the full network without a name of their own, of the two others with theirs, and the mean."""
         networks = self._networks(self.network)
         if not self.classifies:
             judge = _Imitation(networks, self.teacher)
-            return self._reach() | held_out_loss(judge, stream, [*networks], self.recipe, self.accelerator)
+            return self._reach() | held_out_loss(judge, stream, [*networks], self.recipe, self.accelerator, tick)
         found = evaluate(networks, stream)
         mean = sum(one.accuracy for one in found.values()) / len(found)
         return self._reach() | _named("val", found) | {"val_accuracy_mean": mean}

@@ -18,6 +18,9 @@ from .state import Stateful
 Evaluate = Callable[[Mapping[str, nn.Module], Stream], dict[str, Figures]]
 """Evaluates several networks on the same images, with the batch size, workers and processes of this run."""
 
+Tick = Callable[[int, int], None]
+"""Called with (batches done, number of batches)."""
+
 
 class Task(Protocol):
     """One kind of training.
@@ -84,8 +87,14 @@ class Task(Protocol):
         """Write what else belongs to an epoch that has ended, and to its updates of weights; one process calls it."""
         ...
 
-    def hold_out(self, stream: Stream, evaluate: Evaluate) -> dict[str, Any]:
-        """Figures on held-out images, by which the epoch is chosen."""
+    def hold_out(self, stream: Stream, evaluate: Evaluate, tick: Tick) -> dict[str, Any]:
+        """Figures on held-out images, by which the epoch is chosen.
+
+        Args:
+            stream: these images.
+            evaluate: for networks with classes; it reports how far it is.
+            tick: where the task evaluates on its own, called with (batches done, number of batches).
+        """
         ...
 
     def rank(self, figures: Mapping[str, Any]) -> tuple[float, ...]:
