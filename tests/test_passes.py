@@ -466,6 +466,31 @@ def test_blocks_that_change_after_attach_are_named(change: str) -> None:
         assert len(handle.token_counts) == len(model.blocks)
 
 
+def test_attention_of_another_class_or_layer_after_attach_is_not_bypassed() -> None:
+    model, x = build("timm-vit", "vit"), images(2)
+    stock, calls = type(model.blocks[1].attn), []
+
+    class Counted(stock):
+        def forward(self, x: torch.Tensor, **kwargs: object) -> torch.Tensor:
+            calls.append(x.shape[1])
+            return super().forward(x, **kwargs)
+
+    handle = vitrim.attach(model, TOPK)
+    reduced, counted = model(x), vitrim.cost(model).macs
+    model.blocks[0].attn.__class__ = Counted
+    torch.testing.assert_close(model(x), reduced)
+    assert calls == [26]
+    assert vitrim.cost(model).macs > counted
+    model.blocks[0].attn.__class__ = stock
+    assert torch.equal(model(x), reduced)
+    before, model.blocks[0].attn = model.blocks[0].attn, stock(24, 3)
+    with pytest.raises(VitrimError, match=r"attn of block 0 was replaced; call handle.remove\(\), then attach again"):
+        model(x)
+    model.blocks[0].attn = before
+    handle.remove()
+    assert not [name for block in model.blocks for name in vars(block.attn) if name.startswith("vitrim")]
+
+
 def test_blocks_inside_wrappers_are_still_those_of_the_reduction() -> None:
     model, x = build("timm-vit", "gap_with_cls"), images(2)
     with vitrim.attach(model, TOME) as handle:

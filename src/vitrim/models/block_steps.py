@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from ..errors import VitrimError
-from .exchange import OWN_FORWARD, Reduced, intercepted
+from .exchange import OWN_FORWARD, Reduced, intercepted, is_new
 
 
 class BlockSteps(Reduced):
@@ -100,5 +100,17 @@ class BlockSteps(Reduced):
         return by != ""
 
     def attention_is_intercepted(self) -> str:
-        """What others did to the attention layer that acts on its calls alone; "" without such."""
-        return intercepted(self.get_submodule(self.vitrim_attention)) if self.vitrim_attention else ""
+        """What others did to the attention layer that acts on its calls alone; "" without such.
+
+        Raises:
+            VitrimError: it is another layer than the one that the reduction was attached to.
+        """
+        if not self.vitrim_attention:
+            return ""
+        attention = self.get_submodule(self.vitrim_attention)
+        if is_new(attention):
+            raise VitrimError(
+                f"the {self.vitrim_attention} of block {self.vitrim_index} was replaced; call handle.remove(), then "
+                "attach again"
+            )
+        return intercepted(attention)

@@ -17,6 +17,8 @@ Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 Module = TypeVar("Module", bound=nn.Module)
 OWN_FORWARD = "a forward of its own"
+_REPLACES = "vitrim_replaces"
+"""Attribute of an attention layer: the forward of its class when the reduction was attached."""
 Method = tuple[nn.Module, str, object, object]
 """Module, name of a method set on it, its value before, and ours."""
 
@@ -73,7 +75,10 @@ class Exchange:
             vars(module)["vitrim_policy"] = policy
             if index < len(blocks):
                 vars(module)["vitrim_index"] = index
-                vars(module)["vitrim_attention"] = next(iter(adapter.branches_of(model)), "")
+                vars(module)["vitrim_attention"] = name = next(iter(adapter.branches_of(model)), "")
+                if name:  # What a block that cuts does in its place.
+                    attention = module.get_submodule(name)
+                    vars(attention)[_REPLACES] = type(attention).forward
         for module, name, _, ours in exchange.methods:
             vars(module)[name] = ours
         return exchange
@@ -88,6 +93,8 @@ class Exchange:
                 )
         for module, original, _ in self.classes:
             module.__class__ = original
+            if name := vars(module).get("vitrim_attention"):
+                vars(module.get_submodule(name)).pop(_REPLACES, None)
             for name in ("vitrim_policy", "vitrim_index", "vitrim_attention"):
                 vars(module).pop(name, None)
         for module, name, before, ours in self.methods:
@@ -143,10 +150,17 @@ def intercepted(module: nn.Module) -> str:
         return "a hook"
     if module._forward_hooks and any(acts(hook) for hook in module._forward_hooks.values()):
         return "a hook"
+    if vars(module).get(_REPLACES, type(module).forward) is not type(module).forward:
+        return OWN_FORWARD
     own: Any = vars(module).get("forward")
     if own is not None and getattr(own, "__func__", None) is not type(module).forward:
         return OWN_FORWARD
     return ""
+
+
+def is_new(attention: nn.Module) -> bool:
+    """Whether this attention layer was not there when the reduction was attached."""
+    return _REPLACES not in vars(attention)
 
 
 def acts(hook: object) -> bool:
