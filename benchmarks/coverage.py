@@ -118,6 +118,12 @@ def repeated(
     }
 
 
+def bar(rows: list[Values], which: str) -> str:
+    """Whether every statement reaches 19 of 20 repetitions, in words."""
+    least = min((row[which] for row in rows), default=1.0)
+    return f"{'met' if least >= 0.95 else 'not met'} (least {least:.1%})"
+
+
 def main(
     model: str,
     method: str = "TopK() @ KeepRate(0.5, at=(1, 3))",
@@ -165,11 +171,12 @@ def main(
         contained, holds = (float(np.mean([one[key][which] for one in every])) for which in (0, 1))
         rows.append({"how": "second measurement", "statement": key, "images": every[0][key][2], "number": repetitions,
                      "contained": contained, "holds": holds})  # fmt: skip
-    least = min((row["holds"] for row in rows if row["holds"] is not None), default=1.0)
+    repeats = [row for row in rows if row["holds"] is not None]
     notes = [
-        f"{method} against the model itself, {len(images):,} test images of {name}.",
-        f"Bar: every statement holds in at least 19 of 20 repetitions: {'met' if least >= 0.95 else 'not met'} "
-        f"(least {least:.1%} of {repetitions}).",
+        f"{method} against the model itself, {len(images):,} test images of {name}; times of batches of {batch_size} with "
+        f"{threads} thread{'s' if threads > 1 else ''}.",
+        "Bar, at least 19 of 20 repetitions: that verify says yes to every statement is "
+        f"{bar(repeats, 'holds')}; that the interval contains the second value is {bar(repeats, 'contained')}.",
         "In the interval: of all images, which is what an interval is for, by simulation; of another half of the "
         "images, or of another measurement of as many sessions, in repetitions. An interval of a mean contains that of "
         "another sample in about 83 %; intervals of times are made for another measurement.",
