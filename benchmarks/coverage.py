@@ -173,8 +173,8 @@ def main(
                      "contained": contained, "holds": holds})  # fmt: skip
     repeats = [row for row in rows if row["holds"] is not None]
     notes = [
-        f"{method} against the model itself, {len(images):,} test images of {name}; times of batches of {batch_size} with "
-        f"{threads} thread{'s' if threads > 1 else ''}.",
+        f"{method} against the model itself, {len(images):,} test images of {name}; times of batches of {batch_size} "
+        f"with {threads} thread{'s' if threads > 1 else ''}.",
         "Bar, at least 19 of 20 repetitions: that verify says yes to every statement is "
         f"{bar(repeats, 'holds')}; that the interval contains the second value is {bar(repeats, 'contained')}.",
         "In the interval: of all images, which is what an interval is for, by simulation; of another half of the "
