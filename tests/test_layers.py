@@ -20,6 +20,7 @@ RANK = {
     "notation": 2,
     "output": 2,
     "yaml_text": 2,
+    "heartbeat": 2,
     "options": 3,
     "tokens": 3,
     "models": 4,

@@ -36,7 +36,9 @@ def check_patches(model: nn.Module, size: int | Sequence[int]) -> None:
     except UnsupportedModelError:
         return
     if rows * columns < 1:
-        raise VitrimError(f"images of {height} x {width} px are smaller than one patch; choose a larger image size")
+        raise UnsupportedModelError(
+            f"images of {height} x {width} px are smaller than one patch; choose a larger image size"
+        )
     if rows * columns > MOST_PATCHES:
         raise VitrimError(
             f"images of {height} x {width} px give {rows * columns:,} patches each, more than {MOST_PATCHES:,}; choose "

@@ -54,6 +54,21 @@ class Contents:
         return self
 
 
+def storage_of(x: Tensor) -> torch.UntypedStorage | None:
+    """The memory of a tensor; None where it has none of its own, and while graphs are made."""
+    if recording():
+        return None
+    try:
+        return x.untyped_storage()
+    except (RuntimeError, NotImplementedError):  # As under `vmap`.
+        return None
+
+
+def writes(x: Tensor) -> int:
+    """How often something was written into this memory; tensors of inference mode do not count it."""
+    return 0 if x.is_inference() else x._version
+
+
 def capturing(x: Tensor) -> bool:
     """Whether a CUDA graph is captured on the device of `x`, where nothing can wait for it."""
     return x.is_cuda and torch.cuda.is_current_stream_capturing()

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from ..errors import VitrimError
 from ..text import outline
 from ..tokens import Assignment, Plan, Reducer, TokenState
-from ..tokens.recording import recording
-from .contents import Contents
+from .contents import Contents, storage_of, writes
 
 _TRACE = "vitrim_trace"
 
@@ -193,15 +192,15 @@ def mark(x: Tensor, trace: Trace) -> None:
     another tensor of the same memory, which has the same tokens.
     """
     setattr(x, _TRACE, trace)
-    storage = _storage(x)
+    storage = storage_of(x)
     if storage is not None:
-        setattr(storage, _TRACE, (trace, x.shape, x.stride(), x.storage_offset(), _writes(x)))
+        setattr(storage, _TRACE, (trace, x.shape, x.stride(), x.storage_offset(), writes(x)))
 
 
 def trace_of(x: Tensor) -> Trace | None:
     """The trace of these tokens; None if they have none, as after `clone()`, a cast or an index."""
     trace = own_trace(x)
-    storage = None if trace is not None else _storage(x)
+    storage = None if trace is not None else storage_of(x)
     found = getattr(storage, _TRACE, None)
     if found is not None and found[1:4] == (x.shape, x.stride(), x.storage_offset()):
         return found[0]
@@ -214,7 +213,7 @@ def unchanged_trace_of(x: Tensor, *, proven: bool = False) -> Trace | None:
     Tokens that were handed to the user are known by what they hold, others by PyTorch's count of what was written.
     Tensors of inference mode have no such count: they pass, or give None where it must be `proven`.
     """
-    trace, storage = trace_of(x), _storage(x)
+    trace, storage = trace_of(x), storage_of(x)
     if trace is None or storage is None:
         return trace
     same = None if trace.contents is None else trace.contents.still_in(x)
@@ -223,7 +222,7 @@ def unchanged_trace_of(x: Tensor, *, proven: bool = False) -> Trace | None:
     if proven and x.is_inference():
         return None
     found = getattr(storage, _TRACE, None)
-    if found is None or found[1:] != (x.shape, x.stride(), x.storage_offset(), _writes(x)):
+    if found is None or found[1:] != (x.shape, x.stride(), x.storage_offset(), writes(x)):
         return None
     return trace if trace.same_pass(found[0]) else None
 
@@ -239,17 +238,3 @@ def _to(assignment: Assignment, device: torch.device) -> Assignment:
     return replace(
         assignment, **{name: value.to(device) for name, value in values.items() if isinstance(value, Tensor)}
     )
-
-
-def _storage(x: Tensor) -> torch.UntypedStorage | None:
-    if recording():
-        return None
-    try:
-        return x.untyped_storage()
-    except (RuntimeError, NotImplementedError):  # Tensors without memory of their own, as under `vmap`.
-        return None
-
-
-def _writes(x: Tensor) -> int:
-    """How often something was written into this memory; tensors of inference mode do not count it."""
-    return 0 if x.is_inference() else x._version
