@@ -1,6 +1,6 @@
 """Produces the committed speed table: reductions and their plain counterparts beside dense timm, in interleaved rounds.
 
-    python benchmarks/run.py --threads 2 --rounds 20 --out results/bench-deit-s-cpu
+    python benchmarks/run.py --threads 2 --rounds 10 --out results/bench-deit-s-cpu
     python benchmarks/run.py --device cuda --dtype bfloat16 --batch_sizes 256 32 --out results/bench-deit-s-cuda
     python benchmarks/run.py --device cuda --dtype bfloat16 --batch_sizes 1 --graphs --out results/bench-deit-s-cuda-1
 
