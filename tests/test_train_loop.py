@@ -14,7 +14,10 @@ from torch import nn
 from vitrim import attach, attached, load, save
 from vitrim.data.seeding import seed_everything
 from vitrim.data.specs import AugmentSpec
+from vitrim.errors import CheckpointError
 from vitrim.measure.accelerator import fast_precision
+from vitrim.models.adapter import Adapter
+from vitrim.models.families.timm_model import TimmModel
 from vitrim.train import loop
 from vitrim.train.checkpoint import RunFolder
 from vitrim.train.learner import make_mixup, make_optimizer, make_scheduler, prepare_student
@@ -240,3 +243,12 @@ def test_strength_follows_every_step_where_asked(tmp_path: Path):
     train(recipe(reduction=f"TopK() @ KeepRate(0.5, at=[0]) @ {curriculum}", epochs=2), tmp_path / "run")
     strengths = [line["strength"] for line in RunFolder(tmp_path / "run").metrics]
     assert strengths == pytest.approx([0.75 / 2, 1.75 / 2])  # Four steps an epoch; the last begins at 3/4.
+
+
+def test_a_network_that_cannot_be_saved_is_refused_before_the_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(TimmModel, "describe", Adapter.describe)
+    with pytest.raises(CheckpointError, match=r"was not made by timm\.create_model"):
+        train(recipe(), tmp_path / "run")
+    assert not (tmp_path / "run").exists()

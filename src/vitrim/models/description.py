@@ -123,10 +123,17 @@ def largest(name: str) -> int:
 
 def check_args(args: Mapping[str, Any]) -> None:
     """Raise `CheckpointError` unless `parse` would take these arguments of an architecture."""
+    if (fault := fault_of_args(args)) is not None:
+        raise CheckpointError(f"the model cannot be described: {fault}")
+
+
+def fault_of_args(args: Mapping[str, Any]) -> str | None:
+    """Why no description holds these arguments of an architecture: "args.NAME is ..."; None where one can."""
     try:
         _args(args)
     except Misfit as error:
-        raise CheckpointError(f"the model cannot be described: {error}") from None
+        return str(error)
+    return None
 
 
 def _record(record: Mapping[str, Any], source: str | Path) -> Record:
@@ -155,7 +162,7 @@ def _args(values: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in values.items():
         word("a name in args", name)
         if _NAMES_FILES.fullmatch(name):
-            raise Misfit(f"args.{name} may name a file or code, which no description does")
+            raise Misfit(f"args.{name} may name a file or code, which no saved model holds")
         most = largest(name)
         found[name] = plain(f"args.{name}", value, most)
         for part in value if isinstance(value, list | tuple) else [value]:

@@ -19,6 +19,7 @@ from ..models import adapter_of, attach, attached, build_model, find_adapter
 from ..models.build import check_name, is_architecture
 from ..models.classes import other_classes
 from ..models.input_format import InputFormat
+from ..models.rebuild import describe
 from ..tokens import Constant, Reduction, render
 from .figures import check_figures
 from .recipe import Recipe
@@ -88,6 +89,7 @@ def prepare_student(recipe: Recipe, classes: Sequence[str]) -> nn.Module:
     """
     student = prepare_model(recipe.model, len(classes), recipe.data.image_size)
     adapter = find_adapter(student)
+    describe(student)  # What could not be saved is refused now, and not after the first epoch.
     head = adapter.classifier(student)
     if head.classes not in (0, len(classes)) and learns_labels(recipe):
         raise RecipeError(

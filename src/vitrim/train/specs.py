@@ -23,7 +23,7 @@ class ModelSpec:
         checkpoint_size: height and width of the images that these weights were trained on, where their positions do not
             show it.
         reset_head: take everything but the classifier from the checkpoint.
-        args: further arguments of the model's constructor, by name, as plain values.
+        args: further arguments of the model's constructor, by name, as plain values or lists of them.
     """
 
     name: str = "vitrim_digits_vit"
@@ -34,14 +34,18 @@ class ModelSpec:
     args: dict[str, Any] = field(default_factory=dict)
 
     def check(self, where: str) -> None:
-        """Raise `RecipeError` where `args` hold what is an option of its own; `where` is "model" or "teacher"."""
+        """Raise `RecipeError` where `args` hold an option of its own, or what no saved model holds, such as a mapping.
+
+        Args:
+            where: "model" or "teacher".
+        """
         check_options(self, f"{where}.")
         if self.checkpoint_size is not None and (len(self.checkpoint_size) != 2 or self.checkpoint is None):
             raise RecipeError(
                 f"{where}.checkpoint_size is {shortened(str(self.checkpoint_size), 60)}; it must be the height and the "
                 f"width of the images of {where}.checkpoint, such as [128, 288]"
             )
-        from ..models.description import largest  # Here, since it imports torch.
+        from ..models.description import fault_of_args, largest  # Here, since it imports torch.
 
         for name, value in self.args.items():
             if name in ("pretrained", "checkpoint", "checkpoint_size", "reset_head"):
@@ -57,6 +61,8 @@ class ModelSpec:
             for part in value if isinstance(value, list) else [value]:
                 if isinstance(part, int) and part > largest(name):
                     raise RecipeError(f"{where}.args.{name} is {short(part)}; it must be at most {largest(name):,}")
+        if (fault := fault_of_args(self.args)) is not None:  # What cannot be described can be trained, but not saved.
+            raise RecipeError(f"{where}.{fault}")
 
 
 @dataclass
