@@ -142,9 +142,9 @@ def test_version(capsys: pytest.CaptureFixture[str]):
         ("train --out x --distill Logits(", "vitrim train: cannot read 'Logits('"),
         ("train --out x --model.args {embed_dim:50}", "vitrim train: model.args has an entry named 'embed_dim:50'; w"),
         ('train --out x --model.args {"depth":0}', "vitrim train: model.args.depth is 0; it must be a whole number fr"),
-        ('train --out x --model.args {"norm_layer":{"eps":1}}', "vitrim train: model.args.norm_layer is a dict; it must"),
+        ('train --out x --model.args {"norm_layer":{"eps":1}}', "vitrim train: model.args.norm_layer is a dict; it m"),
         ('train --out x --model.args {"a":[1,{"b":2}]}', "vitrim train: model.args.a is a dict; it must be a plain va"),
-        ('train --out x --model.args {"dtype":"float16"}', "vitrim train: model.args.dtype may name a file or code, wh"),
+        ('train --out x --model.args {"dtype":"float16"}', "vitrim train: model.args.dtype may name a file or code,"),
         (
             'train --out x --distill Logits() --teacher.name saved --teacher.args {"norm_layer":[{"eps":1}]}',
             "vitrim train: teacher.args.norm_layer is a dict; it must be a plain value or a short list of them",
