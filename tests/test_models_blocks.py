@@ -10,7 +10,7 @@ import vitrim
 from block_models import BLOCKS, MORE
 from references import gradients_of_reference
 from test_contract import Case, agrees_with_reference
-from vitrim.errors import UnsupportedModelError, VitrimError
+from vitrim.errors import UnsupportedModelError, VitrimError, WidthError
 from vitrim.models import find_adapter
 from vitrim.models.sublayers import sublayers
 from vitrim.tokens import Reducer
@@ -123,7 +123,7 @@ def test_hooks_run_or_are_refused(name: str) -> None:
 
 @pytest.mark.parametrize("name", KINDS)
 def test_widths_are_refused_in_one_line(name: str) -> None:
-    with pytest.raises(UnsupportedModelError, match=r"^the width of a \w+ cannot change; that of timm's standard"):
+    with pytest.raises(WidthError, match=r"^the width of the blocks of this \w+ cannot be cut: each is a "):
         sublayers(_model(name))
 
 

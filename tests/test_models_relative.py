@@ -9,8 +9,9 @@ import vitrim
 from references import gradients_of_reference
 from relative_models import BEIT, MORE, RELPOS
 from test_contract import Case, agrees_with_reference
-from vitrim.errors import CheckpointError, VitrimError
+from vitrim.errors import CheckpointError, VitrimError, WidthError
 from vitrim.models import find_adapter
+from vitrim.models.sublayers import sublayers
 from vitrim.tokens import Reducer
 from zoo import images, redrawn
 
@@ -138,3 +139,12 @@ def test_maps_pooling_and_masks() -> None:
         torch.testing.assert_close(maps[1], expected)
         with pytest.raises(VitrimError, match="from which forward pass these features come"):
             model.forward_head(model.forward_features(x).clone())
+
+
+@pytest.mark.parametrize("name", ["beit", "relpos_table", "relpos_post_norm"])
+def test_widths_are_refused_by_the_part_that_cannot_be_cut_and_tokens_named_instead(name: str) -> None:
+    with pytest.raises(WidthError) as caught:
+        sublayers(_model(name))
+    assert str(caught.value).startswith("the width of blocks.0.attn cannot be cut: no narrow form of timm.models.")
+    assert str(caught.value).endswith("; reduce its tokens instead: vitrim compress --using tokens, or vitrim.attach")
+    assert str(caught.value).startswith(caught.value.fact)

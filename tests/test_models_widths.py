@@ -1,12 +1,17 @@
 """Blocks of uneven width: slicing agrees with masking, removed branches add a constant, the impossible is refused."""
 
+import pickle
+import pickletools
+
 import pytest
 import timm
 import torch
+from torch import nn
 
 import vitrim
+from hf_models import MORE
 from vitrim.errors import UnsupportedModelError, VitrimError
-from vitrim.models import BlockWidths, RemovedBranch, set_widths, widths_of
+from vitrim.models import BlockWidths, RemovedBranch, find_adapter, set_widths, widths_of
 
 
 def tiny(**args):
@@ -111,3 +116,19 @@ def test_what_cannot_be_narrowed_is_refused_untouched():
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     with pytest.raises(UnsupportedModelError, match="ResNet"):
         widths_of(timm.create_model("resnet10t"))
+
+
+def _classes_of_vitrim_in_a_pickle(model: nn.Module) -> set[str]:
+    calls = pickletools.genops(pickle.dumps(model, 2))
+    return {str(name) for code, name, _ in calls if code.name == "GLOBAL" and str(name).startswith("vitrim")}
+
+
+@pytest.mark.parametrize("name", ["timm", "vit_bare", "dinov3", "clip"])
+def test_pickles_of_narrow_models_name_classes_of_vitrim_only_where_a_branch_is_gone(name: str):
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2) if name == "timm" else MORE[name]()
+    own = widths_of(model)
+    narrow = 4 if find_adapter(model).geometry(model).rotary is False else own[0].head_dim
+    set_widths(model, [BlockWidths(narrow, 8)] * len(own))
+    assert not _classes_of_vitrim_in_a_pickle(model)
+    set_widths(model, [BlockWidths(0, 8), *widths_of(model)[1:]])
+    assert any("Removed" in each for each in _classes_of_vitrim_in_a_pickle(model))

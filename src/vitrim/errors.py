@@ -43,6 +43,14 @@ class UnsupportedModelError(VitrimError):
     """A model that no adapter can change."""
 
 
+class WidthError(UnsupportedModelError):
+    """A part of a model whose width cannot be cut. `fact` says which and why, without the advice."""
+
+    def __init__(self, fact: str) -> None:
+        super().__init__(f"{fact}; reduce its tokens instead: vitrim compress --using tokens, or vitrim.attach")
+        self.fact = fact
+
+
 class UncountableError(VitrimError):
     """A module whose MACs cannot be counted without running it on real values."""
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..elastic import SuperNet, stratify
 from ..elastic.chain import hash_of
-from ..errors import UnsupportedModelError, VitrimError
+from ..errors import UnsupportedModelError, VitrimError, WidthError
 from ..measure.cost import cost
 from ..measure.environment import environment
 from ..measure.intervals import of_mean
@@ -172,7 +172,8 @@ class Job:
         except UnsupportedModelError as error:
             if "tokens" not in self.request.using:
                 raise
-            self._note(f"widths stay as they are: {error}")
+            fact = error.fact if isinstance(error, WidthError) else error
+            self._note(f"widths stay as they are: {fact}")
             return None
         self.progress.add(STRATIFY_UNITS * images, "ordering widths")
         return net

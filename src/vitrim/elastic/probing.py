@@ -26,7 +26,7 @@ def is_headless(model: nn.Module) -> bool:
     return num_classes(model) == 0
 
 
-def objective_of(model: nn.Module, labels: bool) -> Callable[[Tensor, Tensor | None], Tensor]:
+def objective_of(model: nn.Module, labels: bool) -> Callable[[Tensor, Any], Tensor]:
     """The scalar S of a batch: sum of the logits of the true class or of the predicted class, or squared feature norm.
 
     Raises:

@@ -33,7 +33,7 @@ def create(name: str, args: Mapping[str, Any], *, pretrained: bool = False) -> n
             raise VitrimError(f"{name} cannot be built with {short_name(given, 150)}: {_line(error)}") from error
         # Hubs and mirrors fail in many ways; all of them leave the user without weights.
         raise CheckpointError(f"no pretrained weights for {name}: {_line(error)}; give a file as checkpoint") from error
-    embed = getattr(model, "patch_embed", None)
+    embed: Any = getattr(model, "patch_embed", None)
     if getattr(embed, "num_patches", None) == 0:
         raise VitrimError(f"images of {embed.img_size} px are smaller than one patch of {embed.patch_size} px")
     return model

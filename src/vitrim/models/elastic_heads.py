@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..errors import UnsupportedModelError
+from ..errors import WidthError
 from ..tokens.precision import exact
 from .attention_heads import AttentionHeads
 from .compensation import Compensation
@@ -49,7 +49,9 @@ class ElasticHeads(AttentionHeads):
         for norm in self.query_key_norms:
             check_norm(norm, f"{name}: the norm of queries and keys")
         if not self.rotates_query_key and getattr(self.query_key_norms[0], "weight", None) is None:
-            raise UnsupportedModelError(f"{name}: the norm of queries has no weight that could hold the softmax scale")
+            raise WidthError(
+                f"the width of {name} cannot be cut: its norm of queries has no weight to hold the softmax scale"
+            )
 
     def unit_macs(self, tokens: int) -> Macs:
         projected = sum(parts * linear.in_features for linear, parts in self.streams) + self.last.out_features

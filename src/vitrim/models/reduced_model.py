@@ -43,8 +43,13 @@ class ReducedModel(Reduced):
         if "vitrim_handle" in vars(self) and hasattr(destination, "_metadata"):  # Not a tower inside the model.
             destination._metadata.setdefault(prefix[:-1], {})["vitrim"] = self.vitrim_policy.metadata()
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, *args: Any) -> None:
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, missing_keys: list[str],
+        unexpected_keys: list[str], error_msgs: list[str],
+    ) -> None:  # fmt: skip
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
         strength = self.vitrim_policy.strength_in(local_metadata.get("vitrim"))
         if "vitrim_handle" not in vars(self):
             return

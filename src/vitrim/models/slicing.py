@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..errors import UnsupportedModelError
+from ..errors import UnsupportedModelError, WidthError
 
 Parts = tuple[tuple[Any, int], ...]
 """Linear layers, each with how many equal parts its outputs have."""
@@ -54,7 +54,8 @@ def narrow_norm(norm: Any, x: Tensor) -> Tensor:
 def check_norm(norm: nn.Module, name: str) -> None:
     """Refuse a norm of another kind than LayerNorm and RMSNorm, whose narrowed form is not known."""
     if not isinstance(norm, nn.Identity | nn.LayerNorm | nn.RMSNorm) and type(norm).__name__ != "RmsNorm":
-        raise UnsupportedModelError(f"{name} is a {type(norm).__name__}; only LayerNorm and RMSNorm can be narrowed")
+        kind = type(norm).__name__
+        raise WidthError(f"the width of {name} cannot be cut: it is a {kind}, not a LayerNorm or RMSNorm")
 
 
 def check_linear(linear: nn.Module, name: str) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..errors import UnsupportedModelError
+from ..errors import UnsupportedModelError, WidthError
 from ..tables import Table
 from .compensation import Compensation
 from .finding import find_adapter
@@ -172,10 +172,8 @@ def sublayers(model: nn.Module) -> list[Sublayer]:
             if isinstance(child, RemovedBranch):
                 continue
             if type(child) not in ELASTIC:
-                known = ", ".join(sorted(cls.__name__ for cls in ELASTIC))
-                raise UnsupportedModelError(
-                    f"{names[child]} is a {type(child).__qualname__}, whose width cannot change; known: {known}"
-                )
+                kind = f"{type(child).__module__}.{type(child).__qualname__}"
+                raise WidthError(f"the width of {names[child]} cannot be cut: no narrow form of {kind} is known")
             found.append(Sublayer(names[child], index, ELASTIC[type(child)].kind, f"{names[block]}.{norm}"))
     _refuse_tied(model, found)
     return found
@@ -188,7 +186,7 @@ def _refuse_tied(model: nn.Module, parts: list[Sublayer]) -> None:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         other = first.setdefault(parameter, name)
         if other != name and any(place.startswith(home) for place in (name, other) for home in homes):
-            raise UnsupportedModelError(f"{other} and {name} are one parameter, whose width cannot change in one place")
+            raise WidthError(f"{other} and {name} are one parameter, whose width cannot be cut in one place")
 
 
 @contextmanager

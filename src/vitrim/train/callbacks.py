@@ -107,8 +107,8 @@ class Mover:
 
     def learns(self, model: nn.Module) -> bool:
         """Whether the strength depends on figures, or the score on gradients, of the epochs so far."""
-        handles = [handle for handle in self._handles(model) if handle.reduction is not None]
-        return any(handle.gradients is not None or handle.reduction.curriculum.reads for handle in handles)
+        pairs = [(handle, found) for handle in self._handles(model) if (found := handle.reduction) is not None]
+        return any(handle.gradients is not None or reduction.curriculum.reads for handle, reduction in pairs)
 
     def _handles(self, model: nn.Module) -> list[Handle]:
         handles = [handle for one in (model, *self.copies) for handle in handles_inside(one)]

@@ -20,8 +20,8 @@ from .hf_values import narrow_class, queries_and_keys
 class RemovedAttention(RemovedBranch):
     """What remains of an attention layer of width 0, for blocks that take a pair from it."""
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
-        """The constant, and no attention map."""
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The constant and, in place of an attention map, None."""
         return super().forward(hidden_states), None
 
 

@@ -15,7 +15,7 @@ from timm.models.vision_transformer import (
 )
 from torch import Tensor, nn
 
-from ...errors import UnsupportedModelError
+from ...errors import WidthError
 from ..exchange import intercepted
 from ..foreign_macs import macs_per_row
 from ..macs import BlockShape
@@ -75,10 +75,9 @@ class TimmBlocks(TimmViT):
         return self.branches if hasattr(self.blocks(model)[0], "attn") else {}
 
     def check_widths(self, model: Any) -> None:
-        raise UnsupportedModelError(
-            f"the width of a {type(self.blocks(model)[0]).__name__} cannot change; that of timm's standard block on "
-            "its plain attention can"
-        )
+        block = type(self.blocks(model)[0])
+        kind = "a Block with differential attention" if block is Block else f"a {block.__name__}"
+        raise WidthError(f"the width of the blocks of this {type(model).__name__} cannot be cut: each is {kind}")
 
     def _parts(self, block: Any) -> list[tuple[Any, tuple[type[nn.Module], ...]]]:
         parts: list[tuple[Any, tuple[type[nn.Module], ...]]] = [

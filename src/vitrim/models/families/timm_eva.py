@@ -12,7 +12,7 @@ from timm.layers import AttentionRope
 from timm.models.eva import Eva, EvaAttention, EvaBlock, EvaBlockPostNorm, checkpoint_filter_fn
 from torch import Tensor, nn
 
-from ...errors import UnsupportedModelError
+from ...errors import WidthError
 from ..adapter import State
 from ..elastic_values import value_dim
 from ..exchange import intercepted
@@ -116,9 +116,9 @@ class TimmEva(TimmViT):
 
     def check_widths(self, model: Any) -> None:
         if any(isinstance(block, EvaBlockPostNorm) for block in model.blocks):
-            raise UnsupportedModelError(
-                f"the width of this {type(model).__name__} cannot change: its norms follow attention and MLP, and "
-                "would act on what is left of a removed one; reduce its tokens instead"
+            raise WidthError(
+                f"the width of the blocks of this {type(model).__name__} cannot be cut: their norms follow attention "
+                "and MLP, and would act on what is left of a removed one"
             )
 
     def keeps_attention(self, model: Any) -> str:

@@ -5,7 +5,7 @@ from typing import Any
 from timm.layers import Attention, GluMlp, Mlp, SwiGLU
 from torch import Tensor, nn
 
-from ...errors import UnsupportedModelError
+from ...errors import WidthError
 from ..elastic_heads import ElasticHeads
 from ..elastic_hidden import ElasticHidden
 from ..slicing import Parts
@@ -37,8 +37,9 @@ class ElasticAttention(ElasticHeads, Attention, replaces=Attention):
     def refuse(self, name: str) -> None:
         if self.gate is not None or not isinstance(self.norm, nn.Identity):
             between = "gate" if self.gate is not None else "norm"
-            raise UnsupportedModelError(
-                f"{name} has a {between} between attention and output projection, which forbids rotating the values"
+            raise WidthError(
+                f"the width of {name} cannot be cut: its {between} between attention and output projection forbids "
+                "rotating the values"
             )
         super().refuse(name)
 

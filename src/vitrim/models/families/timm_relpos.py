@@ -87,4 +87,5 @@ class TimmRelPos(_TimmRelative):
 def _macs_of_bias(maker: Any) -> Macs:
     if not isinstance(maker, RelPosMlp):
         return Macs()
-    return Macs(maker.rel_coords_log[..., 0].numel() * macs_per_row(maker.mlp, 2))
+    coordinates: Any = maker.rel_coords_log
+    return Macs(coordinates[..., 0].numel() * macs_per_row(maker.mlp, 2))
