@@ -4,15 +4,15 @@
 #
 #     benchmarks/real.sh RUNS RESULTS [SECONDS] [PART...]
 #
-# Parts: system1 system2 system4 intel system5 widths tokens answers; all by default. data/vits14.safetensors and
-# data/imagenette160 must be there, for intel also data/intel. Runs, which are resumed by the same command, are kept in
-# the folder RUNS; tables and whatever is finished are copied to the folder RESULTS every 20 seconds, so that nothing is
+# Parts: system1 system2 system4 intel system5 widths tokens answers piad; all by default. data/vits14.safetensors and
+# data/imagenette160 must be there, for intel also data/intel. The benchmarks take the network in RUNS/vits14, which is
+# fine-tuned first if it is not there. Runs, which are resumed by the same command, are kept in the folder RUNS; tables and whatever is finished are copied to the folder RESULTS every 20 seconds, so that nothing is
 # lost where SECONDS are too few. Times in the tables of studies are those of a machine that did other work too; ratios
 # are within the same rounds.
 set -u
 runs=$1 results=$2 seconds=${3:-3600} start=$SECONDS
 shift $(($# < 3 ? $# : 3))
-parts=" ${*:-system1 system2 system4 intel system5 widths tokens answers} "
+parts=" ${*:-system1 system2 system4 intel system5 widths tokens answers piad} "
 images=data/imagenette160 model=$runs/vits14 widths=$runs/widths-vits14-cuda python=${PYTHON:-python3}
 export PYTHONUNBUFFERED=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 mkdir -p "$runs/logs" "$results"
@@ -59,14 +59,17 @@ study 2 system5 system5 $images 3 &
 study 4 system4 system4 $images 4 &
 study 6 intel system4 data/intel 4 &
 others=$(jobs -p | grep -v "^$keeping$")
-if wanted widths || wanted tokens || wanted answers; then
-    run 0 finetune "$python" -m vitrim train --config recipes/system5/finetune-vits14.yaml --data.limit 9469 \
-        --data.workers 4 --epochs 3 --optim.precision auto --out "$model"
+if wanted widths || wanted tokens || wanted answers || wanted piad; then
+    if ! [ -e "$model/vitrim.json" ]; then
+        run 0 finetune "$python" -m vitrim train --config recipes/system5/finetune-vits14.yaml --data.limit 9469 \
+            --data.workers 4 --epochs 3 --optim.precision auto --out "$model"
+    fi
     ended=()
     if wanted widths; then
         for seed in 1 2 3; do bench "widths-$seed" widths --device cuda --seeds $seed --table false --out "$widths" & ended+=($!); done
     fi
     if wanted tokens; then bench tokens tokens --device cuda --out "$runs/tokens-vits14-cuda" & ended+=($!); fi
+    if wanted piad; then bench piad piad --device cuda --runs "$runs/piad" --out "$runs/piad-vits14-cuda" & ended+=($!); fi
     if wanted answers; then
         for kind in tokens width joint; do bench "answers-$kind" compress --models "$runs/answers" --kinds $kind & ended+=($!); done
     fi

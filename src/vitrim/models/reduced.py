@@ -8,7 +8,6 @@ A family supplies the steps (`block_steps.py`); everything that decides which wo
 """
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -183,15 +182,18 @@ class ReducedBlock(BlockSteps):
         query: Tensor | None = None,
         key: Tensor | None = None,
         bias: Tensor | None = None,
+        cls_query: Tensor | None = None,
     ) -> Evidence:
         query, key = (None if one is None else self.scored(one) for one in (query, key))
+        if cls_query is None and query is not None:
+            cls_query = query[:, :, :1]
         return Evidence(
             num_prefix=trace.plan.num_prefix,
             block=self.vitrim_index,
             training=self.training,
             scale=self.head_scale,
             hidden_BTC=x,
-            cls_query_BH1D=None if query is None else query[:, :, :1],
+            cls_query_BH1D=cls_query,
             query_BHTD=query,
             key_BHTD=key,
             bias_BHTT=bias,
@@ -217,8 +219,8 @@ class ReducedBlock(BlockSteps):
         """Evidence of keys, and of the query of CLS if it is needed; no other query is computed."""
         if needs != "cls_row":
             return self._evidence(x, trace, key=key)
-        evidence = self._evidence(x, trace, key=key, bias=logit_bias(relative, trace, x.dtype, 1))
-        return replace(evidence, cls_query_BH1D=self.scored(self._streams(normed[:, :1], 0, 1)[0]))
+        cls_query = self.scored(self._streams(normed[:, :1], 0, 1)[0])
+        return self._evidence(x, trace, key=key, bias=logit_bias(relative, trace, x.dtype, 1), cls_query=cls_query)
 
     def _in_parts(self, compute: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """`compute(x)`, over a few images of (B, T, C) at a time on a CPU, where it is faster and nobody can see it.

@@ -3,6 +3,7 @@
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -75,14 +76,14 @@ class Trace:
         parked = self.parked
         if self.plan.reinstate is not None or self.restorable:
             parked = (*parked, None if assignment.merges else before_BTC)
-        return replace(self, assignments=assignments, size_BN=size_BM, place_BN=place, score_BN=score, parked=parked)
+        return self._with(assignments=assignments, size_BN=size_BM, place_BN=place, score_BN=score, parked=parked)
 
     def reinstate(self, x_BTC: Tensor) -> tuple[Tensor, "Trace"]:
         """All tokens in their original order, (B, P + N, C), and the trace from there on."""
         for (_, assignment), before_BTC in zip(reversed(self.assignments), reversed(self.parked), strict=True):
             x_BTC = assignment.undo(x_BTC, before_BTC, self.plan.num_prefix)
         parked = self.parked if self.restorable else ()
-        return x_BTC, replace(self, size_BN=None, place_BN=None, score_BN=None, parked=parked)
+        return x_BTC, self._with(size_BN=None, place_BN=None, score_BN=None, parked=parked)
 
     def restored(self, x_BTC: Tensor, norm: nn.Module | None = None, num_prefix: int | None = None) -> Tensor:
         """All input patches in their original order, (B, P + N, C), of tokens that have left `block`.
@@ -125,10 +126,14 @@ class Trace:
 
     def left(self, block: int) -> "Trace":
         """The trace of tokens that have left `block`."""
+        return self._with(block=block)
+
+    def _with(self, **changes: Any) -> "Trace":
+        """As `replace`, which takes ten times as long, in every block."""
         if torch.compiler.is_compiling():
-            return replace(self, block=block)
-        after = object.__new__(Trace)  # `replace` takes ten times as long, in every block.
-        vars(after).update(vars(self), block=block)
+            return replace(self, **changes)
+        after = object.__new__(Trace)
+        vars(after).update(vars(self), **changes)
         return after
 
     def to(self, device: torch.device) -> "Trace":
@@ -152,7 +157,7 @@ class Trace:
         """The same without what only later blocks need, so that nothing large is kept."""
         if self.place_BN is None and self.score_BN is None and not self.parked and self.gradients is None:
             return self
-        return replace(self, place_BN=None, score_BN=None, parked=(), gradients=None)
+        return self._with(place_BN=None, score_BN=None, parked=(), gradients=None)
 
     def cuts(self, block: int | None = None) -> list[Assignment]:
         """The cuts whose tokens have not returned after `block` (None: at the end)."""

@@ -17,6 +17,8 @@ from .precision import without_autocast
 from .scores import SCORES, Evidence, Needs
 
 REDUCERS: Table[str, type["Reducer"]] = Table("reducer")
+_BEHIND_ALL = 2**31 - 1
+"""An index above that of any token."""
 
 
 @dataclass(frozen=True)
@@ -204,15 +206,14 @@ class ToMe(Reducer):
         # In half precision many similarities would be equal, and other pairs would merge.
         with without_autocast(key):
             metric = key.mean(1, dtype=torch.promote_types(key.dtype, torch.float32))
-            metric = torch.nn.functional.normalize(metric, dim=-1, eps=torch.finfo(metric.dtype).tiny)
+            length = torch.linalg.vector_norm(metric, dim=-1, keepdim=True)
+            metric = metric / length.clamp(min=torch.finfo(metric.dtype).tiny)
             similarity, partner = (metric[:, ::2] @ metric[:, 1::2].transpose(1, 2)).max(dim=2)
         edge = ranking(similarity)[:, :num_moved]
         moved = edge * 2
         joined = partner.gather(1, edge) * 2 + 1
-        # The slot of each token among the survivors, and the survivors in their original order.
-        stays = torch.ones_like(key[:, 0, :, 0], dtype=torch.long).scatter(1, moved, torch.zeros_like(moved))
-        slot = stays.cumsum(1) - 1
-        own = torch.arange(num_tokens, device=moved.device).expand_as(slot)
-        # What is lost is written behind the last slot.
-        kept = torch.empty_like(slot).scatter(1, torch.where(stays > 0, slot, num_tokens - 1), own)[:, :keep]
+        # The survivors in their original order, since what moves is sorted behind them; and their slots.
+        own = torch.arange(num_tokens, device=moved.device).expand(moved.shape[0], -1)
+        kept = own.scatter(1, moved, _BEHIND_ALL).sort(dim=1).values[:, :keep]
+        slot = own.scatter(1, kept, own[:, :keep])
         return Assignment.merge(num_tokens, kept, moved, slot.gather(1, joined))

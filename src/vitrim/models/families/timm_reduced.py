@@ -55,14 +55,16 @@ def rows_of_qkv(
     part, separate = slice(sum(each[:first]), sum(each[:last])), getattr(attn, "q_bias", None) is not None
     bias = torch.cat((attn.q_bias, attn.k_bias, attn.v_bias)) if separate else None
     if splits(attn.qkv):
-        bias = bias if separate else attn.qkv.bias
-        out = F.linear(x_BTC, attn.qkv.weight[part], None if bias is None else bias[part])
+        weight, bias = attn.qkv.weight, bias if separate else attn.qkv.bias
+        if last - first < 3:
+            weight, bias = weight[part], None if bias is None else bias[part]
+        out = F.linear(x_BTC, weight, bias)
     elif separate and not attn.qkv_bias_separate:
         out = F.linear(x_BTC, attn.qkv.weight, bias)[..., part]
     else:  # Another layer put in its place (LoRA, quantised), or hooks: call it, which computes everything.
         out = attn.qkv(x_BTC)[..., part]
         out = out if bias is None else out + bias[part]
-    return out.split(each[first:last], dim=-1)
+    return out.split_with_sizes(each[first:last], dim=-1) if last - first > 1 else (out,)
 
 
 class ReducedTimmModel(ReducedModel):

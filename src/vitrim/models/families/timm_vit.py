@@ -46,8 +46,8 @@ class ReducedTimmBlock(ReducedBlock, Block):
             return (normed_BTC.new_empty(normed_BTC.shape[0], 1, normed_BTC.shape[1], 0),) * (last - first)
         rows = rows_of_qkv(attn, attn.attn_dim, normed_BTC, first, last)
         streams = [split_heads(out, attn.num_heads, attn.head_dim) for out in rows]
-        norms = (attn.q_norm, attn.k_norm, nn.Identity())[first:last]
-        return tuple(norm(stream) for norm, stream in zip(norms, streams, strict=True))
+        norms = (attn.q_norm, attn.k_norm)[first:last]
+        return (*(norm(stream) for norm, stream in zip(norms, streams, strict=False)), *streams[len(norms) :])
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, normed_BQC: Tensor) -> Tensor:
         attn: Any = self.attn
