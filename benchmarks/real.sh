@@ -6,9 +6,10 @@
 #
 # Parts: system1 system2 system4 intel system5 widths tokens answers piad; all by default. data/vits14.safetensors and
 # data/imagenette160 must be there, for intel also data/intel. The benchmarks take the network in RUNS/vits14, which is
-# fine-tuned first if it is not there. Runs, which are resumed by the same command, are kept in the folder RUNS; tables and whatever is finished are copied to the folder RESULTS every 20 seconds, so that nothing is
-# lost where SECONDS are too few. Times in the tables of studies are those of a machine that did other work too; ratios
-# are within the same rounds.
+# fine-tuned first if it is not there. Runs, which are resumed by the same command, are kept in the folder RUNS; tables
+# and whatever is finished are copied to the folder RESULTS every 20 seconds, so that nothing is lost where SECONDS are
+# too few. Times in the tables of studies are those of a machine that did other work too; ratios are within the same
+# rounds.
 set -u
 runs=$1 results=$2 seconds=${3:-3600} start=$SECONDS
 shift $(($# < 3 ? $# : 3))

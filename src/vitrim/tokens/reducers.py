@@ -206,8 +206,7 @@ class ToMe(Reducer):
         # In half precision many similarities would be equal, and other pairs would merge.
         with without_autocast(key):
             metric = key.mean(1, dtype=torch.promote_types(key.dtype, torch.float32))
-            length = torch.linalg.vector_norm(metric, dim=-1, keepdim=True)
-            metric = metric / length.clamp(min=torch.finfo(metric.dtype).tiny)
+            metric = torch.nn.functional.normalize(metric, dim=-1, eps=torch.finfo(metric.dtype).tiny)
             similarity, partner = (metric[:, ::2] @ metric[:, 1::2].transpose(1, 2)).max(dim=2)
         edge = ranking(similarity)[:, :num_moved]
         moved = edge * 2
