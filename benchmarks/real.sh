@@ -72,10 +72,13 @@ if wanted widths || wanted tokens || wanted answers || wanted piad; then
     if wanted tokens; then bench tokens tokens --device cuda --out "$runs/tokens-vits14-cuda" & ended+=($!); fi
     if wanted piad; then bench piad piad --device cuda --runs "$runs/piad" --out "$runs/piad-vits14-cuda" & ended+=($!); fi
     if wanted answers; then
-        for kind in tokens width joint; do bench "answers-$kind" compress --models "$runs/answers" --kinds $kind & ended+=($!); done
+        for kind in tokens width joint; do
+            bench "answers-$kind" compress --models "$runs/answers" --kinds $kind --limit 3000 &
+            ended+=($!)
+        done
     fi
     wait "${ended[@]}"
     if wanted widths; then bench widths widths --device cuda --out "$widths"; fi
-    if wanted answers; then bench answers compress --models "$runs/answers" --out "$runs/compress-vits14-cuda"; fi
+    if wanted answers; then bench answers compress --models "$runs/answers" --limit 3000 --out "$runs/compress-vits14-cuda"; fi
 fi
 wait $others
