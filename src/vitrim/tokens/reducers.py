@@ -17,8 +17,6 @@ from .precision import without_autocast
 from .scores import SCORES, Evidence, Needs
 
 REDUCERS: Table[str, type["Reducer"]] = Table("reducer")
-_BEHIND_ALL = 2**31 - 1
-"""An index above that of any token."""
 
 
 @dataclass(frozen=True)
@@ -211,8 +209,10 @@ class ToMe(Reducer):
         edge = ranking(similarity)[:, :num_moved]
         moved = edge * 2
         joined = partner.gather(1, edge) * 2 + 1
-        # The survivors in their original order, since what moves is sorted behind them; and their slots.
-        own = torch.arange(num_tokens, device=moved.device).expand(moved.shape[0], -1)
-        kept = own.scatter(1, moved, _BEHIND_ALL).sort(dim=1).values[:, :keep]
-        slot = own.scatter(1, kept, own[:, :keep])
+        # The slot of each token among the survivors, and the survivors in their original order.
+        stays = torch.ones_like(metric[..., 0], dtype=torch.long).scatter(1, moved, 0)
+        slot = stays.cumsum(1) - 1
+        own = torch.arange(num_tokens, device=moved.device).expand_as(slot)
+        # What is lost is written behind the last slot.
+        kept = own.scatter(1, torch.where(stays > 0, slot, num_tokens - 1), own)[:, :keep]
         return Assignment.merge(num_tokens, kept, moved, slot.gather(1, joined))
