@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import vitrim
+from hf_models import HF
+from vitrim.errors import VitrimError
 from vitrim.tokens.scores import SCORES, Evidence
 from zoo import build, images
 
@@ -64,6 +66,24 @@ def test_extracted_networks_can_be_scripted(name: str) -> None:
         warnings.simplefilter("ignore")
         scripted = torch.jit.script(model)
     torch.testing.assert_close(scripted(x), model(x))
+
+
+@pytest.mark.parametrize("wrap", [lambda model: model, nn.Sequential], ids=["bare", "wrapped"])
+@pytest.mark.parametrize("make", [lambda: tiny(REDUCTIONS[0]), lambda: _reduced("hf_vit")], ids=["timm", "hf"])
+def test_scripting_a_reduced_model_is_refused_in_one_line(make, wrap) -> None:
+    model = make()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(
+            VitrimError, match=r"torch\.jit\.script cannot compile a model with a reduction; use torch\.j"
+        ):
+            torch.jit.script(wrap(model))
+
+
+def _reduced(name: str) -> nn.Module:
+    model = HF[name]().eval()
+    vitrim.attach(model, "TopK() @ KeepRate(0.5)")
+    return model
 
 
 def test_summaries_that_hook_every_module_get_through_a_reduced_model() -> None:

@@ -4,13 +4,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import wraps
 from types import MethodType
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, NoReturn, ParamSpec, TypeVar
 
 from torch import nn
 from torch.nn.modules import module as torch_module
 
 from ..errors import UnsupportedModelError, VitrimError
 from .adapter import Adapter
+from .own_code import replaced
 from .policy import Policy
 
 Arguments = ParamSpec("Arguments")
@@ -18,7 +19,8 @@ Result = TypeVar("Result")
 Module = TypeVar("Module", bound=nn.Module)
 OWN_FORWARD = "a forward of its own"
 _REPLACES = "vitrim_replaces"
-"""Attribute of an attention layer: the forward of its class when the reduction was attached."""
+"""Attribute of a block and its attention: the forward of its class when the reduction was attached, None where that was
+not the library's own."""
 Method = tuple[nn.Module, str, object, object]
 """Module, name of a method set on it, its value before, and ours."""
 
@@ -29,6 +31,13 @@ class Reduced(nn.Module):
     vitrim_policy: Policy
     vitrim_free: tuple[str, ...] = ()
     """Overridden methods that may also be set on the instance by others, since the reduction acts without them."""
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """What `torch.jit.script` calls first."""
+        raise VitrimError(
+            "torch.jit.script cannot compile a model with a reduction; use torch.jit.trace or torch.export, which keep "
+            "it, or call handle.remove() first"
+        )
 
 
 def while_attached(
@@ -70,15 +79,20 @@ class Exchange:
             at = len(exchange.classes) - 1
             name = "the model" if module is model else f"block {at}" if at < len(blocks) else type(module).__name__
             exchange.methods += _bound_again(module, reduced, name)
+            if at < len(blocks) and replaced(type(module)):
+                raise UnsupportedModelError(
+                    f"the forward of the class {type(module).__name__} was replaced, which a block that cuts would "
+                    "not run; undo that patch before attach, or put hooks on the blocks"
+                )
         for index, (module, _, reduced) in enumerate(exchange.classes):
             module.__class__ = reduced
             vars(module)["vitrim_policy"] = policy
             if index < len(blocks):
                 vars(module)["vitrim_index"] = index
-                vars(module)["vitrim_attention"] = name = next(iter(adapter.branches_of(model)), "")
-                if name:  # What a block that cuts does in its place.
-                    attention = module.get_submodule(name)
-                    vars(attention)[_REPLACES] = type(attention).forward
+                vars(module)["vitrim_attention"] = next(iter(adapter.branches_of(model)), "")
+                vars(module)[_REPLACES] = exchange.classes[index][1].forward
+                for attention in _done_in_parts(module):
+                    vars(attention)[_REPLACES] = None if replaced(type(attention)) else type(attention).forward
         for module, name, _, ours in exchange.methods:
             vars(module)[name] = ours
         return exchange
@@ -93,9 +107,10 @@ class Exchange:
                 )
         for module, original, _ in self.classes:
             module.__class__ = original
-            if name := vars(module).get("vitrim_attention"):
-                vars(module.get_submodule(name)).pop(_REPLACES, None)
-            for name in ("vitrim_policy", "vitrim_index", "vitrim_attention"):
+            if "vitrim_attention" in vars(module):
+                for attention in _done_in_parts(module):
+                    vars(attention).pop(_REPLACES, None)
+            for name in ("vitrim_policy", "vitrim_index", "vitrim_attention", _REPLACES):
                 vars(module).pop(name, None)
         for module, name, before, ours in self.methods:
             if vars(module).get(name) is ours:
@@ -132,6 +147,13 @@ def _overridden(original: type[nn.Module], reduced: type[nn.Module]) -> list[str
     return [name for name in names if name == "forward" or (hasattr(original, name) and not hasattr(nn.Module, name))]
 
 
+def _done_in_parts(block: nn.Module) -> list[nn.Module]:
+    """The layers inside a block whose work a block that cuts does in their place."""
+    if name := vars(block)["vitrim_attention"]:
+        return [block.get_submodule(name)]
+    return [module for module in block.modules() if module is not block]
+
+
 def reduced_blocks(blocks: Sequence[nn.Module], policy: Policy) -> bool:
     """Whether these are the blocks of the policy, in their order; each may be inside a wrapper."""
     found = [
@@ -156,6 +178,11 @@ def intercepted(module: nn.Module) -> str:
     if own is not None and getattr(own, "__func__", None) is not type(module).forward:
         return OWN_FORWARD
     return ""
+
+
+def is_replaced(block: nn.Module, original: object) -> bool:
+    """Whether the forward that the block's own class has now is not that which it had when it was attached."""
+    return vars(block).get(_REPLACES, original) is not original
 
 
 def is_new(attention: nn.Module) -> bool:

@@ -19,6 +19,7 @@ from ..tables import Table
 from .compensation import Compensation
 from .finding import find_adapter
 from .macs import Macs
+from .own_code import replaced
 from .removed_branch import RemovedBranch
 from .slicing import leading, store
 
@@ -206,7 +207,7 @@ def elastic(model: nn.Module) -> Iterator[dict[str, Elastic]]:
     try:
         for part in sublayers(model):
             module: Any = model.get_submodule(part.name)
-            if "forward" in vars(module):  # It would run in place of the elastic one.
+            if "forward" in vars(module) or replaced(type(module)):  # The elastic one would not run, or not this one.
                 raise UnsupportedModelError(f"the forward of {part.name} was replaced; undo that patch or hook first")
             module.__class__ = ELASTIC[type(module)]
             layers[part.name] = module

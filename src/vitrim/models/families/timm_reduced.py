@@ -15,7 +15,11 @@ from ...errors import VitrimError
 from ..attention_product import attention_product
 from ..exchange import intercepted, while_attached
 from ..forward_pass import CHANGED, finish, trace_at_head
+from ..own_code import replaced
 from ..reduced_model import ReducedModel
+
+_LINEAR = None if replaced(nn.Linear) else nn.Linear.forward
+"""What linear layers compute, unless somebody has replaced it for all of them."""
 
 
 def mix(
@@ -41,7 +45,9 @@ def mix(
 def splits(qkv: Any) -> bool:
     """Whether queries, keys and values can be computed apart, from slices of the weights of this layer."""
     # A weight that is a subclass of Tensor (quantised, distributed) has no slices that every exporter understands.
-    return type(qkv) is nn.Linear and not intercepted(qkv) and not is_traceable_wrapper_subclass(qkv.weight)
+    if type(qkv) is not nn.Linear or nn.Linear.forward is not _LINEAR:
+        return False
+    return not intercepted(qkv) and not is_traceable_wrapper_subclass(qkv.weight)
 
 
 def rows_of_qkv(
