@@ -16,10 +16,12 @@ from elastic_models import images, small
 from vitrim import Certificate, Compressed, ToMe, TopK
 from vitrim.compression import search, timing, verification, verify
 from vitrim.compression.candidates import power, stages
+from vitrim.compression.certificate import Line
 from vitrim.compression.goal import Goal, check_using
 from vitrim.compression.images import Pictures, divide, gather
 from vitrim.compression.job import Job
 from vitrim.compression.request import Request, check_model
+from vitrim.compression.verification import Finding, Verified
 from vitrim.errors import CheckpointError, DataError, UnknownNameError, UnsupportedModelError, VitrimError
 from vitrim.show.report import write_report
 
@@ -136,8 +138,29 @@ def test_verify_finds_what_the_certificate_says(folder: Path) -> None:
     holds = {finding.line.key: finding.holds for finding in found.findings}
     for key in ("macs", "params", "divergence", "agreement", "accuracy", "drop"):
         assert holds[key] is True, key
-    assert holds["time"] is not None
+    assert holds["time"] is None  # Nobody asked for a time.
     assert "certificate" in found.table().text()
+
+
+@pytest.mark.parametrize(
+    ("key", "asked", "found", "holds"),
+    [
+        ("ms", None, 99.0, None), ("time", None, 0.99, None), ("ms", 12.0, 99.0, False), ("ms", 12.0, 11.0, True),
+        ("time", 0.6, 0.5, True), ("time", 0.6, 0.7, False), ("divergence", None, 99.0, False),
+        ("agreement", None, 0.1, False), ("macs", None, 99.0, False),
+    ],
+)  # fmt: skip
+def test_times_are_judged_only_where_they_were_asked_for(
+    half: Compressed, key: str, asked: float | None, found: float, holds: bool | None
+) -> None:
+    said = Line(key, 0.5, 0.5, 0.5, asked=asked)
+    one = Finding(said, Line(key, found, found, found))
+    assert one.holds is holds
+    verified = Verified(half.certificate, (one,))
+    assert verified.holds is (holds is not False)
+    (row,) = verified.table().rows
+    assert row["holds"] == {None: "not judged: a time of this machine", True: "yes", False: "NO"}[holds]
+    assert Finding(said, None, "no images were given").verdict == "not measured: no images were given"
 
 
 def test_verify_without_images_or_the_given_model_measures_what_it_can(folder: Path) -> None:

@@ -34,6 +34,8 @@ ROUNDING = 1e-6
 COUNTED = ("macs", "params")
 COMPARED = ("divergence", "agreement", "accuracy", "drop")
 """Statements that need the given model with its weights, and images."""
+TIMES = ("time", "ms")
+"""Statements about the machine as much as about the model: they are judged only where they were asked for."""
 
 
 @dataclass(frozen=True)
@@ -45,13 +47,25 @@ class Finding:
     why: str = ""
 
     @property
+    def is_judged(self) -> bool:
+        """Whether the statement can hold or not: the time that another machine takes says nothing about this one."""
+        return self.line.asked is not None or self.line.key not in TIMES
+
+    @property
+    def verdict(self) -> str:
+        """`holds` in words."""
+        if self.here is None:
+            return f"not measured: {self.why}"
+        return {None: "not judged: a time of this machine", True: "yes", False: "NO"}[self.holds]
+
+    @property
     def holds(self) -> bool | None:
-        """Whether the statement holds here; None where it was not measured.
+        """Whether the statement holds here; None where it was not measured, or is a time that nobody asked for.
 
         What is counted must be equal. What was asked must be met at the bad end of the interval here. Of anything else
         the two intervals must overlap, or what is found here be better.
         """
-        if self.here is None:
+        if self.here is None or not self.is_judged:
             return None
         if self.line.key in COUNTED:
             return self.here.value == self.line.value
@@ -74,7 +88,7 @@ class Verified:
 
     @property
     def holds(self) -> bool:
-        """Whether every statement that was measured holds here."""
+        """Whether every statement that was measured and is judged holds here."""
         return all(finding.holds is not False for finding in self.findings)
 
     def table(self) -> Table:
@@ -82,14 +96,14 @@ class Verified:
         rows: list[dict[str, Any]] = []
         for finding in self.findings:
             there, here = row_of(finding.line), None if finding.here is None else row_of(finding.here)
-            holds = {None: f"not measured: {finding.why}", True: "yes", False: "NO"}[finding.holds]
             rows.append({
                 "statement": there["statement"], "certificate": there["found"], "here": here and here["found"],
-                "asked": there["asked"], "holds": holds,
+                "asked": there["asked"], "holds": finding.verdict,
             })  # fmt: skip
         notes = [
             "A statement holds if what is counted is the same, if what was asked is met at the bad end of the interval "
-            "here, and otherwise if the intervals overlap or it is better here.",
+            "here, and otherwise if the intervals overlap or it is better here. Times that nobody asked for are not "
+            "judged, since another machine, or a busy one, has others.",
             *self.notes,
         ]
         title = f"Verified: {self.certificate.asked}, {'holds' if self.holds else 'DOES NOT HOLD'} here"
