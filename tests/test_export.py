@@ -375,3 +375,21 @@ def test_the_steps_for_torchao_on_the_page(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.chdir(tmp_path)
     exec(compile(steps, "docs/export.md", "exec"), {"images": images(8, 24)})
     assert open_file("int8.pt2")(images(3, 24)).shape == (3, 3)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "fault"),
+    [
+        (lambda model, x: x[:1], "two images are needed"),
+        (lambda model, x: x[:, :, :16], r"the images are 3 x 16 x 24, but the file will take 3 x 24 x 24"),
+        (lambda model, x: (nn.init.constant_(model.head.bias, torch.nan), x)[1], "values that are not finite"),
+    ],
+)
+def test_what_no_file_can_be_compared_on_is_refused_before_one_is_made(
+    spoil: Callable[[Any, Tensor], Tensor], fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "make_program", lambda model: pytest.fail("the work had begun"))
+    model = small()
+    with pytest.raises(VitrimError, match=fault):
+        export(model, spoil(model, images(4, 24)), tmp_path / "m.pt2", format="torch")
+    assert not [*tmp_path.iterdir()]

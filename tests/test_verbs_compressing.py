@@ -10,8 +10,9 @@ import torch
 from PIL import Image
 from torch import nn
 
+import vitrim
 from calling import call
-from vitrim import Certificate, ToMe, TopK, attached, build_model, load, save
+from vitrim import Certificate, ToMe, TopK, attach, attached, build_model, load, save
 from vitrim.compression import finetune, job, search, verification
 from vitrim.compression.candidates import power, stages
 from vitrim.compression.images import read
@@ -293,6 +294,23 @@ def test_what_cannot_be_done_is_one_line(
     assert says in err
     assert len(err.strip().splitlines()) == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file"]
+
+
+@pytest.mark.parametrize("words", ["compress --macs 0.5", "stratify"])
+def test_a_reduced_model_is_refused_with_advice_for_the_command_line(
+    words: str, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    network = load(model)
+    attach(network, "TopK() @ KeepRate(0.5)")
+    reduced = save(network, tmp_path / "reduced")
+    verb, *options = words.split()
+    code, _, err = call(capsys, verb, reduced, *options, "--data.name", "digits", "--out", tmp_path / "out")
+    assert (code, err.strip().count("\n")) == (2, 0)
+    assert f"{reduced} is reduced already, by TopK() @ KeepRate(rate=0.5); {verb} the model that it was made" in err
+    made = re.search(r"in Python: (.*)", err)
+    assert made is not None
+    exec(made[1], {"vitrim": vitrim, "FOLDER": tmp_path / "dense"})
+    assert attached(load(tmp_path / "dense")) is None
 
 
 def test_verify_needs_a_certificate(model: str, capsys: pytest.CaptureFixture[str]) -> None:

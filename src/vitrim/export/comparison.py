@@ -8,11 +8,13 @@ from torch import Tensor, nn
 from ..data.seeding import mix
 from ..errors import DataError, VitrimError
 from ..models import adapter_of, attached
+from ..models.input_format import InputFormat
 
 TOLERANCE = 1e-4
 """Largest difference of an output, in parts of the largest output of the model (of 1 if that is smaller)."""
 BATCH = 32
 """Images per batch, after one that is alone."""
+_NOT_FINITE = "the model gives values that are not finite, so that no file can be compared with it"
 _NOISE, _DRAWS = 1e-5, 8
 _MOST_UNDECIDED = 1 / 8
 
@@ -57,6 +59,24 @@ class Agreement:
 
 
 @torch.inference_mode()
+def check_images(model: nn.Module, images: Tensor) -> None:
+    """Before a file is made, raise where `compare` could not judge it.
+
+    Raises:
+        DataError: there are too few images, or they are not of the size that the file will take.
+        VitrimError: the model gives values that are not finite.
+    """
+    if len(images) < 2:
+        raise DataError("two images are needed to compare a file at two batch sizes; give more")
+    size = InputFormat.of(model).size
+    if tuple(images.shape[1:]) != size:
+        shapes = [" x ".join(map(str, one)) for one in (images.shape[1:], size)]
+        raise DataError(f"the images are {shapes[0]}, but the file will take {shapes[1]}; give images of that size")
+    if not adapter_of(model).predict(model, images[:2]).isfinite().all():
+        raise VitrimError(_NOT_FINITE)
+
+
+@torch.inference_mode()
 def compare(model: nn.Module, served: nn.Module, images: Tensor, *, exact: bool = True) -> Agreement:
     """Run both on the first image alone, and on the others in batches.
 
@@ -70,14 +90,13 @@ def compare(model: nn.Module, served: nn.Module, images: Tensor, *, exact: bool 
         DataError: there are too few images.
         VitrimError: the file does not compute what the model does.
     """
-    if len(images) < 2:
-        raise DataError("two images are needed to compare a file at two batch sizes; give more")
+    check_images(model, images)
     parts = [images[:1], *images[1:].split(BATCH)]
     predict = adapter_of(model).predict
     expected = torch.cat([predict(model, part) for part in parts])
     found = torch.cat([served(part.contiguous()) for part in parts])
     if not expected.isfinite().all():
-        raise VitrimError("the model gives values that are not finite, so that no file can be compared with it")
+        raise VitrimError(_NOT_FINITE)
     if found.shape != expected.shape:
         raise VitrimError(f"the file gives {tuple(found.shape)} where the model gives {tuple(expected.shape)}")
     allowed = TOLERANCE * max(1.0, float(expected.abs().max()))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..errors import OutputError, UnknownNameError, VitrimError
 from ..measure.served import ServedFile, check_name, open_file
 from ..output import check_file, replacing_files, write_errors
-from .comparison import Agreement, compare
+from .comparison import Agreement, check_images, compare
 from .formats import FORMATS, quantise
 from .program import described, make_program, prepared
 
@@ -92,6 +92,7 @@ def export(
     check_place(file, format, int8)
     ready = prepared(_plain(model), method)
     about = {**described(ready, classes), "format": format, "int8": int8, **(more or {})}
+    check_images(ready, images)
     program = make_program(ready)
     with tempfile.TemporaryDirectory(prefix="vitrim-export-") as folder:
         made = Path(folder) / Path(file).name

@@ -69,7 +69,10 @@ class Stratification:
         assert recipe.elastic is not None
         self.recipe, self.student, self.accelerator = recipe, student.to(accelerator.device), accelerator
         if attached(student) is not None:
-            raise VitrimError("token reduction is attached to this model; a super-network starts from a dense one")
+            raise VitrimError(
+                f"{recipe.model.name} is reduced already, but a super-network starts from a dense model; name the one "
+                "that it was made from"
+            )
         self.classifies = not is_headless(student)
         if not self.classifies and recipe.teacher is None:
             raise VitrimError("a model without classifier learns from a teacher; set teacher.name")

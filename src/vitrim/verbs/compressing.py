@@ -11,6 +11,7 @@ from ..train.specs import FinetuneSpec
 from ..verb_options import Without
 from .delivery import Count, Device, check_used, command_line, say
 from .images import (
+    check_dense,
     images_of,
     knows_classes,
     test_stream,
@@ -97,6 +98,7 @@ def compress(
     check_used("compress", data, UNUSED, "training and test images")
     spec = images_of([model], data)
     network = open_model(model, spec.image_size)
+    check_dense(network, model, "compress")
     check_model(network, goal)
     network.to(make_accelerator(cpu=device == "cpu").device)
     if not has_weights(model):

@@ -9,7 +9,7 @@ from ..options import Range
 from ..train.recipe import Recipe
 from ..train.specs import ElasticSpec, OptimSpec
 from .delivery import TEST_ONLY, Count, DataOptions, Device, TrainingImages, check_used, command_line, say
-from .images import images_of, override_data
+from .images import check_dense, images_of, override_data
 
 PUBLISHED = Recipe(optim=OptimSpec(lr=2.5e-4, min_lr=1e-5), elastic=ElasticSpec(), epochs=300)
 """What `stratify --epochs` does without a recipe: published rates and growth, without augmentation."""
@@ -64,6 +64,7 @@ def stratify(
     check_used("stratify", data, TEST_ONLY, "training images only, unless it trains (--epochs)")
     spec = images_of([model], data)
     network = open_model(model, spec.image_size).to(make_accelerator(cpu=device == "cpu").device)
+    check_dense(network, model, "stratify")
     if not has_weights(model):
         raise VitrimError(f"weights are random; write {model}@pretrained or {model}@FILE, or train it with --epochs")
     stream = plain_stream(network, spec, train=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..data.specs import DataSpec
-from ..errors import DataError
+from ..errors import DataError, VitrimError
 from ..options import from_dict
 
 if TYPE_CHECKING:
@@ -116,6 +116,20 @@ def images_to_compare(network: "nn.Module", spec: DataSpec, most: int) -> "Pictu
     stream = test_stream(network, spec)
     stream = training_stream(network, spec) if stream is None else stream
     return read(stream, most, spec.workers, labelled=False)
+
+
+def check_dense(network: "nn.Module", model: str, verb: str) -> None:
+    """Raise `VitrimError` for a model that reduces its tokens already, with what to do about it on the command line."""
+    from ..models import attached
+
+    handle = attached(network)
+    if handle is None:
+        return
+    by = "the last block" if handle.reduction is None else str(handle.reduction)
+    raise VitrimError(
+        f"{model} is reduced already, by {by}; {verb} the model that it was made from, or write a dense copy in "
+        f"Python: m = vitrim.load({model!r}); vitrim.attached(m).remove(); vitrim.save(m, FOLDER)"
+    )
 
 
 def _is_flat(spec: DataSpec) -> bool:
