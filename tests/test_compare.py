@@ -9,10 +9,11 @@ from torch import nn
 
 from vitrim.data.specs import DataSpec
 from vitrim.data.splits import plain_stream
-from vitrim.errors import DataError, DivergedError, VitrimError
+from vitrim.errors import DataError, DivergedError, UncountableError, VitrimError
 from vitrim.measure.accuracy import evaluate
 from vitrim.measure.speed import bench_methods
 from vitrim.models import attach, build_model, save, variant
+from vitrim.study import compare as compare_module
 from vitrim.study.compare import CLS_ONLY_NOTE, compare
 from vitrim.study.sweep import sweep
 
@@ -100,3 +101,27 @@ def test_outputs_that_are_not_finite_have_no_accuracy(overflowing: str):
         compare([overflowing], DIGITS, ["dense"], device="cpu")
     with pytest.raises(DivergedError, match="model are not finite"):
         sweep([overflowing], DIGITS, "TopK() @ KeepRate({r})", {"r": [0.5]}, device="cpu")
+
+
+@pytest.mark.usefixtures("few_test_digits")
+def test_a_model_without_tokens_is_evaluated_next_to_others(tmp_path: Path):
+    for name, model in {"cnn": build_model("test_resnet", in_chans=1, num_classes=10), "vit": tiny(0)}.items():
+        save(model, tmp_path / name)
+    names = [str(tmp_path / name) for name in ("cnn", "vit")]
+    table = compare(names, DIGITS, batch_size=60, device="cpu")
+    cnn, vit = table.rows
+    assert (cnn["tokens"], len(vit["tokens"])) == ([], 2)
+    assert cnn["gmacs"] > 0 < cnn["macs_ratio"]
+    assert "cnn" in table.text()
+
+
+def test_what_a_model_costs_is_known_before_the_images_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    save(tiny(0), tmp_path / "model")
+    monkeypatch.setattr(compare_module, "evaluate_all", lambda *args, **options: pytest.fail("the work had begun"))
+    monkeypatch.setattr(compare_module, "cost_of_any", _uncountable)
+    with pytest.raises(UncountableError, match="cannot be counted"):
+        compare([str(tmp_path / "model")], DIGITS, device="cpu")
+
+
+def _uncountable(model: nn.Module) -> None:
+    raise UncountableError("the MACs of this model cannot be counted")

@@ -14,7 +14,7 @@ from PIL import Image
 import vitrim
 from browser import CHROMIUM, Browser, served
 from calling import call
-from vitrim.errors import DataError, ScheduleError, ScoreError, UnknownNameError, VitrimError
+from vitrim.errors import DataError, ScheduleError, ScoreError, UnknownNameError, UnsupportedModelError, VitrimError
 from vitrim.models.classes import class_labels
 from vitrim.show import app, choices, playground
 from vitrim.show.choices import Choice
@@ -232,3 +232,9 @@ def test_a_person_drops_in_an_image_and_chooses_a_method(folder, monkeypatch):
         assert page.evaluate("document.querySelectorAll('img').length") == 0
         outside = [one for one in page.requests if not one.startswith((address, "data:", "blob:", "about:"))]
     assert outside == []
+
+
+def test_a_model_without_tokens_to_reduce_is_refused_before_a_page_is_served(tmp_path):
+    vitrim.save(timm.create_model("test_resnet", num_classes=3), tmp_path / "cnn")
+    with pytest.raises(UnsupportedModelError, match=r"no adapter for timm\.models\.resnet"):
+        Subject.open(str(tmp_path / "cnn"))

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UncountableError, UnsupportedModelError, VitrimError
-from ..measure.cost import cost
+from ..measure.cost import cost_of_any
 from ..measure.environment import environment
 from ..models import adapter_of, attached, num_classes, variant
 from ..models.exchange import acts
-from ..models.foreign_macs import counted, num_parameters
+from ..models.foreign_macs import num_parameters
 from ..models.input_format import InputFormat
 from ..text import reason_of
 
@@ -99,11 +99,7 @@ def output_name(model: nn.Module) -> str:
 
 def _cost(model: nn.Module) -> dict[str, Any]:
     try:
-        spent = cost(model, training=False)
-    except UnsupportedModelError:  # Not a model whose tokens are known.
-        try:
-            macs = counted(model, (1, *InputFormat.of(model).size)).total
-        except UncountableError:
-            macs = None
-        return {"macs": macs, "params": num_parameters(model), "token_counts": None}
-    return {"macs": spent.macs, "params": spent.params, "token_counts": spent.token_counts}
+        spent = cost_of_any(model, training=False)
+    except UncountableError:
+        return {"macs": None, "params": num_parameters(model), "token_counts": None}
+    return {"macs": spent.macs, "params": spent.params, "token_counts": spent.token_counts or None}

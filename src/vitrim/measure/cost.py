@@ -4,9 +4,11 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from ..errors import UnsupportedModelError
 from ..models.attached import attached
 from ..models.finding import find_adapter
-from ..models.foreign_macs import num_parameters
+from ..models.foreign_macs import counted, num_parameters
+from ..models.input_format import InputFormat
 from ..tokens import Plan
 
 
@@ -54,3 +56,16 @@ def cost(model: nn.Module, *, training: bool | None = None) -> Cost:
         plan, reducer = handle.plan(training=training), handle.reduction.reducer if handle.reduction else None
     macs = adapter.macs(model, plan, reducer)
     return Cost(macs.total, macs.linear, num_parameters(model), plan.token_counts)
+
+
+def cost_of_any(model: nn.Module, *, training: bool | None = None) -> Cost:
+    """As `cost`, also for a model without an adapter, such as a CNN: no token counts, MACs as PyTorch counts them.
+
+    Raises:
+        UncountableError: its MACs depend on values.
+    """
+    try:
+        return cost(model, training=training)
+    except UnsupportedModelError:
+        macs = counted(model, (1, *InputFormat.of(model).size))
+        return Cost(macs.total, macs.linear, num_parameters(model), ())

@@ -45,8 +45,9 @@ class Subject:
 
     @classmethod
     def open(cls, spec: str, image_size: int | None = None, device: torch.device | str = "cpu") -> "Subject":
-        """A model by any name that the commands take."""
+        """A model by any name that the commands take; `UnsupportedModelError` where no tokens of it can be reduced."""
         network = open_model(spec, image_size).to(device).eval()
+        find_adapter(network)
         return cls(spec, network, variant(network, DENSE), class_labels(spec, network), has_weights(spec))
 
     @property

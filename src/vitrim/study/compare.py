@@ -17,7 +17,7 @@ from ..errors import DataError, VitrimError
 from ..measure.accelerator import make_accelerator
 from ..measure.accuracy import Figures, evaluate_all
 from ..measure.columns import columns
-from ..measure.cost import cost
+from ..measure.cost import Cost, cost_of_any
 from ..measure.environment import environment
 from ..measure.intervals import of_difference
 from ..measure.table import Table
@@ -120,6 +120,7 @@ def evaluate_variants(
     (1), and the other way round (-1); None for the first itself.
     """
     accelerator = make_accelerator(cpu=device == "cpu")
+    costs = {key: _cost(model) for key, model in variants.items()}  # Before the long pass, since it may be refused.
     together: dict[ImageSet, dict[Variant, nn.Module]] = {}
     for (name, method), model in variants.items():
         together.setdefault(image_set(data_for(name, data)), {})[name, method] = model
@@ -142,9 +143,8 @@ def evaluate_variants(
     short = Counter(Path(name).name for name in {name for name, _ in variants})
     rows: list[Row] = []
     first: dict[ImageSet, tuple[Variant, Row]] = {}
-    for (name, method), model in variants.items():
-        with evaluating(model):
-            figures, spent = found[name, method].checked(f"{name} under {method!r}"), cost(model)
+    for name, method in variants:
+        figures, spent = found[name, method].checked(f"{name} under {method!r}"), costs[name, method]
         rows.append({
             "model": Path(name).name if short[Path(name).name] == 1 else name, "method": method,
             "accuracy": figures.accuracy, "loss": figures.loss, "entropy": figures.entropy,
@@ -161,6 +161,11 @@ def evaluate_variants(
         rows[-1]["speed"] = base["seconds"] / figures.seconds
         rows[-1]["macs_ratio"] = base["gmacs"] / rows[-1]["gmacs"]
     return rows
+
+
+def _cost(model: nn.Module) -> Cost:
+    with evaluating(model):
+        return cost_of_any(model)
 
 
 def gain(per_seed: Sequence[Row]) -> Row:
