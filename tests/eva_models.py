@@ -10,8 +10,8 @@ from timm.models.eva import Eva, EvaBlockPostNorm
 from torch import Tensor, nn
 
 from references import VIEWS
-from vitrim.models import BlockWidths, RemovedBranch, set_widths
-from vitrim.models.elastic_values import value_dim
+from vitrim.models import BlockWidths, RemovedBranch, set_widths, widths_of
+from vitrim.models.elastic_pairs import query_dim, value_dim
 
 SMALL = {"img_size": 40, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 3, "num_classes": 5}
 """25 patch tokens, an odd number, in 3 blocks."""
@@ -30,9 +30,9 @@ def _plain(**options: object) -> nn.Module:
 EVA: dict[str, Callable[[], nn.Module]] = {
     "dinov3": lambda: _named("vit_small_patch16_dinov3", **_WIDE, global_pool="token"),
     "perception": lambda: _named("vit_pe_core_tiny_patch16_384", **_WIDE, attn_pool_num_heads=3),
-    "narrow_values": lambda: _narrowed(_named("eva02_tiny_patch14_224", **_WIDE)),
+    "narrow_values": lambda: narrowed(_named("eva02_tiny_patch14_224", **_WIDE), 40),
 }
-"""In the zoo: CLS pooled, four registers, half rotation; pooled by attention, interleaved rotation; values cut."""
+"""In the zoo: CLS pooled, four registers, half rotation; pooled by attention, interleaved rotation; heads cut."""
 MORE: dict[str, Callable[[], nn.Module]] = {
     "eva": lambda: _named("eva_giant_patch14_224"),
     "eva02": lambda: _named("eva02_tiny_patch14_224", **_WIDE),
@@ -42,6 +42,9 @@ MORE: dict[str, Callable[[], nn.Module]] = {
     "mixed": lambda: _named("vit_small_patch16_rope_mixed_224", **_WIDE),
     "mixed_ape": lambda: _named("vit_small_patch16_rope_mixed_ape_224", **_WIDE),
     "rope_registers": lambda: _named("vit_medium_patch16_rope_reg1_gap_256", **_WIDE),
+    "grouped_plain": lambda: _named(
+        "vit_base_patch16_sapiens2", embed_dim=48, num_heads=4, num_kv_heads=2, qk_norm=False
+    ),
     "grouped": lambda: _named("vit_base_patch16_sapiens2", embed_dim=48, num_heads=4, num_kv_heads=(2, 1, 4)),
     "gated": lambda: _gated(_named("vit_pe_core_tiny_patch16_384", **_WIDE, attn_pool_num_heads=3)),
     "mrope": lambda: _plain(**_WIDE, use_rot_pos_emb=True, rope_type="mrope", rope_mrope_section=(2, 2, 2)),
@@ -51,9 +54,15 @@ MORE: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-def _narrowed(model: nn.Module) -> nn.Module:
-    """As it is cut out of a super-network."""
-    set_widths(model, [BlockWidths(12, 40, 5), BlockWidths(12, 96), BlockWidths(12, 17, 3)])
+def narrowed(model: Any, hidden: int) -> nn.Module:
+    """As it is cut out of a super-network: dims of values, rotary pairs of each head's own, both, and hidden units."""
+    (full, *_) = widths_of(model)
+    some, fewer = BlockWidths(12, hidden, 5, 8), BlockWidths(12, 17, 3, 4)
+    set_widths(model, [some, BlockWidths(12, full.hidden, 7), fewer])
+    for module in model.modules():
+        if (kept := getattr(module, "kept_pairs", None)) is not None:
+            dice = torch.Generator().manual_seed(kept.numel())
+            kept.copy_(torch.stack([torch.randperm(6, generator=dice)[: kept.shape[1]] for _ in kept]))
     return model
 
 
@@ -69,16 +78,29 @@ def _gated(model: Any) -> nn.Module:
     return model
 
 
-def turned(table_NE: Tensor, half: bool, place: int, row_D: Tensor) -> Tensor:
-    """Pairs of channels as complex numbers, each times that of the unit circle in the table (sines, then cosines)."""
+def turned(table_NE: Tensor, half: bool, place: int, row_D: Tensor, kept: list[int] | None = None) -> Tensor:
+    """Pairs of channels as complex numbers, each times that of the unit circle in the table (sines, then cosines).
+
+    The row has the pairs `kept` of those in the table, or all.
+    """
     sin, cos = table_NE[place].chunk(2)
-    dim = len(row_D)
-    pairs = [(i, i + dim // 2) for i in range(dim // 2)] if half else [(i, i + 1) for i in range(0, dim, 2)]
+    number = len(row_D) // 2
+    kept = list(range(number)) if kept is None else kept
     out = row_D.clone()
-    for real, imaginary in pairs:
-        turned = torch.complex(row_D[real], row_D[imaginary]) * torch.complex(cos[real], sin[real])
+    for i, pair in enumerate(kept):
+        real, imaginary = (i, i + number) if half else (2 * i, 2 * i + 1)
+        column = pair if half else 2 * pair
+        turned = torch.complex(row_D[real], row_D[imaginary]) * torch.complex(cos[column], sin[column])
         out[real], out[imaginary] = turned.real, turned.imag
     return out
+
+
+def kept_by_head(attn: Any, heads: int) -> list[list[int] | None]:
+    """The rotary pairs that each head of an attention layer kept; None for all."""
+    kept = getattr(attn, "kept_pairs", None)
+    if kept is None:
+        return [None] * heads
+    return kept.repeat_interleave(heads // len(kept), 0).tolist()
 
 
 def in_timm_words(model: Any) -> Any:
@@ -89,7 +111,7 @@ def in_timm_words(model: Any) -> Any:
 
     def qkv(attn: Any, x: Tensor) -> Tensor:
         if attn.qkv is None:
-            parts = (attn.q_proj, attn.head_dim), (attn.k_proj, attn.head_dim), (attn.v_proj, value_dim(attn))
+            parts = (attn.q_proj, query_dim(attn)), (attn.k_proj, query_dim(attn)), (attn.v_proj, value_dim(attn))
             heads = [part(x).unflatten(-1, (-1, dim)) for part, dim in parts]
             whole = [one.repeat_interleave(attn.num_heads // one.shape[-2], -2).flatten(-2) for one in heads]
             return torch.cat(whole, -1)
@@ -101,11 +123,12 @@ def in_timm_words(model: Any) -> Any:
             return attn
         view = SimpleNamespace(
             qkv=lambda x: qkv(attn, x), num_heads=attn.num_heads, head_dim=attn.head_dim, q_norm=attn.q_norm,
-            k_norm=attn.k_norm, norm=attn.norm, gate=attn.gate, proj=attn.proj,
+            k_norm=attn.k_norm, norm=attn.norm, gate=attn.gate, proj=attn.proj, query_dim=query_dim(attn),
         )  # fmt: skip
         if table is not None:
             own = table[index] if table.ndim == 4 else table.expand(attn.num_heads, *table.shape)
-            view.turned = lambda head, place, row: turned(own[head], attn.rotate_half, place, row)
+            kept = kept_by_head(attn, attn.num_heads)
+            view.turned = lambda head, place, row: turned(own[head], attn.rotate_half, place, row, kept[head])
         return view
 
     def layer(block: Any, index: int) -> Any:

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eva_models import turned
+from eva_models import kept_by_head, narrowed, turned
 from references import VIEWS
-from vitrim.models import BlockWidths, RemovedBranch, attached, set_widths
+from vitrim.models import RemovedBranch, attached
+from vitrim.models.elastic_pairs import query_dim
 from vitrim.models.families.hf_layout import layout_of
 
 SMALL = {"image_size": 40, "patch_size": 8, "hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 3}
@@ -32,7 +33,7 @@ HF: dict[str, Callable[[], nn.Module]] = {
     ),
     "hf_siglip": lambda: _made("SiglipVisionModel", "SiglipVisionConfig"),
     "hf_siglip2": lambda: _siglip2("Siglip2VisionModel"),
-    "hf_narrow_values": lambda: _narrowed(MORE["dinov3"]()),
+    "hf_narrow_values": lambda: narrowed(MORE["dinov3"](), 40),
 }
 """In the zoo."""
 MORE: dict[str, Callable[[], nn.Module]] = {
@@ -72,12 +73,6 @@ BACKBONES: dict[str, Callable[[], nn.Module]] = {
 }
 """Give maps of what the embeddings and every block give."""
 _STAGES: dict[str, object] = {"out_indices": [0, 1, 2, 3]}
-
-
-def _narrowed(model: nn.Module) -> nn.Module:
-    """As it is cut out of a super-network."""
-    set_widths(model, [BlockWidths(12, 40, 5), BlockWidths(12, 48), BlockWidths(12, 17, 3)])
-    return model
 
 
 def _plain(name: str, config: str, **options: object) -> nn.Module:
@@ -130,7 +125,8 @@ def in_timm_words(model: Any) -> Any:
             pixels = torch.zeros(1, 1, 40, 40, dtype=torch.float64)
             cos, sin = tower.rope_embeddings(pixels)
             table = torch.cat([sin[:, : sin.shape[1] // 2], cos[:, : cos.shape[1] // 2]], 1)
-            view.turned = lambda head, place, row: turned(table, True, place, row)
+            view.query_dim, kept = query_dim(attn), kept_by_head(attn, view.num_heads)
+            view.turned = lambda head, place, row: turned(table, True, place, row, kept[head])
         return view
 
     def layer(block: Any) -> Any:

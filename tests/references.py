@@ -192,14 +192,15 @@ def _attention(
     """Output of the attention layer before its residual, the attention (H, T, T), the keys (H, T, D).
 
     Of one that was removed a constant is left, and no head. `places` are those of the tokens, None for prefix tokens;
-    an attention with rotary positions has `turned`: what a row of one head is at a place; one with relative positions
-    has `relative`: what is added for a query and a key at their places, in all heads. Differential attention has
-    `differ`, which makes the rows of a head from two attention maps, of which the first counts. An MLP that works in
-    parallel is `parallel`.
+    an attention with rotary positions has `turned`: what a row of one head is at a place, and `query_dim`, if some of
+    the pairs of dims were cut, while `head_dim` still scales the logits; one with relative positions has `relative`:
+    what is added for a query and a key at their places, in all heads. Differential attention has `differ`, which makes
+    the rows of a head from two attention maps, of which the first counts. An MLP that works in parallel is `parallel`.
     """
     if isinstance(attn, RemovedBranch):
         return attn.bias.expand_as(normed_TC), normed_TC.new_empty(0, *2 * normed_TC.shape[:1]), normed_TC.new_empty(0)
-    count, heads, dim = normed_TC.shape[0], attn.num_heads, attn.head_dim
+    count, heads, scaled_by = normed_TC.shape[0], attn.num_heads, attn.head_dim
+    dim = getattr(attn, "query_dim", attn.head_dim)
     rows = attn.qkv(normed_TC)  # Queries and keys of all heads, then values, which may have fewer dims.
     query, key = rows[:, : 2 * heads * dim].reshape(count, 2, heads, dim).permute(1, 2, 0, 3)
     value = rows[:, 2 * heads * dim :].reshape(count, heads, -1).transpose(0, 1)
@@ -217,7 +218,7 @@ def _attention(
         bias = torch.stack([torch.stack([attn.relative(query, key) for key in places]) for query in places])
     rows = []
     for h in range(heads):
-        logits = query[h] @ key[h].T / math.sqrt(dim)
+        logits = query[h] @ key[h].T / math.sqrt(scaled_by)
         if size is not None:
             logits = logits + torch.tensor([math.log(s) for s in size], dtype=logits.dtype)
         if bias is not None:

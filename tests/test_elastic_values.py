@@ -14,7 +14,8 @@ from vitrim.elastic import ORDERINGS, stratify, wpac
 from vitrim.elastic.piad import Piad, Stratifier
 from vitrim.elastic.statistics import HeadSums, collect
 from vitrim.models import adapter_of
-from vitrim.models.elastic_values import ElasticValues, value_dim
+from vitrim.models.elastic_pairs import value_dim
+from vitrim.models.elastic_values import ElasticValues
 from vitrim.models.sublayers import elastic
 from zoo import images, predicted, redrawn
 
@@ -81,7 +82,7 @@ def test_covariance_of_values_equals_its_definition(name: str) -> None:
     with elastic(model) as layers:
         inside: Any = layers[layer]
 
-        def tap(name: str, tensor: Tensor) -> None:
+        def tap(name: str, tensor: Tensor, *_: Tensor) -> None:
             if name == "streams":
                 tensor.retain_grad()
                 taken["f"] = tensor
@@ -134,7 +135,8 @@ def test_kept_values_of_all_heads_predict_the_lost_ones(name: str) -> None:
     net = stratify(model, [x], num_images=16, width_multiple=4, max_saving=0.3, rounds=1, even=True, say=quiet)
     layer, attn, last = _attention(net.model)
     assert net.compensations is not None
-    heads, dims, kept = attn.num_heads, attn.head_dim, 5
+    heads, dims, width = attn.num_heads, attn.head_dim, 5
+    kept = width if getattr(attn, "vitrim_rule", None) is None else attn.vitrim_rule.values[width]
     mixed = _seen(net.model, x)["mixed"]
     rows, gradient = mixed.detach(), mixed.grad
     assert gradient is not None
@@ -153,7 +155,7 @@ def test_kept_values_of_all_heads_predict_the_lost_ones(name: str) -> None:
     weight = last.weight.detach()
     expected = weight[:, stay] + weight[:, lost] @ spread[lost][:, stay] @ torch.linalg.inv(spread[stay][:, stay])
     small = copy.deepcopy(net.model)
-    vitrim.models.narrow(small, {layer: kept}, net.compensations)
+    vitrim.models.narrow(small, {layer: width}, net.compensations)
     _, cut, projection = _attention(small)
     assert value_dim(cut) == kept
     torch.testing.assert_close(projection.weight.detach(), expected, rtol=1e-4, atol=1e-4)  # Kept in float32.

@@ -1,4 +1,4 @@
-"""Widths of models with rotary positions: MLPs and values are cut, queries and keys stay; all networks are exact."""
+"""Widths of models with rotary positions: MLPs, values and rotary pairs are cut; all networks are exact."""
 
 import copy
 import json
@@ -164,12 +164,12 @@ def test_fitting_to_images_brings_a_cut_network_nearer_to_the_full_one() -> None
         assert (near - full).norm() < (far - full).norm()
 
 
-def test_queries_and_keys_keep_their_dims() -> None:
+def test_heads_keep_the_dims_that_scale_their_logits() -> None:
     for name in NAMES:
         model = _model(name)
         dims, hidden = widths_of(model)[0].head_dim, widths_of(model)[0].hidden
         before = predicted(model, images(1, dtype=torch.float64))
-        why = "heads keep their .* its gate .* forbids" if name == "gated" else "queries and keys keep their"
+        why = "heads keep their .* its gate .* forbids" if name == "gated" else "heads are scaled by their"
         with pytest.raises(UnsupportedModelError, match=rf"{why}.*give head_dim={dims}"):
             set_widths(model, [BlockWidths(dims - 2, hidden)] * 3)
         with pytest.raises(VitrimError, match="can be narrowed from"):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..errors import UnsupportedModelError
 from ..measure.speed import DTYPES
-from ..models import BlockWidths, attach, cuts_values_alone, even_widths, find_adapter, set_widths, widths_of
+from ..models import BlockWidths, attach, even_widths, find_adapter, rotary_blocks, set_widths, widths_of
 from ..models.evaluating import evaluating
 from ..tokens import KeepRate, Plan, Reducer
 
@@ -33,13 +33,14 @@ NANO = 1e6
 class BlockTimes:
     """Milliseconds of one batch.
 
-    tokens: at which a block was timed, ascending. head_dims, hiddens: widths, ascending from 0. attention, mlp: times
-    (widths, tokens) of a half of a block. dense: of the whole model. empty: of the model without its blocks. cuts: of
-    choosing among one token, by kind of reducer.
+    tokens: at which a block was timed, ascending. head_dims, hiddens: widths, ascending from 0, of heads the mean of
+    what queries and values have, see `BlockWidths.dims`. attention, mlp: times (widths, tokens) of a half of a block.
+    dense: of the whole model. empty: of the model without its blocks. cuts: of choosing among one token, by kind of
+    reducer.
     """
 
     tokens: Sequence[int]
-    head_dims: Sequence[int]
+    head_dims: Sequence[float]
     hiddens: Sequence[int]
     attention: Sequence[Sequence[float]]
     mlp: Sequence[Sequence[float]]
@@ -65,12 +66,12 @@ class BlockTimes:
             skips = reducer is not None and inside is not None and reducer.drops_queries and not inside.returns
             queries = plan.num_prefix if last else leaving if skips else now
             # Half of attention's time goes with the queries: their projection, the one after, the rows of the products.
-            attention = self._half(self.attention, self.head_dims, width.values, now)
+            attention = self._half(self.attention, self.head_dims, width.dims, now)
             total += attention * (0.5 + 0.5 * queries / now)
             total += self._half(self.mlp, self.hiddens, width.hidden, leaving)
         return total
 
-    def _half(self, times: Sequence[Sequence[float]], widths: Sequence[int], width: int, tokens: int) -> float:
+    def _half(self, times: Sequence[Sequence[float]], widths: Sequence[float], width: float, tokens: int) -> float:
         """Linear between what was measured; in proportion to the tokens below the fewest."""
         if width == 0:
             return 0.0
@@ -120,8 +121,9 @@ class Workbench:
         """
         full = widths_of(self.model)[0]
         # Where values alone are cut, most of the time of a narrow layer is that of its queries and keys.
-        least = (1,) if cuts_values_alone(self.model) else ()
+        least = () if all(rotary_blocks(self.model).values()) else (1,)
         head_dims = [0, *sorted({*least, *_fractions(full.values, 1)})]
+        mean_dims = [0, *(even_widths(self.model, dim, 0)[0].dims for dim in head_dims[1:])]
         hiddens = [0, *_fractions(full.hidden, 1)]
         width, call = self._call_of_a_block()
         count = self.geometry.num_patches + self.geometry.num_prefix
@@ -144,7 +146,7 @@ class Workbench:
         set_widths(empty, even_widths(empty, 0, 0))
         whole = self.times({"dense": lambda: self.model(*self.inputs), "empty": lambda: empty(*self.inputs)})
         return BlockTimes(
-            tokens, head_dims, hiddens, rows([(dim, 0) for dim in head_dims]), rows([(0, h) for h in hiddens]),
+            tokens, mean_dims, hiddens, rows([(dim, 0) for dim in head_dims]), rows([(0, h) for h in hiddens]),
             whole["dense"], whole["empty"],
         )  # fmt: skip
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..models.sublayers import Elastic
 from ..tokens.precision import exact
 from .probing import objective_of, output_of
-from .statistics import token_weights
+from .token_weights import token_weights
 
 Call = Callable[[nn.Module, Tensor], Tensor]
 SAME = 1e-3
@@ -118,7 +118,7 @@ def observe(
         norm = block.get_submodule(branches[following[0]])
         hooks.append(norm.register_forward_pre_hook(lambda norm, args: keep("after", args[0])))
     if isinstance(layer, Elastic):
-        layer.vitrim_tap = lambda name, tensor: None if name == "streams" else keep("inputs", tensor)
+        layer.vitrim_tap = lambda name, tensor, *_: None if name == "streams" else keep("inputs", tensor)
     try:
         out = call(block, x)
         found.setdefault("after", out)

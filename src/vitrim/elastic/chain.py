@@ -13,12 +13,14 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError, UnknownNameError, VitrimError
 from ..measure.cost import cost
+from ..models.elastic_values import ElasticValues
 from ..models.sublayers import Kind, elastic, sublayers
 from .probing import check_counts
+from .unit_cost import UnitCost, unit_cost_from, unit_cost_of
 
-SCHEMA = 4
+SCHEMA = 5
 OLDEST = 3
-"""Schemas that are read: 3 knows no fixed MACs, since there were none."""
+"""Schemas that are read: 3 knows no fixed MACs, and 4 no rules of pairs, since there were none."""
 GROUPS: dict[Kind, int] = {"attention": 8, "mlp": 32}
 
 
@@ -34,34 +36,6 @@ class Entry:
     macs: int
     params: int
     importance: float
-
-
-@dataclass(frozen=True)
-class UnitCost:
-    """What one unit of width of a sub-layer costs, and how many units are cut at a time.
-
-    fixed_macs, fixed_macs_linear_only: of what belongs to no unit and goes with the last one: queries and keys, where
-        values alone are cut.
-    """
-
-    width: int
-    step: int
-    macs: int
-    macs_linear_only: int
-    params: int
-    left_params: int
-    """Parameters that removal adds (a constant where there was no bias), minus those that belong to no unit."""
-    fixed_macs: int = 0
-    fixed_macs_linear_only: int = 0
-
-    def saved(self, width: int, narrower: int) -> tuple[int, int]:
-        """MACs and parameters that are saved when `width` becomes `narrower`."""
-        lost, gone = width - narrower, width > narrower == 0
-        return lost * self.macs + gone * self.fixed_macs, lost * self.params - gone * self.left_params
-
-    def saved_linear_only(self, width: int, narrower: int) -> int:
-        """As the MACs of `saved`, without products of activations."""
-        return (width - narrower) * self.macs_linear_only + (width > narrower == 0) * self.fixed_macs_linear_only
 
 
 @dataclass(frozen=True)
@@ -169,7 +143,7 @@ class Chain:
             if raw["schema"] < OLDEST:
                 raise CheckpointError("this chain was written by an older version of vitrim; stratify again")
             raw["schema"] = SCHEMA
-            units = {name: UnitCost(**unit) for name, unit in raw["units"].items()}
+            units = {name: unit_cost_from(unit) for name, unit in raw["units"].items()}
             return cls(**raw | {"units": units, "entries": tuple(Entry(**entry) for entry in raw["entries"])})
         except CheckpointError:
             raise
@@ -204,13 +178,26 @@ def start_chain(model: nn.Module, *, groups: Mapping[Kind, int] = GROUPS, width_
         for part in parts:
             layer, norm = layers[part.name], model.get_submodule(part.norm)
             tokens, width = full.token_counts[0], layer.full_width
-            macs, fixed = layer.unit_macs(tokens), layer.fixed_macs(tokens)
             step = -(-width // (groups[layer.kind] * width_multiple)) * width_multiple
-            left = layer.left_params() - sum(parameter.numel() for parameter in norm.parameters())
-            units[part.name] = UnitCost(
-                width, step, macs.total, macs.linear, layer.unit_params(), left, fixed.total, fixed.linear
-            )
+            units[part.name] = unit_cost_of(layer, tokens, step, sum(each.numel() for each in norm.parameters()))
     return Chain(units, full.macs, full.macs_linear_only, full.params)
+
+
+def give_rules(model: nn.Module, chain: Chain) -> None:
+    """Let the attention layers of a super-network keep the rotary pairs that its chain says.
+
+    Raises:
+        CheckpointError: the chain was made for another model.
+    """
+    with elastic(model) as layers:
+        for name, unit in chain.units.items():
+            layer = layers.get(name)
+            if isinstance(layer, ElasticValues):
+                if unit.rule is not None:
+                    unit.rule.check(layer.value_heads, layer.full_width, layer.pairs)
+                layer.vitrim_rule = unit.rule
+            elif unit.rule is not None:
+                raise CheckpointError(f"{name} has no rotary pairs; the chain was made for another model")
 
 
 def hash_of(model: nn.Module) -> str:

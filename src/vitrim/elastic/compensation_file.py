@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..errors import CheckpointError
 from ..models.checkpoints import read_header, read_tensors
 from ..models.compensation import Compensation
+from ..models.elastic_values import ElasticValues
 from ..models.sublayers import elastic
 from .chain import hash_tensors
 
@@ -21,6 +22,8 @@ def write_compensations(compensations: Mapping[str, Compensation], path: Path, w
         tensors[f"{name}.mean"] = each.mean.float().cpu().contiguous()
         if each.factor is not None:
             tensors[f"{name}.factor"] = each.factor.float().cpu()[_lower(each.mean.numel())]
+        if each.pairs is not None:
+            tensors[f"{name}.pairs"] = each.pairs.float().cpu()[:, *_lower(each.pairs.shape[-1])].contiguous()
     save_file(tensors, path, metadata={"weights": weights, "digest": hash_tensors(tensors)})
 
 
@@ -36,8 +39,11 @@ def read_compensations(path: Path, model: nn.Module, weights: str) -> dict[str, 
         raise CheckpointError(f"{path} is damaged or cut short; stratify again") from None
     with elastic(model) as layers:
         sizes = {name: layer.last.in_features for name, layer in layers.items()}
+        rotary = {name: layer for name, layer in layers.items() if isinstance(layer, ElasticValues)}
+        heads = {name: (layer.num_heads, layer.pairs) for name, layer in rotary.items() if layer.vitrim_rule}
     wanted = {f"{name}.mean": n for name, n in sizes.items()}
     wanted |= {f"{name}.factor": n * (n + 1) // 2 for name, n in sizes.items()}
+    wanted |= {f"{name}.pairs": number * n * (n + 1) // 2 for name, (number, n) in heads.items()}
     if metadata.get("weights") != weights or {name: tensor.numel() for name, tensor in tensors.items()} != wanted:
         raise CheckpointError(f"{path} belongs to other weights than those in its folder; stratify again")
     if not all(tensor.isfinite().all() for tensor in tensors.values()):
@@ -46,9 +52,13 @@ def read_compensations(path: Path, model: nn.Module, weights: str) -> dict[str, 
         raise CheckpointError(f"{path} is damaged; stratify again")
     compensations: dict[str, Compensation] = {}
     for name, n in sizes.items():
-        factor = torch.zeros(n, n)
+        factor, pairs = torch.zeros(n, n), None
         factor[_lower(n)] = tensors[f"{name}.factor"]
-        compensations[name] = Compensation(tensors[f"{name}.mean"], factor)
+        if name in heads:
+            number, size = heads[name]
+            pairs = torch.zeros(number, size, size)
+            pairs[:, *_lower(size)] = tensors[f"{name}.pairs"].view(number, -1)
+        compensations[name] = Compensation(tensors[f"{name}.mean"], factor, pairs)
     return compensations
 
 

@@ -29,11 +29,14 @@ def taylor_curves(
 ) -> dict[str, Tensor]:
     """Expected loss (width + 1,) of every sub-layer when its leading 0, 1, ..., all units stay, without compensation.
 
-    Added up from the Taylor importance |G F| of the lost units; in attention summed over heads and over q, k, v.
+    Added up from the Taylor importance |G F| of the lost units; in attention summed over heads and over q, k, v. Where
+    positions are rotary it is that of the values, which lose dims as the queries and keys lose pairs.
     """
     with narrowed(model, widths):
         sums = collect(model, data, num_images, labels, covariance=False)
-    return {name: tail_sums(each.taylor) for name, each in sums.items()}
+    with elastic(model) as layers:
+        kept = {name: [layers[name].units_at(width) for width in range(widths[name] + 1)] for name in sums}
+    return {name: tail_sums(each.taylor)[kept[name]] for name, each in sums.items()}
 
 
 def rise_curves(

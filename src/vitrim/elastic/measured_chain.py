@@ -15,10 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from ..models.compensation import Compensation
+from ..models.elastic_values import ElasticValues
 from ..models.sublayers import Elastic, elastic
+from ..tokens.precision import exact
 from .chain import Chain
 from .growth import blend, grow, grow_evenly
 from .importance import divergences, rise_curves
+from .pair_rule import pair_errors
 from .probing import Batch
 
 BUDGETS = 12
@@ -90,9 +93,13 @@ def log_ratio(one: Tensor, other: Tensor) -> float:
 
 
 def expected_error(layer: Elastic, compensation: Compensation) -> Tensor:
-    """Error of a sub-layer (width + 1,) that the regression leaves when its leading 0, 1, ..., all units stay."""
-    errors = compensation.unexplained(layer.last_by_units)
-    return errors[:: layer.kept_inputs(1)].cpu()
+    """Error of a sub-layer (width + 1,) that the regression leaves when it has width 0, 1, ..., the full one."""
+    widths = range(layer.full_width + 1)
+    errors = compensation.unexplained(layer.last_by_units).cpu()
+    found = errors[[layer.kept_inputs(width) for width in widths]]
+    if isinstance(layer, ElasticValues) and compensation.pairs is not None:
+        found = found + pair_errors(exact(compensation.pairs)).cpu()[[layer.pairs_at(width) for width in widths]]
+    return found
 
 
 def worse(one: Tensor, other: Tensor) -> Tensor:

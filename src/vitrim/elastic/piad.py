@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from ..errors import CheckpointError, UnknownNameError, VitrimError
 from ..models.sublayers import Kind, elastic
-from .chain import GROUPS, Chain, hash_of, start_chain
+from .chain import GROUPS, Chain, give_rules, hash_of, start_chain
 from .growth import grow
 from .importance import rise_curves, taylor_curves
 from .probing import Batch, check_counts, is_headless, output_of
@@ -96,9 +96,7 @@ class Stratifier:
         criterion: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
     ) -> None:
         self.model, self.config, self.teacher, self.criterion = model, config, teacher, criterion
-        self.chain = start_chain(model, groups=config.groups, width_multiple=config.width_multiple)
-        if chain is not None:
-            self.chain = self._checked(chain)
+        self.chain = self._start() if chain is None else self._checked(chain)
         self.epoch = -1
         if config.rule != "sandwich" and config.distill and teacher is None:
             raise VitrimError(f"rule {config.rule!r} never runs the full network; give a teacher or distill=False")
@@ -199,8 +197,12 @@ class Stratifier:
             raise CheckpointError(f"the checkpoint has another {', '.join(changed)}; resume with the same")
         self.epoch, self.chain = state["epoch"], self._checked(Chain.from_json(state["chain"]))
 
+    def _start(self) -> Chain:
+        return start_chain(self.model, groups=self.config.groups, width_multiple=self.config.width_multiple)
+
     def _checked(self, chain: Chain) -> Chain:
-        if not chain.is_of_model(self.chain):
+        give_rules(self.model, chain)
+        if not chain.is_of_model(self._start()):
             raise CheckpointError("the chain was made for another model or input size")
         return chain
 

@@ -24,7 +24,8 @@ from ..models.sublayers import Elastic, elastic
 from ..tokens.precision import exact, exact_device, wide
 from .block_tokens import Tokens, branch_scale, observe, tokens_before_blocks
 from .probing import all_reduce, batches, frozen
-from .statistics import held_out_images, tensors_in
+from .statistics import tensors_in
+from .token_weights import held_out_images
 
 RIDGES = (1e-2, 1e-1, 1.0, 10.0)
 """Ridges, as fractions of the mean variance; a projection takes the one that is best on held-out images, or none."""

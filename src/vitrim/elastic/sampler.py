@@ -9,7 +9,7 @@ from torch import nn
 from ..data.seeding import mix
 from ..errors import UnknownNameError
 from ..models.compensation import Compensation
-from ..models.sublayers import elastic
+from ..models.sublayers import STATE, elastic
 
 RULES: dict[str, dict[str, Callable[[random.Random, int], int]]] = {
     "sandwich": {
@@ -49,15 +49,11 @@ def narrowed(
         compensations: per sub-layer what makes up for its lost units; None: they add nothing.
     """
     with elastic(model) as layers:
-        before = {name: (layers[name].vitrim_width, layers[name].vitrim_last) for name in widths}
+        states = {name: {key: vars(layers[name])[key] for key in STATE} for name in widths}
         for name, width in widths.items():
-            layer, last = layers[name], None
-            if compensations is not None and width < layer.full_width:
-                weight, bias = layer.compensated(width, compensations[name])
-                last = weight.to(layer.last.weight), None if bias is None else bias.to(layer.last.weight)
-            layer.vitrim_width, layer.vitrim_last = width, last
+            layers[name].run_at(width, None if compensations is None else compensations[name])
         try:
             yield
         finally:
-            for name, (width, last) in before.items():
-                layers[name].vitrim_width, layers[name].vitrim_last = width, last
+            for name, state in states.items():
+                vars(layers[name]).update(state)

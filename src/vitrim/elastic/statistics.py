@@ -15,16 +15,20 @@ from ..data.batches import Images
 from ..errors import VitrimError
 from ..models.attention_heads import AttentionHeads
 from ..models.compensation import Moments
-from ..models.sublayers import Tap, elastic
+from ..models.elastic_values import ElasticValues
+from ..models.sublayers import Elastic, Tap, elastic
 from ..tokens.precision import exact, exact_device, wide
+from .pair_sums import PairSums
 from .probing import all_reduce, batches, frozen, objective_of, output_of
+from .token_weights import add_weighted, token_weights
 
 
 @dataclass
 class HeadSums:
     """Sums over tokens for one attention layer; the first dimension holds the streams (H heads of h dimensions).
 
-    These are queries, keys and values (S = 3), or the values alone (S = 1) where no other stream is cut.
+    These are queries, keys and values (S = 3), or the values alone (S = 1) where no other stream is rotated.
+    pairs: of the rotary pairs of queries and keys, where they can be cut.
     """
 
     tokens: Tensor
@@ -35,6 +39,7 @@ class HeadSums:
     taylor_SHh: Tensor
     mixed: Moments
     mixed_held_out: Moments
+    pairs: PairSums | None = None
 
     @classmethod
     def zeros(cls, streams_SHh: tuple[int, int, int], inputs: int, device: torch.device) -> "HeadSums":
@@ -143,37 +148,12 @@ class UnitSums:
 Sums = HeadSums | UnitSums
 
 
-def add_weighted(moments: Moments, held_out: Moments, f_BNA: Tensor, g_BNA: Tensor) -> None:
-    """Add activations of images, each token with its weight, see `token_weights`; every fourth image is held out."""
-    device = moments.weight.device
-    f_BNA, weight_BN = wide(f_BNA.to(device)), token_weights(g_BNA.to(device))
-    apart = held_out_images(len(f_BNA), device)
-    for sums, images in ((moments, ~apart), (held_out, apart)):
-        sums.add(f_BNA[images].flatten(0, 1), weight_BN[images].flatten())
-
-
-def held_out_images(number: int, device: torch.device) -> Tensor:
-    """Which images of a batch are held out (B,): every fourth."""
-    return torch.arange(number, device=device) % 4 == 3
-
-
-def token_weights(g_BNA: Tensor) -> Tensor:
-    """How much an error in each token counts (B, N): 1, plus its squared gradient over the mean of its image.
-
-    To first order an error counts by its squared gradient; with equal weights alone, patch tokens would dominate, which
-    hardly matter to a head that reads CLS. But few tokens have a large gradient, too few for a regression of many units
-    on few images, and the others steer later attention: hence the 1. Gradients are compared within one image, so that
-    confident images count like the others and batches of any size give the same sums.
-    """
-    size = wide(g_BNA).square().sum(-1)
-    return 1 + size / size.mean(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-
-
 def tensors_in(sums: Any) -> Iterator[Tensor]:
     """Every sum, for the addition over processes."""
     for option in fields(sums):
         value = getattr(sums, option.name)
-        yield from [value] if isinstance(value, Tensor) else tensors_in(value)
+        if value is not None:
+            yield from [value] if isinstance(value, Tensor) else tensors_in(value)
 
 
 def collect(
@@ -200,11 +180,13 @@ def collect(
             if width == 0:
                 continue
             if isinstance(layer, AttentionHeads):
-                streams = (layer.cut_streams, layer.value_heads, width)
-                sums[name] = HeadSums.zeros(streams, layer.kept_inputs(width), device)
+                streams = (layer.cut_streams, layer.value_heads, layer.units_at(width))
+                sums[name] = heads = HeadSums.zeros(streams, layer.kept_inputs(width), device)
+                if covariance and isinstance(layer, ElasticValues) and layer.cuts_pairs:
+                    heads.pairs = PairSums.zeros(layer.num_heads, layer.pairs_at(width), device)
             else:
                 sums[name] = UnitSums.zeros(width, device)
-            layer.vitrim_tap = _tap(sums[name], covariance)
+            layer.vitrim_tap = _tap(layer, sums[name], covariance)
         if not sums:
             raise VitrimError("every sub-layer of this network was removed, so there is nothing to order or to cut")
         try:
@@ -222,10 +204,10 @@ def collect(
     return sums
 
 
-def _tap(sums: Sums, covariance: bool) -> Tap:
+def _tap(layer: Elastic, sums: Sums, covariance: bool) -> Tap:
     # Everything is added in the backward pass, since activation checkpointing runs the forward pass twice.
-    def tap(name: str, x: Tensor) -> None:
-        f = x.detach()
+    def tap(name: str, x: Tensor, *behind: Tensor) -> None:
+        f, behind = x.detach(), tuple(each.detach() for each in behind)
         if not x.requires_grad:
             x.requires_grad_()
 
@@ -238,6 +220,10 @@ def _tap(sums: Sums, covariance: bool) -> Tap:
                 sums.add(f.flatten(0, 1), g.flatten(0, 1))
             if covariance and name != "streams":
                 add_weighted(*sums.moments, f, g)
+            if name == "mixed" and behind and isinstance(sums, HeadSums) and sums.pairs is not None:
+                assert isinstance(layer, ElasticValues)
+                query, key, value = behind
+                sums.pairs.add(layer, query, key, value, token_weights(g))
 
         x.register_hook(add)
 

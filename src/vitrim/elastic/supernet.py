@@ -21,7 +21,7 @@ from ..models.compensation import Compensation
 from ..models.store import load, save_with, saved_folder
 from ..models.sublayers import Kind
 from ..output import recover
-from .chain import GROUPS, Chain, hash_of, start_chain
+from .chain import GROUPS, Chain, give_rules, hash_of, start_chain
 from .compensation_file import read_compensations, write_compensations
 from .extract import choose, cut
 from .growth import grow_evenly
@@ -46,6 +46,9 @@ class SuperNet:
     model: nn.Module
     chain: Chain
     compensations: Mapping[str, Compensation] | None = None
+
+    def __post_init__(self) -> None:
+        give_rules(self.model, self.chain)
 
     def __repr__(self) -> str:
         made_up = "no compensations" if self.compensations is None else f"compensations of {len(self.compensations)}"
@@ -93,7 +96,7 @@ class SuperNet:
             raise UnknownNameError("compensation", compensate, get_args(Compensate))
         compensations = self.compensations if compensate != "none" else None
         if compensations is not None and compensate == "means":
-            compensations = {name: replace(each, factor=None) for name, each in compensations.items()}
+            compensations = {name: replace(each, factor=None, pairs=None) for name, each in compensations.items()}
         return cut(self.model, self.chain, index, compensations)
 
     @contextmanager
@@ -139,6 +142,7 @@ class SuperNet:
         model = load(folder)
         if hash_of(model) != chain.weights:
             raise CheckpointError(f"{folder / CHAIN} belongs to other weights than those in its folder; stratify again")
+        give_rules(model, chain)
         if changed := _differences(chain, start_chain(model)):
             raise CheckpointError(
                 f"{folder / CHAIN} differs from the model in {', '.join(changed[:3])}; stratify again"
@@ -181,7 +185,7 @@ def stratify(
         width_multiple: every width except the full one is a multiple of it.
         max_saving: fraction of the MACs that the smallest network of the chain saves, in (0, 1).
         rounds: how often sub-layers are measured at narrower widths, each time in the smallest network so far.
-        ordering: how units are ordered; see `wpac.ORDERINGS`.
+        ordering: how units are ordered; see `orderings.ORDERINGS`.
         even: every sub-layer loses the same fraction of its units; nothing is measured.
         say: called with lines for the user.
 
@@ -196,7 +200,7 @@ def stratify(
     if not isinstance(max_saving, Real) or not 0 < max_saving < 1:
         raise VitrimError(f"max_saving must be between 0 and 1, not {max_saving!r}")
     # Before the long pass over the images, since it needs no order and refuses what cannot be cut.
-    chain = start_chain(model, groups=groups, width_multiple=width_multiple)
+    start_chain(model, groups=groups, width_multiple=width_multiple)
     model = copy.deepcopy(model)
     probe_images = min(num_images, max(LEAST_PROBED, num_images // 16))
     # Kept, so that an iterator that can be read only once serves too; there are few of them.
@@ -205,8 +209,10 @@ def stratify(
     if kept and all_alike([images_of(batch) for batch in kept]):
         raise DataError("the images are all the same, so nothing can be learnt from them; give different ones")
     ordered = wpac(
-        model, itertools.chain(kept, source), num_images=num_images, labels=labels, ordering=ordering, say=say
-    )
+        model, itertools.chain(kept, source), num_images=num_images, labels=labels, ordering=ordering,
+        width_multiple=width_multiple, say=say,
+    )  # fmt: skip
+    chain = start_chain(model, groups=groups, width_multiple=width_multiple)  # With the rules of rotary pairs.
     if even:
         chain = grow_evenly(chain, max_saving)
     else:

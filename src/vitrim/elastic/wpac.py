@@ -1,14 +1,14 @@
 """WPAC (SKD): order the dimensions of every head and the units of every MLP by importance, with the same function.
 
 Values are rotated onto the principal axes of their saliency-weighted covariance, queries and keys of a head together
-onto theirs; hidden units are permuted. Super-networks are then cut from the end. The table `ORDERINGS` holds WPAC and
-the orderings that studies compare it with.
+onto theirs; hidden units are permuted. Rotary pairs of queries and keys stay where they are, and the layer gets a rule
+that says which of them go first. Super-networks are then cut from the end.
 """
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -18,26 +18,16 @@ from ..errors import UnknownNameError, VitrimError
 from ..models.attention_heads import AttentionHeads
 from ..models.compensation import Compensation, Moments
 from ..models.elastic_hidden import ElasticHidden
+from ..models.elastic_values import ElasticValues
 from ..models.sublayers import Elastic, elastic
-from ..tokens.precision import exact
-from .elimination import elimination_order
+from .orderings import ORDERINGS, Axes
+from .pair_rule import make_rule
 from .probing import batches, frozen, output_of, world_size
 from .statistics import HeadSums, Sums, UnitSums, collect
 
-Axes = tuple[Tensor, Tensor | None]
-"""Orthogonal matrices (H, h, h) for the values and for queries and keys, new axes in columns, best first.
-
-None for queries and keys that keep all their dims.
-"""
-
-Heads = Callable[[AttentionHeads, HeadSums], Axes]
-Units = Callable[[ElasticHidden, UnitSums], Tensor]
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)
 """Ridges, as fractions of the mean variance, of which each sub-layer gets the best one for its regression."""
-ELIMINATION_RIDGE = 1e-3
 TOKENS_PER_UNIT = 4
-ORDERINGS: dict[str, tuple[Heads, Units]] = {}
-"""Name -> (axes of an attention layer, order of the units of an MLP, best first)."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +51,7 @@ def wpac(
     num_images: int = 1024,
     labels: bool = False,
     ordering: str = "wpac",
+    width_multiple: int = 8,
     say: Callable[[str], None] = print,
 ) -> Ordered:
     """Order all sub-layers of the model in place, and check on images that its outputs are the same.
@@ -71,6 +62,7 @@ def wpac(
         num_images: number of images to use, over all processes together.
         labels: use the logit of the true class instead of that of the predicted class.
         ordering: a name in `ORDERINGS`.
+        width_multiple: of what rotary pairs and values are cut in, see `pair_rule`.
         say: called with one line about the largest difference.
 
     Raises:
@@ -85,7 +77,7 @@ def wpac(
     images, _ = next(batches(first, model, 32 * world_size(), False))
     with frozen(model), torch.no_grad(), _exact_products():
         before = output_of(model, images)
-        compensations, shares = apply(model, sums, ordering)
+        compensations, shares = apply(model, sums, ordering, width_multiple)
         after = output_of(model, images)
     difference = (before - after).abs().max().item()
     say(f"{ordering}: function preserved, max |difference| = {difference:.1e} ({before.dtype})".replace("torch.", ""))
@@ -118,10 +110,10 @@ def _exact_products() -> Iterator[None]:
 
 
 def apply(
-    model: nn.Module, sums: Mapping[str, Sums], ordering: str
+    model: nn.Module, sums: Mapping[str, Sums], ordering: str, width_multiple: int = 8
 ) -> tuple[dict[str, Compensation], dict[str, Tensor]]:
     """Change the weights; returns compensations and shares, see `Ordered`."""
-    axes_of, order_of = ORDERINGS[ordering]
+    axes_of, order_of, pairs_of = ORDERINGS[ordering]
     compensations: dict[str, Compensation] = {}
     shares: dict[str, Tensor] = {}
     with elastic(model) as layers:
@@ -140,6 +132,11 @@ def apply(
                 axes = layer.of_every_head(value)
                 moments, held_out = (one.rotated(axes).ordered(layer.inputs) for one in each.moments)
             compensations[name] = compensation_of(layer, moments, held_out)
+            if isinstance(each, HeadSums) and each.pairs is not None and each.pairs.weight > 0:
+                assert isinstance(layer, ElasticValues)
+                errors = compensations[name].unexplained(layer.last_by_units)[:: layer.num_heads]
+                layer.vitrim_rule, factors = make_rule(layer, each.pairs, pairs_of, errors, width_multiple)
+                compensations[name] = replace(compensations[name], pairs=factors.float())
     return compensations, shares
 
 
@@ -173,59 +170,3 @@ def compensation_of(layer: Elastic, moments: Moments, held_out: Moments) -> Comp
     together = moments + held_out
     # Contiguous as after reading it from a file, so that both give the same bits.
     return Compensation(together.mean.float(), together.factor(ridge, bias).float().contiguous())
-
-
-def principal_axes(covariance_Hhh: Tensor) -> Tensor:
-    """Eigenvectors (H, h, h) in columns, largest eigenvalue first, signs fixed so that every process agrees."""
-    vectors = torch.linalg.eigh((covariance_Hhh + covariance_Hhh.mT) / 2).eigenvectors.flip(-1)
-    largest = vectors.gather(-2, vectors.abs().argmax(-2, keepdim=True))
-    return vectors * torch.where(largest < 0, -1.0, 1.0)
-
-
-def permutation(score_Hh: Tensor) -> Tensor:
-    """The permutation of every head's dims by descending score, as matrices (H, h, h)."""
-    order = score_Hh.argsort(dim=-1, descending=True, stable=True)
-    return exact(nn.functional.one_hot(order, order.shape[-1]).mT)
-
-
-def _register(name: str, heads: Callable[[AttentionHeads, HeadSums], Tensor], units: Units) -> None:
-    """Enter an ordering that permutes: scores of the dims of all streams (S, H, h), values last, and of units."""
-
-    def axes(layer: AttentionHeads, sums: HeadSums) -> Axes:
-        *query_key, value = heads(layer, sums)
-        return permutation(value), permutation(torch.stack(query_key).sum(0)) if query_key else None
-
-    ORDERINGS[name] = (axes, lambda layer, sums: units(layer, sums).argsort(descending=True, stable=True))
-
-
-def _random(shape: torch.Size, like: Tensor) -> Tensor:
-    generator = torch.Generator().manual_seed(shape.numel())
-    return torch.rand(shape, generator=generator, dtype=torch.float64).to(like.device)
-
-
-def _random_streams(sums: HeadSums) -> Tensor:
-    scores = _random(sums.plain_SHh.shape, sums.tokens)
-    scores[1:-1] = 0  # Keys have the order of queries.
-    return scores
-
-
-def _wpac_axes(_: AttentionHeads, sums: HeadSums) -> Axes:
-    query_key = principal_axes(sums.covariance(0, 1)) if sums.has_query_key else None
-    return principal_axes(sums.covariance(-1)), query_key
-
-
-def _eliminated(layer: ElasticHidden, sums: UnitSums) -> Tensor:
-    together = sums.hidden + sums.hidden_held_out
-    factor = together.factor(ELIMINATION_RIDGE, centred=layer.last.bias is not None)
-    return elimination_order(layer.last.weight, factor @ factor.mT)
-
-
-ORDERINGS["elimination"] = (_wpac_axes, _eliminated)
-ORDERINGS["wpac"] = (_wpac_axes, lambda _, sums: sums.fisher.argsort(descending=True, stable=True))
-_register("taylor", lambda _, sums: sums.taylor_SHh, lambda _, sums: sums.taylor)
-_register("magnitude", lambda layer, _: layer.stream_norms(), lambda layer, _: layer.unit_norms())
-_register(
-    "random",
-    lambda _, sums: _random_streams(sums),
-    lambda _, sums: _random(sums.taylor_sum.shape, sums.tokens),
-)

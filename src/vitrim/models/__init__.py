@@ -17,7 +17,7 @@ from .removed_branch import RemovedBranch
 from .store import check_place, load, save
 from .trace import Trace, trace_of
 from .variants import DENSE, OWN, attached_instead, detached, own_method, reads_prefix_only, variant
-from .widths import BlockWidths, cuts_values_alone, even_widths, narrow, set_widths, widths_of
+from .widths import BlockWidths, even_widths, narrow, rotary_blocks, set_widths, widths_of
 
 __all__ = [
     "ADAPTERS",
@@ -40,7 +40,6 @@ __all__ = [
     "check_place",
     "compile",
     "convert",
-    "cuts_values_alone",
     "detached",
     "even_widths",
     "find_adapter",
@@ -53,6 +52,7 @@ __all__ = [
     "own_method",
     "read_weights",
     "reads_prefix_only",
+    "rotary_blocks",
     "save",
     "set_epoch",
     "set_widths",

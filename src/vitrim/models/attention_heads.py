@@ -14,7 +14,7 @@ class AttentionHeads(Elastic):
     """An attention layer on the leading dims of every head. Always with the scale of the full head dimension.
 
     num_heads, head_dim: of the queries, as the foreign layer has them.
-    cut_streams: how many of queries, keys and values lose dims: all 3, or the values alone.
+    cut_streams: how many of queries, keys and values lose dims by a rotation of their own: all 3, or the values alone.
     """
 
     kind = "attention"

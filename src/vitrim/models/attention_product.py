@@ -1,4 +1,4 @@
-"""The products of attention, also where values have fewer dims than queries and keys."""
+"""The products of attention, also where values have other dims than queries and keys."""
 
 import torch
 from torch import Tensor
@@ -9,13 +9,18 @@ def attention_product(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None, *,
     dropout: float = 0.0, is_causal: bool = False, scale: float | None = None,
 ) -> Tensor:  # fmt: skip
-    """Fused attention (B, H, T, V) of queries and keys (B, H, T, D) and of values (B, H, T, V), V at most D.
+    """Fused attention (B, H, T, V) of queries and keys (B, H, T, D) and of values (B, H, T, V).
 
     PyTorch's fused kernel for CPUs takes one number of dims only; without it, attention takes about three times as
-    long. So there values are padded with zeros, which changes no result. Exported graphs hold the products as they are.
+    long. So there the narrower ones are padded with zeros, which changes no result; queries and keys only where a scale
+    is given. Exported graphs hold the products as they are.
     """
     options = {"attn_mask": bias, "dropout_p": dropout, "is_causal": is_causal, "scale": scale}
     dims, missing = value.shape[-1], query.shape[-1] - value.shape[-1]
-    if missing <= 0 or value.device.type != "cpu" or torch.compiler.is_exporting():
+    if missing == 0 or value.device.type != "cpu" or torch.compiler.is_exporting():
         return F.scaled_dot_product_attention(query, key, value, **options)
-    return F.scaled_dot_product_attention(query, key, F.pad(value, (0, missing)), **options)[..., :dims]
+    if missing > 0:
+        return F.scaled_dot_product_attention(query, key, F.pad(value, (0, missing)), **options)[..., :dims]
+    if scale is not None:
+        query, key = (F.pad(stream, (0, -missing)) for stream in (query, key))
+    return F.scaled_dot_product_attention(query, key, value, **options)

@@ -25,10 +25,13 @@ class Compensation:
     mean: of every input (n,).
     factor: lower-triangular Cholesky factor (n, n) of their covariance plus the ridge, or of their second moment where
         the projection has no bias that could hold a mean. None: only the mean moves, into the bias.
+    pairs: where rotary pairs of queries and keys are cut: for every head the Cholesky factor (H, p, p) of the second
+        moments of what its pairs add to the output, pairs in their order. None: those that stay are left as they are.
     """
 
     mean: Tensor
     factor: Tensor | None = None
+    pairs: Tensor | None = None
 
     def __repr__(self) -> str:
         return outline(self)
@@ -57,6 +60,13 @@ class Compensation:
         if bias is None:
             return leading, None
         return leading, exact(bias) + weight @ mean - leading @ mean[:kept]
+
+    def pair_scales(self, kept: int) -> Tensor:
+        """Factors (H, kept) on the queries of the pairs that stay, which make up for the others, in float64."""
+        assert self.pairs is not None
+        factors = exact(self.pairs)
+        target = pair_changes(factors)[:, None, :kept]
+        return torch.linalg.solve_triangular(factors[:, :kept, :kept], target, upper=False, left=False)[:, 0]
 
     def unexplained(self, weight: Tensor) -> Tensor:
         """Mean squared error of the projection (n + 1,), summed over outputs, if the leading 0, 1, ..., n inputs stay.
@@ -139,6 +149,11 @@ class Moments:
         if shift is None:
             return error
         return error - 2 * shift @ (lost @ self.mean) + shift.square().sum()
+
+
+def pair_changes(factors_Hpp: Tensor) -> Tensor:
+    """What all pairs of a head add together, by the columns of its factor (H, p): the target of their regression."""
+    return factors_Hpp.sum(1)
 
 
 def tail_sums(x: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from .checked_values import Misfit, integer, mapping, number, numbers, one_of, o
 from .input_format import CROP_MODES, INTERPOLATIONS
 from .widths import BlockWidths
 
-SCHEMA = 2
+SCHEMA = 3
 _LONGEST = 16 << 20  # Characters of the whole description.
 _LARGEST = 1 << 16
 _MAX_IMAGE = 8192
@@ -189,8 +189,11 @@ def _widths(where: str, value: Any) -> tuple[BlockWidths, ...]:
         raise Misfit(f"{where} is {shown(value)}; it must be a list, one entry per block")
     found = []
     for block in value:
-        if not isinstance(block, dict) or set(block) - {"value_dim"} != {"head_dim", "hidden"}:
-            raise Misfit(f"{where} holds {shown(block)}; it must be head_dim, hidden and perhaps value_dim of a block")
+        if not isinstance(block, dict) or set(block) - {"value_dim", "query_dim"} != {"head_dim", "hidden"}:
+            raise Misfit(
+                f"{where} holds {shown(block)}; it must be head_dim, hidden and perhaps value_dim and query_dim of a "
+                "block"
+            )
         found.append(BlockWidths(**{name: integer(f"{where}.{name}", block[name], 0, _LARGEST) for name in block}))
     return tuple(found)
 

@@ -22,6 +22,7 @@ from .checkpoints import opened, read_header, read_tensors
 from .description import Record, parse
 from .finding import adapter_of
 from .rebuild import check_plain, describe, rebuild
+from .rotary_pairs import check_kept_pairs
 from .shapes_only import shapes_only
 from .weights import check_not_hugging_face, check_tensors, check_values, misfits, shape_misfits
 
@@ -120,6 +121,7 @@ def load(folder: str | Path, *, image_size: Size | None = None, img_size: Size |
         )
     check_values(model.state_dict(), state, path)
     model.load_state_dict(state, assign=True)
+    check_kept_pairs(model, path)
     family = adapter_of(model)
     if record.classes is not None and len(record.classes) == family.classifier(model).classes:
         family.name_classes(model, record.classes)

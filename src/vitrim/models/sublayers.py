@@ -24,7 +24,9 @@ from .removed_branch import RemovedBranch
 from .slicing import leading, store
 
 Kind = Literal["attention", "mlp"]
-Tap = Callable[[str, Tensor], None]
+Tap = Callable[..., None]
+STATE = ("vitrim_width", "vitrim_last", "vitrim_scales")
+"""Names of what says how a layer runs."""
 ELASTIC: Table[type[nn.Module], type["Elastic"]] = Table("elastic layer")
 """Which subclass takes the place of which foreign layer."""
 
@@ -34,15 +36,18 @@ class Elastic(nn.Module):
 
     vitrim_width: the width that the next forward pass uses, at most `full_width`.
     vitrim_last: weight (C, inputs) and bias of the last projection at this width; None: the leading part of its own.
+    vitrim_scales: factors (H, pairs) on the rotary pairs of the queries that are left at this width; None: all 1.
     vitrim_tap: called with (name, tensor) at the places where statistics are taken: "streams" (B, N, S*H*h), the
         queries, keys and values before any norm (S = 3) or the values alone (S = 1), and "mixed" (B, N, H*h) before
-        the output projection; "hidden" (B, N, units) before the last projection.
+        the output projection, where whole rotary pairs can be cut with the (query, key, value) behind it; "hidden"
+        (B, N, units) before the last projection.
     """
 
     kind: ClassVar[Kind]
     replaces: ClassVar[type[nn.Module]]
     vitrim_width: int
     vitrim_last: tuple[Tensor, Tensor | None] | None
+    vitrim_scales: Tensor | None
     vitrim_tap: Tap | None
 
     def __init_subclass__(cls, replaces: type[nn.Module] | None = None) -> None:
@@ -70,9 +75,20 @@ class Elastic(nn.Module):
         """Weight (C, inputs) of the last projection with its columns in the order of the units, see `inputs`."""
         return self.last.weight[:, self.inputs.to(self.last.weight.device)]
 
+    def units_at(self, width: int) -> int:
+        """How many of the units that the last projection reads stay at this width; dims of the values in attention."""
+        return width
+
     def kept_inputs(self, width: int) -> int:
         """How many inputs the last projection has at this width."""
-        return width * self.last.in_features // self.full_width
+        return self.units_at(width) * (self.last.in_features // self.full_width)
+
+    def run_at(self, width: int, compensation: Compensation | None = None) -> None:
+        """Run at this width from now on, with what makes up for the lost units; None: they add nothing."""
+        self.vitrim_width, self.vitrim_last, self.vitrim_scales = width, None, None
+        if compensation is not None and width < self.full_width:
+            weight, bias = self.compensated(width, compensation)
+            self.vitrim_last = weight.to(self.last.weight), None if bias is None else bias.to(self.last.weight)
 
     def compensated(self, width: int, compensation: Compensation | None) -> tuple[Tensor, Tensor | None]:
         """Weight (C, inputs) and bias of the last projection at this width, columns in its own order, in float64."""
@@ -131,12 +147,12 @@ class Elastic(nn.Module):
             weight, bias = self.vitrim_last
             return F.linear(x_BNA, weight, bias)
         parts = last.in_features // self.full_width
-        return F.linear(x_BNA, leading(last.weight, self.vitrim_width, parts, dim=1), last.bias)
+        return F.linear(x_BNA, leading(last.weight, self.units_at(self.vitrim_width), parts, dim=1), last.bias)
 
-    def tap(self, name: str, x: Tensor) -> None:
-        """Hand a tensor to the statistics, if any are taken."""
+    def tap(self, name: str, x: Tensor, *behind: Tensor) -> None:
+        """Hand a tensor to the statistics, if any are taken, with those that it was made from."""
         if self.vitrim_tap is not None:
-            self.vitrim_tap(name, x)
+            self.vitrim_tap(name, x, *behind)
 
     def constant(self, x_BNC: Tensor) -> Tensor:
         """What width 0 adds: the last bias. Unused weights get zero gradients, which data parallelism needs."""
@@ -212,10 +228,11 @@ def elastic(model: nn.Module) -> Iterator[dict[str, Elastic]]:
             module.__class__ = ELASTIC[type(module)]
             layers[part.name] = module
             module.refuse(part.name)
-            module.vitrim_width, module.vitrim_last, module.vitrim_tap = module.full_width, None, None
+            module.vitrim_tap = None
+            module.run_at(module.full_width)
         yield layers
     finally:
         for module in layers.values():
             module.__class__ = module.replaces
-            for name in ("vitrim_width", "vitrim_last", "vitrim_tap"):
+            for name in (*STATE, "vitrim_tap"):
                 vars(module).pop(name, None)

@@ -20,6 +20,7 @@ from ..data.streams import Stream, make_loader
 from ..data.transforms import transforms_for
 from ..distill import Distilled, Outputs, Teacher
 from ..elastic import SuperNet
+from ..elastic.chain import give_rules
 from ..elastic.piad import Piad, Stratifier, imitation_loss
 from ..elastic.probing import is_headless, output_of
 from ..elastic.sampler import RULES, narrowed
@@ -81,7 +82,10 @@ class Stratification:
         self.probe = self._make_probe(splits)
         spec = recipe.elastic
         if fresh:
-            wpac(student, self.probe, num_images=spec.images, labels=self.classifies, say=log.info)
+            wpac(
+                student, self.probe, num_images=spec.images, labels=self.classifies,
+                width_multiple=spec.width_multiple, say=log.info,
+            )  # fmt: skip
         config = Piad(
             grow_epochs=spec.grow_epochs, max_saving=spec.max_saving, rule=spec.rule, distill=spec.distill,
             temperature=spec.temperature, num_images=spec.images, probe_images=max(1, spec.images // 4),
@@ -167,6 +171,7 @@ class Stratification:
     def _networks(self, model: nn.Module) -> dict[str, nn.Module]:
         """The full network, the one half-way down in MACs, and the smallest."""
         chain = self.stratifier.chain
+        give_rules(model, chain)
         middle = chain.largest("macs", (chain.macs + chain.macs_at(-1)) / 2)
         places = {"full": 0, "middle": middle, "smallest": -1}
         return {name: _Narrowed(model, chain.widths(index)) for name, index in places.items()}

@@ -8,6 +8,7 @@ from torch import Tensor
 from .hf_backbone import enter_backbone
 from .hf_layout import IMAGENET, Layout, enter, first_token
 from .hf_reduced_block import ReducedLayer
+from .hf_values import rotated
 
 Table = tuple[Tensor, Tensor]
 """Cosines and sines, each (N, D), or (B, 1, M, D) for the tokens that are left."""
@@ -21,7 +22,7 @@ class _ReducedLayer(ReducedLayer):
         return cos, sin
 
     def rotate(self, stream_BHTD: Tensor, table: Table) -> Tensor:
-        return _rotated(stream_BHTD, table)
+        return rotated(self._attention, self.vitrim_layout, stream_BHTD, table)
 
 
 def _rotated(stream_BHTD: Tensor, table: Table) -> Tensor:
@@ -29,8 +30,8 @@ def _rotated(stream_BHTD: Tensor, table: Table) -> Tensor:
     prefix = stream_BHTD.shape[2] - cos.shape[-2]
     patches: Any = stream_BHTD[:, :, prefix:]
     one, two = patches.chunk(2, dim=-1)
-    rotated = patches * cos + torch.cat((-two, one), dim=-1) * sin
-    return torch.cat([stream_BHTD[:, :, :prefix], rotated], dim=2)
+    turned = patches * cos + torch.cat((-two, one), dim=-1) * sin
+    return torch.cat([stream_BHTD[:, :, :prefix], turned], dim=2)
 
 
 DINOV3 = Layout(

@@ -14,7 +14,7 @@ from ..removed_branch import RemovedBranch
 from ..slicing import Parts
 from ..sublayers import ELASTIC
 from .hf_layout import Layout
-from .hf_values import narrow_class, queries_and_keys
+from .hf_values import narrow_class, queries_and_keys, rotated
 
 
 class RemovedAttention(RemovedBranch):
@@ -73,6 +73,13 @@ class _ElasticRotary(_Attention, ElasticValues):
 
     def queries_and_keys(self, x: Tensor, table: Any) -> tuple[Tensor, Tensor]:
         return queries_and_keys(self, self.vitrim_layout, x, table)
+
+    @property
+    def half_pairs(self) -> bool:
+        return True
+
+    def turned(self, stream_BHTD: Tensor, table: Any, pairs_Hp: Tensor | None) -> Tensor:
+        return rotated(self, self.vitrim_layout, stream_BHTD, table, pairs_Hp)
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
         return self.mix(hidden_states, kwargs[self.vitrim_layout.rotary], attention_mask), None

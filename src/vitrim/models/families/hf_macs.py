@@ -4,7 +4,7 @@ from operator import attrgetter
 from typing import Any
 
 from ...tokens import Plan, Reducer
-from ..elastic_values import value_dim
+from ..elastic_pairs import query_dim, value_dim
 from ..exchange import intercepted
 from ..foreign_macs import macs_per_row
 from ..macs import BlockShape, Macs, block_macs
@@ -40,8 +40,8 @@ def _shape(layout: Layout, block: Any, width: int) -> BlockShape:
     values = heads * value_dim(attn)
     return BlockShape(
         width=width,
-        attn_dim=heads * attn.head_dim,
-        head_dim=attn.head_dim,
+        attn_dim=heads * query_dim(attn),
+        head_dim=query_dim(attn),
         qkv_macs=sum(macs_per_row(layer, width) for layer in (attn.q_proj, attn.k_proj, attn.v_proj)),
         proj_macs=macs_per_row(getattr(attn, layout.out), values),
         mlp_macs=mlp,

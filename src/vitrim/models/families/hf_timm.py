@@ -64,7 +64,8 @@ def _refuse_uneven(model: nn.Module) -> None:
     block, (first, *more) = adapter.blocks(model)[0], widths
     attn: Any = getattr(block, next(iter(adapter.branches_of(model))))
     heads = getattr(attn, "num_heads", getattr(attn, "num_attention_heads", 0))
-    if more or first.value_dim is not None or first.head_dim * heads != adapter.info(model).width:
+    cut = first.value_dim is not None or first.query_dim is not None
+    if more or cut or first.head_dim * heads != adapter.info(model).width:
         raise UnsupportedModelError(
             f"the widths of this {type(model).__name__} were cut, and the other library builds no such blocks; convert "
             "the model before it is cut"

@@ -1,4 +1,4 @@
-"""Attention of transformers that rotates queries and keys by place, with values of another width.
+"""Attention of transformers that rotates queries and keys by place, with heads of another width.
 
 The class of such a layer is made when a model of its family is first met. These classes are attributes of this module,
 such as `NarrowDINOv3ViTAttention`, so that pickle finds them by name.
@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from ..heads import split_heads
+from ..rotary_pairs import columns, dims_of
 from .hf_layout import LAYOUTS, Layout
 from .hf_reduced_block import attended
 
@@ -19,10 +20,12 @@ _made: dict[type[nn.Module], type[nn.Module]] = {}
 
 
 class _Narrow(nn.Module):
-    """Mixin before an attention layer whose values were cut."""
+    """Mixin before an attention layer that was cut."""
 
     vitrim_layout: ClassVar[Layout]
     value_dim: int
+    query_dim: int
+    kept_pairs: Tensor
 
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
@@ -40,7 +43,23 @@ def queries_and_keys(attn: Any, layout: Layout, x_BTC: Tensor, table: Any) -> tu
     """Queries and keys (B, H, T, D) of an attention layer, rotated by the table of its family."""
     heads = getattr(attn, layout.heads)
     query, key = (split_heads(layer(x_BTC), heads) for layer in (attn.q_proj, attn.k_proj))
-    return layout.rotate(query, table), layout.rotate(key, table)
+    return rotated(attn, layout, query, table), rotated(attn, layout, key, table)
+
+
+def rotated(attn: Any, layout: Layout, stream_BHTD: Tensor, table: Any, pairs_Hp: Tensor | None = None) -> Tensor:
+    """Queries or keys of an attention layer, rotated by the table of its family.
+
+    Args:
+        attn, layout: the layer, and where its parts lie.
+        stream_BHTD: of all heads, prefix tokens first.
+        table: cosines and sines of all dims of a head.
+        pairs_Hp: the rotary pairs that the stream has, which lie in halves; None: those of the layer.
+    """
+    pairs_Hp = getattr(attn, "kept_pairs", None) if pairs_Hp is None else pairs_Hp
+    if pairs_Hp is not None:
+        dims = dims_of(pairs_Hp, attn.head_dim // 2, half=True)
+        table = tuple(columns(part, dims) for part in table)
+    return layout.rotate(stream_BHTD, table)
 
 
 def narrow_class(layout: Layout, foreign: type[nn.Module]) -> type[nn.Module]:
@@ -48,7 +67,7 @@ def narrow_class(layout: Layout, foreign: type[nn.Module]) -> type[nn.Module]:
     with _lock:
         if foreign not in _made:
             name = _PREFIX + foreign.__name__
-            doc = f"`{foreign.__name__}` whose values have fewer dims per head than queries and keys."
+            doc = f"`{foreign.__name__}` with fewer dims per head, of values, of queries and keys, or of both."
             body = {"__module__": __name__, "__qualname__": name, "__doc__": doc, "vitrim_layout": layout}
             _made[foreign] = type(name, (_Narrow, foreign), body)
         return _made[foreign]

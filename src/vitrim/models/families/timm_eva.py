@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ...errors import WidthError
 from ..adapter import State
-from ..elastic_values import value_dim
+from ..elastic_pairs import query_dim, value_dim
 from ..exchange import intercepted
 from ..foreign_macs import macs_per_row
 from ..macs import BlockShape
@@ -135,12 +135,12 @@ class TimmEva(TimmViT):
             return BlockShape(width, 0, 0, 0, 0, mlp)
         layers = (attn.q_proj, attn.k_proj, attn.v_proj) if attn.qkv is None else (attn.qkv,)
         made = [macs_per_row(layer, width) for layer in layers]
-        queries, values = attn.num_heads * attn.head_dim, attn.num_heads * value_dim(attn)
+        queries, values = attn.num_heads * query_dim(attn), attn.num_heads * value_dim(attn)
         query, key = made[:2] if attn.qkv is None else [made[0] * queries // (2 * queries + values)] * 2
         return BlockShape(
             width=width,
             attn_dim=queries,
-            head_dim=attn.head_dim,
+            head_dim=query_dim(attn),
             qkv_macs=sum(made),
             proj_macs=macs_per_row(attn.proj, values),
             mlp_macs=mlp,

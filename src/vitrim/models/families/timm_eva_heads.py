@@ -1,6 +1,7 @@
-"""The attention layers of timm's `Eva`: how they make queries, keys and values, and with values of another width.
+"""The attention layers of timm's `Eva`: how they make queries, keys and values, also with heads of other widths.
 
-A narrowed layer keeps all names of its parameters; its values have `value_dim` dims per head.
+A narrowed layer keeps all names of its parameters; its values have `value_dim` dims per head, its queries and keys
+`query_dim`, those of the rotary pairs in `kept_pairs`.
 """
 
 from collections.abc import Sequence
@@ -12,24 +13,39 @@ from timm.layers.pos_embed_sincos import apply_rot_embed_cat
 from timm.models.eva import EvaAttention
 from torch import Tensor, nn
 
-from ..elastic_values import ElasticValues, Rows, value_dim
+from ..elastic_pairs import query_dim, value_dim
+from ..elastic_values import ElasticValues
+from ..head_rows import Rows
 from ..heads import split_heads
+from ..rotary_pairs import columns, dims_of
 from .timm_reduced import mix, rows_of_qkv
 
 
 def streams_of(attn: Any, x_BTC: Tensor, first: int, last: int) -> tuple[Tensor, ...]:
     """Streams `first` to `last` (exclusive) of (query, key, value) of all heads, each (B, H, T, dims), after norms."""
-    dims = (attn.head_dim, attn.head_dim, value_dim(attn))[first:last]
+    dims = (query_dim(attn), query_dim(attn), value_dim(attn))[first:last]
     norms = (attn.q_norm, attn.k_norm, nn.Identity())[first:last]
     rows = zip(_rows(attn, x_BTC, first, last), dims, norms, strict=True)
     # Heads of one group read the same keys and values.
-    return tuple(_of_every_head(norm(split_heads(out, dim=dim)), attn.num_heads) for out, dim, norm in rows)
+    return tuple(_every_head(norm(split_heads(out, dim=dim)), attn.num_heads) for out, dim, norm in rows)
 
 
-def rotated(attn: Any, stream_BHTD: Tensor, table: Tensor | None) -> Tensor:
-    """Queries or keys, prefix tokens first, with the patch tokens rotated by their rows of the table."""
+def rotated(attn: Any, stream_BHTD: Tensor, table: Tensor | None, pairs_Hp: Tensor | None = None) -> Tensor:
+    """Queries or keys, prefix tokens first, with the patch tokens rotated by their rows of the table.
+
+    Args:
+        attn: the layer.
+        stream_BHTD: of all heads.
+        table: sines, then cosines, of all dims of a head.
+        pairs_Hp: the rotary pairs that the stream has; None: those of the layer.
+    """
     if table is None:
         return stream_BHTD
+    if pairs_Hp is None and (kept := getattr(attn, "kept_pairs", None)) is not None:
+        pairs_Hp = _every_head(kept, attn.num_heads, 0)
+    if pairs_Hp is not None:
+        dims = dims_of(pairs_Hp, attn.head_dim // 2, attn.rotate_half)
+        table = torch.cat([columns(part, dims) for part in table.chunk(2, -1)], dim=-1)
     prefix = stream_BHTD.shape[2] - table.shape[-2]
     turned = apply_rot_embed_cat(stream_BHTD[:, :, prefix:], table, half=attn.rotate_half)
     return torch.cat([stream_BHTD[:, :, :prefix], turned], dim=2)
@@ -43,9 +59,11 @@ def part_behind(attn: Any) -> str:
 
 
 class _Narrow(nn.Module):
-    """Mixin before an attention layer whose values were cut."""
+    """Mixin before an attention layer that was cut."""
 
     value_dim: int
+    query_dim: int
+    kept_pairs: Tensor
 
     def forward(
         self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
@@ -57,11 +75,11 @@ class _Narrow(nn.Module):
 
 
 class NarrowEvaAttention(_Narrow, EvaAttention):
-    """timm's `EvaAttention` whose values have fewer dims per head than queries and keys."""
+    """timm's `EvaAttention` with fewer dims per head, of values, of queries and keys, or of both."""
 
 
 class NarrowAttentionRope(_Narrow, AttentionRope):
-    """timm's `AttentionRope` whose values have fewer dims per head than queries and keys."""
+    """timm's `AttentionRope` with fewer dims per head, of values, of queries and keys, or of both."""
 
 
 NARROW = (NarrowEvaAttention, NarrowAttentionRope)
@@ -79,15 +97,21 @@ class _Elastic(ElasticValues):
     proj: Any
     attn_drop: Any
     proj_drop: Any
+    rotate_half: bool
 
     @property
     def projections(self) -> tuple[Any, ...]:
         return (self.q_proj, self.k_proj, self.v_proj) if self.qkv is None else (self.qkv,)
 
     @property
-    def value_bias(self) -> Rows | None:
-        separate = getattr(self, "v_bias", None) is not None
-        return Rows(self, "v_bias") if separate else super().value_bias
+    def half_pairs(self) -> bool:
+        return self.rotate_half
+
+    def rows(self, stream: int) -> tuple[Rows, Rows | None]:
+        weight, bias = super().rows(stream)
+        if getattr(self, "q_bias", None) is None:
+            return weight, bias
+        return weight, Rows(self, ("q_bias", "k_bias", "v_bias")[stream], 0, weight.heads, weight.dims)
 
     @property
     def last(self) -> nn.Linear:
@@ -109,6 +133,9 @@ class _Elastic(ElasticValues):
         query, key = (rotated(self, stream, table) for stream in streams_of(self, x, 0, 2))
         return query, key
 
+    def turned(self, stream_BHTD: Tensor, table: Any, pairs_Hp: Tensor | None) -> Tensor:
+        return rotated(self, stream_BHTD, table, pairs_Hp)
+
     def forward(
         self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Tensor:
@@ -116,25 +143,25 @@ class _Elastic(ElasticValues):
 
 
 class ElasticEvaAttention(_Elastic, EvaAttention, replaces=EvaAttention):
-    """timm's `EvaAttention` on the leading dims of the values."""
+    """timm's `EvaAttention` at a variable width."""
 
     narrow = NarrowEvaAttention
 
 
 class ElasticAttentionRope(_Elastic, AttentionRope, replaces=AttentionRope):
-    """timm's `AttentionRope` on the leading dims of the values."""
+    """timm's `AttentionRope` at a variable width."""
 
     narrow = NarrowAttentionRope
 
 
 class ElasticNarrowEvaAttention(_Elastic, NarrowEvaAttention, replaces=NarrowEvaAttention):
-    """The same of a layer whose values were cut before."""
+    """The same of a layer that was cut before."""
 
     narrow = NarrowEvaAttention
 
 
 class ElasticNarrowAttentionRope(_Elastic, NarrowAttentionRope, replaces=NarrowAttentionRope):
-    """The same of a layer whose values were cut before."""
+    """The same of a layer that was cut before."""
 
     narrow = NarrowAttentionRope
 
@@ -143,10 +170,10 @@ def _rows(attn: Any, x_BTC: Tensor, first: int, last: int) -> Sequence[Tensor]:
     """Rows `first` to `last` (exclusive) of (query, key, value), each (B, T, H * dims), as the layer makes them."""
     if attn.qkv is None:
         return [layer(x_BTC) for layer in (attn.q_proj, attn.k_proj, attn.v_proj)[first:last]]
-    whole = attn.num_heads * attn.head_dim
+    whole = attn.num_heads * query_dim(attn)
     return rows_of_qkv(attn, (whole, whole, attn.num_heads * value_dim(attn)), x_BTC, first, last)
 
 
-def _of_every_head(stream_BHTD: Tensor, heads: int) -> Tensor:
-    groups = heads // stream_BHTD.shape[1]
-    return stream_BHTD if groups == 1 else stream_BHTD.repeat_interleave(groups, dim=1)
+def _every_head(of_groups: Tensor, heads: int, dim: int = 1) -> Tensor:
+    groups = heads // of_groups.shape[dim]
+    return of_groups if groups == 1 else of_groups.repeat_interleave(groups, dim=dim)

@@ -29,7 +29,8 @@ def mix(
     """The attention of a timm layer from (B, H, T, D) queries, keys and values on: up to its output projection."""
     if attn.fused_attn:
         dropout = attn.attn_drop.p if training else 0.0
-        out = attention_product(query, key, value, bias, dropout=dropout, is_causal=is_causal)
+        scale = attn.scale if hasattr(attn, "kept_pairs") else None  # That of the full head, of which a part is left.
+        out = attention_product(query, key, value, bias, dropout=dropout, is_causal=is_causal, scale=scale)
     else:  # Whoever wants double backward, forward-mode gradients, or attention maps from a hook on attn_drop.
         logits = (query * attn.scale) @ key.transpose(-2, -1)
         mask = resolve_self_attn_mask(query.shape[2], logits, bias, is_causal)

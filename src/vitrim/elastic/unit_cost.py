@@ -1,0 +1,90 @@
+"""What a sub-layer of a super-network costs at every width."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import CheckpointError
+from ..models.elastic_values import ElasticValues
+from ..models.rotary_pairs import PairRule, rule_from
+from ..models.sublayers import Elastic
+
+
+@dataclass(frozen=True)
+class UnitCost:
+    """What one unit of width of a sub-layer costs, and how many units are cut at a time.
+
+    macs, macs_linear_only, params: of a hidden unit, or of one dim of the heads; of their values where a rule says how
+        many of these, and how many rotary pairs, stay at a width.
+    fixed_macs, fixed_macs_linear_only: of what belongs to no unit and goes with the last one: queries and keys, where
+        values alone are cut.
+    rule: see `PairRule`. pair_macs, pair_macs_linear_only, pair_params: of one rotary pair.
+    """
+
+    width: int
+    step: int
+    macs: int
+    macs_linear_only: int
+    params: int
+    left_params: int
+    """Parameters that removal adds (a constant where there was no bias), minus those that belong to no unit."""
+    fixed_macs: int = 0
+    fixed_macs_linear_only: int = 0
+    rule: PairRule | None = None
+    pair_macs: int = 0
+    pair_macs_linear_only: int = 0
+    pair_params: int = 0
+
+    def saved(self, width: int, narrower: int) -> tuple[int, int]:
+        """MACs and parameters that are saved when `width` becomes `narrower`."""
+        (lost, pairs), gone = self._lost(width, narrower), width > narrower == 0
+        macs = lost * self.macs + pairs * self.pair_macs + gone * self.fixed_macs
+        return macs, lost * self.params + pairs * self.pair_params - gone * self.left_params
+
+    def saved_linear_only(self, width: int, narrower: int) -> int:
+        """As the MACs of `saved`, without products of activations."""
+        lost, pairs = self._lost(width, narrower)
+        fixed = (width > narrower == 0) * self.fixed_macs_linear_only
+        return lost * self.macs_linear_only + pairs * self.pair_macs_linear_only + fixed
+
+    def _lost(self, width: int, narrower: int) -> tuple[int, int]:
+        """Units, and rotary pairs."""
+        if self.rule is None:
+            return width - narrower, 0
+        values, pairs = self.rule.values, self.rule.pairs
+        return values[width] - values[narrower], pairs[width] - pairs[narrower]
+
+
+def unit_cost_of(layer: Elastic, tokens: int, step: int, norm: int) -> UnitCost:
+    """What a sub-layer costs for one image.
+
+    Args:
+        layer: at its full width.
+        tokens: of the image.
+        step: units that are cut at a time.
+        norm: parameters of the norm before it, which goes with it.
+    """
+    macs, fixed, left = layer.unit_macs(tokens), layer.fixed_macs(tokens), layer.left_params() - norm
+    whole = UnitCost(
+        layer.full_width, step, macs.total, macs.linear, layer.unit_params(), left, fixed.total, fixed.linear
+    )
+    if not isinstance(layer, ElasticValues) or layer.vitrim_rule is None:
+        return whole
+    pair, params, number = layer.pair_macs(tokens), layer.pair_params(), layer.pairs
+    return UnitCost(
+        layer.full_width, step, macs.total, macs.linear, layer.unit_params(), left + number * params,
+        fixed.total - number * pair.total, fixed.linear - number * pair.linear, layer.vitrim_rule,
+        pair.total, pair.linear, params,
+    )  # fmt: skip
+
+
+def unit_cost_from(raw: Mapping[str, Any]) -> UnitCost:
+    """What JSON holds.
+
+    Raises:
+        CheckpointError: the rule is none.
+    """
+    unit = UnitCost(**{**raw, "rule": rule_from(raw.get("rule"))})
+    if unit.rule is not None and {len(unit.rule.values), len(unit.rule.pairs)} != {unit.width + 1}:
+        raise CheckpointError("the rotary pairs of a layer do not fit it; stratify again")
+    return unit
