@@ -17,7 +17,7 @@ from hf_models import HF
 from hf_models import MORE as MORE_HF
 from vitrim import ToMe, TopK
 from vitrim.compression import budget, clock, job, search, times_file
-from vitrim.compression.block_times import NANO, BlockTimes, Workbench, kind_of
+from vitrim.compression.block_times import NANO, WIDTHS, BlockTimes, Workbench, kind_of
 from vitrim.compression.clock import Clock, LatencyPrice
 from vitrim.compression.networks import EmptyNetwork, Networks
 from vitrim.compression.progress import Progress
@@ -127,13 +127,18 @@ def test_blocks_of_transformers_are_timed_with_the_arguments_that_they_are_calle
 
 
 @pytest.mark.usefixtures("fake_times")
-@pytest.mark.parametrize("name", ["eva02", "mixed", "eva", "hf_dinov3"])
+@pytest.mark.parametrize("name", ["eva02", "mixed", "eva", "qk_norm", "hf_dinov3"])
 def test_blocks_with_rotary_positions_are_timed_with_tables_of_as_many_tokens(name: str) -> None:
     made = {**MORE_EVA, "hf_dinov3": MORE_HF["dinov3"]}[name]()
     bench = Workbench(made, 2, CPU, "float32")
     found = bench.measure()
     dims = vitrim.models.widths_of(made)[0].head_dim
-    assert (found.head_dims[:2], found.head_dims[-1]) == ([0, 1], dims), "one value dim: queries and keys, almost alone"
+    if name == "qk_norm":  # One value dim: queries and keys, almost alone.
+        assert found.head_dims[:2] == [0, (1 + dims) / 2]
+    else:
+        values = [round(part * dims) for part in WIDTHS]
+        assert found.head_dims == [0, *sorted((value + value + value % 2) / 2 for value in values)]
+    assert found.head_dims[-1] == dims
     assert found.attention[0] == [0.0] * len(found.tokens)
     bench.measure_cut(found, ToMe())
     plan = Plan(25, found.tokens[-1] - 25, 3, ())

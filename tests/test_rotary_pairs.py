@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import eva_models
 import hf_models
 import vitrim
 from test_contract import Case, agrees_with_reference
-from vitrim.elastic import ORDERINGS, SuperNet, stratify
+from vitrim.elastic import ORDERINGS, SuperNet, pair_sums, stratify
 from vitrim.elastic.chain import Chain, start_chain
 from vitrim.elastic.growth import grow_evenly
 from vitrim.elastic.pair_rule import _kept, pair_errors
@@ -152,9 +153,10 @@ def test_pairs_that_stay_make_up_for_the_lost_ones(name: str) -> None:
         torch.testing.assert_close(predicted(pairs_only, x), expected, rtol=0, atol=1e-6)  # Factors are in float32.
 
 
-@pytest.mark.parametrize("name", ["eva02", "grouped_plain", "hf_dinov3"])
-def test_sums_of_pairs_equal_derivatives_of_the_output(name: str) -> None:
+@pytest.mark.parametrize(("name", "queries"), [("eva02", 64), ("grouped_plain", 7), ("hf_dinov3", 32)])
+def test_sums_of_pairs_equal_derivatives_of_the_output(name: str, queries: int, monkeypatch: Any) -> None:
     """What leaving a part of the logits out changes to first order, by automatic differentiation of slow attention."""
+    monkeypatch.setattr(pair_sums, "QUERIES", queries)
     model, x = _model(name), images(2, dtype=torch.float64)
     layer = next(part for part, unit in start_chain(model).units.items() if not part.endswith("mlp"))
     attn = model.get_submodule(layer)
@@ -174,6 +176,13 @@ def test_sums_of_pairs_equal_derivatives_of_the_output(name: str) -> None:
     assert gradient is not None
     size = gradient.square().sum(-1)
     weight = 1 + size / size.mean(1, keepdim=True)
+    tokens = weight.shape[1]
+    if queries < tokens:  # CLS for itself, and others, which stand for their neighbours.
+        rows = [round(place * (tokens - 1) / (queries - 1)) for place in range(queries)]
+        chosen = torch.zeros(tokens, dtype=torch.float64)
+        chosen[rows] = (tokens - 1) / (queries - 1)
+        chosen[0] = 1
+        weight = weight * chosen
     query, key, value = (seen[part].detach() for part in ("query", "key", "value"))
     last = getattr(attn, "proj", None) or attn.o_proj
     heads, pairs = attn.num_heads, attn.head_dim // 2
@@ -327,6 +336,14 @@ def test_both_libraries_give_one_super_network() -> None:
         torch.testing.assert_close(predicted(one.cut(index), x), predicted(other.cut(index), x), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("name", ["dinov3", "hf_dinov3"])
+def test_a_network_that_lost_pairs_alone_is_not_converted(name: str) -> None:
+    model = _model(name)
+    set_widths(model, [replace(full, query_dim=4) for full in widths_of(model)])
+    with pytest.raises(UnsupportedModelError, match=r"widths of this .* were cut"):
+        vitrim.models.convert(model, to="timm" if name == "hf_dinov3" else "transformers")
+
+
 def test_training_goes_on_with_the_same_pairs() -> None:
     model, x = redrawn(MODELS["dinov3"]()), images(16)
     wpac(model, [x], num_images=16, width_multiple=4, say=lambda _: None)
@@ -340,7 +357,8 @@ def test_training_goes_on_with_the_same_pairs() -> None:
     other = redrawn(MODELS["dinov3"]())
     other.load_state_dict(model.state_dict())
     resumed = Stratifier(other, config)
-    resumed.load_state_dict(json.loads(json.dumps(state)))
+    with resumed:
+        resumed.load_state_dict(json.loads(json.dumps(state)))
     small = net.cut(-1)
     assert any(query_dim(attn) < 12 for attn in _attentions(small) if hasattr(attn, "head_dim"))
     torch.testing.assert_close(predicted(resumed.finish().cut(-1), x), predicted(small, x))

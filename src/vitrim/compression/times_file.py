@@ -18,7 +18,7 @@ from ..models import find_adapter, widths_of
 from ..output import replacing
 from .block_times import BlockTimes
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 def cache_folder() -> Path:

@@ -122,7 +122,7 @@ class Chain:
         return index
 
     def is_of_model(self, model_chain: "Chain") -> bool:
-        """Whether both chains are of the same model at the same input size; groups may differ."""
+        """Whether both chains are of the same model at the same input size; groups and rules of pairs may differ."""
         return self._full() == model_chain._full()
 
     def to_json(self) -> str:
@@ -151,7 +151,7 @@ class Chain:
             raise CheckpointError(f"this is no chain of sub-networks: {error!r}") from None
 
     def _full(self) -> "Chain":
-        units = {name: replace(unit, step=1) for name, unit in self.units.items()}
+        units = {name: replace(unit.without_rule(), step=1) for name, unit in self.units.items()}
         return replace(self, units=units, entries=(), weights="")
 
     def _both(self, index: int) -> list[tuple[UnitCost, int]]:

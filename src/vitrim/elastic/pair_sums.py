@@ -14,8 +14,8 @@ from torch import Tensor
 from ..models.elastic_values import ElasticValues
 from ..tokens.precision import exact, wide
 
-QUERIES = 64
-"""Most queries of an image that are looked at, evenly spaced; the others would say the same."""
+QUERIES = 32
+"""Most queries of an image that are looked at, evenly spaced: with all of them the sums would take longest."""
 
 
 @dataclass

@@ -96,7 +96,9 @@ class Stratifier:
         criterion: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
     ) -> None:
         self.model, self.config, self.teacher, self.criterion = model, config, teacher, criterion
-        self.chain = self._start() if chain is None else self._checked(chain)
+        self.chain = start_chain(model, groups=config.groups, width_multiple=config.width_multiple)
+        if chain is not None:
+            self.chain = self._checked(chain)
         self.epoch = -1
         if config.rule != "sandwich" and config.distill and teacher is None:
             raise VitrimError(f"rule {config.rule!r} never runs the full network; give a teacher or distill=False")
@@ -197,13 +199,10 @@ class Stratifier:
             raise CheckpointError(f"the checkpoint has another {', '.join(changed)}; resume with the same")
         self.epoch, self.chain = state["epoch"], self._checked(Chain.from_json(state["chain"]))
 
-    def _start(self) -> Chain:
-        return start_chain(self.model, groups=self.config.groups, width_multiple=self.config.width_multiple)
-
     def _checked(self, chain: Chain) -> Chain:
-        give_rules(self.model, chain)
-        if not chain.is_of_model(self._start()):
+        if not chain.is_of_model(self.chain):
             raise CheckpointError("the chain was made for another model or input size")
+        give_rules(self.model, chain)
         return chain
 
 

@@ -1,7 +1,7 @@
 """What a sub-layer of a super-network costs at every width."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..errors import CheckpointError
@@ -47,6 +47,16 @@ class UnitCost:
         fixed = (width > narrower == 0) * self.fixed_macs_linear_only
         return lost * self.macs_linear_only + pairs * self.pair_macs_linear_only + fixed
 
+    def without_rule(self) -> "UnitCost":
+        """The same layer where no rule says how many pairs stay, so that they go with the last unit."""
+        number = 0 if self.rule is None else self.rule.pairs[-1]
+        return replace(
+            self, rule=None, left_params=self.left_params - number * self.pair_params,
+            fixed_macs=self.fixed_macs + number * self.pair_macs,
+            fixed_macs_linear_only=self.fixed_macs_linear_only + number * self.pair_macs_linear_only,
+            pair_macs=0, pair_macs_linear_only=0, pair_params=0,
+        )  # fmt: skip
+
     def _lost(self, width: int, narrower: int) -> tuple[int, int]:
         """Units, and rotary pairs."""
         if self.rule is None:
@@ -71,10 +81,10 @@ def unit_cost_of(layer: Elastic, tokens: int, step: int, norm: int) -> UnitCost:
     if not isinstance(layer, ElasticValues) or layer.vitrim_rule is None:
         return whole
     pair, params, number = layer.pair_macs(tokens), layer.pair_params(), layer.pairs
-    return UnitCost(
-        layer.full_width, step, macs.total, macs.linear, layer.unit_params(), left + number * params,
-        fixed.total - number * pair.total, fixed.linear - number * pair.linear, layer.vitrim_rule,
-        pair.total, pair.linear, params,
+    return replace(
+        whole, rule=layer.vitrim_rule, left_params=left + number * params,
+        fixed_macs=fixed.total - number * pair.total, fixed_macs_linear_only=fixed.linear - number * pair.linear,
+        pair_macs=pair.total, pair_macs_linear_only=pair.linear, pair_params=params,
     )  # fmt: skip
 
 
