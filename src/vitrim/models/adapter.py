@@ -131,7 +131,7 @@ class Adapter:
     def keeps_attention(self, model: nn.Module) -> str:
         """Why attention stays as it is where widths change; "" where its width changes too.
 
-        Families whose blocks rotate queries and keys by place may cut the values alone, see `elastic_values`.
+        Families whose blocks rotate queries and keys by place may cut values and whole pairs, see `elastic_values`.
         """
         return "its rotary positions need all dims of its heads" if self.geometry(model).rotary else ""
 
