@@ -209,3 +209,23 @@ def test_a_folder_is_trained_and_evaluated(name: str, tmp_path: Path, capsys: py
     assert 0 <= json.loads((tmp_path / "run" / "result.json").read_text())["test_accuracy"] <= 1
     code, said, err = call(capsys, "eval", tmp_path / "run", "--method", "dense", "TopK() @ KeepRate(0.5, at=(1,))")
     assert (code, "KeepRate" in said) == (0, True), err
+
+
+def test_opening_shows_no_bar_of_transformers_and_leaves_its_settings(
+    folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import ViTForImageClassification
+    from transformers.utils import logging
+
+    before = logging.is_progress_bar_enabled()
+    logging.enable_progress_bar()
+    try:
+        ViTForImageClassification.from_pretrained(folder)
+        assert "Loading weights" in capfd.readouterr().err
+        open_model(str(folder))
+        assert capfd.readouterr().err == ""
+        ViTForImageClassification.from_pretrained(folder)
+        assert "Loading weights" in capfd.readouterr().err
+    finally:
+        if not before:
+            logging.disable_progress_bar()

@@ -97,3 +97,28 @@ def test_every_refused_module_exists_and_every_reason_is_half_a_line() -> None:
         assert path.is_dir() or path.with_suffix(".py").is_file(), module
         assert 0 < len(name) < 25, module
         assert 0 < len(reason) < 90, module
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("DPTForDepthEstimation", r"DPT .* cannot be reduced: its own ViT has no adapter; on a backbone"),
+        ("DPTForSemanticSegmentation", r"DPT .* cannot be reduced: its own ViT has no adapter; on a backbone"),
+        ("BeitForSemanticSegmentation", r"all patches in their places.*a head on a backbone, whose maps stay whole"),
+    ],
+)
+def test_dense_heads_of_transformers_are_refused_with_the_way_to_whole_maps(name: str, message: str) -> None:
+    import transformers
+
+    sizes = {"hidden_size": 12, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 12}
+    dense = {"backbone_out_indices": [0, 1, 2, 3], "neck_hidden_sizes": [4] * 4, "fusion_hidden_size": 4}
+    given = {
+        "image_size": 32,
+        "patch_size": 8,
+        **sizes,
+        **(dense if name.startswith("DPT") else {"out_indices": [1, 2, 3, 4]}),
+    }
+    kind = getattr(transformers, name)
+    model = kind(kind.config_class(**given))
+    with pytest.raises(UnsupportedModelError, match=message):
+        vitrim.attach(model, "ToMe() @ ConstantR(4)")

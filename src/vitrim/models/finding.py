@@ -43,7 +43,10 @@ def find_adapter(model: nn.Module) -> Adapter:
 
 def needs_all_tokens(owner: nn.Module) -> str:
     """Why nothing can be cut in a model inside `owner`."""
-    return f"a {type(owner).__name__} needs the tokens of all patches in their places, so none can be cut inside it"
+    return (
+        f"a {type(owner).__name__} needs the tokens of all patches in their places, so none can be cut inside it (a "
+        "head on a backbone, whose maps stay whole, takes fewer: docs/dense.md)"
+    )
 
 
 def num_classes(model: nn.Module) -> int:

@@ -11,6 +11,7 @@ _STAGES = "stages of several resolutions need the whole grid"
 _CONVOLUTIONS = "convolutions between its blocks need the whole grid"
 _MASK_UNITS = "attention in mask units and pooling between stages need the whole grid"
 _SHRINKS = "stages shrink the grid, whose places give the attention bias"
+_DETECTS = "it predicts a box at every patch"
 _TOWER = "the blocks of this tower have no adapter yet"
 
 REFUSED: dict[str, tuple[str, str]] = {
@@ -57,7 +58,10 @@ REFUSED: dict[str, tuple[str, str]] = {
     # transformers
     "transformers.models.cvt": ("CvT", _CONVOLUTIONS),
     "transformers.models.dinat": ("DiNAT", "attention to neighbours on the grid needs all of it"),
+    "transformers.models.clipseg": ("CLIPSeg", _TOWER),
     "transformers.models.donut": ("Donut Swin", _WINDOWS),
+    "transformers.models.dpt": ("DPT", "its own ViT has no adapter; on a backbone, such as Dinov2Backbone, it can be"),
+    "transformers.models.eomt": ("EoMT", "its queries enter among the patches, whose places its masks need"),
     "transformers.models.focalnet": ("FocalNet", _STAGES),
     "transformers.models.glpn": ("GLPN", _POOLED),
     "transformers.models.groupvit": ("GroupViT", "it groups its tokens itself"),
@@ -66,6 +70,8 @@ REFUSED: dict[str, tuple[str, str]] = {
     "transformers.models.lw_detr": ("LW-DETR ViT", _WINDOWS),
     "transformers.models.mobilevit": ("MobileViT", _STAGES),
     "transformers.models.mobilevitv2": ("MobileViT V2", _STAGES),
+    "transformers.models.owlv2": ("OWLv2", _DETECTS),
+    "transformers.models.owlvit": ("OWL-ViT", _DETECTS),
     "transformers.models.pixio": ("Pixio", _TOWER),
     "transformers.models.poolformer": ("PoolFormer", _STAGES),
     "transformers.models.pvt": ("PVT", _POOLED),
@@ -83,6 +89,7 @@ REFUSED: dict[str, tuple[str, str]] = {
     "transformers.models.tipsv2": ("TIPS v2", _TOWER),
     "transformers.models.vitdet": ("ViTDet", _WINDOWS),
     "transformers.models.vitpose_backbone": ("ViTPose", _TOWER),
+    "transformers.models.yolos": ("YOLOS", _TOWER),
 }
 """Module of the class, or the package of that module -> (what people call it, why not)."""
 

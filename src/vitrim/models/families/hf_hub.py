@@ -1,6 +1,7 @@
 """Opening models of Hugging Face transformers: from a folder that `save_pretrained` wrote, or from the hub."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -90,9 +91,22 @@ def _check_processor(source: str) -> None:
         )
 
 
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Without the bars of transformers, such as "Loading weights"; the hub's own bars of a download stay."""
+    from transformers.utils.logging import set_tqdm_hook
+
+    before = set_tqdm_hook(lambda make, args, options: make(*args, **{**options, "disable": True}))
+    try:
+        yield
+    finally:
+        set_tqdm_hook(before)
+
+
 def _loaded(kind: Any, source: str, what: str, **options: Any) -> Any:
     try:
-        return kind.from_pretrained(source, **options)
+        with _without_bars():
+            return kind.from_pretrained(source, **options)
     except Exception as error:  # Hubs, caches and files fail in many ways.
         # Its first sentence is the reason; advice that is about transformers follows.
         reason = short_name(" ".join(str(error).split()).partition(". ")[0], 160)
