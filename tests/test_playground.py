@@ -238,3 +238,13 @@ def test_a_model_without_tokens_to_reduce_is_refused_before_a_page_is_served(tmp
     vitrim.save(timm.create_model("test_resnet", num_classes=3), tmp_path / "cnn")
     with pytest.raises(UnsupportedModelError, match=r"no adapter for timm\.models\.resnet"):
         Subject.open(str(tmp_path / "cnn"))
+
+
+@pytest.mark.parametrize(("pool", "score"), [("token", "cls_attention"), ("avg", "mean_attention")])
+def test_the_page_begins_with_a_method_that_the_model_takes(tmp_path, pool, score):
+    model = timm.create_model("vit_tiny_patch16_224", global_pool=pool, class_token=pool == "token", **TINY)
+    vitrim.save(model, tmp_path / "model")
+    subject = Subject.open(str(tmp_path / "model"))
+    first = subject.first_choice()
+    assert (first.reducer, first.score) == ("TopK()", score)
+    assert figures(subject, first).macs[1] < figures(subject, first).macs[0]

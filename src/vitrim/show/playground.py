@@ -56,10 +56,22 @@ class Subject:
         return next(self.network.parameters()).device
 
     def first_choice(self) -> Choice:
-        """What the page begins with: the model's own reduction, else the first reducer; half of the MACs."""
-        own, first, *_ = choices.reducers()
-        reducer = first if attached(self.network) is None else own
-        return Choice(reducer, choices.fitting(reducer, None), choices.shapes()[0], 0.5)
+        """What the page begins with: the model's own reduction, else the first that it takes; half of the MACs."""
+        own, *others = choices.reducers()
+        known = [own] if attached(self.network) is not None else others
+        found = [
+            Choice(reducer, score, choices.shapes()[0], 0.5)
+            for reducer in known
+            for score in choices.scores(reducer) or [None]
+        ]
+        return next((choice for choice in found if self._takes(choice)), found[0])
+
+    def _takes(self, choice: Choice) -> bool:
+        try:
+            self.reduced(choice)
+        except VitrimError:  # A score that this model has not, say.
+            return False
+        return True
 
     def reduced(self, choice: Choice) -> nn.Module:
         """The model under the chosen method, with the same weights.
