@@ -20,6 +20,8 @@ from vitrim.measure.bench_table import BenchRow, BenchTable, Quartiles, ratios
 from vitrim.measure.environment import environment
 from vitrim.measure.speed import bench, bench_methods
 from vitrim.models import open_model, variant
+from vitrim.train.loop import train
+from vitrim.train.recipe import Recipe
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import baselines
@@ -332,3 +334,25 @@ def test_saved_models_and_names_share_one_table(tmp_path: Path):
 def test_graphs_are_refused_where_there_is_no_cuda():
     with pytest.raises(VitrimError, match="graphs are those of CUDA, but models run on cpu; leave graphs out"):
         bench({"dense": timm.create_model("vit_tiny_patch16_224", depth=1)}, graphs=True, device="cpu")
+
+
+def test_compilation_without_a_compiler_is_refused_before_the_work(monkeypatch: pytest.MonkeyPatch):
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    def missing() -> str:
+        raise InvalidCxxCompiler
+
+    monkeypatch.setattr("torch._inductor.cpp_builder.get_cpp_compiler", missing)
+    model = vitrim.build_model("vitrim_digits_vit", depth=2, embed_dim=24, num_heads=2)
+    pixels, line = (
+        torch.rand(80, 1, 8, 8),
+        r"no compiler here; install g\+\+ or clang\+\+, name one in CXX, or l",
+    )
+    with pytest.raises(VitrimError, match=line):
+        bench({"model": model}, compile=True, device="cpu")
+    with pytest.raises(VitrimError, match=line):
+        vitrim.compress(model, pixels, macs=0.5, compile=True, device="cpu")
+    recipe = Recipe.from_dict({"compile": True, "epochs": 1, "data": {"limit": 60, "workers": 0}})
+    with pytest.raises(VitrimError, match=line):
+        train(recipe, "not-made")
+    assert not Path("not-made").exists()

@@ -11,6 +11,7 @@ from ..errors import UnknownNameError, VitrimError
 from ..measure.cost import cost
 from ..measure.speed import DTYPES
 from ..models import attached, find_adapter
+from ..models.compiling import check_compiler
 from ..models.weights import check_tensors
 from .goal import Goal, Part
 
@@ -36,6 +37,11 @@ class Request:
             raise VitrimError(f"trials is a whole number, 0 or more, not {self.trials!r}")
         if self.dtype not in DTYPES:
             raise UnknownNameError("dtype", self.dtype, DTYPES)
+
+    def check_device(self, device: torch.device) -> None:
+        """Raise `VitrimError` where models are to be compiled for times on this device, and cannot be."""
+        if self.compile:
+            check_compiler(device)
 
 
 def check_model(model: nn.Module, goal: Goal) -> tuple[int, int, int]:

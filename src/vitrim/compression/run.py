@@ -72,6 +72,7 @@ def compress(
         raise VitrimError("max_drop is a fraction in [0, 1], such as 0.01, and needs val, images with their classes")
     size = check_model(model, goal)
     place = device_of(model) if device is None else device_named(device)
+    request.check_device(place)
     if val is not None and num_classes(model) < 2:
         raise VitrimError("this model has no classifier, so it has no accuracy; leave val out")
     labelled = None if val is None else gather(val, size, MOST_UNSEEN, "val", num_classes(model))

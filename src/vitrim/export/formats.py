@@ -5,6 +5,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from functools import partial
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch.onnx.errors import OnnxExporterError
 
 from ..errors import UnsupportedModelError, VitrimError
 from ..measure.served import AOTI, KEY, MISSING, ONNX, PROGRAM
+from ..models.compiling import check_compiler
 from ..text import reason_of
 from .program import INPUT
 
@@ -91,18 +93,6 @@ def _write_program(program: ExportedProgram, about: About, path: Path) -> None:
     torch.export.save(program, path, extra_files={f"{KEY}.json": json.dumps(about)})
 
 
-def _check_compiler() -> None:
-    from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.exc import InvalidCxxCompiler
-
-    try:
-        get_cpp_compiler()
-    except InvalidCxxCompiler:
-        raise VitrimError(
-            "AOTInductor compiles C++, and there is no compiler here; install g++ or clang++, or name one in CXX"
-        ) from None
-
-
 def _write_aoti(program: ExportedProgram, about: About, path: Path) -> None:
     from torch._inductor.exc import CppCompileError
 
@@ -136,6 +126,6 @@ def _quiet() -> Iterator[None]:
 FORMATS: dict[str, Format] = {
     "onnx": Format(".onnx", _check_onnx, _write_onnx, ONNX),
     "torch": Format(".pt2", lambda: None, _write_program, PROGRAM),
-    "aoti": Format(".pt2", _check_compiler, _write_aoti, AOTI),
+    "aoti": Format(".pt2", partial(check_compiler, "cpu", "take format torch"), _write_aoti, AOTI),
 }
 """By name: ONNX; a program of torch.export; that program compiled to C++ by AOTInductor."""

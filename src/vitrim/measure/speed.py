@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import UnknownNameError, VitrimError
 from ..models import open_model, own_method, variant
+from ..models.compiling import check_compiler
 from ..models.wrapped import check_is_model
 from .bench_table import BenchRow, BenchTable, ratios
 from .environment import environment
@@ -83,6 +84,8 @@ def bench(
         raise VitrimError("files are run in float32 on the CPU; use --dtype float32 --device cpu, or name models alone")
     if graphs and device.type != "cuda":
         raise VitrimError(f"graphs are those of CUDA, but models run on {device.type}; leave graphs out")
+    if compile and len(files) < len(entries):
+        check_compiler(device)
     sizes = {name: size_for(entry, input_size) for name, entry in entries.items()}
     for name, entry in entries.items():
         for batch_size in batch_sizes:

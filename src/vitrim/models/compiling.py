@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..errors import VitrimError
 from .wrapped import check_is_model
 
 FORMS = 1024
@@ -32,6 +33,22 @@ def compile(model: nn.Module, **options: Any) -> nn.Module:
     assert compiled is not None  # As `compile` has just set it.
     model._compiled_call_impl = without_limit(compiled)
     return model
+
+
+def check_compiler(device: str | torch.device, otherwise: str = "leave compile out") -> None:
+    """Raise `VitrimError` where code for the processor cannot be compiled; `otherwise` is what else can be done."""
+    if torch.device(device).type != "cpu":
+        return
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        raise VitrimError(
+            "PyTorch compiles C++, and there is no compiler here; install g++ or clang++, name one in CXX, or "
+            + otherwise
+        ) from None
 
 
 def without_limit(compiled: Callable[..., Any]) -> Callable[..., Any]:

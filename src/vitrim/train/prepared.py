@@ -12,6 +12,7 @@ from ..data.splits import make_splits
 from ..data.streams import make_loader
 from ..measure.accelerator import fast_precision, make_accelerator
 from ..models import attached
+from ..models.compiling import check_compiler
 from .checkpoint import RunFolder
 from .learner import make_mixup, make_optimizer, make_scheduler, prepare_student
 from .meter import Meter
@@ -36,6 +37,8 @@ class PreparedRun:
             project_dir=str(folder.path) if recipe.track else None,
         )
         self.main, self.device = self.accelerator.is_main_process, self.accelerator.device
+        if recipe.compile:
+            check_compiler(self.device)
         recipe.check_processes(self.accelerator.num_processes)
         seed_everything("weights", recipe.seed)
         train_images, test_images = open_both(recipe.data)

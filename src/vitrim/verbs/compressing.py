@@ -101,6 +101,7 @@ def compress(
     check_dense(network, model, "compress")
     check_model(network, goal)
     network.to(make_accelerator(cpu=device == "cpu").device)
+    request.check_device(next(network.parameters()).device)
     if not has_weights(model):
         say(
             "vitrim compress: weights are random, so that closeness to the model says nothing; write "
