@@ -229,3 +229,19 @@ def test_opening_shows_no_bar_of_transformers_and_leaves_its_settings(
     finally:
         if not before:
             logging.disable_progress_bar()
+
+
+def test_models_with_a_text_tower_open_without_remarks_on_its_tokens(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    from transformers.utils.logging import warning_once  # It says each thing once in a process.
+
+    saved = vitrim.save(MORE["siglip2"](), tmp_path / "saved")
+    foreign = written(tmp_path / "foreign", MORE["clip"]())
+    capfd.readouterr()
+    caplog.clear()
+    for spec in (saved, foreign):
+        warning_once.cache_clear()
+        open_model(str(spec))
+    found = capfd.readouterr()
+    assert (found.out, found.err, caplog.text) == ("", "", "")

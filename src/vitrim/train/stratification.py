@@ -70,10 +70,7 @@ class Stratification:
         assert recipe.elastic is not None
         self.recipe, self.student, self.accelerator = recipe, student.to(accelerator.device), accelerator
         if attached(student) is not None:
-            raise VitrimError(
-                f"{recipe.model.name} is reduced already, but a super-network starts from a dense model; name the one "
-                "that it was made from"
-            )
+            raise VitrimError(f"{recipe.model.name} is reduced already; name the dense model that it was made from")
         self.classifies = not is_headless(student)
         if not self.classifies and recipe.teacher is None:
             raise VitrimError("a model without classifier learns from a teacher; set teacher.name")

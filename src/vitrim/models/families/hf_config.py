@@ -11,6 +11,7 @@ from ...text import short_name
 from ..adapter import Description
 from .hf_images import default_images, images_of, library, set_images
 from .hf_layout import LAYOUTS, Layout, Whole, pair
+from .hf_quiet import quiet
 
 _SIZE = "vitrim_image_size"
 """Attribute of a model: (height, width) of its images where it takes all sizes."""
@@ -52,12 +53,11 @@ def build(name: str, args: Mapping[str, Any], pretrained: bool, images: Mapping[
     if unknown := [key for key in given if key not in known]:
         raise VitrimError(f"{name} does not take {short_name(unknown[0])}; it takes {', '.join(sorted(known))}")
     try:
-        if kind.config_class is tower.config_class:
-            config = kind.config_class(**given)
-        else:
+        if kind.config_class is not tower.config_class:
             labels = {"num_labels": given.pop("num_labels")} if "num_labels" in given else {}
-            config = kind.config_class(vision_config=given, **labels)
-        model = kind(config)
+            given = {"vision_config": given, **labels}
+        with quiet():
+            model = kind(kind.config_class(**given))
     except Exception as error:  # transformers builds with what it is given and fails in many places.
         reason = short_name(" ".join(str(error).split()), 200)
         raise VitrimError(f"{name} cannot be built with {short_name(given, 150)}: {reason}") from error

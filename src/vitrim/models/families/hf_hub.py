@@ -1,7 +1,6 @@
 """Opening models of Hugging Face transformers: from a folder that `save_pretrained` wrote, or from the hub."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from ..architectures import check_patches
 from .hf_config import image_size, names_in, set_image_size
 from .hf_images import library, read_processor, set_images
 from .hf_layout import LAYOUTS, pair
+from .hf_quiet import quiet
 from .hf_sizes import resize
 
 SOURCE = "hf:"
@@ -91,21 +91,9 @@ def _check_processor(source: str) -> None:
         )
 
 
-@contextmanager
-def _without_bars() -> Iterator[None]:
-    """Without the bars of transformers, such as "Loading weights"; the hub's own bars of a download stay."""
-    from transformers.utils.logging import set_tqdm_hook
-
-    before = set_tqdm_hook(lambda make, args, options: make(*args, **{**options, "disable": True}))
-    try:
-        yield
-    finally:
-        set_tqdm_hook(before)
-
-
 def _loaded(kind: Any, source: str, what: str, **options: Any) -> Any:
     try:
-        with _without_bars():
+        with quiet():
             return kind.from_pretrained(source, **options)
     except Exception as error:  # Hubs, caches and files fail in many ways.
         # Its first sentence is the reason; advice that is about transformers follows.
