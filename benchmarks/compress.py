@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 import torch
 from torch import nn
 
-from vitrim import load
+from vitrim import Reduction, attach
 from vitrim.arguments import run
 from vitrim.compression.certificate import Certificate
 from vitrim.compression.finetune import RUN, START
@@ -25,6 +25,9 @@ from vitrim.measure.environment import environment
 from vitrim.measure.speed import bench
 from vitrim.measure.table import Column, Table
 from vitrim.models import attached, open_model
+from vitrim.models.description import parse
+from vitrim.models.rebuild import rebuild
+from vitrim.models.store import DESCRIPTION, WEIGHTS
 from vitrim.options import Range
 from vitrim.train.recipe import Recipe
 from vitrim.verbs.compressing import compress
@@ -103,8 +106,7 @@ def write(
         learnt = (place / START / "certificate.json").is_file()
         for stage, where in enumerate([place / START, place] if learnt else [place]):
             name = f"{kind} {budget} {stage}"
-            networks[name] = load(where).eval()
-            _, found = open_certified(where)
+            networks[name], found = answer(where).eval(), Certificate.read(where)
             rows.append({"budget": budget, "kind": kind, "epochs": _epochs(place) if stage else 0, "name": name}
                         | figures(found, networks[name]))  # fmt: skip
     where = None if device == "auto" else device
@@ -120,6 +122,17 @@ def write(
     table = Table("One budget over tokens and width", COLUMNS, rows, notes=notes, environment=environment())
     print(table.text())
     table.write_all(out)
+
+
+def answer(folder: Path) -> nn.Module:
+    """The network of an answer; where its weights were not kept, one of the same shape, which takes the same time."""
+    if (folder / WEIGHTS).is_file():
+        return open_certified(folder)[0]
+    record = parse((folder / DESCRIPTION).read_text(encoding="utf-8"), folder)
+    network, cut = rebuild(record), record.reduction
+    if cut is not None:
+        attach(network, None if cut.text is None else Reduction.parse(cut.text), cls_only=cut.cls_only)
+    return network
 
 
 def figures(found: Certificate, network: nn.Module) -> Row:
