@@ -7,6 +7,7 @@ import signal
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,13 +31,15 @@ from vitrim.data.splits import make_splits
 from vitrim.errors import DataError, VitrimError
 from vitrim.measure.accelerator import make_accelerator
 from vitrim.measure.accuracy import mean_loss
-from vitrim.models import attach, attached
+from vitrim.models import attach, attached, build_model
+from vitrim.models.classes import classes_of
 from vitrim.models.input_format import InputFormat
 from vitrim.show.listing import listing
 from vitrim.show.progress import live
 from vitrim.train.checkpoint import RunFolder
-from vitrim.train.learner import cross_entropy, make_optimizer, prepare_learner, prepare_student, prepare_teacher
+from vitrim.train.learner import cross_entropy, prepare_learner, prepare_student, prepare_teacher
 from vitrim.train.loop import train
+from vitrim.train.optimizer import make_optimizer
 from vitrim.train.recipe import Recipe
 from vitrim.train.specs import ModelSpec
 from vitrim.train.stopping import Stopped
@@ -93,6 +96,35 @@ def test_weights_move_from_the_first_epoch_to_the_last(teacher: str, tmp_path: P
     assert 0 < result["test_accuracy"] < 1
     kept = load(tmp_path / "run" / "model")
     assert sum(p.numel() for p in kept.parameters()) == result["params"]  # Neither teacher nor projections.
+
+
+def test_a_network_of_other_classes_learns_from_its_teacher_and_keeps_its_own(tmp_path: Path):
+    names = [f"kind {number}" for number in range(7)]
+    for folder, seed in (("teacher", 0), ("student", 1)):
+        torch.manual_seed(seed)
+        network = build_model("vitrim_digits_vit", **SIZES, num_classes=7)
+        torch.nn.init.normal_(network.head.weight, std=0.5)
+        save(network, tmp_path / folder, classes=names)
+    given = {"model": {"name": str(tmp_path / "student")}, "labels": False, "epochs": 2}
+    learns = recipe(str(tmp_path / "teacher"), "Logits()", optim={"lr": 1e-3}, augment={"mixup": 0.4}, **given)
+    learns.model.args = {}
+    result = train(learns, tmp_path / "run")
+    lines = RunFolder(tmp_path / "run").metrics
+    assert lines[1]["val_loss"] < lines[0]["val_loss"]
+    assert not [name for name in {**result, **lines[0]} if "accuracy" in name], "the images are of other classes"
+    kept = tmp_path / "run" / "model"
+    assert (load(kept).head.out_features, classes_of(kept)) == (7, names)
+    with pytest.raises(VitrimError, match="or labels to false"):
+        train(replace(learns, labels=True), tmp_path / "labelled")
+    for text, message in (("Logits() + Labels()", "leave Labels"), (None, "a teacher needs terms")):
+        with pytest.raises(VitrimError, match=message):
+            train(replace(learns, distill=text), tmp_path / "refused")
+    with pytest.raises(VitrimError, match="a classifier that has learnt nothing"):
+        train(replace(learns, teacher=replace(learns.teacher, reset_head=True)), tmp_path / "refused")
+    torch.manual_seed(2)
+    save(load(tmp_path / "teacher"), tmp_path / "renamed", classes=names[::-1])
+    with pytest.raises(VitrimError, match="was trained on class"):
+        train(replace(learns, teacher=ModelSpec(str(tmp_path / "renamed"))), tmp_path / "refused")
 
 
 def test_without_distillation_nothing_but_the_loss_is_told(tmp_path: Path):

@@ -13,7 +13,8 @@ from vitrim.errors import RecipeError, ScoreError
 from vitrim.models import narrow
 from vitrim.tokens import CURRICULA, Curriculum, Figure
 from vitrim.train.figures import check_figures, measure_figures
-from vitrim.train.learner import make_scheduler, prepare_student, reduction_of
+from vitrim.train.learner import prepare_student, reduction_of
+from vitrim.train.optimizer import make_scheduler
 from vitrim.train.recipe import Recipe
 from vitrim.train.specs import OptimSpec
 

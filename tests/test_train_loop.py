@@ -20,8 +20,9 @@ from vitrim.models.adapter import Adapter
 from vitrim.models.families.timm_model import TimmModel
 from vitrim.train import loop
 from vitrim.train.checkpoint import RunFolder
-from vitrim.train.learner import make_mixup, make_optimizer, make_scheduler, prepare_student
+from vitrim.train.learner import make_mixup, prepare_student
 from vitrim.train.loop import train
+from vitrim.train.optimizer import make_optimizer, make_scheduler
 from vitrim.train.recipe import Recipe
 from vitrim.train.specs import OptimSpec
 

@@ -110,6 +110,21 @@ def test_an_answer_can_learn_from_the_model_afterwards(
     assert call(capsys, "compress", model, "--macs", 0.6, *QUICK, *words, "--out", out)[0] == 2
 
 
+def test_a_model_of_other_classes_than_the_images_learns_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    network = build_model("vitrim_digits_vit", depth=2, embed_dim=16, num_heads=2, num_classes=3)
+    nn.init.normal_(network.head.weight, std=0.5)
+    model, out = save(network, tmp_path / "model", classes=["ant", "bee", "cat"]), tmp_path / "learnt"
+    words = ("--finetune.epochs", 1, "--data.limit", 60, "--out", out)
+    code, _, err = call(capsys, "compress", model, "--macs", 0.6, *QUICK, *words)
+    assert code == 0, err
+    found = Certificate.read(out)
+    assert "Learnt from the given model" in found.notes[-1]
+    assert "accuracy" not in found
+    assert load(out).head.out_features == 3
+
+
 def test_learning_that_was_interrupted_goes_on_and_another_search_starts_over(
     model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -115,7 +115,7 @@ class Finetuning:
 
 
 def recipe_for(spec: FinetuneSpec, student: str | Path, teacher: str, data: DataSpec) -> Recipe:
-    """The recipe: predictions of the given model are the only goal, so that labels are not used.
+    """The recipe: predictions of the given model are the only goal, so that images of any classes, or of none, do.
 
     Images are cropped at random and mirrored, since a model is so sure of its own training images that they teach
     little.
@@ -135,7 +135,8 @@ def recipe_for(spec: FinetuneSpec, student: str | Path, teacher: str, data: Data
     optim = OptimSpec(lr=spec.lr, min_lr=spec.lr / 100, warmup_epochs=0.1)
     return Recipe(
         ModelSpec(str(student)), replace(data, image_size=None), AugmentSpec(crop="resized", scale=0.3, flip=True),
-        optim=optim, distill="Logits(temperature=1.0)", teacher=given, epochs=spec.epochs, batch_size=spec.batch_size,
+        optim=optim, distill="Logits(temperature=1.0)", labels=False, teacher=given, epochs=spec.epochs,
+        batch_size=spec.batch_size,
     )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from ..models import adapter_of, compile, without_limit
 from ..models.outputs import Logits, ModelInfo, Output, Outputs, Wanted
 from .idle import idle_parameters
 from .objective import Batch, Term, Terms
+from .prediction_terms import Labels
 from .teacher import Teacher
 
 
@@ -40,9 +41,10 @@ class Distiller(nn.Module):
         teacher: live, or a `TeacherCache` whose outputs then come with each batch; None where no term reads one.
         terms: the objective, or its text.
         criterion: the loss on labels of the term `Labels`: of logits (B, K) and targets.
+        labels: whether targets are classes of the student; without, nothing reads them.
 
     Raises:
-        DistillError: terms that these two networks cannot serve; class counts that differ.
+        DistillError: terms that these two networks cannot serve; class counts that differ; `Labels` without labels.
     """
 
     def __init__(
@@ -51,12 +53,15 @@ class Distiller(nn.Module):
         teacher: Teacher | Known | None,
         terms: Terms | Sequence[Term] | str,
         criterion: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
+        labels: bool = True,
     ) -> None:
         super().__init__()
-        self.student = student
+        self.student, self.labels = student, labels
         live = isinstance(teacher, Teacher)
         self.teacher, self.known = (teacher, None) if live else (None, teacher)
         self.terms = Terms.parse(terms)
+        if not labels and any(isinstance(term, Labels) for term in self.terms.terms):
+            raise DistillError(f"{self.terms} learns labels, but the labels are no classes; leave Labels() out")
         self.criterion = criterion
         self.adapter = adapter_of(student)
         self._outputs = self.adapter.outputs
@@ -84,8 +89,8 @@ class Distiller(nn.Module):
 
     @property
     def classifies(self) -> bool:
-        """Whether the terms teach classes, so that accuracy means something."""
-        return self.of_student.predicts
+        """Whether the terms teach classes that the labels are of, so that accuracy means something."""
+        return self.labels and self.of_student.predicts
 
     def compile(self, **options: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Compile the student's forward pass, features included; options are those of torch.compile.
@@ -118,12 +123,12 @@ class Distiller(nn.Module):
         student = self._outputs(self.student, images, self.of_student)
         if known is None:
             known = self._teach(images)
-        batch = Batch(student, known, targets, self.criterion)
+        batch = Batch(student, known, targets if self.labels else None, self.criterion)
         maps = dict(self.projections.items())
         values = {term.name: term.compare(batch, maps.get(term.name)) for term in self.terms.terms}
         weighted = [term.weight_at(progress) * values[term.name] for term in self.terms.terms]
         loss = sum(weighted[1:], weighted[0])
-        logits = student["logits"].detach() if "logits" in student else None
+        logits = student["logits"].detach() if self.classifies else None
         return Distilled(loss, {name: value.detach() for name, value in values.items()}, logits)
 
     def _teach(self, images: Tensor) -> Outputs:

@@ -134,18 +134,18 @@ class RunFolder:
         """Where the chosen weights are kept."""
         return self.path / "model"
 
-    def save_model(self, write: Callable[..., Path], classes: Sequence[str]) -> None:
+    def save_model(self, write: Callable[..., Path], classes: Sequence[str] | None) -> None:
         """Replace the chosen weights; the names of the classes go with them.
 
         Args:
             write: `vitrim.save` of a model, or the `save` of a super-network.
-            classes: names, in the order of the model's head.
+            classes: names, in the order of the model's head; None where they are not known.
 
         Raises:
             OutputError: they could not be written (full disk); the ones before are still there.
         """
         with write_errors(self.model_path / WEIGHTS):
-            write(self.model_path, overwrite=True, classes=list(classes))
+            write(self.model_path, overwrite=True, **({} if classes is None else {"classes": list(classes)}))
 
     @property
     def state_path(self) -> Path:

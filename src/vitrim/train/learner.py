@@ -1,4 +1,4 @@
-"""What a recipe builds to learn with: networks, objective, mixing, optimiser and learning-rate schedule."""
+"""What a recipe builds to learn with: networks, objective and mixing."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -6,29 +6,27 @@ from functools import partial
 
 import torch
 from timm.data import Mixup
-from timm.optim import create_optimizer_v2, param_groups_weight_decay
-from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..data.quiet import quiet
 from ..data.specs import AugmentSpec
 from ..distill import Distiller, Labels, Teacher, Terms
 from ..errors import ClassCountError, DistillError, RecipeError, VitrimError
 from ..models import adapter_of, attach, attached, build_model, find_adapter
 from ..models.build import check_name, is_architecture
-from ..models.classes import other_classes
+from ..models.classes import classes_of, other_classes
 from ..models.input_format import InputFormat
 from ..models.rebuild import describe
 from ..tokens import Constant, Reduction, render
 from .figures import check_figures
 from .recipe import Recipe
-from .specs import ModelSpec, OptimSpec
+from .specs import ModelSpec
+
+NEW_HEAD = "set model.reset_head to start a new classifier"
 
 
 def prepare_model(
-    spec: ModelSpec, num_classes: int | None, image_size: int | None = None,
-    otherwise: str = "set model.reset_head to start a new classifier",
+    spec: ModelSpec, num_classes: int | None, image_size: int | None = None, otherwise: str = NEW_HEAD,
 ) -> nn.Module:  # fmt: skip
     """Build the network of a recipe; its classifier and input size fit the data unless the recipe says otherwise.
 
@@ -87,7 +85,12 @@ def prepare_student(recipe: Recipe, classes: Sequence[str]) -> nn.Module:
         RecipeError: labels of the images are no classes of the network, or its classifier was trained on other classes.
         UnsupportedModelError: no adapter knows such networks.
     """
-    student = prepare_model(recipe.model, len(classes), recipe.data.image_size)
+    if not recipe.labels and learns_labels(recipe):
+        raise RecipeError("labels is false, so the labels are no classes to learn; leave Labels() out of distill")
+    keeps = "" if learns_labels(recipe) else ", or labels to false to keep this one and learn from the teacher alone"
+    otherwise = NEW_HEAD + keeps
+    number = len(classes) if recipe.labels else None
+    student = prepare_model(recipe.model, number, recipe.data.image_size, otherwise)
     adapter = find_adapter(student)
     describe(student)  # What could not be saved is refused now, and not after the first epoch.
     head = adapter.classifier(student)
@@ -96,8 +99,9 @@ def prepare_student(recipe: Recipe, classes: Sequence[str]) -> nn.Module:
             f"the network has {head.classes} classes, the images have {len(classes)}; leave num_classes out of "
             "model.args, and for weights of other classes set model.reset_head"
         )
-    if head.classes and not recipe.model.reset_head and (fault := _other_classes(recipe.model, classes)):
-        raise RecipeError(f"{fault}; set model.reset_head to start a new classifier")
+    fault = _other_classes(recipe.model, classes) if recipe.labels and head.classes else ""
+    if fault:
+        raise RecipeError(f"{fault}; {otherwise}")
     reduction, brought = reduction_of(recipe), attached(student)
     if reduction is None and brought is not None and brought.reduction is not None:
         reduction = replace(brought.reduction, curriculum=Constant())
@@ -120,19 +124,22 @@ def prepare_student(recipe: Recipe, classes: Sequence[str]) -> nn.Module:
     return student
 
 
-def prepare_teacher(spec: ModelSpec, seen: InputFormat, classes: Sequence[str] | None = None) -> Teacher:
+def prepare_teacher(
+    spec: ModelSpec, seen: InputFormat, classes: Sequence[str] | None = None, *, predicts: bool = True
+) -> Teacher:
     """The teacher of a recipe, dense and frozen, for images that arrive in the student's format.
 
     Args:
         spec: which network.
         seen: the student's format.
-        classes: what its logits must stand for; None where nobody reads them.
+        classes: what its logits must stand for; None where that is not known.
+        predicts: whether its logits are read.
 
     Raises:
         DistillError: it cannot be built, has no weights to teach from, or a classifier that has learnt nothing; it
             takes other channels than arrive, or knows other classes.
     """
-    if spec.reset_head and classes is not None:
+    if spec.reset_head and predicts:
         raise DistillError(
             "teacher.reset_head starts a classifier that has learnt nothing; leave it out, or teach by terms on "
             "features"
@@ -146,12 +153,12 @@ def prepare_teacher(spec: ModelSpec, seen: InputFormat, classes: Sequence[str] |
     except VitrimError as error:
         raise DistillError(f"no teacher: {error}") from None
     head = adapter_of(model).classifier(model)
-    if classes is not None and bare and head.classes not in (0, head.published):
+    if predicts and bare and head.classes not in (0, head.published):
         raise DistillError(
             f"the teacher {spec.name} has learnt {head.published} classes, so a classifier of {head.classes} has "
             "learnt nothing; leave num_classes out of teacher.args, or teach by terms on features"
         )
-    if fault := _other_classes(spec, classes):
+    if predicts and (fault := _other_classes(spec, classes)):
         raise DistillError(f"{fault}; teach by terms on features, or train the teacher on these images")
     if (brought := attached(model)) is not None:
         brought.remove()
@@ -164,13 +171,21 @@ def prepare_teacher(spec: ModelSpec, seen: InputFormat, classes: Sequence[str] |
 
 
 def prepare_learner(recipe: Recipe, student: nn.Module, classes: Sequence[str] | None = None) -> Distiller:
-    """Student, teacher and objective in one module."""
-    seen = InputFormat.of(student, recipe.data.image_size)
-    terms = terms_of(recipe)
-    compared = classes if terms.wanted(of_teacher=True).predicts else None
-    teacher = None if recipe.teacher is None else prepare_teacher(recipe.teacher, seen, compared)
+    """Student, teacher and objective in one module; `classes` of the images."""
+    seen, terms, teacher = InputFormat.of(student, recipe.data.image_size), terms_of(recipe), None
+    if recipe.teacher is not None:
+        predicts = terms.wanted(of_teacher=True).predicts
+        teacher = prepare_teacher(recipe.teacher, seen, classes_of_student(recipe, classes), predicts=predicts)
     criterion = partial(cross_entropy, smoothing=recipe.augment.smoothing)
-    return Distiller(student, teacher, terms, criterion)
+    return Distiller(student, teacher, terms, criterion, recipe.labels)
+
+
+def classes_of_student(recipe: Recipe, classes: Sequence[str] | None) -> Sequence[str] | None:
+    """What the classifier of the student stands for: the classes of the images, or its own; None where not known."""
+    if recipe.labels:
+        return classes
+    spec = recipe.model if not recipe.model.reset_head else recipe.teacher
+    return None if spec is None else classes_of(spec.checkpoint or spec.name)
 
 
 def _other_classes(spec: ModelSpec, classes: Sequence[str] | None) -> str:
@@ -179,7 +194,7 @@ def _other_classes(spec: ModelSpec, classes: Sequence[str] | None) -> str:
 
 def with_student(learner: Distiller, student: nn.Module) -> Distiller:
     """The same objective, teacher and projections on another student, such as the average of its weights."""
-    other = Distiller(student, learner.teacher or learner.known, learner.terms, learner.criterion)
+    other = Distiller(student, learner.teacher or learner.known, learner.terms, learner.criterion, learner.labels)
     other.projections = learner.projections
     return other
 
@@ -206,38 +221,3 @@ def make_mixup(spec: AugmentSpec, num_classes: int) -> Callable[[Tensor, Tensor]
         return images[:num], shares[:num]
 
     return mixed
-
-
-def make_optimizer(student: nn.Module, spec: OptimSpec, projections: nn.Module | None = None) -> torch.optim.Optimizer:
-    """timm's optimiser over what is not frozen, with its rules for weight decay and layer decay.
-
-    Projections of a distillation are no layers of the student: they learn at the full rate.
-    """
-    try:
-        optimizer = create_optimizer_v2(
-            student, spec.name, lr=spec.lr, weight_decay=spec.weight_decay, layer_decay=spec.layer_decay
-        )
-    except (ValueError, AssertionError) as error:
-        raise VitrimError(f"cannot make optimiser {spec.name!r}: {error}") from None
-    if getattr(optimizer, "is_second_order", False):
-        raise VitrimError(f"the optimiser {spec.name!r} needs second derivatives, which training does not take")
-    for group in param_groups_weight_decay(projections or nn.Identity(), spec.weight_decay):
-        if group["params"]:
-            optimizer.add_param_group(group)
-    return optimizer
-
-
-def make_scheduler(
-    optimizer: torch.optim.Optimizer, spec: OptimSpec, epochs: int, updates_per_epoch: int
-) -> CosineLRScheduler:
-    """Per update: a straight line from lr / 100 to lr over the warm-up epochs, then half a cosine from lr to min_lr.
-
-    The cosine begins where the warm-up ends. Without `warmup_prefix`, timm lets it begin with the run: after a warm-up
-    over half of the epochs the rate would fall at once to half of lr.
-    """
-    total, warmup = epochs * updates_per_epoch, round(spec.warmup_epochs * updates_per_epoch)
-    with quiet("timm.scheduler"):  # timm warns of a cosine of a single update, which stays at lr.
-        return CosineLRScheduler(
-            optimizer, t_initial=max(1, total - warmup), lr_min=spec.min_lr, t_in_epochs=False,
-            warmup_t=warmup, warmup_lr_init=spec.lr / 100, warmup_prefix=True,
-        )  # fmt: skip

@@ -14,8 +14,9 @@ from ..measure.accelerator import fast_precision, make_accelerator
 from ..models import attached
 from ..models.compiling import check_compiler
 from .checkpoint import RunFolder
-from .learner import make_mixup, make_optimizer, make_scheduler, prepare_student
+from .learner import make_mixup, prepare_student
 from .meter import Meter
+from .optimizer import make_optimizer, make_scheduler
 from .recipe import Recipe
 from .single_network import SingleNetwork
 from .state import Report, RunState, SameImages, Stateful

@@ -35,6 +35,9 @@ class Recipe:
         distill: the objective, for example `Labels(0.3) + Logits(Linear(0.7, 0.5)) + ClsStages(0.3)`; without it,
             cross-entropy with the labels. Terms on features alone train no classifier: `model.args` may leave it out by
             {num_classes: 0}, and the epoch with the lowest held-out objective is kept.
+        labels: whether the labels of the images are classes of the network. False: nothing reads them, the network
+            keeps its own classifier and learns from the teacher alone, and the epoch with the lowest held-out objective
+            is kept.
         elastic: train a super-network instead, whose widths are cut afterwards; without it, one network.
         teacher: the teacher of the objective, or of the super-network; it is frozen and reduces no tokens, and gets the
             same images as the student, in its own input format.
@@ -56,6 +59,7 @@ class Recipe:
     reduction: str | None = None
     phase: Literal["both", "train", "eval"] = "both"
     distill: str | None = None
+    labels: bool = True
     elastic: ElasticSpec | None = None
     teacher: ModelSpec | None = None
     shard_teacher: bool = False
@@ -84,6 +88,8 @@ class Recipe:
             self._check_elastic(self.elastic)
         elif self.distill is None and self.teacher is not None:
             raise RecipeError("a teacher needs terms to teach by; set distill, or leave teacher out")
+        if not self.labels and (self.distill is None or self.elastic is not None):
+            raise RecipeError("without labels a network learns by terms of distill alone; set distill and teacher")
         if self.cache is not None:
             self._check_cache()
         if self.track is not None:

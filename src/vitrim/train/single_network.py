@@ -16,7 +16,7 @@ from ..tokens import Figure
 from .caching import with_cache
 from .checkpoint import RunFolder
 from .figures import held_out_loss, measure_figures
-from .learner import prepare_learner, with_student
+from .learner import classes_of_student, prepare_learner, with_student
 from .recipe import Recipe
 from .state import Report, Stateful
 from .task import Evaluate, Tick
@@ -118,7 +118,7 @@ class SingleNetwork:
         handle = attached(self.network)
         whole = handle is None or handle.reduction is None or handle.reduction.phase != "train"
         with nullcontext() if whole else detached(self.network):
-            folder.save_model(partial(save, self.network), classes)
+            folder.save_model(partial(save, self.network), classes_of_student(self.recipe, classes))
 
     def result(self, model: nn.Module, best: Mapping[str, Any], stream: Stream, evaluate: Evaluate) -> dict[str, Any]:
         """See `Task`."""

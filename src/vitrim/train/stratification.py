@@ -115,13 +115,10 @@ class Stratification:
     ) -> Iterator[Distilled]:
         """One loss for every network that this update draws; processes exchange gradients at the last one."""
         hold = partial(self.accelerator.no_sync, self.wrapped)
-        first = True
-        for term in self.stratifier.losses(
-            images, targets if self.classifies else None, update, model=self.wrapped, hold=hold
-        ):
-            logits = term.out if first and self.classifies else None
+        labels = targets if self.classifies else None
+        for number, term in enumerate(self.stratifier.losses(images, labels, update, model=self.wrapped, hold=hold)):
+            logits = term.out if number == 0 and self.classifies else None
             yield Distilled(term.loss, {term.part: term.loss.detach()}, logits)
-            first = False
 
     def record(self, folder: RunFolder, epoch: int, updates: range) -> None:
         """Write which networks of the chain each update has trained, by the part they played."""
@@ -177,7 +174,8 @@ class Stratification:
         spec, student = self.recipe.teacher, self.student
         if spec is None:
             return None
-        teacher: Teacher = prepare_teacher(spec, InputFormat.of(student, self.recipe.data.image_size), classes)
+        seen, predicts = InputFormat.of(student, self.recipe.data.image_size), classes is not None
+        teacher: Teacher = prepare_teacher(spec, seen, classes, predicts=predicts)
         theirs, ours = (adapter_of(model).output_width(model) for model in (teacher.model, student))
         if is_headless(teacher.model) != is_headless(student) or theirs != ours:
             raise DistillError(f"the teacher {spec.name} gives {theirs} numbers, the student {ours}; both must agree")
