@@ -12,7 +12,7 @@ from torch import nn
 from elastic_models import images, small
 from vitrim import KeepRate, PowerLaw, ToMe, TopK, attach, cost, stratify
 from vitrim.compression.candidates import Candidate, first_shapes, reducers, stages
-from vitrim.compression.fidelity import Fidelity
+from vitrim.compression.fidelity import Closeness, Fidelity
 from vitrim.compression.images import Pictures
 from vitrim.compression.networks import EmptyNetwork, Networks, macs_price, params_price
 from vitrim.compression.progress import Progress, duration
@@ -99,11 +99,11 @@ def test_the_answer_is_that_of_brute_force_over_all_candidates(networks: Network
     for one in group:
         network = networks.real(one.index)
         with attach(network, one.reduction, cls_only=networks.full.cls_only):
-            means[search.key(one)] = search.fidelity.compare(network).mean
+            means[search.key(one)] = search.fidelity.compare(network).typical
     best = min(means.values())
-    assert ranked[0].mean == pytest.approx(means[search.key(ranked[0].candidate)])
-    assert ranked[0].mean <= sorted(means.values())[2], "halving lost the best candidates"
-    assert ranked[0].mean >= best
+    assert ranked[0].typical == pytest.approx(means[search.key(ranked[0].candidate)])
+    assert ranked[0].typical <= sorted(means.values())[2], "halving lost the best candidates"
+    assert ranked[0].typical >= best
     assert {one.candidate.kind for one in ranked} >= {"tokens", "width"}, "pure answers stay to the end"
     assert all(one.images == len(search.fidelity) for one in ranked)
 
@@ -175,9 +175,7 @@ def test_the_better_of_two_candidates_is_first_and_the_pure_ones_stay() -> None:
     def tried(divergence: float, index: int, schedule: Schedule | None) -> Tried:
         return Tried(Candidate(index, 0.5, 1.0, TopK() if schedule else None, schedule), [found(divergence)])
 
-    def found(divergence: float):
-        from vitrim.compression.fidelity import Closeness
-
+    def found(divergence: float) -> Closeness:
         return Closeness(torch.full((4,), divergence), None, torch.zeros(4, 2))
 
     many = [tried(float(number), 3, KeepRate(0.5)) for number in range(9)]
@@ -186,6 +184,22 @@ def test_the_better_of_two_candidates_is_first_and_the_pure_ones_stay() -> None:
     kept = search._best([*many, pure, width], 2)
     assert kept == [many[0], many[1], pure, width]
     assert replace(many[0].candidate, index=0).kind == "tokens"
+
+
+def test_candidates_are_ranked_by_a_typical_image_and_not_by_the_few_that_decide_a_mean() -> None:
+    def closeness(divergences: torch.Tensor) -> Closeness:
+        return Closeness(divergences, None, torch.zeros(len(divergences), 2))
+
+    generator = torch.Generator().manual_seed(0)
+    few, many = torch.rand(40, generator=generator).double() * 0.01, torch.rand(40, generator=generator).double() * 0.1
+    few[7] = 10.0
+    assert closeness(few).mean > closeness(many).mean
+    assert closeness(few).typical < closeness(many).typical
+    assert closeness(few).typical == pytest.approx(sum(value ** (1 / 3) / 40 for value in few.tolist()) ** 3)
+    assert closeness(1000 * few).typical == pytest.approx(1000 * closeness(few).typical)
+    worst = few.clone()
+    worst[0] = torch.inf
+    assert closeness(worst).typical == torch.inf
 
 
 def test_a_step_that_takes_long_says_that_it_goes_on() -> None:

@@ -121,7 +121,8 @@ class Certificate:
     def tried_table(self) -> Table:
         """Every candidate of the search as a table, those that have seen most images first."""
         notes = [
-            "Divergences on different numbers of images cannot be compared; the answer has the least of the last round."
+            "The answer has the least typical divergence (power mean of exponent 1/3) of those that saw all images. "
+            "Divergences on different numbers of images cannot be compared."
         ]
         return Table(f"Candidates: {self.asked}", TRIED_COLUMNS, list(self.tried), notes=notes)
 
@@ -186,7 +187,9 @@ class Certificate:
 
 
 COLUMNS = columns("statement", "found", "given", "asked", "met", "n")
-TRIED_COLUMNS = columns("kind", "reduction", "share", "width_macs", "price", "divergence", "agreement", "images")
+TRIED_COLUMNS = columns(
+    "kind", "reduction", "share", "width_macs", "price", "typical", "divergence", "agreement", "images"
+)
 
 
 def row_of(line: Line) -> dict[str, Any]:

@@ -36,6 +36,15 @@ class Closeness:
         return self.divergence.mean().item()
 
     @property
+    def typical(self) -> float:
+        """The divergence of a typical image, by which candidates are ranked: the power mean of exponent 1/3.
+
+        Divergences of images differ by orders of magnitude. A few images decide their mean, so that of many candidates
+        on few images the one with the least mean was lucky.
+        """
+        return self.divergence.pow(1 / 3).mean().pow(3).item()
+
+    @property
     def agreement(self) -> float | None:
         """The share of images with the same top class."""
         return None if self.same is None else self.same.double().mean().item()

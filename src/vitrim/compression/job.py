@@ -227,8 +227,8 @@ class Job:
         width = network.macs(network.plan(None, None), None) / search.full
         return {
             "kind": candidate.kind, "reduction": str(candidate), "share": candidate.share, "width_macs": width,
-            "price": candidate.price / search.limit, "divergence": tried.mean, "agreement": tried.closeness.agreement,
-            "images": tried.images,
+            "price": candidate.price / search.limit, "typical": tried.typical, "divergence": tried.closeness.mean,
+            "agreement": tried.closeness.agreement, "images": tried.images,
         }  # fmt: skip
 
     def _description(self) -> str | None:
@@ -244,4 +244,4 @@ class Job:
 
 def _by_images(tried: Sequence[Tried]) -> list[Tried]:
     seen = [one for one in tried if one.parts]
-    return sorted(seen, key=lambda one: (-one.images, one.mean))
+    return sorted(seen, key=lambda one: (-one.images, one.typical))

@@ -48,9 +48,9 @@ class Tried:
         return joined(self.parts)
 
     @property
-    def mean(self) -> float:
-        """The mean divergence."""
-        return self.closeness.mean
+    def typical(self) -> float:
+        """The divergence of a typical image; candidates with less come first."""
+        return self.closeness.typical
 
 
 class Search:
@@ -160,7 +160,7 @@ class Search:
         # Candidates of one width follow each other, so that a network is fitted when it is needed first.
         for tried in sorted(group, key=lambda one: one.candidate.index):
             self._see(tried, images, what)
-        return sorted(group, key=lambda one: one.mean)
+        return sorted(group, key=lambda one: one.typical)
 
     def _see(self, tried: Tried, images: int, what: str) -> None:
         start, stop = tried.images, min(images, len(self.fidelity))
@@ -184,7 +184,7 @@ class Search:
         pure = [tried for tried in ranked if tried.candidate.kind == "tokens"][:PURE]
         width = [tried for tried in ranked if tried.candidate.kind in ("width", "none")]
         kept = {id(tried): tried for tried in (*ranked[:number], *pure, *width)}
-        return sorted(kept.values(), key=lambda one: one.mean)
+        return sorted(kept.values(), key=lambda one: one.typical)
 
     def _sampled(self, ranked: list[Tried], trials: int, images: int) -> list[Tried]:
         """These candidates and those that optuna's sampler proposes from them, all judged on so many images."""
@@ -199,7 +199,7 @@ class Search:
         steps = SHARES - (self.narrowest is not None) if len(self.networks) > 1 else 0
         space = Space(sorted(by_name), self.networks.full.geometry.depth, steps)
         for tried in known:
-            study.add_trial(space.finished(tried.candidate, tried.mean))
+            study.add_trial(space.finished(tried.candidate, tried.typical))
         met = {self.key(tried.candidate) for tried in self.tried}
         found = list(ranked)
         for _ in range(trials):
@@ -212,10 +212,10 @@ class Search:
             met.add(self.key(candidate))
             tried = Tried(candidate)
             self._see(tried, images, "sampled candidates")
-            study.tell(trial, tried.mean)
+            study.tell(trial, tried.typical)
             self.tried.append(tried)
             found.append(tried)
-        return sorted(found, key=lambda one: one.mean)
+        return sorted(found, key=lambda one: one.typical)
 
 
 def fit_units(images: int) -> float:

@@ -21,6 +21,7 @@ COLUMNS: dict[str, Column] = {
         Column("over_alone", "over trained alone", "+.2%"),
         Column("entropy", "entropy if correct", ".3f"),
         Column("divergence", "divergence [nats]", ".4f"),
+        Column("typical", "typical divergence", ".2e"),
         Column("seconds", "test time [s]", ".2f"),
         Column("ms", "ms", ".2f"),
         Column("p50_ms", "p50 [ms]", ".2f"),
