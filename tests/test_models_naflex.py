@@ -238,7 +238,7 @@ def test_widths_change_where_blocks_are_standard_ones() -> None:
     agrees_with_reference(model, vitrim.ToMe(), expected)
     rotary = _model("naflex_rotary")
     dims = vitrim.models.widths_of(rotary)[0].head_dim
-    with pytest.raises(UnsupportedModelError, match=f"queries and keys keep their {dims} dims"):
+    with pytest.raises(UnsupportedModelError, match=f"its heads are scaled by their {dims} dims"):
         vitrim.models.set_widths(rotary, [vitrim.models.BlockWidths(5, 40)] * 3)
     vitrim.models.set_widths(rotary, [vitrim.models.BlockWidths(dims, 40, 5)] * 3)
     agrees_with_reference(rotary, vitrim.ToMe(), expected)

@@ -498,7 +498,7 @@ SINGLE = {
     },
     "system5": {"piad": "PIAD sandwich + KD", "piad-original": "PIAD original"},
 }  # fmt: skip
-NO_ROWS = {"system5": {"finetune", "finetune-distil", "finetune-vits14"}}
+NO_ROWS = {"system5": {"finetune", "finetune-distil", "finetune-vits14", "finetune-vits14-rotary"}}
 """Recipes that start from what only an extraction makes, or that make what a benchmark measures."""
 
 
