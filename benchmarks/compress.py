@@ -36,6 +36,10 @@ Kind = Literal["tokens", "width", "joint"]
 Row = dict[str, Any]
 PARTS: dict[str, list[Any]] = {"tokens": ["tokens"], "width": ["width"], "joint": ["tokens", "width"]}
 """Kind of answer -> what may be reduced."""
+ELSEWHERE = (
+    "Times are those of networks of the same shapes, since the weights of some answers were not kept; all else is from "
+    "the certificates, as they were made on another machine."
+)
 COLUMNS = (
     Column("budget", "MACs", ".2f"), Column("kind", "kind"), Column("epochs", "epochs", "d"),
     Column("tokens", "tokens"), Column("macs", "MACs / full", ".3f"), Column("params", "params / full", ".3f"),
@@ -117,6 +121,7 @@ def write(
     notes = [
         f"Times at batch size {batch_size} in {dtype}: all answers in the same interleaved rounds, median [quartiles].",
         "Intervals of 95 %: divergence by a studentised bootstrap over images, accuracy lost paired by image.",
+        *([] if all(map(kept, places.values())) else [ELSEWHERE]),
         *(verdict(budget, rows) for budget in dict.fromkeys(row["budget"] for row in rows)),
     ]
     table = Table("One budget over tokens and width", COLUMNS, rows, notes=notes, environment=environment())
@@ -124,9 +129,14 @@ def write(
     table.write_all(out)
 
 
+def kept(folder: Path) -> bool:
+    """Whether the weights of an answer are there."""
+    return (folder / WEIGHTS).is_file()
+
+
 def answer(folder: Path) -> nn.Module:
     """The network of an answer; where its weights were not kept, one of the same shape, which takes the same time."""
-    if (folder / WEIGHTS).is_file():
+    if kept(folder):
         return open_certified(folder)[0]
     record = parse((folder / DESCRIPTION).read_text(encoding="utf-8"), folder)
     network, cut = rebuild(record), record.reduction
