@@ -120,7 +120,7 @@ class Job:
         given, now = (fidelity.compare(each).divergence.mean().item() for each in (found.model, model))
         note = (
             f"Learnt from the given model after the search, epochs: {epochs}. On the images of the search the "
-            f"divergence was {given:.4f} before and {now:.4f} after that"
+            f"divergence was {given:.3g} before and {now:.3g} afterwards"
         )
         if not now < given:
             note += ", so the answer is as it was before; a lower finetune.lr or more epochs may help."

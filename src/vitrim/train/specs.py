@@ -160,5 +160,5 @@ class FinetuneSpec:
     """
 
     epochs: Annotated[int, Range(0, 1_000_000)] = 0
-    lr: Annotated[float, Range(0, 1)] = 5e-6
+    lr: Annotated[float, Range(0, 1, above=True)] = 5e-6
     batch_size: Annotated[int, Range(1, 1_000_000)] = 32
