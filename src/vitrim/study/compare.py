@@ -89,7 +89,8 @@ def compare(
     for name, model in opened.items():
         if num_classes(model) != len(classes):
             raise DataError(
-                f"{name} has {num_classes(model)} classes, but the images have {len(classes)}; give images of its classes, or train it on these"
+                f"{name} has {num_classes(model)} classes, but the images have {len(classes)}; give images of its "
+                "classes, or train it on these"
             )
         if fault := other_classes(name, classes):
             raise DataError(fault)
