@@ -20,6 +20,7 @@ from torch.nn.modules.module import register_module_forward_hook
 import vitrim
 from hf_models import HF, MORE
 from test_contract import in_threads
+from vitrim.elastic.chain import start_chain
 from vitrim.errors import UnsupportedModelError, VitrimError
 from vitrim.measure.speed import bench
 from vitrim.models import adapter_of, reduced, trace_of
@@ -566,13 +567,17 @@ def test_a_handle_is_not_a_model_and_says_so() -> None:
     assert not hasattr(handle, "nonsense")
 
 
+DIGITS = vitrim.build_model("vitrim_digits_vit", depth=1, embed_dim=8, num_heads=2)
 NOT_MODELS = {
     "name": ("vit_tiny", r"'vit_tiny' is a name, not a model; .*vitrim.build_model\('vit_tiny'\)"),
     "nothing": (None, r"None is not a model; give a torch\.nn\.Module"),
     "number": (123, r"the type int is not a model; give a torch\.nn\.Module"),
     "weights": ({"cls_token": torch.zeros(2)}, r"a dict of weights is not a model; .*load_state_dict"),
     "class": (VisionTransformer, "VisionTransformer is a class, not a model"),
-    "holder": (vitrim.SuperNet(nn.Identity(), None), "a SuperNet is not a model; give the model in it, its .model"),
+    "holder": (
+        vitrim.SuperNet(DIGITS, start_chain(DIGITS)),
+        "a SuperNet is not a model; give the model in it, its .model",
+    ),
 }
 
 

@@ -61,7 +61,11 @@ def dry_run(model: nn.Module, request: Request, parts: Sizes, images: Tensor, le
         {"what": "reducers", "number": len(methods), "values": ", ".join(map(render, methods)) or "-"},
         {"what": "shapes of schedules", "number": len(shapes), "values": ", ".join(map(str, shapes)) or "-"},
         {"what": "shares of the width", "number": len(widths), "values": ", ".join(f"{share:g}" for share in widths)},
-        {"what": "candidates of the first round", "number": number, "values": "those that can meet the budget"},
+        {
+            "what": "candidates of the first round, at most",
+            "number": number,
+            "values": "without those that cannot meet the budget, or do the same as another",
+        },
         {
             "what": "candidates of the sampler",
             "number": request.trials if tokens else 0,
