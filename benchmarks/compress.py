@@ -15,7 +15,6 @@ from typing import Annotated, Any, Literal
 import torch
 from torch import nn
 
-from vitrim import Reduction, attach
 from vitrim.arguments import run
 from vitrim.compression.certificate import Certificate
 from vitrim.compression.finetune import RUN, START
@@ -27,7 +26,7 @@ from vitrim.measure.table import Column, Table
 from vitrim.models import attached, open_model
 from vitrim.models.description import parse
 from vitrim.models.rebuild import rebuild
-from vitrim.models.store import DESCRIPTION, WEIGHTS
+from vitrim.models.store import DESCRIPTION, WEIGHTS, attach_described
 from vitrim.options import Range
 from vitrim.train.recipe import Recipe
 from vitrim.verbs.compressing import compress
@@ -139,9 +138,8 @@ def answer(folder: Path) -> nn.Module:
     if kept(folder):
         return open_certified(folder)[0]
     record = parse((folder / DESCRIPTION).read_text(encoding="utf-8"), folder)
-    network, cut = rebuild(record), record.reduction
-    if cut is not None:
-        attach(network, None if cut.text is None else Reduction.parse(cut.text), cls_only=cut.cls_only)
+    network = rebuild(record)
+    attach_described(network, record)
     return network
 
 

@@ -12,25 +12,21 @@ import statistics
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from unittest.mock import patch
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
+from closeness import TestImages, batches, even_and_measured
 from finished import Finished, Values
 from vitrim import SuperNet, arguments, stratify
 from vitrim.data.specs import DataSpec
-from vitrim.elastic.chain import start_chain
-from vitrim.elastic.growth import grow_evenly
 from vitrim.measure.environment import environment
 from vitrim.measure.table import Column, Table
 from vitrim.models import open_model, widths_of
 from vitrim.models.elastic_values import ElasticValues
-from widths import batches, outputs
 
 BUDGETS = (0.9, 0.75, 0.6, 0.5, 0.35)
 CUT = ("values", "values and pairs")
@@ -56,9 +52,7 @@ def losing(cut: str) -> Iterator[None]:
 def super_networks(network: nn.Module, data: list[torch.Tensor], cut: str, rounds: int) -> dict[str, SuperNet]:
     """Chains of even and of measured widths in the same ordered weights."""
     with losing(cut):
-        net = stratify(network, data, num_images=sum(map(len, data)), rounds=rounds)
-        even = replace(grow_evenly(start_chain(net.model), 0.875), weights=net.chain.weights)
-    return {"even": SuperNet(net.model, even, net.compensations), "measured": net}
+        return even_and_measured(stratify(network, data, num_images=sum(map(len, data)), rounds=rounds))
 
 
 def main(
@@ -78,11 +72,8 @@ def main(
     torch.set_num_threads(threads or torch.get_num_threads())
     network = open_model(model, image_size).eval().to(device)
     spec = DataSpec(name="folder", root=root, image_size=image_size, workers=0)
-    test = batches(network, spec, test_images, 0, train=False)
-    classes = torch.cat([each for _, each in test])
-    full = outputs(network, test)
-    right = (full.argmax(1) == classes).double().mean().item()
-    settings: Values = {"model": model, "root": root, "images": images, "test_images": len(classes), "rounds": rounds}
+    test = TestImages(network, spec, test_images)
+    settings: Values = {"model": model, "root": root, "images": images, "test_images": len(test), "rounds": rounds}
     finished = Finished(Path(f"{out}.finished.jsonl"), settings)
     found: dict[tuple[float, str, str], list[Values]] = defaultdict(list)
     for seed in seeds:
@@ -94,11 +85,9 @@ def main(
 
         def measure(macs: float, widths: str, cut: str, nets=nets) -> Values:
             small = nets(cut)[widths].extract(macs=macs)
-            logits = outputs(small, test)
-            apart = F.kl_div(logits.log_softmax(1), full.log_softmax(1), reduction="batchmean", log_target=True).item()
             heads = [block for block in widths_of(small) if block.head_dim]
             return {
-                "divergence": apart, "accuracy": (logits.argmax(1) == classes).double().mean().item(),
+                **test.closeness(small),
                 "values": sum(block.values for block in heads) / len(heads),
                 "queries": sum(block.queries for block in heads) / len(heads),
             }  # fmt: skip
@@ -113,15 +102,16 @@ def main(
     rows = []
     for (macs, widths, cut), values in sorted(found.items(), key=lambda item: (item[0][1], -item[0][0], item[0][2])):
         mean = {name: statistics.fmean(float(each[name]) for each in values) for name in values[0]}
-        rows.append({"macs": macs, "widths": widths, "cut": cut, "lost": right - mean["accuracy"], **mean})
+        rows.append({"macs": macs, "widths": widths, "cut": cut, "lost": test.accuracy - mean["accuracy"], **mean})
     closer = sum(
         statistics.fmean(float(each["divergence"]) for each in found[macs, widths, CUT[1]])
         < statistics.fmean(float(each["divergence"]) for each in found[macs, widths, CUT[0]])
         for macs in BUDGETS for widths in ("measured", "even")
     )  # fmt: skip
     notes = [
-        f"The full network has {right:.1%} on {len(classes):,} test images. {len(seeds)} seeds of {images:,} images, "
-        f"{rounds} rounds. Everything with the regression, nothing fitted again. Dims are means of what is left per "
+        f"The full network has {test.accuracy:.1%} on {len(test):,} test images. "
+        f"{len(seeds)} seeds of {images:,} images, {rounds} rounds. "
+        "Everything with the regression, nothing fitted again. Dims are means of what is left per "
         "head, over the blocks that have attention.",
         f"With pairs the network is closer to the full one in {closer} of {2 * len(BUDGETS)} comparisons.",
     ]

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
+from closeness import TestImages, batches
 from vitrim import SuperNet, arguments, load, save, stratify
 from vitrim.compression.finetune import recipe_for
 from vitrim.data.specs import DataSpec
@@ -25,7 +25,6 @@ from vitrim.train.checkpoint import RunFolder
 from vitrim.train.loop import train
 from vitrim.train.recipe import Recipe
 from vitrim.train.specs import ElasticSpec, FinetuneSpec
-from widths import batches, outputs
 
 BUDGETS = (0.75, 0.5, 0.25)
 MAX_SAVING = 0.875
@@ -80,21 +79,17 @@ def main(
     torch.set_num_threads(threads or torch.get_num_threads())
     full = open_model(model).eval().to(device)
     spec = DataSpec(name="folder", root=root, workers=workers, limit=limit, holdout=0.1)
-    test = batches(full, spec, test_images, 0, train=False)
-    classes, wanted = torch.cat([each for _, each in test]), outputs(full, test).log_softmax(1)
-    right = (wanted.argmax(1) == classes).double().mean().item()
+    test = TestImages(full, spec, test_images)
     calibration = [batch for batch, _ in batches(full, spec, images, 1, train=True)]
     fitted = {"data": calibration, "num_images": images}
     rows: list[dict[str, Any]] = []
 
     def add(macs: float, name: str, network: nn.Module, run: RunFolder | None = None) -> None:
-        found = outputs(network.eval().to(device), test)
-        accuracy = (found.argmax(1) == classes).double().mean().item()
-        kl = F.kl_div(found.log_softmax(1), wanted, reduction="batchmean", log_target=True).item()
+        found = test.closeness(network.eval().to(device))
         result = {} if run is None else run.result or {}
         rows.append({"macs": macs, "network": name, "epochs": result.get("epochs", 0),
-                     "seconds": result.get("train_seconds"), "divergence": kl, "accuracy": accuracy,
-                     "lost": right - accuracy})  # fmt: skip
+                     "seconds": result.get("train_seconds"), **found,
+                     "lost": test.accuracy - found["accuracy"]})  # fmt: skip
         print(*rows[-1].values(), sep="  ", flush=True)
 
     cut = stratify(full, calibration, num_images=images)
@@ -118,7 +113,7 @@ def main(
         train(recipe_for(learning, start, model, spec), tuned.path)
         add(macs, "cut and fitted, fine-tuned", load(tuned.model_path), tuned)
     notes = [
-        f"The full network has {right:.1%} on {len(classes):,} test images. {limit:,} training images, a tenth "
+        f"The full network has {test.accuracy:.1%} on {len(test):,} test images. {limit:,} training images, a tenth "
         f"held out. PIAD: {epochs} epochs for all sizes together; fine-tuning: as much arithmetic for one size.",
     ]
     table = Table("All widths together, or one at a time", COLUMNS, rows, notes=notes, environment=environment())

@@ -12,22 +12,16 @@ given again; several processes may measure seeds of their own, with `--table fal
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import cache, partial
-from itertools import islice
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from closeness import TestImages, batches, even_and_measured
 from finished import Finished, Values
 from vitrim import SuperNet, arguments, stratify
 from vitrim.data.specs import DataSpec
-from vitrim.data.splits import plain_stream
-from vitrim.data.streams import shuffled_batches
-from vitrim.elastic.chain import start_chain
-from vitrim.elastic.growth import grow_evenly
 from vitrim.measure.environment import environment
 from vitrim.measure.table import Column, Table
 from vitrim.models import open_model
@@ -46,19 +40,6 @@ COLUMNS = (
     Column("accuracy", "accuracy", ".1%"),
     Column("lost", "lost", ".1%"),
 )
-
-
-def batches(model: nn.Module, spec: DataSpec, number: int, seed: int, train: bool) -> list[tuple[Tensor, Tensor]]:
-    """The first `number` images of the training or test split in an order drawn by the seed, with their classes."""
-    stream, device = plain_stream(model, spec, train=train), next(model.parameters()).device
-    found = islice(shuffled_batches(stream, spec.workers, seed), -(-number // 64))
-    return [(images.to(device), classes.to(device)) for images, classes in found]
-
-
-@torch.no_grad()
-def outputs(model: nn.Module, data: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """Logits of all images."""
-    return torch.cat([model(images) for images, _ in data])
 
 
 def cases() -> Iterator[tuple[float, str, str]]:
@@ -92,8 +73,7 @@ class Cuts:
     def _make(self) -> tuple[list[Tensor], dict[str, SuperNet]]:
         data = [batch for batch, _ in self.images()]
         net = stratify(self.network, data, num_images=self.number)
-        even = replace(grow_evenly(start_chain(net.model), 0.875), weights=net.chain.weights)
-        return data, {"even": SuperNet(net.model, even, net.compensations), "measured": net}
+        return data, even_and_measured(net)
 
 
 def main(
@@ -112,17 +92,12 @@ def main(
     torch.set_num_threads(threads or torch.get_num_threads())
     network = open_model(model, image_size).eval().to(device)
     spec = DataSpec(name="folder", root=root, image_size=image_size, workers=0)
-    test = batches(network, spec, test_images, 0, train=False)
-    classes = torch.cat([each for _, each in test])
-    full = outputs(network, test)
-    right = (full.argmax(1) == classes).double().mean().item()
-    settings: Values = {"model": model, "root": root, "images": images, "test_images": len(classes), "device": device}
+    test = TestImages(network, spec, test_images)
+    settings: Values = {"model": model, "root": root, "images": images, "test_images": len(test), "device": device}
     finished = Finished(Path(f"{out}.finished.jsonl"), settings)
 
     def closeness(cut: Callable[[], nn.Module]) -> Values:
-        logits = outputs(cut(), test)
-        divergence = F.kl_div(logits.log_softmax(1), full.log_softmax(1), reduction="batchmean", log_target=True).item()
-        return {"divergence": divergence, "accuracy": (logits.argmax(1) == classes).double().mean().item()}
+        return test.closeness(cut())
 
     found: dict[tuple[float, str, str], list[tuple[float, float]]] = defaultdict(list)
     for seed in seeds:
@@ -141,18 +116,20 @@ def main(
     rows = [
         {
             "macs": key[0], "widths": key[1], "compensation": key[2], "divergence": mean(key, 0),
-            "largest": max(each[0] for each in found[key]), "accuracy": mean(key, 1), "lost": right - mean(key, 1),
+            "largest": max(each[0] for each in found[key]), "accuracy": mean(key, 1),
+            "lost": test.accuracy - mean(key, 1),
         }
         for key in sorted(found, key=lambda key: (-key[0], key[1:]))
     ]  # fmt: skip
     better = sum(mean((m, "measured", "regression"), 0) < mean((m, "even", "means"), 0) for m in BUDGETS)
     notes = [
-        f"The full network has {right:.1%} on {len(classes):,} test images. {len(seeds)} seeds of {images:,} images.",
+        f"The full network has {test.accuracy:.1%} on {len(test):,} test images. "
+        f"{len(seeds)} seeds of {images:,} images.",
         f"Measured widths with regression are closer than an even cut with means at {better} of {len(BUDGETS)} sizes.",
     ]
     for macs, (divergence, lost) in BARS.items():
         key = (macs, "measured", "regression, refitted")
-        worst, gone = max(each[0] for each in found[key]), right - mean(key, 1)
+        worst, gone = max(each[0] for each in found[key]), test.accuracy - mean(key, 1)
         notes.append(
             f"Bar at {macs} of the MACs, refitted: divergence of every seed at most {divergence} "
             f"{'met' if worst <= divergence else 'not met'} ({worst:.4f}); at most {lost:.0%} of accuracy lost "

@@ -40,8 +40,7 @@ def by_size(layer: ElasticValues, spread_Hpp: Tensor) -> Tensor:
 
 def factors_of(layer: ElasticValues, spread_Hpp: Tensor, order_Gp: Tensor) -> Tensor:
     """Cholesky factors (H, p, p) of the spread of every head's pairs in this order, see `Compensation`."""
-    orders = order_Gp.repeat_interleave(layer.num_heads // layer.value_heads, dim=0)
-    spreads = zip(spread_Hpp, orders, strict=True)
+    spreads = zip(spread_Hpp, layer.of_every_head(order_Gp), strict=True)
     return torch.stack([cholesky(spread[order][:, order], RIDGE) for spread, order in spreads])
 
 

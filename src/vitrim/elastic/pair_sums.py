@@ -40,9 +40,8 @@ class PairSums:
         number, device = query_BHTD.shape[2], query_BHTD.device
         rows = torch.linspace(0, number - 1, min(number, QUERIES), device=device).round().long()
         weight_BQ = weight_BN.to(device)[:, rows]
-        weight_BQ[:, 1:] *= (number - 1) / max(
-            1, len(rows) - 1
-        )  # Each patch stands for its neighbours, CLS for itself.
+        # Each patch stands for its neighbours, CLS for itself.
+        weight_BQ[:, 1:] *= (number - 1) / max(1, len(rows) - 1)
         last = wide(layer.last.weight).unflatten(1, (layer.num_heads, -1)).transpose(0, 1)
         gram_Hvv = last.mT @ last
         for query, key, value, weight in zip(query_BHTD[:, :, rows], key_BHTD, value_BHTD, weight_BQ, strict=True):

@@ -66,14 +66,18 @@ def check_images(model: nn.Module, images: Tensor) -> None:
         DataError: there are too few images, or they are not of the size that the file will take.
         VitrimError: the model gives values that are not finite.
     """
+    _check_form(model, images)
+    if not adapter_of(model).predict(model, images[:2]).isfinite().all():
+        raise VitrimError(_NOT_FINITE)
+
+
+def _check_form(model: nn.Module, images: Tensor) -> None:
     if len(images) < 2:
         raise DataError("two images are needed to compare a file at two batch sizes; give more")
     size = InputFormat.of(model).size
     if tuple(images.shape[1:]) != size:
         shapes = [" x ".join(map(str, one)) for one in (images.shape[1:], size)]
         raise DataError(f"the images are {shapes[0]}, but the file will take {shapes[1]}; give images of that size")
-    if not adapter_of(model).predict(model, images[:2]).isfinite().all():
-        raise VitrimError(_NOT_FINITE)
 
 
 @torch.inference_mode()
@@ -90,7 +94,7 @@ def compare(model: nn.Module, served: nn.Module, images: Tensor, *, exact: bool 
         DataError: there are too few images.
         VitrimError: the file does not compute what the model does.
     """
-    check_images(model, images)
+    _check_form(model, images)
     parts = [images[:1], *images[1:].split(BATCH)]
     predict = adapter_of(model).predict
     expected = torch.cat([predict(model, part) for part in parts])

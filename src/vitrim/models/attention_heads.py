@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..tokens.precision import exact
+from .heads import every_head
 from .slicing import store
 from .sublayers import Elastic
 
@@ -58,9 +59,9 @@ class AttentionHeads(Elastic):
         """Put the query and key dims of all heads, and the weights of their norms, in one and the same order."""
         raise NotImplementedError
 
-    def of_every_head(self, value_Hhh: Tensor) -> Tensor:
-        """Matrices of the heads of the values, repeated for all heads that read them."""
-        return value_Hhh.repeat_interleave(self.num_heads // self.value_heads, dim=0)
+    def of_every_head(self, of_groups: Tensor, dim: int = 0) -> Tensor:
+        """What belongs to the heads of keys and values, along one dimension, repeated for all heads that read them."""
+        return every_head(of_groups, self.num_heads, dim)
 
     @torch.no_grad()
     def rotate_last(self, value_Hhh: Tensor) -> None:

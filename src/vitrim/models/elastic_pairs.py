@@ -78,15 +78,15 @@ class RotaryHeads(AttentionHeads):
     def of_pairs(self, x: Tensor, table: Any, number: int) -> tuple[Tensor, Tensor]:
         """Queries and keys of all heads on their best pairs (B, H, T, 2 * number)."""
         pairs, made = self._best_pairs(number), []
-        for stream, kept in enumerate((self.every_head(pairs, 0), pairs)):
+        for stream, kept in enumerate((self.of_every_head(pairs), pairs)):
             dims = dims_of(kept, self.pairs, self.half_pairs)
             weight, bias = self.rows(stream)
             out = F.linear(x, weight.chosen(dims), None if bias is None else bias.chosen(dims))
-            made.append(self.every_head(split_heads(out, len(dims))))
+            made.append(self.of_every_head(split_heads(out, len(dims)), 1))
         query, key = made
         if self.vitrim_scales is not None:
             query = query * self._of_dims(self.vitrim_scales)[:, None].to(query.dtype)
-        places = self.every_head(self._places(pairs), 0)
+        places = self.of_every_head(self._places(pairs))
         return self.turned(query, table, places), self.turned(key, table, places)
 
     def _best_pairs(self, number: int) -> Tensor:
@@ -100,11 +100,6 @@ class RotaryHeads(AttentionHeads):
         """These pairs of each head of the keys as the rotary table counts them."""
         kept = getattr(self, "kept_pairs", None)
         return pairs_Hp if kept is None else kept.to(pairs_Hp.device).gather(1, pairs_Hp)
-
-    def every_head(self, of_heads: Tensor, dim: int = 1) -> Tensor:
-        """Heads of keys or values, repeated for all heads of queries that read them; others as they are."""
-        groups = self.num_heads // of_heads.shape[dim]
-        return of_heads if groups == 1 else of_heads.repeat_interleave(groups, dim=dim)
 
     def _of_dims(self, of_pairs_Hp: Tensor) -> Tensor:
         """A number for each pair as one for each of its dims, in their order."""
@@ -138,7 +133,7 @@ class RotaryHeads(AttentionHeads):
         """Cut queries and keys to the best `number` pairs of each head, for good, with factors on the queries."""
         pairs = self._best_pairs(number)
         places = self._places(pairs)
-        for stream, kept in ((1, pairs), (0, self.every_head(pairs, 0))):  # Keys first: they lie behind queries.
+        for stream, kept in ((1, pairs), (0, self.of_every_head(pairs))):  # Keys first: they lie behind queries.
             dims = dims_of(kept, self.pairs, self.half_pairs)
             for rows in self.rows(stream):
                 if rows is None:

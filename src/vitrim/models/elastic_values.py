@@ -86,7 +86,7 @@ class ElasticValues(RotaryHeads):
         units = self.units_at(width)
         rows = F.linear(x, weight.leading(units), None if bias is None else bias.leading(units))
         self.tap("streams", rows)
-        value = self.every_head(split_heads(rows, heads))
+        value = self.of_every_head(split_heads(rows, heads), 1)
         number = self.pairs_at(width)
         query, key = self.queries_and_keys(x, table) if number == self.pairs else self.of_pairs(x, table, number)
         mixed = attention_product(

@@ -128,10 +128,15 @@ def load(folder: str | Path, *, image_size: Size | None = None, img_size: Size |
     if size is not None and family.input_format(model).size[1:] != size:
         check_patches(model, size)
         family.resize(model, size)
+    attach_described(model, record)
+    return model.eval()
+
+
+def attach_described(model: nn.Module, record: Record) -> None:
+    """Attach the reduction of a description to the model that was built from it, if there is one."""
     if (cut := record.reduction) is not None:
         reduction = None if cut.text is None or cut.phase is None else Reduction.parse(cut.text, cut.phase)
         attach(model, reduction, cls_only=cut.cls_only).set_strength(cut.strength)
-    return model.eval()
 
 
 def _one_size(image_size: Any, img_size: Any) -> tuple[int, int] | None:

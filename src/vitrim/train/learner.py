@@ -85,8 +85,6 @@ def prepare_student(recipe: Recipe, classes: Sequence[str]) -> nn.Module:
         RecipeError: labels of the images are no classes of the network, or its classifier was trained on other classes.
         UnsupportedModelError: no adapter knows such networks.
     """
-    if not recipe.labels and learns_labels(recipe):
-        raise RecipeError("labels is false, so the labels are no classes to learn; leave Labels() out of distill")
     keeps = "" if learns_labels(recipe) else ", or labels to false to keep this one and learn from the teacher alone"
     otherwise = NEW_HEAD + keeps
     number = len(classes) if recipe.labels else None
@@ -94,14 +92,14 @@ def prepare_student(recipe: Recipe, classes: Sequence[str]) -> nn.Module:
     adapter = find_adapter(student)
     describe(student)  # What could not be saved is refused now, and not after the first epoch.
     head = adapter.classifier(student)
-    if head.classes not in (0, len(classes)) and learns_labels(recipe):
-        raise RecipeError(
-            f"the network has {head.classes} classes, the images have {len(classes)}; leave num_classes out of "
-            "model.args, and for weights of other classes set model.reset_head"
-        )
-    fault = _other_classes(recipe.model, classes) if recipe.labels and head.classes else ""
-    if fault:
-        raise RecipeError(f"{fault}; {otherwise}")
+    if recipe.labels and head.classes:
+        if head.classes != len(classes) and learns_labels(recipe):
+            raise RecipeError(
+                f"the network has {head.classes} classes, the images have {len(classes)}; leave num_classes out of "
+                "model.args, and for weights of other classes set model.reset_head"
+            )
+        if fault := _other_classes(recipe.model, classes):
+            raise RecipeError(f"{fault}; {otherwise}")
     reduction, brought = reduction_of(recipe), attached(student)
     if reduction is None and brought is not None and brought.reduction is not None:
         reduction = replace(brought.reduction, curriculum=Constant())

@@ -6,13 +6,13 @@ The first of the two maps chooses the tokens, since a difference may be negative
 from typing import Any
 
 from timm.models.vision_transformer import Block, DiffParallelScalingBlock
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from ..heads import split_heads
 from ..reduced import ReducedBlock
 from .timm_parallel import ReducedParallel
-from .timm_reduced import rows_of_qkv
+from .timm_reduced import after_norms, rows_of_qkv
 
 
 class ReducedDiffBlock(ReducedBlock, Block):
@@ -64,9 +64,7 @@ class ReducedDiffParallelScalingBlock(ReducedParallel, DiffParallelScalingBlock)
 def _pairs(part: Any, rows: tuple[Tensor, ...], first: int) -> tuple[Tensor, ...]:
     """Queries and keys in twice as many heads as values: two maps for each head, one after the other."""
     counts = (2 * part.num_heads, 2 * part.num_heads, part.num_heads)[first:]
-    norms = (part.q_norm, part.k_norm, nn.Identity())[first:]
-    parts = zip(norms, rows, counts, strict=False)
-    return tuple(norm(split_heads(out, count)) for norm, out, count in parts)
+    return after_norms(part, [split_heads(out, count) for out, count in zip(rows, counts, strict=False)], first)
 
 
 def _differ(part: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, training: bool) -> Tensor:

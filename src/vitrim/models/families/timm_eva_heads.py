@@ -16,18 +16,18 @@ from torch import Tensor, nn
 from ..elastic_pairs import query_dim, value_dim
 from ..elastic_values import ElasticValues
 from ..head_rows import Rows
-from ..heads import split_heads
+from ..heads import every_head, split_heads
 from ..rotary_pairs import columns, dims_of
-from .timm_reduced import mix, rows_of_qkv
+from .timm_reduced import after_norms, mix, rows_of_qkv
 
 
 def streams_of(attn: Any, x_BTC: Tensor, first: int, last: int) -> tuple[Tensor, ...]:
     """Streams `first` to `last` (exclusive) of (query, key, value) of all heads, each (B, H, T, dims), after norms."""
     dims = (query_dim(attn), query_dim(attn), value_dim(attn))[first:last]
-    norms = (attn.q_norm, attn.k_norm, nn.Identity())[first:last]
-    rows = zip(_rows(attn, x_BTC, first, last), dims, norms, strict=True)
+    rows = zip(_rows(attn, x_BTC, first, last), dims, strict=True)
+    streams = after_norms(attn, [split_heads(out, dim=dim) for out, dim in rows], first)
     # Heads of one group read the same keys and values.
-    return tuple(_every_head(norm(split_heads(out, dim=dim)), attn.num_heads) for out, dim, norm in rows)
+    return tuple(every_head(stream, attn.num_heads) for stream in streams)
 
 
 def rotated(attn: Any, stream_BHTD: Tensor, table: Tensor | None, pairs_Hp: Tensor | None = None) -> Tensor:
@@ -42,7 +42,7 @@ def rotated(attn: Any, stream_BHTD: Tensor, table: Tensor | None, pairs_Hp: Tens
     if table is None:
         return stream_BHTD
     if pairs_Hp is None and (kept := getattr(attn, "kept_pairs", None)) is not None:
-        pairs_Hp = _every_head(kept, attn.num_heads, 0)
+        pairs_Hp = every_head(kept, attn.num_heads, 0)
     if pairs_Hp is not None:
         dims = dims_of(pairs_Hp, attn.head_dim // 2, attn.rotate_half)
         table = torch.cat([columns(part, dims) for part in table.chunk(2, -1)], dim=-1)
@@ -172,8 +172,3 @@ def _rows(attn: Any, x_BTC: Tensor, first: int, last: int) -> Sequence[Tensor]:
         return [layer(x_BTC) for layer in (attn.q_proj, attn.k_proj, attn.v_proj)[first:last]]
     whole = attn.num_heads * query_dim(attn)
     return rows_of_qkv(attn, (whole, whole, attn.num_heads * value_dim(attn)), x_BTC, first, last)
-
-
-def _every_head(of_groups: Tensor, heads: int, dim: int = 1) -> Tensor:
-    groups = heads // of_groups.shape[dim]
-    return of_groups if groups == 1 else of_groups.repeat_interleave(groups, dim=dim)

@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 from timm.models.vision_transformer import ParallelScalingBlock, ParallelThingsBlock
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from ...errors import VitrimError
 from ..exchange import intercepted
 from ..heads import split_heads
 from ..reduced import ReducedBlock
-from .timm_reduced import mix, rows_of_qkv, splits
+from .timm_reduced import after_norms, mix, rows_of_qkv, splits
 
 
 class ReducedParallel(ReducedBlock):
@@ -131,6 +131,4 @@ def streams_of(attn: Any, normed_BTC: Tensor, first: int, last: int) -> tuple[Te
 
 
 def _heads(part: Any, rows: tuple[Tensor, ...], first: int) -> tuple[Tensor, ...]:
-    streams = [split_heads(out, part.num_heads) for out in rows]
-    norms = (part.q_norm, part.k_norm, nn.Identity())[first:]
-    return tuple(norm(stream) for norm, stream in zip(norms, streams, strict=False))
+    return after_norms(part, [split_heads(out, part.num_heads) for out in rows], first)

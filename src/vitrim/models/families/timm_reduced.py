@@ -74,6 +74,16 @@ def rows_of_qkv(
     return out.split_with_sizes(each[first:last], dim=-1) if last - first > 1 else (out,)
 
 
+def after_norms(attn: Any, streams: Sequence[Tensor], first: int) -> tuple[Tensor, ...]:
+    """Streams of all heads after the norms of queries and keys that the layer has; values have none.
+
+    `first`: which of (query, key, value) the first of them is.
+    """
+    norms = [getattr(attn, name, None) for name in ("q_norm", "k_norm")][first:]
+    normed = (stream if norm is None else norm(stream) for norm, stream in zip(norms, streams, strict=False))
+    return (*normed, *streams[len(norms) :])
+
+
 class ReducedTimmModel(ReducedModel):
     """What changes outside the blocks: pooling weighs tokens by size, maps are spread over the whole grid."""
 

@@ -9,7 +9,7 @@ from math import isqrt
 from typing import Any
 
 from timm.layers import resize_rel_pos_bias_table
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...errors import CheckpointError
 from ..adapter import Geometry, State
@@ -17,7 +17,7 @@ from ..foreign_macs import macs_per_row
 from ..heads import split_heads
 from ..macs import BlockShape
 from ..reduced import ReducedBlock
-from .timm_reduced import mix, rows_of_qkv, splits
+from .timm_reduced import after_norms, mix, rows_of_qkv, splits
 from .timm_vit import TimmViT
 from .timm_weights import ADVICE, Grid
 
@@ -32,10 +32,7 @@ class ReducedRelativeBlock(ReducedBlock):
     def project(self, normed_BTC: Tensor, first: int, last: int) -> tuple[Tensor, ...]:
         attn = self.attn
         rows = rows_of_qkv(attn, attn.proj.in_features, normed_BTC, first, last)
-        streams = [split_heads(out, attn.num_heads) for out in rows]
-        same = nn.Identity()
-        norms = (getattr(attn, "q_norm", same), getattr(attn, "k_norm", same), same)[first:last]
-        return tuple(norm(stream) for norm, stream in zip(norms, streams, strict=True))
+        return after_norms(attn, [split_heads(out, attn.num_heads) for out in rows], first)
 
     def mixed(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, normed_BQC: Tensor) -> Tensor:
         """Attention with its output projection."""

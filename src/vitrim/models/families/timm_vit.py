@@ -22,6 +22,7 @@ from ..sublayers import Elastic
 from .timm_model import TimmModel
 from .timm_reduced import (
     ReducedTimmModel,
+    after_norms,
     fixed_size,
     left_by_patch_drop,
     mix,
@@ -45,9 +46,7 @@ class ReducedTimmBlock(ReducedBlock, Block):
         if isinstance(attn, RemovedBranch):  # Nothing is projected, and nothing attends.
             return (normed_BTC.new_empty(normed_BTC.shape[0], 1, normed_BTC.shape[1], 0),) * (last - first)
         rows = rows_of_qkv(attn, attn.attn_dim, normed_BTC, first, last)
-        streams = [split_heads(out, attn.num_heads, attn.head_dim) for out in rows]
-        norms = (attn.q_norm, attn.k_norm)[first:last]
-        return (*(norm(stream) for norm, stream in zip(norms, streams, strict=False)), *streams[len(norms) :])
+        return after_norms(attn, [split_heads(out, attn.num_heads, attn.head_dim) for out in rows], first)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, normed_BQC: Tensor) -> Tensor:
         attn: Any = self.attn
