@@ -6,7 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import vitrim
 from hf_models import MORE
@@ -116,6 +119,40 @@ def test_a_patched_class_of_blocks_is_refused(name: str, patch: Any, monkeypatch
         patch(kind)
         with pytest.raises(VitrimError, match=r"the forward of the class of block 0 was replaced"):
             model(x)
+
+
+def test_a_patched_pooling_of_a_class_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = _ready(lambda: build("timm-vit", "gap"))
+    own = VisionTransformer.pool
+    with monkeypatch.context() as only_here:
+        only_here.setattr(VisionTransformer, "pool", lambda self, x, pool_type=None: 2 * own(self, x, pool_type))
+        with pytest.raises(VitrimError, match="the pool of the class VisionTransformer was replaced"):
+            vitrim.attach(model, "ToMe() @ KeepRate(0.6)")
+    with vitrim.attach(model, "ToMe() @ KeepRate(0.6)"):
+        assert model(x).isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["sdpa", "of_ours"])
+def test_a_registered_attention_function_runs_or_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = _ready(MODELS["transformers"])
+    calls: list[str] = []
+
+    def ours(*args: Any, **kwargs: Any) -> Any:
+        calls.append(name)
+        return sdpa_attention_forward(*args, **kwargs)
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, name, ours)
+    with vitrim.attach(model, TOPK) as handle:
+        plain = model(x)[0]
+        model.set_attn_implementation(name)
+        calls.clear()
+        torch.testing.assert_close(model(x)[0], plain)
+        assert len(calls) == len(handle.token_counts)
+    with vitrim.attach(model, "ToMe() @ KeepRate(0.6, at=(0,))"):
+        with pytest.raises(VitrimError, match=f"registered as '{name}' may ignore the mask .* call model.set_attn"):
+            model(x)
+        model.set_attn_implementation("eager")
+        assert model(x)[0].isfinite().all()
 
 
 def test_a_patch_of_all_linear_layers_sees_their_calls(patch: Any) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import wraps
+from inspect import isfunction
 from types import MethodType
 from typing import Any, Concatenate, NoReturn, ParamSpec, TypeVar
 
@@ -79,11 +80,13 @@ class Exchange:
             at = len(exchange.classes) - 1
             name = "the model" if module is model else f"block {at}" if at < len(blocks) else type(module).__name__
             exchange.methods += _bound_again(module, reduced, name)
-            if at < len(blocks) and replaced(type(module)):
-                raise UnsupportedModelError(
-                    f"the forward of the class {type(module).__name__} was replaced, which a block that cuts would "
-                    "not run; undo that patch before attach, or put hooks on the blocks"
-                )
+            for method in _computed_otherwise(type(module), reduced):
+                if replaced(type(module), method):
+                    hooks = ", or put hooks on the blocks" if at < len(blocks) else ""
+                    raise UnsupportedModelError(
+                        f"the {method} of the class {type(module).__name__} was replaced, which a reduction would not "
+                        f"run; undo that patch before attach{hooks}"
+                    )
         for index, (module, _, reduced) in enumerate(exchange.classes):
             module.__class__ = reduced
             vars(module)["vitrim_policy"] = policy
@@ -133,7 +136,7 @@ def _bound_again(module: nn.Module, reduced: type[nn.Module], where: str) -> lis
             changes.append((module, name, held, ours))
         elif getattr(kept, "__func__", None) is original:
             changes.append((module, "_old_forward", kept, ours))
-        elif name not in getattr(reduced, "vitrim_free", ()):
+        elif name in _computed_otherwise(type(module), reduced):
             raise UnsupportedModelError(
                 f"{where} has a {name} of its own, set on the instance, which the reduction would not reach; attach "
                 f"first and set it afterwards, or `del` it"
@@ -145,6 +148,12 @@ def _overridden(original: type[nn.Module], reduced: type[nn.Module]) -> list[str
     ours = [cls for cls in reduced.__mro__ if issubclass(cls, Reduced) and cls is not Reduced]
     names = dict.fromkeys(name for cls in ours for name in vars(cls) if not name.startswith("_"))
     return [name for name in names if name == "forward" or (hasattr(original, name) and not hasattr(nn.Module, name))]
+
+
+def _computed_otherwise(original: type[nn.Module], reduced: type[nn.Module]) -> list[str]:
+    """The methods of a foreign class whose work its reduced class may do in another way."""
+    free = getattr(reduced, "vitrim_free", ())
+    return [name for name in _overridden(original, reduced) if name not in free and isfunction(getattr(original, name))]
 
 
 def _done_in_parts(block: nn.Module) -> list[nn.Module]:

@@ -84,15 +84,25 @@ def attended(
     """Attention (B, T, H * V) of (B, H, T, D) tensors by the implementation that the model is set to, and its maps.
 
     Flash attention takes no bias and no values of other dims; where there are such, PyTorch's own takes its place.
+
+    Raises:
+        VitrimError: a function that others registered would have to add a bias to its logits; it may ignore it.
     """
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     name = attn.config._attn_implementation
-    if name == "sdpa" or (name != "eager" and (bias is not None or value.shape[-1] != query.shape[-1])):
-        out = attention_product(query, key, value, bias, dropout=dropout, scale=scale)
-        return out.transpose(1, 2).flatten(2), None
     eager = inspect.getmodule(_foreign(type(attn))).eager_attention_forward  # type: ignore[union-attr]
     run = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
+    if name != "eager" and run.__module__.startswith("transformers."):
+        if name == "sdpa" or bias is not None or value.shape[-1] != query.shape[-1]:
+            out = attention_product(query, key, value, bias, dropout=dropout, scale=scale)
+            return out.transpose(1, 2).flatten(2), None
+    elif run is not eager and bias is not None:
+        raise VitrimError(
+            f"the attention function registered as {name!r} may ignore the mask that holds the sizes of merged tokens; "
+            "call model.set_attn_implementation('eager'), or use a reducer that needs no sizes, such as TopK() or "
+            "ToMe(prop_attn=false)"
+        )
     out, maps = run(attn, query, key, value, bias, scaling=scale, dropout=dropout)
     return out.flatten(2), maps
 
