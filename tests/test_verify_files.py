@@ -2,16 +2,18 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch._inductor.exc import InvalidCxxCompiler
 
 from calling import call
 from vitrim import Certificate, TopK, build_model, cost, load, save
-from vitrim.compression import files, job, search
+from vitrim.compression import files, job, search, verification
 from vitrim.compression.candidates import stages
 from vitrim.compression.certificate import Line
 from vitrim.compression.files import SUFFIX, certificate_of, hash_file, outputs_of
@@ -87,6 +89,23 @@ def test_a_file_without_images_or_model_is_timed_all_the_same(folders: tuple[Pat
     measured = {finding.line.key for finding in found.findings if finding.here is not None}
     assert measured == {"time", "ms"}
     assert {finding.why for finding in found.findings if finding.line.key == "drop"} == {"no images were given"}
+
+
+def test_compiled_times_are_left_out_where_nothing_can_be_compiled(
+    folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing() -> str:
+        raise InvalidCxxCompiler
+
+    monkeypatch.setattr("torch._inductor.cpp_builder.get_cpp_compiler", missing)
+    written = Certificate.read(folders[1])
+    compiled = replace(written, settings={**written.settings, "compile": True})
+    monkeypatch.setattr(verification, "open_certified", lambda folder: (load(folder), compiled))
+    found = verification.verify(folders[1], say=lambda line: None)
+    why = {finding.line.key: finding.why for finding in found.findings if finding.here is None}
+    assert "no compiler here" in why["time"]
+    assert found.holds
+    assert {finding.line.key for finding in found.findings if finding.here is not None} == {"macs", "params"}
 
 
 def test_a_method_of_its_own_has_no_certificate(

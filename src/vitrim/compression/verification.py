@@ -17,6 +17,7 @@ from ..measure.environment import environment
 from ..measure.intervals import Interval
 from ..measure.table import Table
 from ..models import attached, load
+from ..models.compiling import check_compiler
 from ..models.description import parse
 from ..models.foreign_macs import num_parameters
 from ..models.rebuild import rebuild
@@ -165,12 +166,17 @@ def verify(
         say(f"comparing with the given model on {len(images)} images")
         with heartbeat("comparing with the given model", say):
             found |= {line.key: line for line in _compared(model.to(place), original.to(place), images, place)}
-    whole = original if original is not None else described(certificate)
+    whole, reasons = original if original is not None else described(certificate), {}
+    if settings.get("compile"):
+        try:
+            check_compiler(place)
+        except VitrimError as error:
+            whole, reasons = None, dict.fromkeys(TIMES, f"compiled there, but {error}")
     if whole is not None:
         say("measuring the time in fresh rounds")
         with heartbeat("measuring the time", say):
             found |= {line.key: line for line in _timed(whole, model, settings, place)}
-    return Verified(certificate, findings(certificate, found, images, original), notes)
+    return Verified(certificate, findings(certificate, found, images, original, **reasons), notes)
 
 
 def findings(
@@ -188,7 +194,7 @@ def findings(
     compared = "no images were given" if images is None else "the images have no classes of the model"
     why = {
         **dict.fromkeys(COMPARED, absent if images is not None and original is None else compared),
-        **dict.fromkeys(("time", "ms"), absent),
+        **dict.fromkeys(TIMES, absent),
         **dict.fromkeys(("over_tokens", "over_width"), "only the search had the other answers"),
         **reasons,
     }
