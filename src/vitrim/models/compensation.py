@@ -3,7 +3,7 @@
 A sub-layer ends in a projection W a + b of its inputs a (hidden units, or the mixed values of all heads). If only the
 leading inputs a_K are kept, the best weights for them are W_K + W_D S_DK S_KK^-1, where S is the covariance of a over
 images plus a ridge: what the lost inputs a_D add is predicted from the kept ones. Since widths are nested, one Cholesky
-factor S = L L^T serves every width: the new weights are (W L)_K L_KK^-1, one triangular solve.
+factor S = L L^T serves every width: the new weights are W_K + W_D L_DK L_KK^-1, one triangular solve.
 """
 
 from dataclasses import dataclass
@@ -55,8 +55,8 @@ class Compensation:
             return weight, None if bias is None else exact(bias)
         leading = weight[:, :kept]
         if factor is not None and kept:
-            target = weight @ factor[:, :kept]
-            leading = torch.linalg.solve_triangular(factor[:kept, :kept], target, upper=False, left=False)
+            lost = weight[:, kept:] @ factor[kept:, :kept]
+            leading = leading + torch.linalg.solve_triangular(factor[:kept, :kept], lost, upper=False, left=False)
         if bias is None:
             return leading, None
         return leading, exact(bias) + weight @ mean - leading @ mean[:kept]
