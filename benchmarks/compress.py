@@ -24,9 +24,9 @@ from vitrim.measure.environment import environment
 from vitrim.measure.speed import bench
 from vitrim.measure.table import Column, Table
 from vitrim.models import attached, open_model
-from vitrim.models.description import parse
-from vitrim.models.rebuild import rebuild
-from vitrim.models.store import DESCRIPTION, WEIGHTS, attach_described
+from vitrim.models.files.description import parse
+from vitrim.models.files.rebuild import rebuild
+from vitrim.models.files.store import DESCRIPTION, WEIGHTS, attach_described
 from vitrim.options import Range
 from vitrim.train.recipe import Recipe
 from vitrim.verbs.compressing import compress

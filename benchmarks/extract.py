@@ -21,8 +21,8 @@ from vitrim.measure.bench_table import Quartiles
 from vitrim.measure.environment import environment
 from vitrim.measure.table import Column, Table
 from vitrim.models import build_model
-from vitrim.models.compensation import Compensation
-from vitrim.models.sublayers import elastic
+from vitrim.models.widths.compensation import Compensation
+from vitrim.models.widths.sublayers import elastic
 
 COLUMNS = (
     Column("what", "what"),

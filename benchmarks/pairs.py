@@ -26,7 +26,7 @@ from vitrim.data.specs import DataSpec
 from vitrim.measure.environment import environment
 from vitrim.measure.table import Column, Table
 from vitrim.models import open_model, widths_of
-from vitrim.models.elastic_values import ElasticValues
+from vitrim.models.widths.elastic_values import ElasticValues
 
 BUDGETS = (0.9, 0.75, 0.6, 0.5, 0.35)
 CUT = ("values", "values and pairs")

@@ -17,7 +17,7 @@ from vitrim.data import digits
 from vitrim.distill.losses import LOSSES
 from vitrim.distill.objective import TERMS, WEIGHTS
 from vitrim.models import ADAPTERS
-from vitrim.models.sublayers import ELASTIC
+from vitrim.models.widths.sublayers import ELASTIC
 from vitrim.study import subject
 from vitrim.tokens import CURRICULA, REDUCERS, SCHEDULES, SCORES
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from references import VIEWS
 from vitrim.models import BlockWidths, RemovedBranch, set_widths, widths_of
-from vitrim.models.elastic_pairs import query_dim, value_dim
+from vitrim.models.widths.elastic_pairs import query_dim, value_dim
 
 SMALL = {"img_size": 40, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 3, "num_classes": 5}
 """25 patch tokens, an odd number, in 3 blocks."""

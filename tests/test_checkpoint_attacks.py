@@ -16,7 +16,7 @@ import vitrim
 from fuzzing import fault_of
 from vitrim.errors import CheckpointError, VitrimError
 from vitrim.models import open_model
-from vitrim.models.checkpoints import read_weights
+from vitrim.models.files.checkpoints import read_weights
 
 NAME = "vit_tiny_patch16_224"
 SIZES = {"img_size": 32, "depth": 1, "embed_dim": 16, "num_heads": 2}

@@ -16,7 +16,7 @@ from torchvision.models.vision_transformer import VisionTransformer as Torchvisi
 import vitrim
 from vitrim.errors import CheckpointError
 from vitrim.models import open_model
-from vitrim.models.checkpoints import read_weights
+from vitrim.models.files.checkpoints import read_weights
 
 NAME = "vit_tiny_patch16_224"
 SIZES = {"img_size": 32, "depth": 2, "embed_dim": 32, "num_heads": 2}

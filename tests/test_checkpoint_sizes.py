@@ -11,7 +11,7 @@ import vitrim
 from vitrim import cli
 from vitrim.errors import CheckpointError, VitrimError
 from vitrim.models import open_model
-from vitrim.models.build import split_spec
+from vitrim.models.files.build import split_spec
 from vitrim.train.learner import prepare_model
 from vitrim.train.recipe import Recipe
 from vitrim.train.specs import ModelSpec

@@ -476,7 +476,7 @@ def test_law_11_blocks_of_several_passes_in_turns(name: str, case: Case) -> None
             tokens = [block(x) for x in tokens]
         for x, expected in zip(tokens, alone, strict=True):
             features = model.norm(x)
-            vitrim.models.trace.mark(features, vitrim.models.trace_of(x))
+            vitrim.models.reduction.trace.mark(features, vitrim.models.trace_of(x))
             torch.testing.assert_close(model.forward_head(features), expected)
 
 

@@ -16,8 +16,8 @@ from vitrim.elastic import SuperNet, measured_chain, supernet
 from vitrim.errors import CheckpointError, RecipeError, UnknownNameError, VitrimError
 from vitrim.measure.cost import cost
 from vitrim.models import load
-from vitrim.models.build import build_model
-from vitrim.models.widths import widths_of
+from vitrim.models.files.build import build_model
+from vitrim.models.widths.block_widths import widths_of
 from vitrim.study import curve_points
 from vitrim.study.comparisons import compare_with_trained_alone, published_budgets_note
 from vitrim.study.curve import Curve

@@ -13,9 +13,9 @@ import vitrim
 from fuzzing import fault_of
 from hf_models import HF
 from vitrim.errors import CheckpointError, VitrimError
-from vitrim.models.classes import classes_of
-from vitrim.models.description import parse
-from vitrim.models.rebuild import describe
+from vitrim.models.files.classes import classes_of
+from vitrim.models.files.description import parse
+from vitrim.models.files.rebuild import describe
 from zoo import ZOO
 
 NAME = "vit_tiny_patch16_224"

@@ -15,7 +15,7 @@ from vitrim.distill import Distiller, Teacher, Wanted
 from vitrim.distill.teacher import resample_tokens
 from vitrim.errors import VitrimError
 from vitrim.models import adapter_of
-from vitrim.models.build import build_model
+from vitrim.models.files.build import build_model
 from vitrim.models.outputs import Cls, Logits, Patches, Stages
 
 IMAGES = torch.linspace(-1, 1, 3 * 64 * 64).view(1, 3, 64, 64)

@@ -21,7 +21,7 @@ from vitrim.elastic.growth import grow
 from vitrim.elastic.sampler import narrowed
 from vitrim.errors import DataError, ScoreError, UnknownNameError, UnsupportedModelError, VitrimError
 from vitrim.models import RemovedBranch, narrow
-from vitrim.models.compensation import Compensation, Moments
+from vitrim.models.widths.compensation import Compensation, Moments
 
 
 def quiet(_: str) -> None:

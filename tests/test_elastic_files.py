@@ -15,7 +15,7 @@ from test_elastic_extract import supernet
 from vitrim.elastic import SuperNet
 from vitrim.elastic.supernet import CHAIN, COMPENSATION
 from vitrim.errors import CheckpointError, RecipeError, VitrimError
-from vitrim.models.store import DESCRIPTION, WEIGHTS
+from vitrim.models.files.store import DESCRIPTION, WEIGHTS
 from vitrim.verbs.cutting import extract
 
 

@@ -17,7 +17,7 @@ from vitrim.elastic.probing import output_of
 from vitrim.elastic.refit import RIDGES, Fit, best_ridge, refit
 from vitrim.errors import DataError, VitrimError
 from vitrim.models import RemovedBranch, narrow
-from vitrim.models.sublayers import sublayers
+from vitrim.models.widths.sublayers import sublayers
 
 
 def error(one: torch.nn.Module, other: torch.nn.Module) -> float:

@@ -14,9 +14,9 @@ from vitrim.elastic import ORDERINGS, stratify, wpac
 from vitrim.elastic.piad import Piad, Stratifier
 from vitrim.elastic.statistics import HeadSums, collect
 from vitrim.models import adapter_of
-from vitrim.models.elastic_pairs import value_dim
-from vitrim.models.elastic_values import ElasticValues
-from vitrim.models.sublayers import elastic
+from vitrim.models.widths.elastic_pairs import value_dim
+from vitrim.models.widths.elastic_values import ElasticValues
+from vitrim.models.widths.sublayers import elastic
 from zoo import images, predicted, redrawn
 
 # One layer for all streams with a bias of its own for values, and with one of the layer; three; groups of heads; HF's.

@@ -12,7 +12,7 @@ from vitrim.elastic import ORDERINGS, stratify, wpac
 from vitrim.elastic.probing import batches
 from vitrim.elastic.statistics import HeadSums, collect, tensors_in
 from vitrim.errors import DataError, UnknownNameError, UnsupportedModelError, VitrimError
-from vitrim.models.compensation import Moments
+from vitrim.models.widths.compensation import Moments
 
 
 def quiet(_: str) -> None:

@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 
 import vitrim
 from fuzzing import altered_bytes, fuzz, odd_value
-from vitrim.models.checkpoints import read_weights
-from vitrim.models.weights import aligned, load_weights
+from vitrim.models.files.checkpoints import read_weights
+from vitrim.models.files.weights import aligned, load_weights
 
 NAME, SIZES = "vitrim_digits_vit", {"depth": 1, "embed_dim": 8, "num_heads": 1}
 

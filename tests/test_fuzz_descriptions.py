@@ -13,8 +13,8 @@ import vitrim
 from fuzzing import altered_text, altered_value, fuzz
 from hf_models import HF
 from vitrim.models import num_classes
-from vitrim.models.classes import classes_of
-from vitrim.models.description import parse
+from vitrim.models.files.classes import classes_of
+from vitrim.models.files.description import parse
 
 SIZES = {"depth": 1, "embed_dim": 8, "num_heads": 1}
 

@@ -13,7 +13,7 @@ from fuzzing import COUNT, altered_text, altered_value, fault_of, fuzz, odd_valu
 from test_fuzz_notation import text as altered_notation
 from vitrim.errors import VitrimError
 from vitrim.models import build_model, open_model
-from vitrim.models.classes import classes_of
+from vitrim.models.files.classes import classes_of
 from vitrim.options import flatten
 from vitrim.train import loop
 from vitrim.train.learner import reduction_of, terms_of

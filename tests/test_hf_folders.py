@@ -15,8 +15,8 @@ from calling import call
 from hf_models import HF, LABELS, MORE, SMALL
 from vitrim.errors import CheckpointError, ClassCountError, UnsupportedModelError, VitrimError
 from vitrim.models import adapter_of, build_model, has_weights, open_model
-from vitrim.models.build import check_name, is_architecture
-from vitrim.models.classes import classes_of
+from vitrim.models.files.build import check_name, is_architecture
+from vitrim.models.files.classes import classes_of
 from vitrim.models.input_format import InputFormat
 from zoo import images, predicted, redrawn
 

@@ -77,6 +77,19 @@ def test_imports_go_downward(path: Path) -> None:
             assert RANK[other] < RANK[room], f"{path}:{line}: {room} may not import {name}"
 
 
+PARTS = {"widths": 1, "reduction": 1, "families": 2, "files": 3, "variants": 4, "census": 4, "__init__": 5}
+"""Parts of room `models`, from the port (0) upward: families use both ways to change a model, files know families."""
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if room_of(path) == "models"], ids=lambda path: path.stem)
+def test_imports_inside_models_go_downward(path: Path) -> None:
+    own = path.relative_to(PACKAGE / "models").with_suffix("").parts[0]
+    for line, name in imported(path):
+        part = [*name.split("."), "", ""][2]
+        if name.startswith("vitrim.models.") and part in PARTS and part != own:
+            assert PARTS[part] < PARTS.get(own, 0), f"{path}:{line}: {own} may not import {name}"
+
+
 def test_tokens_know_torch_alone() -> None:
     for path in (PACKAGE / "tokens").glob("*.py"):
         for line, name in imported(path):

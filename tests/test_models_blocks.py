@@ -12,7 +12,7 @@ from references import gradients_of_reference
 from test_contract import Case, agrees_with_reference
 from vitrim.errors import UnsupportedModelError, VitrimError, WidthError
 from vitrim.models import find_adapter
-from vitrim.models.sublayers import sublayers
+from vitrim.models.widths.sublayers import sublayers
 from vitrim.tokens import Reducer
 from zoo import images, redrawn
 

@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 import vitrim
 from vitrim.errors import CheckpointError, UnknownNameError, VitrimError
 from vitrim.models import has_weights, open_model
-from vitrim.models.build import check_name
-from vitrim.models.checkpoints import read_weights
+from vitrim.models.files.build import check_name
+from vitrim.models.files.checkpoints import read_weights
 
 NAME = "vit_tiny_patch16_224"
 SIZES = {"img_size": 32, "depth": 2, "embed_dim": 32, "num_heads": 2}

@@ -189,7 +189,7 @@ def test_masks_are_refused_and_a_rotary_table_given_by_place_is_not() -> None:
         for block in model.blocks:
             tokens = block(tokens, table)
         final = model.norm(tokens)
-        vitrim.models.trace.mark(final, vitrim.models.trace_of(tokens))
+        vitrim.models.reduction.trace.mark(final, vitrim.models.trace_of(tokens))
         assert torch.equal(model.forward_head(final), expected)
 
 

@@ -11,7 +11,7 @@ from relative_models import BEIT, MORE, RELPOS
 from test_contract import Case, agrees_with_reference
 from vitrim.errors import CheckpointError, VitrimError, WidthError
 from vitrim.models import find_adapter
-from vitrim.models.sublayers import sublayers
+from vitrim.models.widths.sublayers import sublayers
 from vitrim.tokens import Reducer
 from zoo import images, redrawn
 

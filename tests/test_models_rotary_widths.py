@@ -19,7 +19,7 @@ from vitrim.elastic import SuperNet, stratify
 from vitrim.elastic.refit import refit
 from vitrim.errors import CheckpointError, ScoreError, UnsupportedModelError, VitrimError
 from vitrim.models import BlockWidths, RemovedBranch, find_adapter, load, set_widths, widths_of
-from vitrim.models.checkpoints import read_header, read_tensors
+from vitrim.models.files.checkpoints import read_header, read_tensors
 from vitrim.models.shapes_only import shapes_only
 from zoo import images, predicted, redrawn
 

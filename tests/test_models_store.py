@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 import vitrim
 from vitrim.errors import CheckpointError, OutputError, UnknownNameError, VitrimError
 from vitrim.models import BlockWidths, open_model, set_widths, widths_of
-from vitrim.models import store as store_module
-from vitrim.models.description import SCHEMA
+from vitrim.models.files import store as store_module
+from vitrim.models.files.description import SCHEMA
 
 SIZES = {"img_size": 32, "depth": 3, "embed_dim": 32, "num_heads": 2, "num_classes": 5}
 MODELS = {

@@ -7,7 +7,7 @@ from torchvision.models.vision_transformer import VisionTransformer as Torchvisi
 import vitrim
 from fuzzing import fault_of
 from vitrim.errors import CheckpointError, VitrimError
-from vitrim.models.torchvision_weights import convert_torchvision, is_torchvision
+from vitrim.models.files.torchvision_weights import convert_torchvision, is_torchvision
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from toy_family import ToyViT
 from vitrim.errors import VitrimError
 from vitrim.models import adapter_of
 from vitrim.models.own_code import replaced
-from vitrim.models.sublayers import elastic
+from vitrim.models.widths.sublayers import elastic
 from zoo import build, images
 
 TOPK = "TopK(norm) @ KeepRate(0.6, at=(0, 1))"

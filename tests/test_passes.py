@@ -23,10 +23,11 @@ from test_contract import in_threads
 from vitrim.elastic.chain import start_chain
 from vitrim.errors import UnsupportedModelError, VitrimError
 from vitrim.measure.speed import bench
-from vitrim.models import adapter_of, reduced, trace_of
-from vitrim.models.contents import Contents
+from vitrim.models import adapter_of, trace_of
 from vitrim.models.families.hf_layout import layout_of
 from vitrim.models.outputs import Logits, Patches, Wanted
+from vitrim.models.reduction import reduced_block
+from vitrim.models.reduction.contents import Contents
 from zoo import SMALL, build, images
 
 TOME, TOPK = "ToMe() @ KeepRate(0.6, at=(0, 1))", "TopK() @ KeepRate(0.6, at=(0, 1))"
@@ -211,7 +212,7 @@ def test_maps_where_nothing_is_cut_are_on_the_device_of_the_tokens() -> None:
 
 @pytest.mark.parametrize("place", ["mlp.fc1", "norm2", "mlp.act", "forward", "everywhere"])
 def test_whoever_sees_calls_inside_a_block_sees_whole_batches(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reduced, "_SLICE_BYTES", 1 << 14)
+    monkeypatch.setattr(reduced_block, "_SLICE_BYTES", 1 << 14)
     model, seen = build("timm-vit", "vit"), []
 
     def see(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
@@ -234,7 +235,7 @@ def test_whoever_sees_calls_inside_a_block_sees_whole_batches(place: str, monkey
 
 
 def test_a_batch_is_computed_in_parts_only_in_eval_mode(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reduced, "_SLICE_BYTES", 1 << 14)
+    monkeypatch.setattr(reduced_block, "_SLICE_BYTES", 1 << 14)
     model, x, seen = build("timm-vit", "vit"), images(8), []
     with vitrim.attach(model, TOPK), torch.no_grad():
         expected = torch.cat([model(x[:4]), model(x[4:])])

@@ -15,7 +15,7 @@ import vitrim
 from browser import CHROMIUM, Browser, served
 from calling import call
 from vitrim.errors import DataError, ScheduleError, ScoreError, UnknownNameError, UnsupportedModelError, VitrimError
-from vitrim.models.classes import class_labels
+from vitrim.models.files.classes import class_labels
 from vitrim.show import app, choices, playground
 from vitrim.show.choices import Choice
 from vitrim.show.playground import Subject, figures, sight

@@ -25,9 +25,9 @@ from vitrim.elastic.statistics import HeadSums, collect
 from vitrim.elastic.wpac import wpac
 from vitrim.errors import CheckpointError, UnsupportedModelError
 from vitrim.models import BlockWidths, adapter_of, load, narrow, set_widths, widths_of
-from vitrim.models.compensation import Compensation
-from vitrim.models.elastic_pairs import query_dim, value_dim
-from vitrim.models.rotary_pairs import PairRule
+from vitrim.models.widths.compensation import Compensation
+from vitrim.models.widths.elastic_pairs import query_dim, value_dim
+from vitrim.models.widths.rotary_pairs import PairRule
 from zoo import images, predicted, redrawn
 
 MODELS = {**eva_models.EVA, **eva_models.MORE, "hf_dinov3": hf_models.MORE["dinov3"]}
@@ -161,7 +161,7 @@ def test_sums_of_pairs_equal_derivatives_of_the_output(name: str, queries: int, 
     layer = next(part for part, unit in start_chain(model).units.items() if not part.endswith("mlp"))
     attn = model.get_submodule(layer)
     seen: dict[str, Tensor] = {}
-    with vitrim.models.sublayers.elastic(model) as layers:
+    with vitrim.models.widths.sublayers.elastic(model) as layers:
         inside: Any = layers[layer]
 
         def tap(part: str, tensor: Tensor, *behind: Tensor) -> None:

@@ -9,7 +9,7 @@ from vitrim.distill.losses import feature_loss
 from vitrim.distill.objective import Term, Weight
 from vitrim.errors import DuplicateNameError, UnknownNameError, VitrimError
 from vitrim.models.adapter import ADAPTERS, Adapter
-from vitrim.models.sublayers import ELASTIC, Elastic
+from vitrim.models.widths.sublayers import ELASTIC, Elastic
 from vitrim.tables import Table
 from vitrim.tokens import CURRICULA, REDUCERS, SCHEDULES, SCORES, Curriculum, Reducer, Schedule, score
 

@@ -32,7 +32,7 @@ from vitrim.errors import DataError, VitrimError
 from vitrim.measure.accelerator import make_accelerator
 from vitrim.measure.accuracy import mean_loss
 from vitrim.models import attach, attached, build_model
-from vitrim.models.classes import classes_of
+from vitrim.models.files.classes import classes_of
 from vitrim.models.input_format import InputFormat
 from vitrim.show.listing import listing
 from vitrim.show.progress import live

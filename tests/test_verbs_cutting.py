@@ -8,7 +8,7 @@ import vitrim
 from vitrim.cli import main
 from vitrim.data.specs import DataSpec
 from vitrim.elastic import SuperNet
-from vitrim.models.classes import classes_of
+from vitrim.models.files.classes import classes_of
 from vitrim.study.compare import compare
 from vitrim.train.recipe import Recipe
 

@@ -19,17 +19,17 @@ from vitrim.distill.losses import distance
 from vitrim.distill.objective import Batch
 from vitrim.models import RemovedBranch
 from vitrim.models.adapter import Adapter, Classifier, Description, Geometry
-from vitrim.models.elastic_heads import ElasticHeads
-from vitrim.models.elastic_hidden import ElasticHidden
-from vitrim.models.exchange import while_attached
 from vitrim.models.foreign_macs import macs_per_row
-from vitrim.models.forward_pass import finish
 from vitrim.models.input_format import InputFormat
 from vitrim.models.macs import BlockShape, Macs, block_macs
 from vitrim.models.outputs import Features, ModelInfo, Output
-from vitrim.models.reduced import ReducedBlock
-from vitrim.models.reduced_model import ReducedModel
-from vitrim.models.slicing import Parts
+from vitrim.models.reduction.exchange import while_attached
+from vitrim.models.reduction.forward_pass import finish
+from vitrim.models.reduction.reduced_block import ReducedBlock
+from vitrim.models.reduction.reduced_model import ReducedModel
+from vitrim.models.widths.elastic_heads import ElasticHeads
+from vitrim.models.widths.elastic_hidden import ElasticHidden
+from vitrim.models.widths.slicing import Parts
 from vitrim.tokens import Plan, Reducer
 
 # The network.

@@ -31,7 +31,7 @@ from .measure.environment import environment
 from .measure.speed import bench
 from .measure.table import Table
 from .models import DENSE, attach, find_adapter, load, open_model, variant
-from .models.classes import kept_classes
+from .models.files.classes import kept_classes
 from .output import check_folder, is_free
 from .show.pictures import show
 from .show.plots import cost_accuracy_plot

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from ..models.store import save_with
+from ..models.files.store import save_with
 from .certificate import FILE, TRIED, Certificate
 
 

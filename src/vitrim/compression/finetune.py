@@ -12,8 +12,8 @@ from ..data.seeding import restored_generators
 from ..data.specs import AugmentSpec, DataSpec
 from ..errors import CheckpointError, VitrimError
 from ..models import attach, attached, check_place, load, num_classes
-from ..models.build import split_spec
-from ..models.store import WEIGHTS, saved_folder
+from ..models.files.build import split_spec
+from ..models.files.store import WEIGHTS, saved_folder
 from ..output import is_free
 from ..train.checkpoint import RunFolder
 from ..train.loop import train

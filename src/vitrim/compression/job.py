@@ -16,8 +16,8 @@ from ..measure.cost import cost
 from ..measure.environment import environment
 from ..measure.intervals import of_mean
 from ..models import attach
+from ..models.files.rebuild import describe
 from ..models.foreign_macs import counting_once
-from ..models.rebuild import describe
 from .block_times import NANO
 from .budget import fixed_part, largest_saving, price_for
 from .candidates import Candidate

@@ -12,7 +12,7 @@ from ..measure.cost import cost
 from ..measure.speed import DTYPES
 from ..models import attached, find_adapter
 from ..models.compiling import check_compiler
-from ..models.weights import check_tensors
+from ..models.files.weights import check_tensors
 from .goal import Goal, Part
 
 MOST_IMAGES = 1024

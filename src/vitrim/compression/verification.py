@@ -18,9 +18,9 @@ from ..measure.intervals import Interval
 from ..measure.table import Table
 from ..models import attached, load
 from ..models.compiling import check_compiler
-from ..models.description import parse
+from ..models.files.description import parse
+from ..models.files.rebuild import rebuild
 from ..models.foreign_macs import num_parameters
-from ..models.rebuild import rebuild
 from ..models.shapes_only import shapes_only
 from .certificate import Certificate, Line, row_of
 from .fidelity import Fidelity

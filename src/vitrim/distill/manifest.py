@@ -12,7 +12,7 @@ import numpy as np
 
 from ..data.streams import Stream
 from ..errors import DistillError
-from ..models.checked_values import Misfit, integer, mapping, number, word
+from ..models.files.checked_values import Misfit, integer, mapping, number, word
 from ..models.outputs import ModelInfo, Wanted
 from ..text import short_name
 from .teacher import Grid, Teacher

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..models.sublayers import Elastic
+from ..models.widths.sublayers import Elastic
 from ..tokens.precision import exact
 from .probing import objective_of, output_of
 from .token_weights import token_weights

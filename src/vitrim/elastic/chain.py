@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError, UnknownNameError, VitrimError
 from ..measure.cost import cost
-from ..models.elastic_values import ElasticValues
-from ..models.sublayers import Kind, elastic, sublayers
+from ..models.widths.elastic_values import ElasticValues
+from ..models.widths.sublayers import Kind, elastic, sublayers
 from .probing import check_counts
 from .unit_cost import UnitCost, unit_cost_from, unit_cost_of
 

@@ -8,10 +8,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
-from ..models.checkpoints import read_header, read_tensors
-from ..models.compensation import Compensation
-from ..models.elastic_values import ElasticValues
-from ..models.sublayers import elastic
+from ..models.files.checkpoints import read_header, read_tensors
+from ..models.widths.compensation import Compensation
+from ..models.widths.elastic_values import ElasticValues
+from ..models.widths.sublayers import elastic
 from .chain import hash_tensors
 
 

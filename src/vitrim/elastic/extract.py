@@ -9,7 +9,7 @@ from ..budgets import check_budget
 from ..errors import VitrimError
 from ..measure.cost import cost
 from ..models import narrow
-from ..models.compensation import Compensation
+from ..models.widths.compensation import Compensation
 from .chain import Chain
 from .latency import Clock, fastest_enough
 

@@ -10,8 +10,8 @@ from torch.nn import functional as F
 
 from ..data.batches import Images
 from ..models import num_classes
-from ..models.compensation import Compensation, tail_sums
-from ..models.sublayers import elastic
+from ..models.widths.compensation import Compensation, tail_sums
+from ..models.widths.sublayers import elastic
 from ..tokens.precision import exact, exact_device
 from .chain import Chain
 from .probing import all_reduce, batches, frozen, is_headless, output_of

@@ -14,9 +14,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..models.compensation import Compensation
-from ..models.elastic_values import ElasticValues
-from ..models.sublayers import Elastic, elastic
+from ..models.widths.compensation import Compensation
+from ..models.widths.elastic_values import ElasticValues
+from ..models.widths.sublayers import Elastic, elastic
 from ..tokens.precision import exact
 from .chain import Chain
 from .growth import blend, grow, grow_evenly

@@ -6,8 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..models.attention_heads import AttentionHeads
-from ..models.elastic_hidden import ElasticHidden
+from ..models.widths.attention_heads import AttentionHeads
+from ..models.widths.elastic_hidden import ElasticHidden
 from ..tokens.precision import exact
 from .elimination import elimination_order
 from .pair_rule import PairOrder, by_size, eliminated

@@ -10,9 +10,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..models.compensation import cholesky, pair_changes, tail_sums
-from ..models.elastic_values import ElasticValues
-from ..models.rotary_pairs import PairRule
+from ..models.widths.compensation import cholesky, pair_changes, tail_sums
+from ..models.widths.elastic_values import ElasticValues
+from ..models.widths.rotary_pairs import PairRule
 from .elimination import elimination_order
 from .pair_sums import PairSums
 

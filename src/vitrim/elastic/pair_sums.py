@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..models.elastic_values import ElasticValues
+from ..models.widths.elastic_values import ElasticValues
 from ..tokens.precision import exact, wide
 
 QUERIES = 32

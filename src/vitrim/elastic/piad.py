@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import CheckpointError, UnknownNameError, VitrimError
-from ..models.sublayers import Kind, elastic
+from ..models.widths.sublayers import Kind, elastic
 from .chain import GROUPS, Chain, give_rules, hash_of, start_chain
 from .growth import grow
 from .importance import rise_curves, taylor_curves

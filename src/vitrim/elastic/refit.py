@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from ..data.batches import Images
 from ..errors import DataError, VitrimError
 from ..models import attached
-from ..models.compensation import TINY, Moments, cholesky
 from ..models.finding import find_adapter
 from ..models.removed_branch import RemovedBranch
-from ..models.slicing import store
-from ..models.sublayers import Elastic, elastic
+from ..models.widths.compensation import TINY, Moments, cholesky
+from ..models.widths.slicing import store
+from ..models.widths.sublayers import Elastic, elastic
 from ..tokens.precision import exact, exact_device, wide
 from .block_tokens import Tokens, branch_scale, observe, tokens_before_blocks
 from .probing import all_reduce, batches, frozen

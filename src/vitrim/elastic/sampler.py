@@ -8,8 +8,8 @@ from torch import nn
 
 from ..data.seeding import mix
 from ..errors import UnknownNameError
-from ..models.compensation import Compensation
-from ..models.sublayers import STATE, elastic
+from ..models.widths.compensation import Compensation
+from ..models.widths.sublayers import STATE, elastic
 
 RULES: dict[str, dict[str, Callable[[random.Random, int], int]]] = {
     "sandwich": {

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from ..data.batches import Images
 from ..errors import VitrimError
-from ..models.attention_heads import AttentionHeads
-from ..models.compensation import Moments
-from ..models.elastic_values import ElasticValues
-from ..models.sublayers import Elastic, Tap, elastic
+from ..models.widths.attention_heads import AttentionHeads
+from ..models.widths.compensation import Moments
+from ..models.widths.elastic_values import ElasticValues
+from ..models.widths.sublayers import Elastic, Tap, elastic
 from ..tokens.precision import exact, exact_device, wide
 from .pair_sums import PairSums
 from .probing import all_reduce, batches, frozen, objective_of, output_of

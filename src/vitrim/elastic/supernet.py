@@ -17,9 +17,9 @@ from torch import nn
 from ..data.batches import Images, batches_in, images_of
 from ..errors import CheckpointError, DataError, UnknownNameError, VitrimError
 from ..models import attached
-from ..models.compensation import Compensation
-from ..models.store import load, save_with, saved_folder
-from ..models.sublayers import Kind
+from ..models.files.store import load, save_with, saved_folder
+from ..models.widths.compensation import Compensation
+from ..models.widths.sublayers import Kind
 from ..output import recover
 from .chain import GROUPS, Chain, give_rules, hash_of, start_chain
 from .compensation_file import read_compensations, write_compensations

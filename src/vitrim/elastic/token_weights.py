@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..models.compensation import Moments
+from ..models.widths.compensation import Moments
 from ..tokens.precision import wide
 
 

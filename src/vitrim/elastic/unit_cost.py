@@ -5,9 +5,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..errors import CheckpointError
-from ..models.elastic_values import ElasticValues
-from ..models.rotary_pairs import PairRule, rule_from
-from ..models.sublayers import Elastic
+from ..models.widths.elastic_values import ElasticValues
+from ..models.widths.rotary_pairs import PairRule, rule_from
+from ..models.widths.sublayers import Elastic
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from ..data.batches import Images, batches_in
 from ..errors import UnknownNameError, VitrimError
-from ..models.attention_heads import AttentionHeads
-from ..models.compensation import Compensation, Moments
-from ..models.elastic_hidden import ElasticHidden
-from ..models.elastic_values import ElasticValues
-from ..models.sublayers import Elastic, elastic
+from ..models.widths.attention_heads import AttentionHeads
+from ..models.widths.compensation import Compensation, Moments
+from ..models.widths.elastic_hidden import ElasticHidden
+from ..models.widths.elastic_values import ElasticValues
+from ..models.widths.sublayers import Elastic, elastic
 from .orderings import ORDERINGS, Axes
 from .pair_rule import make_rule
 from .probing import batches, frozen, output_of, world_size

@@ -10,9 +10,9 @@ from ..errors import UncountableError, UnsupportedModelError, VitrimError
 from ..measure.cost import cost_of_any
 from ..measure.environment import environment
 from ..models import adapter_of, attached, num_classes, variant
-from ..models.exchange import acts
 from ..models.foreign_macs import num_parameters
 from ..models.input_format import InputFormat
+from ..models.reduction.exchange import acts
 from ..text import reason_of
 
 INPUT = "images"

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..errors import UnsupportedModelError
-from ..models.attached import attached
 from ..models.finding import find_adapter
 from ..models.foreign_macs import counted, num_parameters
 from ..models.input_format import InputFormat
+from ..models.reduction.attached import attached
 from ..tokens import Plan
 
 

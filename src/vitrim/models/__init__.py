@@ -4,20 +4,20 @@ from . import families as _families  # noqa: F401  (fills the table of adapters)
 from . import small_vits as _small_vits  # noqa: F401  (enters its models in timm's registry)
 from .adapter import ADAPTERS, Adapter, Geometry
 from .architectures import build_architecture, builder_of
-from .attach import attach, set_epoch
-from .attached import attached, handles_inside
-from .build import build_model, has_weights, open_model
-from .checkpoints import read_weights
 from .compiling import compile, without_limit
 from .families.hf_timm import convert
+from .files.build import build_model, has_weights, open_model
+from .files.checkpoints import read_weights
+from .files.store import check_place, load, save
 from .finding import adapter_of, find_adapter, num_classes
-from .handle import Handle
 from .outputs import as_tensor
+from .reduction.attach import attach, set_epoch
+from .reduction.attached import attached, handles_inside
+from .reduction.handle import Handle
+from .reduction.trace import Trace, trace_of
 from .removed_branch import RemovedBranch
-from .store import check_place, load, save
-from .trace import Trace, trace_of
 from .variants import DENSE, OWN, attached_instead, detached, own_method, reads_prefix_only, variant
-from .widths import BlockWidths, even_widths, narrow, rotary_blocks, set_widths, widths_of
+from .widths.block_widths import BlockWidths, even_widths, narrow, rotary_blocks, set_widths, widths_of
 
 __all__ = [
     "ADAPTERS",

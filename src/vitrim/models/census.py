@@ -20,10 +20,10 @@ from torch import nn
 
 from ..errors import VitrimError
 from ..text import with_written
-from .attach import attach
 from .finding import find_adapter
+from .reduction.attach import attach
 from .shapes_only import shapes_only
-from .sublayers import sublayers
+from .widths.sublayers import sublayers
 
 REDUCTION = "ToMe() @ KeepRate(0.7, at=(1,))"
 

@@ -10,10 +10,10 @@ from torch import nn
 from ..errors import VitrimError
 from ..notation import render
 from ..tokens import Constant, Reduction
-from .attach import attach
-from .attached import attached
 from .finding import find_adapter
-from .handle import Handle
+from .reduction.attach import attach
+from .reduction.attached import attached
+from .reduction.handle import Handle
 
 OWN, DENSE, DENSE_CLS_ONLY = "own", "dense", "dense+cls_only"
 """Methods that are no reduction: what is attached already; the plain model; that with a last block for CLS only."""

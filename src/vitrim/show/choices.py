@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..compression.candidates import named_options
 from ..errors import VitrimError
-from ..models.store import saved_folder
+from ..models.files.store import saved_folder
 from ..models.variants import OWN
 from ..notation import render
 from ..tokens import REDUCERS, SCHEDULES, SCORES, Budget, Reducer, Reduction

@@ -14,7 +14,7 @@ from ..measure.bench_table import Quartiles
 from ..measure.cost import cost
 from ..measure.speed import bench
 from ..models import attached, find_adapter, has_weights, open_model, variant
-from ..models.classes import class_labels
+from ..models.files.classes import class_labels
 from ..models.variants import DENSE, OWN
 from ..tokens.precision import exact
 from . import choices

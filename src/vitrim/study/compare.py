@@ -22,8 +22,8 @@ from ..measure.environment import environment
 from ..measure.intervals import of_difference
 from ..measure.table import Table
 from ..models import attached, num_classes, open_model, own_method, variant
-from ..models.classes import other_classes
 from ..models.evaluating import evaluating
+from ..models.files.classes import other_classes
 from ..models.input_format import InputFormat
 
 ModelData = DataSpec | Mapping[str, DataSpec]

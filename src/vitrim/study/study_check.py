@@ -15,7 +15,7 @@ from ..data.data_sets import look_for
 from ..distill import Terms
 from ..errors import CheckpointError, RecipeError, UnknownNameError, VitrimError
 from ..models import attach, attached, builder_of, find_adapter, num_classes
-from ..models.build import check_name
+from ..models.files.build import check_name
 from ..models.input_format import InputFormat
 from ..models.shapes_only import shapes_only
 from ..models.variants import put_under

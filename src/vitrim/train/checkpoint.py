@@ -17,7 +17,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from ..errors import BusyError, CheckpointError, RecipeError
-from ..models.store import WEIGHTS
+from ..models.files.store import WEIGHTS
 from ..output import LOCK, is_free, remove_leftovers, replacing, write_errors
 from ..text import shortened
 from .recipe import Recipe

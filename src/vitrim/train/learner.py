@@ -13,10 +13,10 @@ from ..data.specs import AugmentSpec
 from ..distill import Distiller, Labels, Teacher, Terms
 from ..errors import ClassCountError, DistillError, RecipeError, VitrimError
 from ..models import adapter_of, attach, attached, build_model, find_adapter
-from ..models.build import check_name, is_architecture
-from ..models.classes import classes_of, other_classes
+from ..models.files.build import check_name, is_architecture
+from ..models.files.classes import classes_of, other_classes
+from ..models.files.rebuild import describe
 from ..models.input_format import InputFormat
-from ..models.rebuild import describe
 from ..tokens import Constant, Reduction, render
 from .figures import check_figures
 from .recipe import Recipe

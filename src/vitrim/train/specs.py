@@ -45,7 +45,7 @@ class ModelSpec:
                 f"{where}.checkpoint_size is {shortened(str(self.checkpoint_size), 60)}; it must be the height and the "
                 f"width of the images of {where}.checkpoint, such as [128, 288]"
             )
-        from ..models.description import fault_of_args, largest  # Here, since it imports torch.
+        from ..models.files.description import fault_of_args, largest  # Here, since it imports torch.
 
         for name, value in self.args.items():
             if name in ("pretrained", "checkpoint", "checkpoint_size", "reset_head"):

@@ -86,7 +86,7 @@ def compress(
     from ..compression.searched import searched
     from ..measure.accelerator import make_accelerator
     from ..models import check_place, has_weights, open_model
-    from ..models.classes import kept_classes
+    from ..models.files.classes import kept_classes
 
     if out is None and not dry_run:
         raise VitrimError("a folder for the model is needed; give --out DIR, or --dry_run to see what would be tried")

@@ -58,7 +58,7 @@ def stratify(
     from ..elastic.supernet import stratify as run
     from ..measure.accelerator import make_accelerator
     from ..models import check_place, has_weights, open_model
-    from ..models.classes import kept_classes, other_classes
+    from ..models.files.classes import kept_classes, other_classes
 
     check_place(out, overwrite=overwrite)
     check_used("stratify", data, TEST_ONLY, "training images only, unless it trains (--epochs)")
@@ -83,8 +83,8 @@ def _recipe_for(
     model: str, data: DataOptions, file: str | None, epochs: int, num_images: int | None, width_multiple: int | None
 ) -> Recipe:  # fmt: skip
     """The recipe of the training; where it is shortened, growth keeps its part of it."""
-    from ..models.build import split_spec
-    from ..models.store import saved_folder
+    from ..models.files.build import split_spec
+    from ..models.files.store import saved_folder
 
     base = Recipe.read(file) if file else PUBLISHED
     if base.elastic is None:
@@ -166,7 +166,7 @@ def extract(
     from ..measure.accelerator import make_accelerator
     from ..measure.cost import cost
     from ..models import check_place, save
-    from ..models.classes import kept_classes
+    from ..models.files.classes import kept_classes
 
     check_place(out, overwrite=overwrite)
     if (Path(out) / CHAIN).exists():

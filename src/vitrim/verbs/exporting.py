@@ -47,7 +47,7 @@ def export(
     from ..export.run import check_place
     from ..export.run import export as write
     from ..models import has_weights, open_model
-    from ..models.classes import classes_of
+    from ..models.files.classes import classes_of
 
     check_place(out, format, int8)
     check_used("export", data, TRAINING_ONLY, "the test images")

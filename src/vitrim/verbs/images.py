@@ -30,7 +30,7 @@ def images_of(models: Sequence[str], given: Mapping[str, Any]) -> DataSpec:
     """
     found = known_images(models[0], given)
     if found is None:
-        from ..models.build import check_name, split_spec
+        from ..models.files.build import check_name, split_spec
 
         check_name(split_spec(models[0])[0])  # A misspelt name is reported first.
         raise DataError("no images are given; add --data.root FOLDER, or --data.name digits for the built-in digits")
@@ -103,7 +103,7 @@ def test_stream(network: "nn.Module", spec: DataSpec) -> "Stream | None":
 def knows_classes(network: "nn.Module", model: str, stream: "Stream") -> bool:
     """Whether the classes of the images are those of the model."""
     from ..models import num_classes
-    from ..models.classes import other_classes
+    from ..models.files.classes import other_classes
 
     classes = stream.images.classes
     return num_classes(network) == len(classes) > 1 and not other_classes(model, classes)

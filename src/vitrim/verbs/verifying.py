@@ -148,7 +148,7 @@ def _original(given: str | None, certificate: "Certificate", size: int | None) -
     """The model that was compressed, at its image size; None where it is not here any more and none was named."""
     from ..compression.verification import is_original
     from ..models import open_model
-    from ..models.build import split_spec
+    from ..models.files.build import split_spec
 
     recorded: Any = certificate.source.get("model")
     # A model that only a file names is opened from this machine alone: a file never starts a download.

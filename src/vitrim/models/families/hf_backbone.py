@@ -12,10 +12,10 @@ from typing import Any
 from torch import Tensor
 
 from ...errors import VitrimError
-from ..exchange import Reduced, while_attached
-from ..forward_pass import CHANGED, Call
-from ..policy import Policy
-from ..reduced_model import ReducedModel
+from ..reduction.exchange import Reduced, while_attached
+from ..reduction.forward_pass import CHANGED, Call
+from ..reduction.policy import Policy
+from ..reduction.reduced_model import ReducedModel
 from .hf_export import unmasked_in_export
 from .hf_layout import Layout, enter
 from .hf_reduced_models import ReducedTransformer

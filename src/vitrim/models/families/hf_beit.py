@@ -6,11 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import UnsupportedModelError
-from ..exchange import Reduced, while_attached
 from ..foreign_macs import counted
-from ..forward_pass import trace_at_head
 from ..macs import Macs
-from ..reduced import ReducedBlock
+from ..reduction.exchange import Reduced, while_attached
+from ..reduction.forward_pass import trace_at_head
+from ..reduction.reduced_block import ReducedBlock
 from .hf_backbone import enter_backbone, with_all_patches
 from .hf_layout import Layout, Whole, enter, first_token, mean_of_patches
 from .hf_reduced_block import ReducedLayer

@@ -5,8 +5,8 @@ from typing import Any
 
 from ...errors import UnsupportedModelError, VitrimError
 from ..adapter import Adapter
-from ..exchange import Reduced
-from ..sublayers import Elastic
+from ..reduction.exchange import Reduced
+from ..widths.sublayers import Elastic
 from .hf_elastic import RemovedAttention, enter_elastic
 from .hf_layout import Layout
 from .hf_reduced import reduced_class

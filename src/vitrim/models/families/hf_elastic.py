@@ -5,14 +5,14 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from ..attention_heads import AttentionHeads
-from ..compensation import Compensation
-from ..elastic_heads import ElasticHeads
-from ..elastic_hidden import ElasticHidden
-from ..elastic_values import ElasticValues
 from ..removed_branch import RemovedBranch
-from ..slicing import Parts
-from ..sublayers import ELASTIC
+from ..widths.attention_heads import AttentionHeads
+from ..widths.compensation import Compensation
+from ..widths.elastic_heads import ElasticHeads
+from ..widths.elastic_hidden import ElasticHidden
+from ..widths.elastic_values import ElasticValues
+from ..widths.slicing import Parts
+from ..widths.sublayers import ELASTIC
 from .hf_layout import Layout
 from .hf_values import narrow_class, queries_and_keys, rotated
 

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..exchange import Reduced
-from ..forward_pass import trace_at_head
-from ..padded import joined, unchanged_padded_trace_of
-from ..trace import mark, trace_of
+from ..reduction.exchange import Reduced
+from ..reduction.forward_pass import trace_at_head
+from ..reduction.padded import joined, unchanged_padded_trace_of
+from ..reduction.trace import mark, trace_of
 from .hf_layout import Layout
 
 

@@ -4,11 +4,11 @@ from operator import attrgetter
 from typing import Any
 
 from ...tokens import Plan, Reducer
-from ..elastic_pairs import query_dim, value_dim
-from ..exchange import intercepted
 from ..foreign_macs import macs_per_row
 from ..macs import BlockShape, Macs, block_macs
+from ..reduction.exchange import intercepted
 from ..removed_branch import RemovedBranch
+from ..widths.elastic_pairs import query_dim, value_dim
 from .hf_config import image_size
 from .hf_layout import Layout
 from .hf_sizes import grid

@@ -7,9 +7,9 @@ from torch import Tensor, nn
 
 from ...errors import VitrimError
 from ..attention_product import attention_product
-from ..exchange import while_attached
 from ..heads import split_heads
-from ..reduced import ReducedBlock
+from ..reduction.exchange import while_attached
+from ..reduction.reduced_block import ReducedBlock
 from ..removed_branch import RemovedBranch
 from .hf_layout import Layout
 

@@ -6,9 +6,9 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from ...errors import VitrimError
-from ..exchange import while_attached
-from ..forward_pass import finish
-from ..reduced_model import ReducedModel
+from ..reduction.exchange import while_attached
+from ..reduction.forward_pass import finish
+from ..reduction.reduced_model import ReducedModel
 from .hf_export import unmasked_in_export
 from .hf_heads import logits_of
 from .hf_layout import Layout

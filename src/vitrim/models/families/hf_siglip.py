@@ -5,10 +5,10 @@ from typing import Any
 
 from torch import Tensor
 
-from ..exchange import Reduced, while_attached
 from ..foreign_macs import macs_per_row
-from ..forward_pass import trace_at_head
 from ..macs import Macs
+from ..reduction.exchange import Reduced, while_attached
+from ..reduction.forward_pass import trace_at_head
 from .hf_clip import CLIP
 from .hf_layout import HALF, Whole, enter, mean_of_patches
 

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from ...errors import VitrimError
-from ..exchange import Reduced, while_attached
-from ..forward_pass import Call, finish
 from ..macs import Macs
-from ..padded import (
+from ..reduction.exchange import Reduced, while_attached
+from ..reduction.forward_pass import Call, finish
+from ..reduction.padded import (
     Group,
     by_length,
     joined,
@@ -25,7 +25,7 @@ from ..padded import (
     unchanged_padded_trace_of,
     uncompiled,
 )
-from ..places import grid_places
+from ..reduction.places import grid_places
 from .hf_layout import Whole, enter, mean_of_patches, pair
 from .hf_reduced_models import ReducedTower, ReducedWhole
 from .hf_siglip import SIGLIP, ReducedPool

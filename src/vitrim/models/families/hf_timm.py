@@ -9,9 +9,9 @@ from torch import nn
 from ...errors import UnsupportedModelError, VitrimError
 from ..adapter import State
 from ..architectures import build_architecture
-from ..attached import attached
 from ..finding import adapter_of, find_adapter
-from ..widths import BlockWidths, widths_of
+from ..reduction.attached import attached
+from ..widths.block_widths import BlockWidths, widths_of
 from .hf_images import library
 from .hf_layout import LAYOUTS, Layout, layout_of, pair
 from .hf_timm_names import in_timm_names, in_transformers_names

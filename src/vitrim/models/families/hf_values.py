@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from ..heads import split_heads
-from ..rotary_pairs import columns, dims_of
+from ..widths.rotary_pairs import columns, dims_of
 from .hf_layout import LAYOUTS, Layout
 from .hf_reduced_block import attended
 

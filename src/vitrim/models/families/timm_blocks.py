@@ -16,10 +16,10 @@ from timm.models.vision_transformer import (
 from torch import Tensor, nn
 
 from ...errors import WidthError
-from ..exchange import intercepted
 from ..foreign_macs import macs_per_row
 from ..macs import BlockShape
-from ..reduced import ReducedBlock
+from ..reduction.exchange import intercepted
+from ..reduction.reduced_block import ReducedBlock
 from .timm_differential import ReducedDiffBlock, ReducedDiffParallelScalingBlock
 from .timm_parallel import ReducedParallelScalingBlock, ReducedParallelThingsBlock, streams_of
 from .timm_reduced import mix, splits

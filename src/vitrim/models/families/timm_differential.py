@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..heads import split_heads
-from ..reduced import ReducedBlock
+from ..reduction.reduced_block import ReducedBlock
 from .timm_parallel import ReducedParallel
 from .timm_reduced import after_norms, rows_of_qkv
 

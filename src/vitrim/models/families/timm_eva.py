@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from ...errors import WidthError
 from ..adapter import State
-from ..elastic_pairs import query_dim, value_dim
-from ..exchange import intercepted
 from ..foreign_macs import macs_per_row
 from ..macs import BlockShape
-from ..reduced import ReducedBlock
+from ..reduction.exchange import intercepted
+from ..reduction.reduced_block import ReducedBlock
 from ..removed_branch import RemovedBranch
+from ..widths.elastic_pairs import query_dim, value_dim
 from .timm_eva_heads import NARROW, part_behind, rotated, streams_of
 from .timm_reduced import ReducedTimmModel, mix, splits
 from .timm_vit import Classes, TimmViT

@@ -13,11 +13,11 @@ from timm.layers.pos_embed_sincos import apply_rot_embed_cat
 from timm.models.eva import EvaAttention
 from torch import Tensor, nn
 
-from ..elastic_pairs import query_dim, value_dim
-from ..elastic_values import ElasticValues
-from ..head_rows import Rows
 from ..heads import every_head, split_heads
-from ..rotary_pairs import columns, dims_of
+from ..widths.elastic_pairs import query_dim, value_dim
+from ..widths.elastic_values import ElasticValues
+from ..widths.head_rows import Rows
+from ..widths.rotary_pairs import columns, dims_of
 from .timm_reduced import after_norms, mix, rows_of_qkv
 
 

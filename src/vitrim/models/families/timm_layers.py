@@ -6,9 +6,9 @@ from timm.layers import Attention, GluMlp, Mlp, SwiGLU
 from torch import Tensor, nn
 
 from ...errors import WidthError
-from ..elastic_heads import ElasticHeads
-from ..elastic_hidden import ElasticHidden
-from ..slicing import Parts
+from ..widths.elastic_heads import ElasticHeads
+from ..widths.elastic_hidden import ElasticHidden
+from ..widths.slicing import Parts
 
 
 class ElasticAttention(ElasticHeads, Attention, replaces=Attention):

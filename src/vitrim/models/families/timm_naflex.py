@@ -18,12 +18,12 @@ from torch import Tensor, nn
 
 from ...errors import UnsupportedModelError, VitrimError
 from ..adapter import Description, Geometry, State
-from ..exchange import while_attached
-from ..forward_pass import Call, finish
 from ..input_format import InputFormat
 from ..macs import BlockShape, Macs
 from ..outputs import ModelInfo
-from ..padded import (
+from ..reduction.exchange import while_attached
+from ..reduction.forward_pass import Call, finish
+from ..reduction.padded import (
     Group,
     by_length,
     joined,

@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...errors import VitrimError
-from ..exchange import intercepted
 from ..heads import split_heads
-from ..reduced import ReducedBlock
+from ..reduction.exchange import intercepted
+from ..reduction.reduced_block import ReducedBlock
 from .timm_reduced import after_norms, mix, rows_of_qkv, splits
 
 

@@ -13,10 +13,10 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ...errors import VitrimError
 from ..attention_product import attention_product
-from ..exchange import intercepted, while_attached
-from ..forward_pass import CHANGED, finish, trace_at_head
 from ..own_code import replaced
-from ..reduced_model import ReducedModel
+from ..reduction.exchange import intercepted, while_attached
+from ..reduction.forward_pass import CHANGED, finish, trace_at_head
+from ..reduction.reduced_model import ReducedModel
 
 _LINEAR = None if replaced(nn.Linear) else nn.Linear.forward
 """What linear layers compute, unless somebody has replaced it for all of them."""

@@ -16,7 +16,7 @@ from ..adapter import Geometry, State
 from ..foreign_macs import macs_per_row
 from ..heads import split_heads
 from ..macs import BlockShape
-from ..reduced import ReducedBlock
+from ..reduction.reduced_block import ReducedBlock
 from .timm_reduced import after_norms, mix, rows_of_qkv, splits
 from .timm_vit import TimmViT
 from .timm_weights import ADVICE, Grid

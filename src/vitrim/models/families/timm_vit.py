@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from ...errors import UnsupportedModelError, VitrimError
 from ...tokens import Plan, Reducer
 from ..adapter import Geometry, State
-from ..exchange import intercepted
 from ..foreign_macs import counted, macs_of_convolutions, macs_per_row
 from ..heads import split_heads
 from ..macs import BlockShape, Macs, block_macs
-from ..reduced import ReducedBlock
+from ..reduction.exchange import intercepted
+from ..reduction.reduced_block import ReducedBlock
 from ..removed_branch import RemovedBranch
 from ..small_vits import ConvStem
-from ..sublayers import Elastic
+from ..widths.sublayers import Elastic
 from .timm_model import TimmModel
 from .timm_reduced import (
     ReducedTimmModel,

@@ -1,0 +1,125 @@
+"""A model as a description, and a new model as described: architecture, arguments, widths and reduction, no weights."""
+
+import json
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import replace
+from importlib.metadata import version
+from typing import Any
+
+from torch import nn
+
+from ...errors import CheckpointError, VitrimError
+from ...text import short_name
+from ..adapter import ADAPTERS, OTHERS
+from ..architectures import build_architecture
+from ..finding import adapter_of
+from ..reduction.attached import attached
+from ..shapes_only import shapes_only
+from ..widths.block_widths import BlockWidths, set_widths, widths_of
+from ..wrapped import find_inside
+from .description import Cut, Record, check_args
+from .weights import misfits
+
+
+def describe(model: nn.Module) -> Record:
+    """All that `load` needs to build the model again, its weights aside.
+
+    Raises:
+        CheckpointError: a model that cannot be built again; says what to save in its place, where that is known.
+    """
+    try:
+        return _described(model)
+    except CheckpointError as error:
+        if _holds_lora(model):
+            advice = "merge the adapters into the weights first: model = peft_model.merge_and_unload()"
+        elif (found := find_inside(model, lambda part: _is_whole(part, model))) is not None:
+            advice = f"save the model inside it: {found[0]}"
+        else:
+            raise
+        raise CheckpointError(f"this {type(model).__name__} cannot be rebuilt from a description; {advice}") from error
+
+
+def _described(model: nn.Module) -> Record:
+    handle, adapter = attached(model), adapter_of(model)
+    found = adapter.describe(model)
+    check_plain(found.args)
+    check_args(found.args)
+    record = Record(
+        architecture=found.architecture,
+        args=found.args,
+        images=found.images,
+        num_classes=adapter.classifier(model).classes,
+        family=adapter.name,
+        versions={name: version(name) for name in ("vitrim", "timm", "torch")},
+    )
+    record = replace(record, widths=_uneven_widths(model, record))
+    if handle is None:
+        return record
+    handle.policy.warn_if_left_behind()
+    # The schedule as it acts, so that another version does not solve a budget again.
+    reduction = None if handle.reduction is None else replace(handle.reduction, schedule=handle.schedule)
+    text, phase = (None, None) if reduction is None else (str(reduction), reduction.phase)
+    return replace(record, reduction=Cut(text, phase, handle.strength, handle.cls_only))
+
+
+def rebuild(record: Record, args: Mapping[str, Any] | None = None) -> nn.Module:
+    """The described model with fresh weights, without reduction.
+
+    Args:
+        record: what `describe` made.
+        args: arguments of the architecture that take the place of those in the record.
+    """
+    if record.family not in (None, *ADAPTERS, *OTHERS):
+        raise CheckpointError(
+            f"this model is of the family {record.family!r}, which is not known here; give its file with --import"
+        )
+    model = build_architecture(record.architecture, {**record.args, **(args or {})}, images=record.images)
+    if record.widths is not None:
+        set_widths(model, record.widths)
+    return model
+
+
+def _uneven_widths(model: nn.Module, record: Record) -> tuple[BlockWidths, ...] | None:
+    """Widths of the blocks where they differ from the architecture's own; proves that the model can be rebuilt."""
+    own = model.state_dict()
+    with shapes_only():
+        stock = rebuild(record, {})
+        if not misfits(stock.state_dict(), own):
+            return None
+        widths = None
+        with suppress(VitrimError):  # Whatever cannot be narrowed shows as a misfit below.
+            widths = widths_of(model)
+            set_widths(stock, widths)
+        if faults := misfits(stock.state_dict(), own):
+            raise CheckpointError(
+                f"the model differs from the {record.architecture} that its description builds: {faults}; for another "
+                "number of classes use model.reset_classifier(CLASSES), or write model.state_dict() with safetensors"
+            )
+    return widths
+
+
+def _holds_lora(model: nn.Module) -> bool:
+    return any(type(module).__module__.startswith("peft.") for module in model.modules())
+
+
+def _is_whole(part: nn.Module, model: nn.Module) -> bool:
+    """Whether `part` has all the parameters of the model around it, and can be saved by itself."""
+    if {id(each) for each in part.parameters()} != {id(each) for each in model.parameters()}:
+        return False
+    try:
+        _described(part)
+    except VitrimError:
+        return False
+    return True
+
+
+def check_plain(values: Mapping[str, object]) -> None:
+    """Raise `CheckpointError` for a value that JSON cannot hold."""
+    for name, value in values.items():
+        try:
+            json.dumps(value)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise CheckpointError(
+                f"JSON cannot hold {name}={short_name(value)}; give a plain value or a name"
+            ) from error

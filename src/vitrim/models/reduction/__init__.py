@@ -1,0 +1,1 @@
+"""How tokens of a foreign model are reduced: exchanged classes, one pass with its trace, and the handle of it all."""
