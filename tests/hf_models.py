@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from eva_models import kept_by_head, narrowed, turned
 from references import VIEWS
 from vitrim.models import RemovedBranch, attached
-from vitrim.models.families.hf_layout import layout_of
+from vitrim.models.families.hf.layout import layout_of
 from vitrim.models.widths.elastic_pairs import query_dim
 
 SMALL = {"image_size": 40, "patch_size": 8, "hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 3}

@@ -20,7 +20,7 @@ from vitrim.elastic import stratify
 from vitrim.errors import UnsupportedModelError, VitrimError
 from vitrim.export import export
 from vitrim.models import find_adapter, load
-from vitrim.models.families.hf_layout import layout_of
+from vitrim.models.families.hf.layout import layout_of
 from vitrim.tokens import Reducer
 from zoo import images, redrawn
 

@@ -16,7 +16,7 @@ from test_contract import Case, agrees_with_reference
 from vitrim.elastic import stratify
 from vitrim.errors import CheckpointError, UnsupportedModelError, VitrimError
 from vitrim.models import families, find_adapter, load
-from vitrim.models.families import hf_reduced
+from vitrim.models.families.hf import reduced_classes
 from zoo import images, predicted, redrawn
 
 ALL = {**HF, **MORE}
@@ -65,7 +65,7 @@ def test_hooks_on_attention_see_its_calls(name: str) -> None:
 
 
 def test_transformers_is_imported_only_where_a_model_of_it_is_there() -> None:
-    for path in Path(families.__file__).parent.glob("*.py"):
+    for path in Path(families.__file__).parent.rglob("*.py"):
         for node in ast.parse(path.read_text()).body:
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
             module = getattr(node, "module", "") or ""
@@ -99,12 +99,12 @@ def test_pickles_of_reduced_models_are_read_where_nothing_was_attached(monkeypat
     model, x = redrawn(ALL["hf_siglip"]()), images(2)
     vitrim.attach(model, CUT)
     expected, text = predicted(model, x), pickle.dumps(model)
-    made = dict(hf_reduced._made)
-    monkeypatch.setattr(hf_reduced, "_made", {})
-    fresh = hf_reduced.__getattr__("ReducedSiglipVisionModel")
+    made = dict(reduced_classes._made)
+    monkeypatch.setattr(reduced_classes, "_made", {})
+    fresh = reduced_classes.__getattr__("ReducedSiglipVisionModel")
     assert fresh not in made.values()
     assert fresh.__qualname__ == "ReducedSiglipVisionModel"
-    monkeypatch.setattr(hf_reduced, "_made", made)
+    monkeypatch.setattr(reduced_classes, "_made", made)
     assert torch.equal(predicted(pickle.loads(text), x), expected)
 
 

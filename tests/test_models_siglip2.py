@@ -12,7 +12,7 @@ from hf_models import HF, MORE
 from vitrim.errors import VitrimError
 from vitrim.measure.speed import bench
 from vitrim.models import find_adapter
-from vitrim.models.families.hf_layout import layout_of
+from vitrim.models.families.hf.layout import layout_of
 from vitrim.tokens import Reducer
 from zoo import images, predicted, redrawn
 

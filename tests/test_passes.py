@@ -24,7 +24,7 @@ from vitrim.elastic.chain import start_chain
 from vitrim.errors import UnsupportedModelError, VitrimError
 from vitrim.measure.speed import bench
 from vitrim.models import adapter_of, trace_of
-from vitrim.models.families.hf_layout import layout_of
+from vitrim.models.families.hf.layout import layout_of
 from vitrim.models.outputs import Logits, Patches, Wanted
 from vitrim.models.reduction import reduced_block
 from vitrim.models.reduction.contents import Contents

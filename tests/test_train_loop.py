@@ -17,7 +17,7 @@ from vitrim.data.specs import AugmentSpec
 from vitrim.errors import CheckpointError
 from vitrim.measure.accelerator import fast_precision
 from vitrim.models.adapter import Adapter
-from vitrim.models.families.timm_model import TimmModel
+from vitrim.models.families.timm.model import TimmModel
 from vitrim.train import loop
 from vitrim.train.checkpoint import RunFolder
 from vitrim.train.learner import make_mixup, prepare_student

@@ -5,7 +5,7 @@ from . import small_vits as _small_vits  # noqa: F401  (enters its models in tim
 from .adapter import ADAPTERS, Adapter, Geometry
 from .architectures import build_architecture, builder_of
 from .compiling import compile, without_limit
-from .families.hf_timm import convert
+from .families.hf.conversion import convert
 from .files.build import build_model, has_weights, open_model
 from .files.checkpoints import read_weights
 from .files.store import check_place, load, save

@@ -11,10 +11,10 @@ from ..macs import Macs
 from ..reduction.exchange import Reduced, while_attached
 from ..reduction.forward_pass import trace_at_head
 from ..reduction.reduced_block import ReducedBlock
-from .hf_backbone import enter_backbone, with_all_patches
-from .hf_layout import Layout, Whole, enter, first_token, mean_of_patches
-from .hf_reduced_block import ReducedLayer
-from .hf_reduced_models import ReducedTower
+from .hf.backbone import enter_backbone, with_all_patches
+from .hf.layout import Layout, Whole, enter, first_token, mean_of_patches
+from .hf.reduced_block import ReducedLayer
+from .hf.reduced_models import ReducedTower
 
 
 class _ReducedLayer(ReducedLayer):

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .hf_layout import Layout, Stats, Whole, enter, mean_of_patches
+from .hf.layout import Layout, Stats, Whole, enter, mean_of_patches
 
 CLIP_STATS: Stats = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 

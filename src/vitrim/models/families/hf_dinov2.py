@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ...errors import VitrimError
-from .hf_backbone import enter_backbone
-from .hf_layout import IMAGENET, Layout, Whole, enter, first_token, mean_of_patches, pair
+from .hf.backbone import enter_backbone
+from .hf.layout import IMAGENET, Layout, Whole, enter, first_token, mean_of_patches, pair
 
 
 def _cls_and_mean(tower: Any, tokens_BTC: Tensor, num_prefix: int, size_BN: Tensor | None) -> Tensor:

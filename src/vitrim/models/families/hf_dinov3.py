@@ -5,10 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .hf_backbone import enter_backbone
-from .hf_layout import IMAGENET, Layout, enter, first_token
-from .hf_reduced_block import ReducedLayer
-from .hf_values import rotated
+from .hf.backbone import enter_backbone
+from .hf.layout import IMAGENET, Layout, enter, first_token
+from .hf.reduced_block import ReducedLayer
+from .hf.values import rotated
 
 Table = tuple[Tensor, Tensor]
 """Cosines and sines, each (N, D), or (B, 1, M, D) for the tokens that are left."""

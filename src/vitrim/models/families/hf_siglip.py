@@ -9,8 +9,8 @@ from ..foreign_macs import macs_per_row
 from ..macs import Macs
 from ..reduction.exchange import Reduced, while_attached
 from ..reduction.forward_pass import trace_at_head
+from .hf.layout import HALF, Whole, enter, mean_of_patches
 from .hf_clip import CLIP
-from .hf_layout import HALF, Whole, enter, mean_of_patches
 
 
 class ReducedPool(Reduced):

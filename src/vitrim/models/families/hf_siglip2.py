@@ -26,8 +26,8 @@ from ..reduction.padded import (
     uncompiled,
 )
 from ..reduction.places import grid_places
-from .hf_layout import Whole, enter, mean_of_patches, pair
-from .hf_reduced_models import ReducedTower, ReducedWhole
+from .hf.layout import Whole, enter, mean_of_patches, pair
+from .hf.reduced_models import ReducedTower, ReducedWhole
 from .hf_siglip import SIGLIP, ReducedPool
 
 Shape = tuple[int, int]

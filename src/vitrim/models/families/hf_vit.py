@@ -5,7 +5,7 @@ from typing import Any
 
 from ..foreign_macs import macs_per_row
 from ..macs import Macs
-from .hf_layout import IMAGENET, Layout, Whole, enter, first_token, mean_of_patches, own_pooler
+from .hf.layout import IMAGENET, Layout, Whole, enter, first_token, mean_of_patches, own_pooler
 
 
 def _pooler_macs(tower: Any, tokens: int) -> Macs:

@@ -6,8 +6,8 @@ from timm.models.beit import Attention, Beit, Block, checkpoint_filter_fn
 from torch import Tensor, nn
 
 from ..adapter import State
-from .timm_reduced import ReducedPoolingHead
-from .timm_relative import ReducedRelativeBlock, _TimmRelative
+from .timm.reduced import ReducedPoolingHead
+from .timm.relative import ReducedRelativeBlock, _TimmRelative
 from .timm_vit import Classes
 
 

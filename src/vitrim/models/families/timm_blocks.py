@@ -20,9 +20,9 @@ from ..foreign_macs import macs_per_row
 from ..macs import BlockShape
 from ..reduction.exchange import intercepted
 from ..reduction.reduced_block import ReducedBlock
-from .timm_differential import ReducedDiffBlock, ReducedDiffParallelScalingBlock
-from .timm_parallel import ReducedParallelScalingBlock, ReducedParallelThingsBlock, streams_of
-from .timm_reduced import mix, splits
+from .timm.differential import ReducedDiffBlock, ReducedDiffParallelScalingBlock
+from .timm.parallel import ReducedParallelScalingBlock, ReducedParallelThingsBlock, streams_of
+from .timm.reduced import mix, splits
 from .timm_vit import Classes, ReducedVisionTransformer, TimmViT
 
 

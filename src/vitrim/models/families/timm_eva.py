@@ -20,8 +20,8 @@ from ..reduction.exchange import intercepted
 from ..reduction.reduced_block import ReducedBlock
 from ..removed_branch import RemovedBranch
 from ..widths.elastic_pairs import query_dim, value_dim
-from .timm_eva_heads import NARROW, part_behind, rotated, streams_of
-from .timm_reduced import ReducedTimmModel, mix, splits
+from .timm.eva_heads import NARROW, part_behind, rotated, streams_of
+from .timm.reduced import ReducedTimmModel, mix, splits
 from .timm_vit import Classes, TimmViT
 
 

@@ -33,10 +33,10 @@ from ..reduction.padded import (
     unchanged_padded_trace_of,
     valid_of,
 )
+from .timm.reduced import ReducedTimmModel, left_by_patch_drop
+from .timm.weights import converted
 from .timm_eva import ReducedEvaBlock, TimmEva
-from .timm_reduced import ReducedTimmModel, left_by_patch_drop
 from .timm_vit import Classes, ReducedTimmBlock, TimmViT
-from .timm_weights import converted
 
 
 class ReducedNaFlexVit(ReducedTimmModel, NaFlexVit):

@@ -16,8 +16,8 @@ from ...tokens import Plan, Reducer
 from ..adapter import State
 from ..foreign_macs import macs_per_row
 from ..macs import Macs
-from .timm_reduced import ReducedPoolingHead
-from .timm_relative import ReducedRelativeBlock, _TimmRelative
+from .timm.reduced import ReducedPoolingHead
+from .timm.relative import ReducedRelativeBlock, _TimmRelative
 from .timm_vit import Classes
 
 

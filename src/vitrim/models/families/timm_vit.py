@@ -19,8 +19,8 @@ from ..reduction.reduced_block import ReducedBlock
 from ..removed_branch import RemovedBranch
 from ..small_vits import ConvStem
 from ..widths.sublayers import Elastic
-from .timm_model import TimmModel
-from .timm_reduced import (
+from .timm.model import TimmModel
+from .timm.reduced import (
     ReducedTimmModel,
     after_norms,
     fixed_size,
@@ -30,7 +30,7 @@ from .timm_reduced import (
     rows_of_qkv,
     splits,
 )
-from .timm_weights import fit_weights, trained_size
+from .timm.weights import fit_weights, trained_size
 
 Classes = dict[type[nn.Module], type[nn.Module]]
 

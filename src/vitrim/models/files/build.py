@@ -15,7 +15,7 @@ from ...errors import CheckpointError, ClassCountError, UnknownNameError
 from ...text import short_name
 from ..architectures import architectures, build_architecture, builder_of
 from ..create import SOURCES
-from ..families.hf_hub import SOURCE as HF
+from ..families.hf.hub import SOURCE as HF
 from ..finding import adapter_of
 from ..shapes_only import shapes_only
 from .checkpoints import SUFFIXES, read_weights

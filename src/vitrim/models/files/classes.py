@@ -10,7 +10,7 @@ from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import nn
 
 from ..create import SOURCES
-from ..families.hf_hub import class_names_at
+from ..families.hf.hub import class_names_at
 from ..finding import adapter_of
 from .build import split_spec, transformers_name
 from .store import WEIGHTS, read_description, saved_folder, weights_path

@@ -6,12 +6,12 @@ from typing import Any
 
 from torch import nn
 
-from ...errors import CheckpointError, VitrimError
-from ...text import short_name
-from ..adapter import Description
-from .hf_images import default_images, images_of, library, set_images
-from .hf_layout import LAYOUTS, Layout, Whole, pair
-from .hf_quiet import quiet
+from ....errors import CheckpointError, VitrimError
+from ....text import short_name
+from ...adapter import Description
+from .images import default_images, images_of, library, set_images
+from .layout import LAYOUTS, Layout, Whole, pair
+from .quiet import quiet
 
 _SIZE = "vitrim_image_size"
 """Attribute of a model: (height, width) of its images where it takes all sizes."""

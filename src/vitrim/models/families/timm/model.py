@@ -8,11 +8,11 @@ from timm.data.config import resolve_model_data_config
 from timm.models import get_model_args, get_model_input_config, get_pretrained_cfg, split_model_name_tag
 from torch import Tensor, nn
 
-from ...errors import UnsupportedModelError
-from ..adapter import Adapter, Classifier, Description
-from ..create import SOURCES, create
-from ..input_format import InputFormat, per_channel
-from ..outputs import ModelInfo
+from ....errors import UnsupportedModelError
+from ...adapter import Adapter, Classifier, Description
+from ...create import SOURCES, create
+from ...input_format import InputFormat, per_channel
+from ...outputs import ModelInfo
 
 _IMAGES = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
 _TOKENS = ("forward_intermediates", "forward_head", "blocks", "num_prefix_tokens", "embed_dim")

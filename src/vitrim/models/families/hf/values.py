@@ -9,10 +9,10 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from ..heads import split_heads
-from ..widths.rotary_pairs import columns, dims_of
-from .hf_layout import LAYOUTS, Layout
-from .hf_reduced_block import attended
+from ...heads import split_heads
+from ...widths.rotary_pairs import columns, dims_of
+from .layout import LAYOUTS, Layout
+from .reduced_block import attended
 
 _PREFIX = "Narrow"
 _lock = threading.RLock()

@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..reduction.exchange import Reduced
-from ..reduction.forward_pass import trace_at_head
-from ..reduction.padded import joined, unchanged_padded_trace_of
-from ..reduction.trace import mark, trace_of
-from .hf_layout import Layout
+from ...reduction.exchange import Reduced
+from ...reduction.forward_pass import trace_at_head
+from ...reduction.padded import joined, unchanged_padded_trace_of
+from ...reduction.trace import mark, trace_of
+from .layout import Layout
 
 
 def logits_of(layout: Layout, model: Any, final_BTC: Tensor) -> Tensor:

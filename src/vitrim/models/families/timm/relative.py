@@ -11,15 +11,15 @@ from typing import Any
 from timm.layers import resize_rel_pos_bias_table
 from torch import Tensor
 
-from ...errors import CheckpointError
-from ..adapter import Geometry, State
-from ..foreign_macs import macs_per_row
-from ..heads import split_heads
-from ..macs import BlockShape
-from ..reduction.reduced_block import ReducedBlock
-from .timm_reduced import after_norms, mix, rows_of_qkv, splits
-from .timm_vit import TimmViT
-from .timm_weights import ADVICE, Grid
+from ....errors import CheckpointError
+from ...adapter import Geometry, State
+from ...foreign_macs import macs_per_row
+from ...heads import split_heads
+from ...macs import BlockShape
+from ...reduction.reduced_block import ReducedBlock
+from ..timm_vit import TimmViT
+from .reduced import after_norms, mix, rows_of_qkv, splits
+from .weights import ADVICE, Grid
 
 _TABLE = "relative_position_bias_table"
 

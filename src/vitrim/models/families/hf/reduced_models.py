@@ -5,14 +5,14 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ...errors import VitrimError
-from ..reduction.exchange import while_attached
-from ..reduction.forward_pass import finish
-from ..reduction.reduced_model import ReducedModel
-from .hf_export import unmasked_in_export
-from .hf_heads import logits_of
-from .hf_layout import Layout
-from .hf_sizes import check_size, grid
+from ....errors import VitrimError
+from ...reduction.exchange import while_attached
+from ...reduction.forward_pass import finish
+from ...reduction.reduced_model import ReducedModel
+from .export import unmasked_in_export
+from .heads import logits_of
+from .layout import Layout
+from .sizes import check_size, grid
 
 
 class ReducedTransformer(ReducedModel):

@@ -5,16 +5,16 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from ..removed_branch import RemovedBranch
-from ..widths.attention_heads import AttentionHeads
-from ..widths.compensation import Compensation
-from ..widths.elastic_heads import ElasticHeads
-from ..widths.elastic_hidden import ElasticHidden
-from ..widths.elastic_values import ElasticValues
-from ..widths.slicing import Parts
-from ..widths.sublayers import ELASTIC
-from .hf_layout import Layout
-from .hf_values import narrow_class, queries_and_keys, rotated
+from ...removed_branch import RemovedBranch
+from ...widths.attention_heads import AttentionHeads
+from ...widths.compensation import Compensation
+from ...widths.elastic_heads import ElasticHeads
+from ...widths.elastic_hidden import ElasticHidden
+from ...widths.elastic_values import ElasticValues
+from ...widths.slicing import Parts
+from ...widths.sublayers import ELASTIC
+from .layout import Layout
+from .values import narrow_class, queries_and_keys, rotated
 
 
 class RemovedAttention(RemovedBranch):

@@ -11,11 +11,11 @@ from timm.models.vision_transformer import ParallelScalingBlock, ParallelThingsB
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...errors import VitrimError
-from ..heads import split_heads
-from ..reduction.exchange import intercepted
-from ..reduction.reduced_block import ReducedBlock
-from .timm_reduced import after_norms, mix, rows_of_qkv, splits
+from ....errors import VitrimError
+from ...heads import split_heads
+from ...reduction.exchange import intercepted
+from ...reduction.reduced_block import ReducedBlock
+from .reduced import after_norms, mix, rows_of_qkv, splits
 
 
 class ReducedParallel(ReducedBlock):

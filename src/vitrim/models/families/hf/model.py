@@ -1,4 +1,4 @@
-"""Adapter for the Vision Transformers of Hugging Face transformers, whose layouts are in the other `hf_` files."""
+"""Adapter for the Vision Transformers of Hugging Face transformers, whose layouts are in the files of families."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -6,21 +6,21 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from ...errors import CheckpointError, UnsupportedModelError, VitrimError
-from ...tokens import Plan, Reducer
-from ..adapter import Adapter, Classifier, Description, Geometry, State
-from ..input_format import InputFormat, per_channel
-from ..macs import Macs
-from ..outputs import ModelInfo, as_tensor
-from . import hf_check, hf_config, hf_hub, hf_macs, hf_sizes
-from .hf_config import image_size
-from .hf_export import without_idle_masks
-from .hf_heads import logits_of, normed
-from .hf_images import images_of
-from .hf_layout import LAYOUTS, Layout, layout_of, pair
-from .hf_owners import averaging_owner, holder
-from .hf_reduced import reduced_class
-from .hf_sizes import grid
+from ....errors import CheckpointError, UnsupportedModelError, VitrimError
+from ....tokens import Plan, Reducer
+from ...adapter import Adapter, Classifier, Description, Geometry, State
+from ...input_format import InputFormat, per_channel
+from ...macs import Macs
+from ...outputs import ModelInfo, as_tensor
+from . import check, config, hub, macs, sizes
+from .config import image_size
+from .export import without_idle_masks
+from .heads import logits_of, normed
+from .images import images_of
+from .layout import LAYOUTS, Layout, layout_of, pair
+from .owners import averaging_owner, holder
+from .reduced_classes import reduced_class
+from .sizes import grid
 
 
 class TransformersViT(Adapter):
@@ -46,7 +46,7 @@ class TransformersViT(Adapter):
         return dict(zip(layout.parts, layout.norms, strict=True))
 
     def check(self, model: Any) -> None:
-        hf_check.check(self, _layout(model), model)
+        check.check(self, _layout(model), model)
 
     def blocks(self, model: Any) -> Sequence[nn.Module]:
         return list(_layout(model).blocks(model))
@@ -106,7 +106,7 @@ class TransformersViT(Adapter):
             )
 
     def macs(self, model: Any, plan: Plan, reducer: Reducer | None) -> Macs:
-        return hf_macs.macs(_layout(model), model, plan, reducer)
+        return macs.macs(_layout(model), model, plan, reducer)
 
     # What a model gives.
 
@@ -167,7 +167,7 @@ class TransformersViT(Adapter):
         return InputFormat(size, mean, std, images["interpolation"], images["crop_pct"], images["crop_mode"])
 
     def resize(self, model: Any, size: int | tuple[int, int]) -> None:
-        hf_sizes.resize(_layout(model), model, pair(size))
+        sizes.resize(_layout(model), model, pair(size))
         handle = vars(model).get("vitrim_handle")
         if handle is not None:
             handle.refresh()
@@ -183,13 +183,13 @@ class TransformersViT(Adapter):
         if whole is None or not whole.classifies:
             super().reset_classifier(model, classes)
             return
-        hf_config.reset_classifier(_layout(model), model, whole, classes)
+        config.reset_classifier(_layout(model), model, whole, classes)
 
     def class_names(self, model: nn.Module) -> list[str] | None:
-        return hf_config.class_names(model) if self.classifier(model).classes else None
+        return config.class_names(model) if self.classifier(model).classes else None
 
     def name_classes(self, model: nn.Module, names: Sequence[str]) -> None:
-        hf_config.name_classes(model, names)
+        config.name_classes(model, names)
 
     def recompute(self, model: Any, on: bool = True) -> None:
         if on:
@@ -203,15 +203,15 @@ class TransformersViT(Adapter):
         return [name for layout in LAYOUTS.values() for name in layout.names]
 
     def builds(self, name: str) -> bool:
-        return name.startswith(hf_hub.SOURCE) or name in self.architectures()
+        return name.startswith(hub.SOURCE) or name in self.architectures()
 
     def build(self, name: str, args: Mapping[str, Any], *, pretrained: bool, images: Mapping[str, Any]) -> nn.Module:
-        if name.startswith(hf_hub.SOURCE):
-            return hf_hub.opened(name, args)
-        return hf_config.build(name, args, pretrained, images)
+        if name.startswith(hub.SOURCE):
+            return hub.opened(name, args)
+        return config.build(name, args, pretrained, images)
 
     def describe(self, model: Any) -> Description:
-        return hf_config.describe(_layout(model), model)
+        return config.describe(_layout(model), model)
 
     def classifiers_of(self, name: str) -> tuple[str, ...]:
         wholes = {name: whole for layout in LAYOUTS.values() for name, whole in layout.wholes.items()}
@@ -220,7 +220,7 @@ class TransformersViT(Adapter):
     def trained_size(
         self, model: nn.Module, state: State, trained_at: tuple[int, int] | None
     ) -> tuple[int, int] | None:
-        return hf_sizes.trained_size(_layout(model), model, state, trained_at)
+        return sizes.trained_size(_layout(model), model, state, trained_at)
 
     def fit_weights(
         self,
@@ -235,7 +235,7 @@ class TransformersViT(Adapter):
                 "these are weights in the names of timm; load them into a model of timm, and convert that with "
                 "vitrim.convert(model, 'transformers')"
             )
-        return hf_sizes.fit_weights(_layout(model), model, state, trained_at)
+        return sizes.fit_weights(_layout(model), model, state, trained_at)
 
 
 def _layout(model: nn.Module) -> Layout:

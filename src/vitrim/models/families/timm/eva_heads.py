@@ -13,12 +13,12 @@ from timm.layers.pos_embed_sincos import apply_rot_embed_cat
 from timm.models.eva import EvaAttention
 from torch import Tensor, nn
 
-from ..heads import every_head, split_heads
-from ..widths.elastic_pairs import query_dim, value_dim
-from ..widths.elastic_values import ElasticValues
-from ..widths.head_rows import Rows
-from ..widths.rotary_pairs import columns, dims_of
-from .timm_reduced import after_norms, mix, rows_of_qkv
+from ...heads import every_head, split_heads
+from ...widths.elastic_pairs import query_dim, value_dim
+from ...widths.elastic_values import ElasticValues
+from ...widths.head_rows import Rows
+from ...widths.rotary_pairs import columns, dims_of
+from .reduced import after_norms, mix, rows_of_qkv
 
 
 def streams_of(attn: Any, x_BTC: Tensor, first: int, last: int) -> tuple[Tensor, ...]:

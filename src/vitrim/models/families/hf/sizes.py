@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...errors import CheckpointError, UnsupportedModelError, VitrimError
-from ..adapter import State
-from .hf_config import set_image_size
-from .hf_layout import Layout, pair
+from ....errors import CheckpointError, UnsupportedModelError, VitrimError
+from ...adapter import State
+from .config import set_image_size
+from .layout import Layout, pair
 
 _NAMES = ("embeddings.position_embeddings", "embeddings.position_embedding.weight")
 

@@ -11,14 +11,14 @@ from typing import Any
 
 from torch import Tensor
 
-from ...errors import VitrimError
-from ..reduction.exchange import Reduced, while_attached
-from ..reduction.forward_pass import CHANGED, Call
-from ..reduction.policy import Policy
-from ..reduction.reduced_model import ReducedModel
-from .hf_export import unmasked_in_export
-from .hf_layout import Layout, enter
-from .hf_reduced_models import ReducedTransformer
+from ....errors import VitrimError
+from ...reduction.exchange import Reduced, while_attached
+from ...reduction.forward_pass import CHANGED, Call
+from ...reduction.policy import Policy
+from ...reduction.reduced_model import ReducedModel
+from .export import unmasked_in_export
+from .layout import Layout, enter
+from .reduced_models import ReducedTransformer
 
 
 class BackboneCall(Call):

@@ -12,9 +12,9 @@ from typing import Any
 from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor
 
-from ...errors import CheckpointError
-from ...text import reason_of
-from ..adapter import State
+from ....errors import CheckpointError
+from ....text import reason_of
+from ...adapter import State
 
 Grid = tuple[int, int]
 _POSITIONS = (

@@ -5,10 +5,10 @@ from typing import Any
 from timm.layers import Attention, GluMlp, Mlp, SwiGLU
 from torch import Tensor, nn
 
-from ...errors import WidthError
-from ..widths.elastic_heads import ElasticHeads
-from ..widths.elastic_hidden import ElasticHidden
-from ..widths.slicing import Parts
+from ....errors import WidthError
+from ...widths.elastic_heads import ElasticHeads
+from ...widths.elastic_hidden import ElasticHidden
+from ...widths.slicing import Parts
 
 
 class ElasticAttention(ElasticHeads, Attention, replaces=Attention):

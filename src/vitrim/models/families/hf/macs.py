@@ -3,15 +3,15 @@
 from operator import attrgetter
 from typing import Any
 
-from ...tokens import Plan, Reducer
-from ..foreign_macs import macs_per_row
-from ..macs import BlockShape, Macs, block_macs
-from ..reduction.exchange import intercepted
-from ..removed_branch import RemovedBranch
-from ..widths.elastic_pairs import query_dim, value_dim
-from .hf_config import image_size
-from .hf_layout import Layout
-from .hf_sizes import grid
+from ....tokens import Plan, Reducer
+from ...foreign_macs import macs_per_row
+from ...macs import BlockShape, Macs, block_macs
+from ...reduction.exchange import intercepted
+from ...removed_branch import RemovedBranch
+from ...widths.elastic_pairs import query_dim, value_dim
+from .config import image_size
+from .layout import Layout
+from .sizes import grid
 
 
 def macs(layout: Layout, model: Any, plan: Plan, reducer: Reducer | None) -> Macs:

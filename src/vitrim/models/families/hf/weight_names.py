@@ -5,8 +5,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..adapter import State
-from .hf_layout import Layout
+from ...adapter import State
+from .layout import Layout
 
 _SAME = (("mlp.fc1", "mlp.fc1"), ("mlp.fc2", "mlp.fc2"))
 _POSITIONS = ("embeddings.position_embeddings", "embeddings.position_embedding.weight")

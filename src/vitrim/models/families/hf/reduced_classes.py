@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import nn
 
-from .hf_layout import LAYOUTS, Layout
-from .hf_reduced_block import ReducedLayer
-from .hf_reduced_models import ReducedTower, ReducedTransformer, ReducedWhole
+from .layout import LAYOUTS, Layout
+from .reduced_block import ReducedLayer
+from .reduced_models import ReducedTower, ReducedTransformer, ReducedWhole
 
 _PREFIX = "Reduced"
 _lock = threading.RLock()

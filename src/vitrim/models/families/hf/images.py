@@ -4,8 +4,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from ...errors import CheckpointError, UnsupportedModelError, VitrimError
-from .hf_layout import Layout, layout_of
+from ....errors import CheckpointError, UnsupportedModelError, VitrimError
+from .layout import Layout, layout_of
 
 Images = dict[str, Any]
 """What images are like, in the words of `InputFormat`: mean, std, interpolation, crop_pct, crop_mode."""

@@ -13,10 +13,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ...errors import VitrimError
-from ...tables import Table
-from ...text import short_name
-from ..macs import Macs
+from ....errors import VitrimError
+from ....tables import Table
+from ....text import short_name
+from ...macs import Macs
 
 LAYOUTS: Table[str, "Layout"] = Table("layout")
 """By the class of the tower, such as "ViTModel"."""

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from .hf_layout import Layout
+from .layout import Layout
 
 
 def averaging_owner(layout: Layout, tower: nn.Module) -> nn.Module | None:

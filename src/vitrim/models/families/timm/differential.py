@@ -9,10 +9,10 @@ from timm.models.vision_transformer import Block, DiffParallelScalingBlock
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..heads import split_heads
-from ..reduction.reduced_block import ReducedBlock
-from .timm_parallel import ReducedParallel
-from .timm_reduced import after_norms, rows_of_qkv
+from ...heads import split_heads
+from ...reduction.reduced_block import ReducedBlock
+from .parallel import ReducedParallel
+from .reduced import after_norms, rows_of_qkv
 
 
 class ReducedDiffBlock(ReducedBlock, Block):

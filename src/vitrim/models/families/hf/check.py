@@ -3,14 +3,14 @@
 from operator import attrgetter
 from typing import Any
 
-from ...errors import UnsupportedModelError, VitrimError
-from ..adapter import Adapter
-from ..reduction.exchange import Reduced
-from ..widths.sublayers import Elastic
-from .hf_elastic import RemovedAttention, enter_elastic
-from .hf_layout import Layout
-from .hf_reduced import reduced_class
-from .hf_values import narrow_class
+from ....errors import UnsupportedModelError, VitrimError
+from ...adapter import Adapter
+from ...reduction.exchange import Reduced
+from ...widths.sublayers import Elastic
+from .elastic import RemovedAttention, enter_elastic
+from .layout import Layout
+from .reduced_classes import reduced_class
+from .values import narrow_class
 
 
 def check(adapter: Adapter, layout: Layout, model: Any) -> None:

@@ -6,15 +6,15 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from ...errors import UnsupportedModelError, VitrimError
-from ..adapter import State
-from ..architectures import build_architecture
-from ..finding import adapter_of, find_adapter
-from ..reduction.attached import attached
-from ..widths.block_widths import BlockWidths, widths_of
-from .hf_images import library
-from .hf_layout import LAYOUTS, Layout, layout_of, pair
-from .hf_timm_names import in_timm_names, in_transformers_names
+from ....errors import UnsupportedModelError, VitrimError
+from ...adapter import State
+from ...architectures import build_architecture
+from ...finding import adapter_of, find_adapter
+from ...reduction.attached import attached
+from ...widths.block_widths import BlockWidths, widths_of
+from .images import library
+from .layout import LAYOUTS, Layout, layout_of, pair
+from .weight_names import in_timm_names, in_transformers_names
 
 Library = Literal["timm", "transformers"]
 _KINDS = {

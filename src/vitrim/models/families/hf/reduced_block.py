@@ -5,13 +5,13 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from ...errors import VitrimError
-from ..attention_product import attention_product
-from ..heads import split_heads
-from ..reduction.exchange import while_attached
-from ..reduction.reduced_block import ReducedBlock
-from ..removed_branch import RemovedBranch
-from .hf_layout import Layout
+from ....errors import VitrimError
+from ...attention_product import attention_product
+from ...heads import split_heads
+from ...reduction.exchange import while_attached
+from ...reduction.reduced_block import ReducedBlock
+from ...removed_branch import RemovedBranch
+from .layout import Layout
 
 
 class ReducedLayer(ReducedBlock):

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ...errors import VitrimError
-from ..attention_product import attention_product
-from ..own_code import replaced
-from ..reduction.exchange import intercepted, while_attached
-from ..reduction.forward_pass import CHANGED, finish, trace_at_head
-from ..reduction.reduced_model import ReducedModel
+from ....errors import VitrimError
+from ...attention_product import attention_product
+from ...own_code import replaced
+from ...reduction.exchange import intercepted, while_attached
+from ...reduction.forward_pass import CHANGED, finish, trace_at_head
+from ...reduction.reduced_model import ReducedModel
 
 _LINEAR = None if replaced(nn.Linear) else nn.Linear.forward
 """What linear layers compute, unless somebody has replaced it for all of them."""

@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...errors import CheckpointError, VitrimError
-from ...text import short_name
-from ..architectures import check_patches
-from .hf_config import image_size, names_in, set_image_size
-from .hf_images import library, read_processor, set_images
-from .hf_layout import LAYOUTS, pair
-from .hf_quiet import quiet
-from .hf_sizes import resize
+from ....errors import CheckpointError, VitrimError
+from ....text import short_name
+from ...architectures import check_patches
+from .config import image_size, names_in, set_image_size
+from .images import library, read_processor, set_images
+from .layout import LAYOUTS, pair
+from .quiet import quiet
+from .sizes import resize
 
 SOURCE = "hf:"
 """How the names of models begin that are a folder written by `save_pretrained`, or a name on the Hugging Face hub."""

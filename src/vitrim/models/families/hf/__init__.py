@@ -1,0 +1,1 @@
+"""What the families of Hugging Face transformers share: one adapter that works from the layout of each."""
