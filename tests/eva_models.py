@@ -108,6 +108,16 @@ def in_timm_words(model: Any) -> Any:
     table = None
     if model.rope is not None:
         table = model.rope.get_embed(shape=model.patch_embed.grid_size).double()
+    return SimpleNamespace(
+        patch_embed=model.patch_embed, _pos_embed=lambda x: model._pos_embed(x)[0], norm_pre=model.norm_pre,
+        num_prefix_tokens=model.num_prefix_tokens, blocks=blocks_in_timm_words(model.blocks, table),
+        norm=model.norm, fc_norm=model.fc_norm, head=model.head, attn_pool=model.attn_pool,
+        global_pool=model.global_pool, pool_include_prefix=model.attn_pool is not None,
+    )  # fmt: skip
+
+
+def blocks_in_timm_words(blocks: Any, table: Tensor | None) -> list[Any]:
+    """Blocks under the names of the parts of timm's `Block`; `table` (sines, then cosines) rotates their heads."""
 
     def qkv(attn: Any, x: Tensor) -> Tensor:
         if attn.qkv is None:
@@ -136,16 +146,12 @@ def in_timm_words(model: Any) -> Any:
         if isinstance(block, EvaBlockPostNorm):
             norms = {"norm1": same, "norm2": same, "ls1": block.norm1, "ls2": block.norm2}
         else:
-            scales = [(lambda x, g=g: x if g is None else g * x) for g in (block.gamma_1, block.gamma_2)]
+            gammas = [getattr(block, name, None) for name in ("gamma_1", "gamma_2")]
+            scales = [(lambda x, g=g: x if g is None else g * x) for g in gammas]
             norms = {"norm1": block.norm1, "norm2": block.norm2, "ls1": scales[0], "ls2": scales[1]}
         return SimpleNamespace(attn=heads(block.attn, index), mlp=block.mlp, **norms)
 
-    return SimpleNamespace(
-        patch_embed=model.patch_embed, _pos_embed=lambda x: model._pos_embed(x)[0], norm_pre=model.norm_pre,
-        num_prefix_tokens=model.num_prefix_tokens, blocks=[layer(b, i) for i, b in enumerate(model.blocks)],
-        norm=model.norm, fc_norm=model.fc_norm, head=model.head, attn_pool=model.attn_pool,
-        global_pool=model.global_pool, pool_include_prefix=model.attn_pool is not None,
-    )  # fmt: skip
+    return [layer(block, index) for index, block in enumerate(blocks)]
 
 
 VIEWS["timm-eva"] = in_timm_words

@@ -6,7 +6,7 @@ list; each carries the set of input patches behind it.
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -44,6 +44,7 @@ class Tokens:
         back |= self.parked
         self.patches = [back[patch] for patch in sorted(back)]
         self.members, self.lost, self.carried = [{patch} for patch in sorted(back)], set(), None
+        self.parked = {}
         self.places = sorted(back)
 
 
@@ -239,6 +240,10 @@ def _attention(
 
 
 def _head(model: nn.Module, tokens: Tokens, weighted_attention: bool) -> Tensor:
+    if model.global_pool == "grid":  # The head reads every patch at its place.
+        tokens = replace(tokens)
+        tokens.reinstate()
+        return model.head(model.norm(tokens.rows())[None])
     rows = model.norm(tokens.rows())[None]
     num_prefix = len(tokens.prefix)
     if getattr(model, "head_dist", None) is not None:

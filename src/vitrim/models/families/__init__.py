@@ -15,8 +15,10 @@ from . import hf_siglip2 as _hf_siglip2  # noqa: F401
 from . import hf_vit as _hf_vit  # noqa: F401
 from . import timm_beit as _timm_beit  # noqa: F401
 from . import timm_blocks as _timm_blocks  # noqa: F401
+from . import timm_deepseek as _timm_deepseek  # noqa: F401
 from . import timm_eva as _timm_eva  # noqa: F401
 from . import timm_naflex as _timm_naflex  # noqa: F401
+from . import timm_qwen3 as _timm_qwen3  # noqa: F401
 from . import timm_relpos as _timm_relpos  # noqa: F401
 from . import timm_vit as _timm_vit  # noqa: F401
 from .hf import model as _hf_model  # noqa: F401

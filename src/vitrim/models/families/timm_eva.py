@@ -25,8 +25,8 @@ from .timm.reduced import ReducedTimmModel, mix, splits
 from .timm_vit import Classes, TimmViT
 
 
-class _ReducedEva(ReducedBlock):
-    """What both kinds of blocks share: projections, their rotation, and attention."""
+class ReducedRotaryBlock(ReducedBlock):
+    """What blocks on attention of `Eva` share: projections, their rotation, and attention."""
 
     rotary_argument = "rope"
     attn: Any
@@ -69,7 +69,7 @@ class _ReducedEva(ReducedBlock):
         return self.attn.head_dim**-0.5 if self.attends else 1.0
 
 
-class ReducedEvaBlock(_ReducedEva, EvaBlock):
+class ReducedEvaBlock(ReducedRotaryBlock, EvaBlock):
     """`EvaBlock` with a cut."""
 
     def norm_tokens(self, x_BTC: Tensor) -> Tensor:
@@ -83,7 +83,7 @@ class ReducedEvaBlock(_ReducedEva, EvaBlock):
         return x_BTC + self.drop_path2(out if self.gamma_2 is None else self.gamma_2 * out)
 
 
-class ReducedEvaBlockPostNorm(_ReducedEva, EvaBlockPostNorm):
+class ReducedEvaBlockPostNorm(ReducedRotaryBlock, EvaBlockPostNorm):
     """`EvaBlockPostNorm` with a cut: the norms follow attention and MLP."""
 
     def norm_tokens(self, x_BTC: Tensor) -> Tensor:
@@ -115,14 +115,14 @@ class TimmEva(TimmViT):
         return isinstance(model, Eva)
 
     def check_widths(self, model: Any) -> None:
-        if any(isinstance(block, EvaBlockPostNorm) for block in model.blocks):
+        if any(isinstance(block, EvaBlockPostNorm) for block in self.blocks(model)):
             raise WidthError(
                 f"the width of the blocks of this {type(model).__name__} cannot be cut: their norms follow attention "
                 "and MLP, and would act on what is left of a removed one"
             )
 
     def keeps_attention(self, model: Any) -> str:
-        attentions = [block.attn for block in model.blocks if isinstance(block, EvaBlock)]
+        attentions = [block.attn for block in self.blocks(model) if isinstance(block, EvaBlock)]
         between = next((part for attn in attentions if (part := part_behind(attn))), "")
         return between and f"its {between} between attention and output projection forbids rotating the values"
 

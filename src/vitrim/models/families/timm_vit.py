@@ -104,7 +104,7 @@ class TimmViT(TimmModel):
                 f"{type(model).__qualname__} overrides parts of {base} that the {self.name} adapter cannot keep; it "
                 f"covers {self.covers}"
             )
-        for index, block in enumerate(model.blocks):
+        for index, block in enumerate(self.blocks(model)):
             if isinstance(getattr(block, "attn", None), Elastic) or isinstance(getattr(block, "mlp", None), Elastic):
                 raise VitrimError("the model runs as a sub-network of a super-network; leave that context first")
             for part, known in self._parts(block):
@@ -160,7 +160,7 @@ class TimmViT(TimmModel):
 
     def macs(self, model: Any, plan: Plan, reducer: Reducer | None) -> Macs:
         total = self._patch_macs(model) + self._head_macs(model, plan.token_counts[-1])
-        for index, (block, tokens) in enumerate(zip(model.blocks, plan.entering, strict=True)):
+        for index, (block, tokens) in enumerate(zip(self.blocks(model), plan.entering, strict=True)):
             prefix_only = plan.prefix_only and index == plan.depth - 1
             cuts = plan.cut(index, "before"), plan.cut(index, "inside")
             total += block_macs(

@@ -147,8 +147,15 @@ def trace_at_head(policy: Policy, x_BTC: Tensor) -> Trace | None:
     Raises:
         VitrimError: nothing proves which forward pass the tokens come from.
     """
-    if not policy.fuses:
-        return None
+    return known_trace(policy, x_BTC) if policy.fuses else None
+
+
+def known_trace(policy: Policy, x_BTC: Tensor) -> Trace | None:
+    """The trace of these final tokens; None where they are all there, or hold no values.
+
+    Raises:
+        VitrimError: nothing proves which forward pass the tokens come from.
+    """
     trace, call, g = trace_of(x_BTC), Call.of(policy), policy.geometry
     ran = None if call is None else call.certain
     if ran is None or trace is None or not trace.same_pass(ran):
@@ -165,11 +172,7 @@ def trace_at_head(policy: Policy, x_BTC: Tensor) -> Trace | None:
             "in a CUDA graph nothing proves from which forward pass features of inference mode come; capture it under "
             "torch.no_grad, or capture the whole model"
         )
-    raise VitrimError(
-        "it is not known from which forward pass these features come, so the head cannot weigh tokens that stand for "
-        "several patches; give forward_head the tensor that forward_features returned, as it is (no copy, cast or "
-        "slice of it, and nothing written into it), or call the model"
-    )
+    raise VitrimError(UNKNOWN)
 
 
 def recomputing() -> bool:
@@ -177,6 +180,11 @@ def recomputing() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
+UNKNOWN = (
+    "it is not known from which forward pass these features come, so the head cannot weigh tokens that stand for "
+    "several patches; give forward_head the tensor that forward_features returned, as it is (no copy, cast or slice of "
+    "it, and nothing written into it), or call the model"
+)
 CHANGED = (
     "the blocks of this model are not those that the reduction was attached to; call handle.remove(), then attach again"
 )

@@ -128,7 +128,7 @@ class ReducedTimmModel(ReducedModel):
             bias = trace.bias(x.dtype)
             first = pooled_from(self)
             return self.attn_pool(x[:, first:], attn_mask=None if bias is None else bias[..., first:])
-        mean = _mean(x, trace.size_BN, self.num_prefix_tokens, getattr(self, "pool_include_prefix", False))
+        mean = mean_by_size(x, trace.size_BN, self.num_prefix_tokens, getattr(self, "pool_include_prefix", False))
         if kind == "avg":
             return mean
         first = 0 if getattr(self, "pool_include_prefix", False) else self.num_prefix_tokens
@@ -196,12 +196,12 @@ class ReducedPoolingHead(ReducedTimmModel):
                 raise VitrimError("cls_only leaves no patch tokens to pool by 'avg'; attach again without it")
             trace = trace_at_head(self.vitrim_policy, x)
             if trace is not None and trace.size_BN is not None:
-                mean = _mean(x, trace.size_BN, self.num_prefix_tokens, False)
+                mean = mean_by_size(x, trace.size_BN, self.num_prefix_tokens, False)
                 x = torch.cat([x[:, : self.num_prefix_tokens], mean.unsqueeze(1)], dim=1)  # The mean of one is itself.
         return super().forward_head(x, *args, **kwargs)
 
 
-def _mean(x_BTC: Tensor, size_BN: Tensor, num_prefix: int, with_prefix: bool) -> Tensor:
+def mean_by_size(x_BTC: Tensor, size_BN: Tensor, num_prefix: int = 0, with_prefix: bool = False) -> Tensor:
     """The mean of tokens by their sizes, (B, C)."""
     size = size_BN.to(torch.promote_types(x_BTC.dtype, torch.float32))
     size = F.pad(size, (num_prefix, 0), value=float(with_prefix))
