@@ -19,6 +19,7 @@ from ..shapes_only import shapes_only
 from ..widths.block_widths import BlockWidths, set_widths, widths_of
 from ..wrapped import find_inside
 from .description import Cut, Record, check_args
+from .same_layers import other_layers
 from .weights import misfits
 
 
@@ -85,16 +86,21 @@ def _uneven_widths(model: nn.Module, record: Record) -> tuple[BlockWidths, ...] 
     own = model.state_dict()
     with shapes_only():
         stock = rebuild(record, {})
-        if not misfits(stock.state_dict(), own):
-            return None
         widths = None
-        with suppress(VitrimError):  # Whatever cannot be narrowed shows as a misfit below.
-            widths = widths_of(model)
-            set_widths(stock, widths)
+        if misfits(stock.state_dict(), own):
+            with suppress(VitrimError):  # Whatever cannot be narrowed shows as a misfit below.
+                widths = widths_of(model)
+                set_widths(stock, widths)
+        differs = f"the model differs from the {record.architecture} that its description builds: "
         if faults := misfits(stock.state_dict(), own):
             raise CheckpointError(
-                f"the model differs from the {record.architecture} that its description builds: {faults}; for another "
-                "number of classes use model.reset_classifier(CLASSES), or write model.state_dict() with safetensors"
+                f"{differs}{faults}; for another number of classes use model.reset_classifier(CLASSES), or write "
+                "model.state_dict() with safetensors"
+            )
+        if faults := other_layers(model, stock, adapter_of(model).speed_settings):
+            raise CheckpointError(
+                f"{differs}{faults}; create the model with these settings (in timm as act_layer='relu'), or write "
+                "model.state_dict() with safetensors"
             )
     return widths
 
