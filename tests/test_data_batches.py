@@ -104,3 +104,50 @@ def test_what_holds_no_images_is_refused_in_one_line() -> None:
         batches_in((PIXELS, CLASSES[:9]))
     with pytest.raises(DataError, match="give it a transform that makes tensors"):
         list(batches_in(TensorDataset(CLASSES)))
+
+
+class Labelled(Dataset[tuple[Tensor, object]]):
+    """Images with labels of any kind."""
+
+    def __init__(self, label: object) -> None:
+        self.label = label
+
+    def __len__(self) -> int:
+        return len(PIXELS)
+
+    def __getitem__(self, row: int) -> tuple[Tensor, object]:
+        return PIXELS[row], self.label
+
+
+@pytest.mark.parametrize("label", ["a/b.png", 0.7, torch.eye(5)[0], torch.tensor(0.7), {"class": 1}, [0, 1]])
+def test_labels_that_are_no_whole_numbers_are_no_classes(label: object) -> None:
+    assert all(isinstance(batch, Tensor) for batch in batches_in(Labelled(label)))
+    with pytest.raises(DataError, match="val has no whole numbers as classes"):
+        gather(Labelled(label), SHAPE, 8, "val", 5)
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ([{"pixel_values": PIXELS, "labels": CLASSES}], r"a dict with pixel_values, labels; give \(batch\['pixel_val"),
+        (list(PIXELS), r"a tensor \(3, 40, 40\); stack images: torch.stack"),
+        (PIXELS.numpy(), r"a NumPy array \(3, 40, 40\); give torch.from_numpy"),
+        ([("a.png", PIXELS)], "a tuple that begins with a str"),
+    ],
+)
+def test_what_is_no_batch_is_named_with_the_way_out(data: object, words: str) -> None:
+    with pytest.raises(DataError, match=words):
+        gather(data, SHAPE, 8)
+
+
+@pytest.mark.parametrize(
+    ("labels", "words"),
+    [
+        (torch.eye(5)[CLASSES], r"not a tensor \(40, 5\)"),
+        (CLASSES.tolist(), "not a list"),
+        (CLASSES.numpy(), "not a NumPy array"),
+    ],
+)
+def test_labels_of_another_form_are_not_taken_for_a_second_batch(labels: object, words: str) -> None:
+    with pytest.raises(DataError, match=f"val: labels are a tensor .N,. of classes, {words}"):
+        gather((PIXELS, labels), SHAPE, 8, "val", 5)

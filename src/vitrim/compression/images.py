@@ -87,7 +87,10 @@ def gather(
     labels = None
     if classes is not None:
         if any(target is None for _, target in batches):
-            raise DataError(f"{what} has no classes, so no accuracy can be measured; give batches of (images, classes)")
+            raise DataError(
+                f"{what} has no whole numbers as classes, so no accuracy can be measured; give batches of "
+                "(images, classes)"
+            )
         checked = [check_classes(target, len(images), classes, what) for images, target in batches]
         labels = torch.cat(checked)[:most]
     images = torch.cat([images for images, _ in batches])[:most]

@@ -1,14 +1,18 @@
 """Batches of images from whatever people have: the one way from the `images` of public functions to tensors."""
 
+import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from itertools import islice
 from typing import Any, TypeVar, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
 from ..errors import DataError
+from ..text import short_name
 from .seeding import permutation
 
 Batch = Tensor | tuple[Tensor, ...] | list[Tensor]
@@ -17,6 +21,8 @@ Images = Tensor | tuple[Tensor, Tensor] | Dataset[Any] | Iterable[Batch]
 T = TypeVar("T")
 SIZE = 32
 """Images in a batch that is made here."""
+_PIXELS = ("pixel_values", "image", "images", "img", "x", "input")
+"""How images are called in batches of other libraries."""
 
 
 def batches_in(data: Any, what: str = "images", *, most: int | None = None) -> Iterator[Batch]:
@@ -38,6 +44,8 @@ def batches_in(data: Any, what: str = "images", *, most: int | None = None) -> I
         return _of_tensor(data, None, what, most)
     if _is_pair(data):
         return _of_tensor(data[0], data[1], what, most)
+    if _is_pair_of_other_labels(data):
+        raise DataError(f"{what}: labels are a tensor (N,) of classes, not {_in_words(data[1])}")
     if isinstance(data, IterableDataset):
         return _of_items(_item(item, what) for item in data)
     if isinstance(data, Dataset):
@@ -56,7 +64,10 @@ def images_of(batch: Batch) -> Tensor:
     """
     images = batch[0] if isinstance(batch, tuple | list) and batch else batch
     if not isinstance(images, Tensor) or images.ndim != 4:
-        raise DataError("a batch is a tensor of images (B, channels, height, width), or a pair of it and labels")
+        raise DataError(
+            "a batch is a tensor of images (B, channels, height, width), or a pair of it and labels, not "
+            f"{_in_words(batch)}"
+        )
     if not len(images):
         raise DataError("a batch holds no images")
     check_floats(images)
@@ -110,11 +121,46 @@ def _is_pair(data: Any) -> bool:
     return isinstance(images, Tensor) and images.ndim == 4 and isinstance(classes, Tensor) and classes.ndim == 1
 
 
+def _is_pair_of_other_labels(data: Any) -> bool:
+    """Whether this is a batch of images and labels of a wrong form, not a sequence of two batches."""
+    if not isinstance(data, tuple | list) or len(data) != 2 or not isinstance(data[0], Tensor) or data[0].ndim != 4:
+        return False
+    labels = data[1]
+    return labels.ndim != 4 if isinstance(labels, Tensor | np.ndarray) else _starts_with_number(labels)
+
+
+def _starts_with_number(labels: Any) -> bool:
+    return isinstance(labels, tuple | list) and bool(labels) and isinstance(labels[0], int | float)
+
+
+def _in_words(found: Any) -> str:
+    """What was given in place of a batch, and how to make one of it."""
+    kind = short_name(type(found).__name__)
+    if isinstance(found, Mapping):
+        names = [key for key in found if isinstance(key, str)]
+        image = next((key for key in names if key in _PIXELS), names[0] if names else "image")
+        return f"a {kind} with {short_name(', '.join(names))}; give (batch[{image!r}] for batch in loader)"
+    if isinstance(found, np.ndarray):
+        return f"a NumPy array {found.shape}; give torch.from_numpy(array), channels before height"
+    if isinstance(found, Tensor):
+        return f"a tensor {tuple(found.shape)}" + ("; stack images: torch.stack(images)" if found.ndim == 3 else "")
+    if isinstance(found, tuple | list) and found:
+        return f"a {kind} that begins with {_in_words(found[0])}"
+    return f"a {kind}"
+
+
+def _class_of(target: Any) -> int | None:
+    """The class that a label names; None where it is no whole number."""
+    with suppress(TypeError):
+        return operator.index(target)
+    return None
+
+
 def _item(item: Any, what: str) -> tuple[Tensor, int | None]:
     image, target = (item[0], item[1] if len(item) > 1 else None) if isinstance(item, tuple | list) else (item, None)
     if not isinstance(image, Tensor) or image.ndim != 3:
         raise DataError(
-            f"{what}: the data set gives a {type(image).__name__} where an image (channels, height, width) is needed; "
-            "give it a transform that makes tensors"
+            f"{what}: the data set gives {_in_words(image).partition(';')[0]} where an image (channels, height, width) "
+            "is needed; give it a transform that makes tensors, and items (image, class)"
         )
-    return image, None if target is None else int(target)
+    return image, _class_of(target)
