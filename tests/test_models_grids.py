@@ -11,18 +11,18 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import vitrim
 from test_contract import Case, agrees_with_reference
-from tower_models import DEEPSEEK, MORE, QWEN3
+from tower_models import DEEPSEEK, GEMMA4, MORE, QWEN3
 from vitrim.errors import CheckpointError, UnsupportedModelError, VitrimError
 from vitrim.models import BlockWidths, build_model, find_adapter, set_widths, widths_of
 from vitrim.tokens import Reducer
 from zoo import images, predicted, redrawn
 
-MODELS = {**QWEN3, **DEEPSEEK, **MORE}
+MODELS = {**QWEN3, **DEEPSEEK, **GEMMA4, **MORE}
 REDUCERS = [vitrim.TopK("norm"), vitrim.TopK("norm", fuse="mean"), vitrim.ToMe()]
 CUT = "TopK(norm, fuse=mean) @ KeepRate(0.6, at=(0, 1))"
 DROP = "TopK(norm) @ KeepRate(0.6, at=(0, 1))"
 MERGE = "ToMe() @ KeepRate(0.6, at=(0, 1))"
-CLASSIFIERS = ("qwen3", "qwen3_merge", "qwen3_every_patch", "deepseek", "deepseek_align")
+CLASSIFIERS = ("qwen3", "qwen3_merge", "qwen3_every_patch", "deepseek", "deepseek_align", "gemma4", "gemma4_soft")
 
 
 def _model(name: str) -> Any:
@@ -54,7 +54,8 @@ def test_nothing_to_drop_leaves_every_output_bit_equal(name: str) -> None:
     x = torch.randn(2, *size, generator=torch.Generator().manual_seed(0))
 
     def outputs() -> list[Any]:
-        asked = ({"norm": True}, {"output_fmt": "NLC", "indices": [0, 2]}, {"indices": 1, "output_dict": True},
+        as_dict = {} if name in ("gemma4", "gemma4_soft") else {"output_dict": True}
+        asked = ({"norm": True}, {"output_fmt": "NLC", "indices": [0, 2]}, {"indices": 1, **as_dict},
                  {"indices": [1], "stop_early": True}, {"intermediates_only": True})  # fmt: skip
         return [model(x), model.forward_features(x), *(model.forward_intermediates(x, **each) for each in asked)]
 
@@ -88,20 +89,22 @@ def test_features_have_the_shape_that_callers_expect_and_the_head_weighs_the_tok
                 again = model.forward_head(model.forward_features(x))
             torch.testing.assert_close(again, logits, rtol=1e-12, atol=1e-12)
             copied = features.clone()
-            if name in ("qwen3", "deepseek") and reduction != MERGE:
+            if name == "gemma4" or (name in ("qwen3", "deepseek") and reduction != MERGE):
                 with pytest.raises(VitrimError, match="it is not known from which forward pass these features come"):
                     model.forward_head(copied)
-                features.mul_(2)
-                with pytest.raises(VitrimError, match="it is not known from which forward pass these features come"):
-                    model.forward_head(features)
+                if reduction != MERGE:
+                    features.mul_(2)
+                    with pytest.raises(VitrimError, match="it is not known from which forward pass these"):
+                        model.forward_head(features)
             else:  # The mean of a grid whose merged tokens are copied is that of the tokens, weighed.
                 torch.testing.assert_close(model.forward_head(copied), logits, rtol=1e-12, atol=1e-12)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["qwen3", "deepseek", "qwen3_merge"])
+@pytest.mark.parametrize("name", ["qwen3", "deepseek", "qwen3_merge", "gemma4"])
 def test_an_encoder_inside_a_classifier_is_reduced_by_itself(name: str, tmp_path: Path) -> None:
     model, x = _model(name), _x()
+    find_adapter(model).resize(model.encoder, 40)  # Gemma's does not say its own size.
     classes, dense = [type(module) for module in model.modules()], model(x)
     whole = copy.deepcopy(model)
     for reduction in (DROP, MERGE):
@@ -124,7 +127,7 @@ def test_an_encoder_inside_a_classifier_is_reduced_by_itself(name: str, tmp_path
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["qwen3", "deepseek_enc"])
+@pytest.mark.parametrize("name", ["qwen3", "deepseek_enc", "gemma4_enc"])
 @pytest.mark.parametrize("norm", [False, True])
 def test_maps_and_grids_hold_every_patch_at_its_place(name: str, norm: bool) -> None:
     model, x = _model(name), _x()
@@ -141,14 +144,15 @@ def test_maps_and_grids_hold_every_patch_at_its_place(name: str, norm: bool) -> 
         grid = tower.forward_features(x)
         state = handle.state_of(grid)
         assert torch.equal(state.positions, handle.state_of(left[0]).positions)
-        assert torch.equal(handle.restore(grid), grid.flatten(1, 2))
-        torch.testing.assert_close(handle.restore(left[0]), grid.flatten(1, 2), rtol=1e-10, atol=1e-10)
-        short, lengths = tower.forward_intermediates(x, [0, -1], output_fmt="NLC", norm=norm)
+        assert torch.equal(handle.restore(grid), grid.flatten(1, -2))
+        torch.testing.assert_close(handle.restore(left[0]), grid.flatten(1, -2), rtol=1e-10, atol=1e-10)
+        short, lengths = tower.forward_intermediates(x, indices=[0, -1], output_fmt="NLC", norm=norm)
         assert [tokens.shape[1] for tokens in lengths] == [16, 11]
         assert torch.equal(short, grid)
-        early = tower.forward_intermediates(x, [1], stop_early=True, norm=norm, output_dict=True)
+        early = tower.forward_intermediates(x, indices=[1], stop_early=True, norm=norm, output_dict=True)
         assert torch.equal(early["image_intermediates"][0], maps[1])
-        torch.testing.assert_close(early["image_features"], after(handle.restore(left[1][1][1])).unflatten(1, (5, 5)))
+        expected = after(handle.restore(left[1][1][1]))
+        torch.testing.assert_close(early["image_features"], expected.reshape(early["image_features"].shape))
 
 
 @torch.no_grad()
@@ -201,12 +205,14 @@ def test_other_sizes_are_taken_for_good_or_refused() -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["qwen3", "qwen3_enc", "deepseek_align", "deepseek_enc"])
+@pytest.mark.parametrize("name", ["qwen3", "qwen3_enc", "deepseek_align", "deepseek_enc", "gemma4", "gemma4_enc"])
 def test_a_saved_tower_comes_back_with_its_widths_and_its_reduction(name: str, tmp_path: Path) -> None:
     model, x = redrawn(MODELS[name]()), images(2)
-    for norm_of in [one for one in model.modules() if type(one).__name__ == "RmsNorm"]:
-        _as_built(model, norm_of)
-    set_widths(model, [BlockWidths(8, 17, 5, 4), BlockWidths(0, 64), BlockWidths(8, 0, 8, 6)])
+    if name.startswith("deepseek"):
+        for norm in [one for one in model.modules() if type(one).__name__ == "RmsNorm"]:
+            _as_built(model, norm)
+    if not name.startswith("gemma4"):
+        set_widths(model, [BlockWidths(8, 17, 5, 4), BlockWidths(0, 64), BlockWidths(8, 0, 8, 6)])
     find_adapter(model).resize(model, (40, 80))
     vitrim.attach(model, CUT)
     wide = torch.cat([x, x.flip(3)], dim=3)
@@ -249,9 +255,16 @@ def test_widths_of_values_pairs_and_gated_units_change(name: str) -> None:
     agrees_with_reference(model, vitrim.ToMe(), vitrim.KeepRate(0.6, at=(0, 1)))
 
 
+PAIR = ("gemma4_soft", "gemma4_enc")
+
+
 @torch.no_grad()
 def test_weights_of_an_encoder_are_those_of_the_encoder_in_a_classifier() -> None:
-    for name, encoder in (("qwen3_merge", "qwen3_enc"), ("deepseek_align", "deepseek_enc")):
+    for name, encoder in (
+        ("qwen3_merge", "qwen3_enc"),
+        ("deepseek_align", "deepseek_enc"),
+        ("gemma4_soft", "gemma4_enc"),
+    ):
         source, model = redrawn(MODELS[encoder]()), redrawn(MODELS[name]())
         state = find_adapter(model).fit_weights(model, source.state_dict())
         missing, unexpected = model.load_state_dict(state, strict=False)
@@ -261,7 +274,7 @@ def test_weights_of_an_encoder_are_those_of_the_encoder_in_a_classifier() -> Non
 
 
 def test_gradients_survive_recomputation_and_reach_the_projector() -> None:
-    for name in ("qwen3_merge", "deepseek"):
+    for name in ("qwen3_merge", "deepseek", "gemma4"):
         model, x = _model(name).train(), _x()
 
         def gradients(model: Any = model, x: Tensor = x) -> list[Tensor]:
@@ -299,6 +312,19 @@ def test_hooks_on_the_encoder_of_a_classifier_see_its_calls() -> None:
     with vitrim.attach(model, DROP):
         model(x)
     assert seen == [(2, 5, 5, 16), (2, 5, 5, 16), (2, 9, 16)]
+
+
+@torch.no_grad()
+def test_gemma_takes_images_alone_and_keeps_its_widths() -> None:
+    model, x = _model("gemma4"), _x()
+    coordinates = torch.cartesian_prod(torch.arange(5), torch.arange(5)).expand(2, -1, -1)
+    with vitrim.attach(model, CUT):
+        for given in ({"patches": x, "patch_coord": coordinates}, x.flatten(1)[:, :4800].view(2, 25, 192)):
+            for method in (model, model.encoder, model.encoder.forward_features, model.encoder.forward_intermediates):
+                with pytest.raises(VitrimError, match=r"takes images \(B, C, H, W\) of one size, no patches with"):
+                    method(given)
+    with pytest.raises(UnsupportedModelError, match="norms follow attention and MLP, and would act on what is left"):
+        set_widths(model, [BlockWidths(12, 8)] * 3)
 
 
 def test_towers_of_other_classes_are_refused_by_name() -> None:

@@ -16,7 +16,7 @@ from eva_models import EVA
 from hf_models import HF
 from naflex_models import NAFLEX
 from relative_models import BEIT, RELPOS
-from tower_models import DEEPSEEK, QWEN3
+from tower_models import DEEPSEEK, GEMMA4, QWEN3
 from vitrim.models import BlockWidths, adapter_of, build_model, set_widths
 
 SMALL = {"img_size": 40, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 3, "num_classes": 5}
@@ -105,6 +105,7 @@ ZOO: dict[str, dict[str, Callable[[], nn.Module]]] = {
     "timm-naflex": NAFLEX,
     "timm-qwen3": QWEN3,
     "timm-deepseek": DEEPSEEK,
+    "timm-gemma4": GEMMA4,
     "transformers": HF,
     "toy": TOY,
 }

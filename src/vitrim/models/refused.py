@@ -29,7 +29,6 @@ REFUSED: dict[str, tuple[str, str]] = {
     "timm.models.fastvit": ("FastViT", _STAGES),
     "timm.models.focalnet": ("FocalNet", _STAGES),
     "timm.models.gcvit": ("GC ViT", _WINDOWS),
-    "timm.models.gemma4_vit": ("Gemma 4 ViT", _TOWER),
     "timm.models.hiera": ("Hiera", _MASK_UNITS),
     "timm.models.hieradet_sam2": ("Hiera of SAM 2", _WINDOWS),
     "timm.models.levit": ("LeViT", _SHRINKS),

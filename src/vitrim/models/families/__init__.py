@@ -17,6 +17,7 @@ from . import timm_beit as _timm_beit  # noqa: F401
 from . import timm_blocks as _timm_blocks  # noqa: F401
 from . import timm_deepseek as _timm_deepseek  # noqa: F401
 from . import timm_eva as _timm_eva  # noqa: F401
+from . import timm_gemma4 as _timm_gemma4  # noqa: F401
 from . import timm_naflex as _timm_naflex  # noqa: F401
 from . import timm_qwen3 as _timm_qwen3  # noqa: F401
 from . import timm_relpos as _timm_relpos  # noqa: F401

@@ -16,8 +16,8 @@ from ....errors import VitrimError
 from ...reduction.exchange import while_attached
 from ...reduction.forward_pass import CHANGED, Call, finish, trace_at_head
 from ...reduction.reduced_model import ReducedModel
-from ...reduction.restored import mark_grid, trace_behind_grid
-from ...reduction.trace import Trace
+from ...reduction.restored import RestoredTrace, mark_grid, trace_behind_grid
+from ...reduction.trace import Trace, trace_of
 from .reduced import mean_by_size
 
 
@@ -51,7 +51,7 @@ class ReducedEncoder(ReducedTower):
     @while_attached
     def forward(self, x: Tensor) -> Tensor:
         """As the foreign class; inside a classifier that averages, the tokens that are left (B, M, C)."""
-        inside = isinstance(Call.of(self.vitrim_policy), TowerCall)
+        inside = self.vitrim_inside
         if not inside and self.global_pool != "avg":
             if projector_of(self) is None:
                 return super(ReducedModel, self).forward(x)  # That is `forward_features`, which opens a call.
@@ -61,11 +61,16 @@ class ReducedEncoder(ReducedTower):
             tokens = self.vitrim_left(x)[0]
             trace = self.vitrim_certain(call)
             if not trace.cuts():
-                tokens = tokens.unflatten(1, grid_of(self, x.shape[-2:]))
-                return tokens if inside else tokens.mean(dim=(1, 2))
+                whole = self.vitrim_shaped(tokens, x)
+                return whole if inside else whole.mean(dim=tuple(range(1, whole.ndim - 1)))
             if inside:
                 return finish(self.vitrim_policy, tokens)
             return mean_of(tokens, trace)
+
+    @property
+    def vitrim_inside(self) -> bool:
+        """Whether a classifier calls that averages tokens itself."""
+        return isinstance(Call.of(self.vitrim_policy), TowerCall)
 
     @while_attached
     def forward_features(self, x: Tensor) -> Tensor:
@@ -109,7 +114,7 @@ class ReducedEncoder(ReducedTower):
         return {"image_features": grid, "image_intermediates": found} if output_dict else (grid, found)
 
     def vitrim_left(
-        self, x: Tensor, blocks: Collection[int] = (), final: int | None = None, output_fmt: str = "NLC"
+        self, x: Any, blocks: Collection[int] = (), final: int | None = None, output_fmt: str = "NLC", **more: Any
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """Tokens (B, M, C) that leave the block `final`, by default the last, normed, and those that leave `blocks`.
 
@@ -121,7 +126,7 @@ class ReducedEncoder(ReducedTower):
         final = len(self.blocks) - 1 if final is None else final
         wanted = sorted({*blocks, final})
         found = super().forward_intermediates(
-            x, indices=wanted, stop_early=early, output_fmt="NLC", intermediates_only=True
+            x, indices=wanted, stop_early=early, output_fmt="NLC", intermediates_only=True, **more
         )
         between = dict(zip(wanted, found, strict=True))
         norm = final_norm_of(self)
@@ -137,8 +142,11 @@ class ReducedEncoder(ReducedTower):
     def vitrim_grid(self, tokens_BTC: Tensor, trace: Trace, images: Tensor, *, handed: bool) -> Tensor:
         """The grid (B, H, W, C) of all patches of these images."""
         whole = trace.restored(tokens_BTC, final_norm_of(self), num_prefix=0)
-        grid = whole.unflatten(1, grid_of(self, images.shape[-2:]))
-        return mark_grid(grid, trace, tokens_BTC, handed=handed)
+        return mark_grid(self.vitrim_shaped(whole, images), trace, tokens_BTC, handed=handed)
+
+    def vitrim_shaped(self, whole_BNC: Tensor, images: Tensor) -> Tensor:
+        """All patches of these images as the foreign class returns them."""
+        return whole_BNC.unflatten(1, grid_of(self, images.shape[-2:]))
 
 
 class ReducedClassifier(ReducedTower):
@@ -158,15 +166,17 @@ class ReducedClassifier(ReducedTower):
     @while_attached
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Of the grid that `forward_features` returned, or of tokens (B, M, C) that are left."""
-        if averages(self):
-            policy = self.vitrim_policy
-            if x.ndim == 4:
-                trace = trace_behind_grid(policy, x, self.training)
-                if trace is not None and trace.tokens is not None:
-                    x = mean_of(trace.tokens, trace).unsqueeze(1)  # The mean of one is itself.
-            elif (found := trace_at_head(policy, x)) is not None:
-                x = mean_of(x, found).unsqueeze(1)
-        return super().forward_head(x, pre_logits)
+        return super().forward_head(self.vitrim_pooled(x), pre_logits)
+
+    def vitrim_pooled(self, x: Tensor) -> Tensor:
+        """What the head averages: the weighed mean as one token (B, 1, C), or all tokens where each counts the same."""
+        if not averages(self):
+            return x
+        if x.ndim == 4 or isinstance(trace_of(x), RestoredTrace):
+            trace = trace_behind_grid(self.vitrim_policy, x, self.training)
+            return x if trace is None or trace.tokens is None else mean_of(trace.tokens, trace).unsqueeze(1)
+        found = trace_at_head(self.vitrim_policy, x)
+        return x if found is None else mean_of(x, found).unsqueeze(1)
 
 
 def mean_of(tokens_BTC: Tensor, trace: Trace) -> Tensor:
@@ -176,7 +186,10 @@ def mean_of(tokens_BTC: Tensor, trace: Trace) -> Tensor:
 
 def grid_of(tower: Any, size: Sequence[int]) -> tuple[int, int]:
     """Rows and columns of the patches of images of (height, width)."""
-    rows, columns = tower.patch_embed.dynamic_feat_size((size[0], size[1]))
+    embed = tower.patch_embed
+    if not hasattr(embed, "dynamic_feat_size"):
+        return size[0] // embed.patch_size[0], size[1] // embed.patch_size[1]
+    rows, columns = embed.dynamic_feat_size((size[0], size[1]))
     return int(rows), int(columns)
 
 
@@ -191,10 +204,13 @@ def final_norm_of(tower: Any) -> nn.Module | None:
 
 
 def projector_of(tower: Any) -> Any:
-    """The layers that make tokens of a language model from the grid of an encoder; None without them."""
+    """The part that makes tokens of a language model from the grid of an encoder; None without one."""
+    if tower.global_pool == "soft":
+        return tower.pooler
     return next((part for name in ("merger", "aligner") if (part := getattr(tower, name, None)) is not None), None)
 
 
 def side_of(projector: Any) -> int:
     """How many patches in each direction a projector takes together."""
-    return projector.merge_size if hasattr(projector, "merge_size") else projector.downsample_ratio
+    names = ("merge_size", "downsample_ratio", "pooling_kernel_size")
+    return next(getattr(projector, name) for name in names if hasattr(projector, name))

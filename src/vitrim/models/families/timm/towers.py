@@ -55,7 +55,7 @@ class _TimmTower(TimmEva):
 
     def geometry(self, model: Any) -> Geometry:
         tower = self.tower(model)
-        height, width = tower.patch_embed.img_size
+        height, width = self._size(model)
         rows, columns = grid_of(tower, (height, width))
         return Geometry(
             depth=len(tower.blocks),
@@ -67,6 +67,11 @@ class _TimmTower(TimmEva):
             fixed_size=False,
             rotary=True,
         )
+
+    def _size(self, model: Any) -> tuple[int, int]:
+        """Height and width of the images that a model is made for; it takes others too."""
+        height, width = self.tower(model).patch_embed.img_size
+        return height, width
 
     def patches_entering(self, model: Any, *, training: bool) -> int:
         return self.geometry(model).num_patches
@@ -121,9 +126,13 @@ class _TimmTower(TimmEva):
                 f"it is not known how {final_BTC.shape[1]} patches lie, since images of {size[0]} x {size[1]} px have "
                 f"{rows} x {columns}; call the model"
             )
-        grid, projector = final_BTC.unflatten(1, (rows, columns)), projector_of(tower)
-        out = grid if projector is None else projector(grid)
+        out = self._projected(tower, final_BTC, (rows, columns))
         return model.forward_head(out) if tower is not model else _channels_first(out)
+
+    def _projected(self, tower: Any, whole_BNC: Tensor, grid: tuple[int, int]) -> Tensor:
+        """What an encoder returns of all its patches, so many rows and columns."""
+        shaped, projector = whole_BNC.unflatten(1, grid), projector_of(tower)
+        return shaped if projector is None else projector(shaped)
 
     def _averages(self, model: Any) -> bool:
         """Whether the head averages the tokens of the last block."""
@@ -139,17 +148,19 @@ class _TimmTower(TimmEva):
         shown, patch = f"{height} x {width} px", embed.patch_size
         if not rows * columns:
             raise UnsupportedModelError(f"images of {shown} are smaller than one patch of {max(patch)} px")
-        if (rows * patch[0], columns * patch[1]) != (height, width) and not embed.dynamic_img_pad:
+        pads = getattr(embed, "dynamic_img_pad", False)
+        if (rows * patch[0], columns * patch[1]) != (height, width) and not pads:
             raise UnsupportedModelError(f"images of {shown} are no whole number of {max(patch)} px patches")
-        side = getattr(projector, "merge_size", 1)  # Others pad what is left over.
+        # DeepSeek's pads what is left over.
+        side = 1 if projector is None or hasattr(projector, "downsample_ratio") else side_of(projector)
         if rows % side or columns % side:
             raise UnsupportedModelError(
                 f"images of {shown} have {rows} x {columns} patches, of which the projector takes {side} x {side} at "
                 "a time; give a multiple of both"
             )
-        embed.set_input_size(img_size=(height, width))
-        if hasattr(model, "_traits"):
-            model._traits["img_size"] = (height, width)  # What timm calls the nominal size.
+        if hasattr(embed, "set_input_size"):
+            embed.set_input_size(img_size=(height, width))
+        model._traits = {**getattr(model, "_traits", {}), "img_size": (height, width)}  # timm's record of it.
         if (handle := vars(model).get("vitrim_handle")) is not None:
             handle.refresh()
 
@@ -195,11 +206,15 @@ class _TimmTower(TimmEva):
         if projector is not None:
             side = side_of(projector)
             read = -(-rows // side) * -(-columns // side)
-            total += read * macs_per_row(projector.fc1, projector.hidden_size)
-            total += read * macs_per_row(projector.fc2, projector.fc1.out_features)
+            total += self._projector_macs(projector, read)
         if tower is not model:
             total += (1 if model.global_pool == "avg" else read) * macs_per_row(model.head, model.num_features)
         return Macs(total)
+
+    def _projector_macs(self, projector: Any, read: int) -> int:
+        """Of a projector that gives so many tokens."""
+        each = macs_per_row(projector.fc1, projector.hidden_size)
+        return read * (each + macs_per_row(projector.fc2, projector.fc1.out_features))
 
 
 def _channels_first(out: Tensor) -> Tensor:
