@@ -1,4 +1,9 @@
-"""Adapters: the only room that knows a foreign class. Importing it fills the table of adapters and timm's registry."""
+"""The one door through which foreign models come. Importing it fills the table of adapters and timm's registry.
+
+The modules here are the port: what other rooms may ask about any model, above all in `adapter`. `reduction` and `widths`
+are the two ways in which a model is changed, `families` know the classes of other libraries, and `files` are models on
+disk.
+"""
 
 from . import families as _families  # noqa: F401  (fills the table of adapters)
 from . import small_vits as _small_vits  # noqa: F401  (enters its models in timm's registry)
