@@ -8,6 +8,7 @@ distances from it, so that one wrong measurement does no harm.
 import re
 from collections.abc import Callable
 from functools import partial
+from numbers import Real
 from statistics import median
 from timeit import Timer
 
@@ -18,6 +19,7 @@ from torch.utils import benchmark
 from ..errors import VitrimError
 from ..models import find_adapter
 from ..models.evaluating import evaluating
+from ..text import short
 
 Clock = Callable[..., Tensor]
 """(models) -> times of one forward pass in milliseconds (rounds, models), measured in turns."""
@@ -31,14 +33,13 @@ def parse(latency: float | str) -> tuple[float, bool]:
     Raises:
         VitrimError: it is not positive, or text in another form.
     """
-    text = re.fullmatch(r"([\d.]+) ?ms", latency.strip()) if isinstance(latency, str) else None
-    try:
-        most = float(text[1] if text else latency)
-    except ValueError:
-        most = 0.0
-    if not most > 0:
+    text = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+) ?ms", latency.strip()) if isinstance(latency, str) else None
+    number = isinstance(latency, Real) and not isinstance(latency, bool)
+    most = float(text[1]) if text else float(latency) if number else 0.0
+    if not 0 < most < float("inf"):
         raise VitrimError(
-            f"latency is a fraction in (0, 1], milliseconds above 1, or text with a unit such as 0.5ms, not {latency}"
+            "latency is a fraction in (0, 1], milliseconds above 1, or text with a unit such as 0.5ms, not "
+            f"{short(latency)}"
         )
     return most, most <= 1 and text is None
 

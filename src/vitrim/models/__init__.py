@@ -1,8 +1,8 @@
 """The one door through which foreign models come. Importing it fills the table of adapters and timm's registry.
 
-The modules here are the port: what other rooms may ask about any model, above all in `adapter`. `reduction` and `widths`
-are the two ways in which a model is changed, `families` know the classes of other libraries, and `files` are models on
-disk.
+The modules here are the port: what other rooms may ask about any model, above all in `adapter`. `reduction` and
+`widths` are the two ways in which a model is changed, `families` know the classes of other libraries, and `files` are
+models on disk.
 """
 
 from . import families as _families  # noqa: F401  (fills the table of adapters)
