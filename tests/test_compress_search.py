@@ -228,3 +228,15 @@ def test_the_time_that_is_left_follows_the_speed_so_far() -> None:
     progress.add(200, "round 1")
     assert progress.left() == 0
     assert [duration(5), duration(61)] == ["5 s", "1 min 1 s"]
+
+
+def test_a_search_speaks_of_fitting_only_where_a_network_is_fitted(
+    model: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vitrim.compression.progress.EVERY", 0.0)
+    lines: list[str] = []
+    search = search_for(Networks(model, None, []), 0.8)
+    search.progress = Progress(1, lines.append)
+    search.run(0)
+    assert lines
+    assert not any("fitting" in line for line in lines)

@@ -2,17 +2,18 @@
 
 import gc
 import weakref
+from pathlib import Path
 
 import pytest
 import timm
 import torch
-from timm.models.vision_transformer import Attention, Block
+from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import vitrim
 from references import reduced_vit
-from vitrim.errors import ScoreError, UnsupportedModelError, VitrimError
+from vitrim.errors import CheckpointError, ScoreError, UnsupportedModelError, VitrimError
 from vitrim.models import attached_instead
 from zoo import SMALL, build, images
 
@@ -389,3 +390,39 @@ def test_misuse_is_told_in_words() -> None:
             model.blocks[1](torch.zeros(1, 16, 24))
         with pytest.raises(VitrimError, match="attention mask cannot be combined"):
             model(x, attn_mask=torch.zeros(26, 26))
+
+
+class WithOwnHead(VisionTransformer):
+    """A class as people derive it."""
+
+    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        return self.head(x[:, 1:].mean(1))
+
+
+class Further(WithOwnHead):
+    def pooled(self, x: torch.Tensor) -> torch.Tensor:
+        return x[:, 0]
+
+
+class OnlyNamed(VisionTransformer):
+    """Nothing is done in another way."""
+
+
+@pytest.mark.parametrize(
+    ("cls", "words"),
+    [
+        (WithOwnHead, "WithOwnHead has forward_head of its own"),
+        (Further, "Further has pooled, forward_head of its own"),
+        (OnlyNamed, "OnlyNamed is a class of its own"),
+    ],
+)
+def test_an_own_class_is_refused_with_its_methods_and_the_way_out(cls: type[VisionTransformer], words: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=f"{words}, .*hold a plain VisionTransformer in your module"):
+        vitrim.attach(cls(**SMALL), vitrim.ToMe(), CUT)
+
+
+def test_a_model_that_cannot_be_rebuilt_is_named_by_its_own_class(tmp_path: Path) -> None:
+    model = VisionTransformer(**SMALL)
+    vitrim.attach(model, vitrim.ToMe(), CUT)
+    with pytest.raises(CheckpointError, match=r"this VisionTransformer was not made by timm\.create_model"):
+        vitrim.save(model, tmp_path / "m")

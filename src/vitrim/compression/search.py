@@ -168,7 +168,7 @@ class Search:
             return
         fitted = self.networks.is_fitted(tried.candidate.index)
         network = self.networks.real(tried.candidate.index)
-        if not fitted:
+        if not fitted and tried.candidate.index:  # Network 0 is the given model.
             self.progress.add(fit_units(sum(map(len, self.networks.fit))), "fitting a narrower network")
         with attach(network, tried.candidate.reduction, cls_only=self.networks.full.cls_only):
             tried.parts.append(self.fidelity.compare(network, start, stop))

@@ -297,9 +297,10 @@ class Adapter:
 
     def describe(self, model: nn.Module) -> Description:
         """What `build` needs to make this model again; `CheckpointError` where that is not known."""
+        name = type(model).__name__.removeprefix("Reduced")
         raise CheckpointError(
-            f"this {type(model).__name__} was not made by timm.create_model, so it cannot be rebuilt; make it with "
-            "timm.create_model or vitrim.build_model, or write model.state_dict() with safetensors yourself"
+            f"this {name} was not made by timm.create_model, so it cannot be rebuilt; make it with timm.create_model "
+            "or vitrim.build_model, or write model.state_dict() with safetensors yourself"
         )
 
     def classifiers_of(self, name: str) -> tuple[str, ...]:

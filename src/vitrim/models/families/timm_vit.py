@@ -14,6 +14,7 @@ from ..adapter import Geometry, State
 from ..foreign_macs import counted, macs_of_convolutions, macs_per_row
 from ..heads import split_heads
 from ..macs import BlockShape, Macs, block_macs
+from ..own_code import own_class
 from ..reduction.exchange import intercepted
 from ..reduction.reduced_block import ReducedBlock
 from ..removed_branch import RemovedBranch
@@ -99,11 +100,9 @@ class TimmViT(TimmModel):
 
     def check(self, model: Any) -> None:
         if type(model) not in (*self._reduced_models, *self._reduced_models.values()):
-            base = next(iter(self._reduced_models)).__name__
-            raise UnsupportedModelError(
-                f"{type(model).__qualname__} overrides parts of {base} that the {self.name} adapter cannot keep; it "
-                f"covers {self.covers}"
-            )
+            classes = type(model).__mro__
+            base = next((cls for cls in classes if cls in self._reduced_models), classes[1])
+            raise UnsupportedModelError(own_class(model, base, self))
         for index, block in enumerate(self.blocks(model)):
             if isinstance(getattr(block, "attn", None), Elastic) or isinstance(getattr(block, "mlp", None), Elastic):
                 raise VitrimError("the model runs as a sub-network of a super-network; leave that context first")

@@ -5,6 +5,7 @@ from typing import Any
 
 from ....errors import UnsupportedModelError, VitrimError
 from ...adapter import Adapter
+from ...own_code import own_class
 from ...reduction.exchange import Reduced
 from ...widths.sublayers import Elastic
 from .elastic import RemovedAttention, enter_elastic
@@ -17,10 +18,7 @@ def check(adapter: Adapter, layout: Layout, model: Any) -> None:
     """See `Adapter.check`."""
     own = model if not isinstance(model, Reduced) else None
     if own is not None and type(own) not in (getattr(layout.module, name) for name in layout.names):
-        raise UnsupportedModelError(
-            f"{type(model).__qualname__} overrides parts of {type(model).__mro__[1].__name__} that the {adapter.name} "
-            f"adapter cannot keep; it covers {adapter.covers}"
-        )
+        raise UnsupportedModelError(own_class(model, type(model).__mro__[1], adapter))
     layer, attention = layout.part_class(layout.layer), layout.part_class(layout.attention)
     enter_elastic(layout)
     try:
