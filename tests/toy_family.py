@@ -140,6 +140,7 @@ class ToyFamily(Adapter):
 
     name = "toy"
     covers = "the toy ViT of the tests"
+    speed_settings = frozenset({"training", "recompute"})
     branches: ClassVar = {"heads": "first_norm", "units": "second_norm"}
 
     def claims(self, model: nn.Module) -> bool:

@@ -86,7 +86,10 @@ class Adapter:
     branches: ClassVar[Mapping[str, str]] = {}
     """Names within a block of its attention and its MLP branch, and of the norm that feeds only that branch."""
     speed_settings: ClassVar[frozenset[str]] = frozenset({"training"})
-    """Attributes of modules that change how an output in eval mode is computed, but not its value."""
+    """Attributes of modules that change how an output in eval mode is computed, but not its value.
+
+    What `recompute` sets is one. No description of a model holds them.
+    """
 
     def __init_subclass__(cls, *, cuts: bool = True) -> None:
         if cls.__name__.startswith("_"):  # A shared base.

@@ -90,7 +90,6 @@ def prepare_student(recipe: Recipe, classes: Sequence[str]) -> nn.Module:
     number = len(classes) if recipe.labels else None
     student = prepare_model(recipe.model, number, recipe.data.image_size, otherwise)
     adapter = find_adapter(student)
-    describe(student)  # What could not be saved is refused now, and not after the first epoch.
     head = adapter.classifier(student)
     if recipe.labels and head.classes:
         if head.classes != len(classes) and learns_labels(recipe):
@@ -110,6 +109,7 @@ def prepare_student(recipe: Recipe, classes: Sequence[str]) -> nn.Module:
         check_figures(student, reduction.curriculum.reads)
     if recipe.checkpointing:
         adapter.recompute(student)
+    describe(student)  # What could not be saved is refused now, and not after the first epoch.
     if recipe.optim.freeze:
         wanted = terms_of(recipe).wanted(of_teacher=False)
         if not wanted.predicts:

@@ -23,7 +23,7 @@ class TimmModel(Adapter, cuts=False):
 
     name = "timm-model"
     covers = "any other timm model; as a teacher of logits and, where it is made of tokens, of features"
-    speed_settings = frozenset({"training", "fused_attn", "grad_checkpointing"})
+    speed_settings = frozenset({"training", "fused_attn", "grad_checkpointing", "qkv_bias_separate"})
 
     def claims(self, model: nn.Module) -> bool:
         return bool(getattr(model, "pretrained_cfg", None)) or type(model).__module__.startswith("timm.models")
