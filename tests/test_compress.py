@@ -225,6 +225,13 @@ def test_an_altered_certificate_is_one_line(half: Compressed, tmp_path: Path) ->
         verification.described(Certificate.from_json(json.dumps(good | {"source": source})))
 
 
+def test_the_title_of_a_certificate_names_what_was_missed() -> None:
+    kept = Line("macs", 5.0, asked=6.0, of=10.0)
+    lost = Line("drop", 0.01, low=0.0, high=0.03, asked=0.02)
+    assert Certificate("half", [kept, lost], "", "").table().title == "Certificate: half, NOT MET: accuracy lost"
+    assert Certificate("half", [kept], "", "").table().title == "Certificate: half, met"
+
+
 def test_parameters_are_saved_by_width_alone() -> None:
     found = compressed(model(), params=0.8)
     assert found.certificate["params"].value <= 0.8 * vitrim.cost(model()).params
@@ -239,7 +246,7 @@ def test_an_impossible_wish_gives_the_nearest_model_and_says_so() -> None:
     assert "cannot be reached" in found.certificate.notes[0]
     assert "outside of the blocks" in found.certificate.notes[0]
     assert found.certificate.notes[0] in lines
-    assert "NOT MET" in found.certificate.table().title
+    assert found.certificate.table().title.endswith("NOT MET: MACs")
     least = min(row["price"] for row in found.certificate.tried)
     assert least <= 1
     assert vitrim.cost(found.model).macs == found.certificate["macs"].value
@@ -276,9 +283,9 @@ def test_a_family_whose_widths_cannot_change_loses_tokens_only() -> None:
         ({"macs": 0.5, "max_drop": 0.01}, "needs val"),
         ({"macs": 0.5, "batch_size": 0}, "batch_size"),
         ({"macs": 0.5, "trials": -1}, "trials"),
-        ({"macs": 0.5, "val": IMAGES[:20]}, "no classes"),
+        ({"macs": 0.5, "val": IMAGES[:20]}, "no whole numbers as classes"),
         ({"macs": 1}, "all that the model needs"),
-        ({"params": 1e9}, "within the budget of 1,000,000,000 already"),
+        ({"params": 1e9}, "within the budget of 1,000,000,000 parameters already"),
         ({"macs": 0.5, "device": "gpu"}, "device is a name such as 'cpu'"),
         ({"macs": 0.5, "device": "cuda:99"}, "there is no device cuda:99 here"),
     ],

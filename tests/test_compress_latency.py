@@ -238,7 +238,7 @@ def test_a_budget_that_no_candidate_meets_on_the_clock_is_noted(monkeypatch: pyt
 
 @pytest.mark.usefixtures("fake_times")
 def test_a_time_that_the_model_takes_anyway_is_refused_before_the_search() -> None:
-    with pytest.raises(VitrimError, match=r"needs about .* ms, so it is within the budget of 99,999 already"):
+    with pytest.raises(VitrimError, match=r"needs about .* ms, so it is within the budget of 99,999 ms already"):
         vitrim.compress(
             small(torch.float32, **TINY), images(40, dtype=torch.float32), latency=99_999, using="tokens",
             batch_size=2, say=lambda line: None,

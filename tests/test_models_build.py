@@ -93,6 +93,18 @@ def test_positions_are_resampled_to_another_image_size(tmp_path):
     assert build(tmp_path / "weights.pth", img_size=48).pos_embed.shape == (1, 10, 32)
 
 
+def test_weights_without_a_classifier_say_what_to_do(tmp_path):
+    state = tiny(5).state_dict()
+    torch.save({f"classifier.{name[5:]}" if name.startswith("head.") else name: state[name] for name in state},
+               tmp_path / "weights.pth")  # fmt: skip
+    with pytest.raises(CheckpointError, match=r"2 missing \(head.weight, head.bias\).* ask for reset_head=True"):
+        build(tmp_path / "weights.pth", num_classes=5)
+    body = {name: value for name, value in state.items() if not name.startswith("head.")}
+    torch.save(body | {"blocks.0.norm1.weight": torch.ones(7)}, tmp_path / "weights.pth")
+    with pytest.raises(CheckpointError, match="of another shape"):
+        build(tmp_path / "weights.pth", num_classes=5)
+
+
 def test_wrong_number_of_classes(tmp_path):
     model = tiny(5)
     torch.save(model.state_dict(), tmp_path / "weights.pth")

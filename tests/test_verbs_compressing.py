@@ -357,7 +357,7 @@ def test_unreadable_images_are_named_where_there_are_too_few(
     [
         ("--macs 1", "macs is 1, all that the model needs; ask for less, such as macs=0.5"),
         ("--latency 1", "latency is 1, all that the model needs"),
-        ("--params 1000000 --using width", "so it is within the budget of 1,000,000 already; ask for less"),
+        ("--params 1000000 --using width", "so it is within the budget of 1,000,000 parameters already; ask for less"),
         ("--macs 1e12", "already"),
     ],
 )

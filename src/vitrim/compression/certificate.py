@@ -115,7 +115,8 @@ class Certificate:
         )
         notes += [f"To load it: {'; '.join(self.load)}"] if self.load else []
         asked = any(line.asked is not None for line in self.lines)
-        title = f"Certificate: {self.asked}" + (", met" if self.met else ", NOT MET") * asked
+        missed = ", ".join(FORMS[line.key].words for line in self.lines if line.met is False)
+        title = f"Certificate: {self.asked}" + (f", NOT MET: {missed}" if missed else ", met") * asked
         return Table(title, COLUMNS, [row_of(line) for line in self.lines], notes=notes, environment=self.environment)
 
     def tried_table(self) -> Table:

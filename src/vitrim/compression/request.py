@@ -76,8 +76,11 @@ def check_asks(goal: Goal, full: float, error: float = 0.0) -> None:
         return
     if goal.fraction:
         raise VitrimError(f"{goal.kind} is 1, all that the model needs; ask for less, such as {goal.kind}=0.5")
-    needs = f"about {full:.3g} ms" if goal.kind == "latency" else f"{full:,.0f} {goal.unit}"
-    raise VitrimError(f"the model needs {needs}, so it is within the budget of {goal.most:,.15g} already; ask for less")
+    unit = "ms" if goal.kind == "latency" else goal.unit
+    needs = f"about {full:.3g} ms" if goal.kind == "latency" else f"{full:,.0f} {unit}"
+    raise VitrimError(
+        f"the model needs {needs}, so it is within the budget of {goal.most:,.15g} {unit} already; ask for less"
+    )
 
 
 def device_named(device: str | torch.device) -> torch.device:

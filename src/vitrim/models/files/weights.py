@@ -127,12 +127,15 @@ def load_weights(
     except CheckpointError as error:
         raise CheckpointError(f"{source}: {error}") from error
     own = model.state_dict()
+    prefixes = tuple(f"{name}." for name in head.names)
     if reset_head:
-        prefixes = tuple(f"{name}." for name in head.names)
         state = {name: value for name, value in state.items() if not name.startswith(prefixes)}
         state |= {name: value for name, value in own.items() if name.startswith(prefixes)}
     if faults := misfits(own, state):
-        raise CheckpointError(f"{source} does not fit {adapter.info(model).name}: {faults}")
+        missing = own.keys() - state.keys()
+        without_head = bool(missing) and all(name.startswith(prefixes) for name in missing)
+        hint = "; name the weights of the classifier so, or ask for reset_head=True to start a new one" * without_head
+        raise CheckpointError(f"{source} does not fit {adapter.info(model).name}: {faults}{hint}")
     check_values(own, state, source)
     if size is not None:
         log.warning("%s: the model takes images of %s x %s px, as its weights do", printable(source), *size)
