@@ -1,12 +1,18 @@
 """Budgets of MACs or parameters as numbers: up to 1 a fraction of the model, above 1 a count."""
 
 from numbers import Real
+from typing import TypeGuard
 
 from .errors import VitrimError
 from .text import short
 
 FEWEST = 1000
 """No model has fewer MACs or parameters, so that a smaller number above 1 is a fraction in another form."""
+
+
+def is_positive(value: object) -> TypeGuard[float]:
+    """Whether this is a positive finite number."""
+    return isinstance(value, Real) and not isinstance(value, bool) and 0 < float(value) < float("inf")
 
 
 def check_budget(what: str, most: object, error: type[VitrimError] = VitrimError) -> None:
@@ -17,7 +23,7 @@ def check_budget(what: str, most: object, error: type[VitrimError] = VitrimError
     ...
     vitrim.errors.VitrimError: macs is 70, a count that no model has; write a fraction of the model, such as 0.7
     """
-    if not isinstance(most, Real) or isinstance(most, bool) or not 0 < float(most) < float("inf"):
+    if not is_positive(most):
         raise error(f"{what} is a fraction in (0, 1] or a positive number, not {short(most)}")
     if 1 < float(most) < FEWEST:
         percent = 2 <= float(most) < 100

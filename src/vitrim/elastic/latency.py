@@ -8,7 +8,6 @@ distances from it, so that one wrong measurement does no harm.
 import re
 from collections.abc import Callable
 from functools import partial
-from numbers import Real
 from statistics import median
 from timeit import Timer
 
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import benchmark
 
+from ..budgets import is_positive
 from ..errors import VitrimError
 from ..models import find_adapter
 from ..models.evaluating import evaluating
@@ -34,14 +34,13 @@ def parse(latency: float | str) -> tuple[float, bool]:
         VitrimError: it is not positive, or text in another form.
     """
     text = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+) ?ms", latency.strip()) if isinstance(latency, str) else None
-    number = isinstance(latency, Real) and not isinstance(latency, bool)
-    most = float(text[1]) if text else float(latency) if number else 0.0
-    if not 0 < most < float("inf"):
+    most: object = float(text[1]) if text else latency
+    if not is_positive(most):
         raise VitrimError(
             "latency is a fraction in (0, 1], milliseconds above 1, or text with a unit such as 0.5ms, not "
             f"{short(latency)}"
         )
-    return most, most <= 1 and text is None
+    return float(most), most <= 1 and text is None
 
 
 def fastest_enough(

@@ -16,7 +16,7 @@ from timm.models.naflexvit import NaFlexVit, checkpoint_filter_fn
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from ...errors import UnsupportedModelError, VitrimError
+from ...errors import VitrimError
 from ..adapter import Description, Geometry, State
 from ..input_format import InputFormat
 from ..macs import BlockShape, Macs
@@ -33,6 +33,7 @@ from ..reduction.padded import (
     unchanged_padded_trace_of,
     valid_of,
 )
+from .timm.model import check_whole_patches
 from .timm.reduced import ReducedTimmModel, left_by_patch_drop
 from .timm.weights import converted
 from .timm_eva import ReducedEvaBlock, TimmEva
@@ -166,14 +167,8 @@ class TimmNaFlex(TimmEva):
 
     def resize(self, model: Any, size: int | tuple[int, int]) -> None:
         height, width = (size, size) if isinstance(size, int) else size
-        (rows, columns), embeds = self.grid(model, (height, width)), model.embeds
-        shown = f"{height} x {width} px"
-        if not rows * columns:
-            raise UnsupportedModelError(f"images of {shown} are smaller than one patch of {max(embeds.patch_size)} px")
-        if (rows * embeds.patch_size[0], columns * embeds.patch_size[1]) != (height, width) and not (
-            embeds.dynamic_img_pad
-        ):
-            raise UnsupportedModelError(f"images of {shown} are no whole number of {max(embeds.patch_size)} px patches")
+        grid, embeds = self.grid(model, (height, width)), model.embeds
+        check_whole_patches((height, width), grid, embeds.patch_size, embeds.dynamic_img_pad)
         model._traits["img_size"] = (height, width)  # What timm calls the nominal size.
         if (handle := vars(model).get("vitrim_handle")) is not None:
             handle.refresh()

@@ -91,13 +91,12 @@ def attended(
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     name = attn.config._attn_implementation
-    eager = inspect.getmodule(_foreign(type(attn))).eager_attention_forward  # type: ignore[union-attr]
-    run = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
+    run = ALL_ATTENTION_FUNCTIONS.get_interface(name, _eager)
     if name != "eager" and run.__module__.startswith("transformers."):
         if name == "sdpa" or bias is not None or value.shape[-1] != query.shape[-1]:
             out = attention_product(query, key, value, bias, dropout=dropout, scale=scale)
             return out.transpose(1, 2).flatten(2), None
-    elif run is not eager and bias is not None:
+    elif run is not _eager and bias is not None:
         raise VitrimError(
             f"the attention function registered as {name!r} may ignore the mask that holds the sizes of merged tokens; "
             "call model.set_attn_implementation('eager'), or use a reducer that needs no sizes, such as TopK() or "
@@ -105,6 +104,12 @@ def attended(
         )
     out, maps = run(attn, query, key, value, bias, scaling=scale, dropout=dropout)
     return out.flatten(2), maps
+
+
+def _eager(attn: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    """What the file of the layer's own class calls eager attention."""
+    module: Any = inspect.getmodule(_foreign(type(attn)))
+    return module.eager_attention_forward(attn, *args, **kwargs)
 
 
 def _foreign(cls: type[nn.Module]) -> type[nn.Module]:

@@ -152,3 +152,19 @@ def _input_size(model: Any) -> tuple[int, int, int]:
     channels, *size = get_model_input_config(model)["input_size"]
     height, width = getattr(getattr(model, "patch_embed", None), "img_size", None) or size
     return int(channels), int(height), int(width)
+
+
+def check_whole_patches(size: tuple[int, int], grid: tuple[int, int], patch: tuple[int, int], pads: bool) -> None:
+    """Raise `UnsupportedModelError` unless images of (height, width) are a whole number of patches.
+
+    Args:
+        size: height and width of the images.
+        grid: rows and columns of the patches that the model makes of them.
+        patch: height and width of a patch.
+        pads: whether the model pads images to whole patches.
+    """
+    shown = f"{size[0]} x {size[1]} px"
+    if not grid[0] * grid[1]:
+        raise UnsupportedModelError(f"images of {shown} are smaller than one patch of {max(patch)} px")
+    if (grid[0] * patch[0], grid[1] * patch[1]) != size and not pads:
+        raise UnsupportedModelError(f"images of {shown} are no whole number of {max(patch)} px patches")

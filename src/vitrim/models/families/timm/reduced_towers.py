@@ -92,11 +92,12 @@ class ReducedEncoder(ReducedTower):
         output_dict: bool = False,
     ) -> Any:
         """As timm's, with all patches restored; with output_fmt="NLC" intermediates are the tokens that are left."""
+        assert output_fmt in ("NCHW", "NLC"), "Output format must be one of NCHW or NLC."
         maps, last = output_fmt == "NCHW", len(self.blocks) - 1
         taken, deepest = feature_take_indices(len(self.blocks), indices)
         final = deepest if stop_early else last
         with self.open_call(x, restorable=maps or not intermediates_only) as call:
-            tokens, between = self.vitrim_left(x, taken, final, output_fmt)
+            tokens, between = self.vitrim_left(x, taken, final)
             trace = self.vitrim_certain(call, final)
         after = final_norm_of(self) if norm else None
 
@@ -114,19 +115,18 @@ class ReducedEncoder(ReducedTower):
         return {"image_features": grid, "image_intermediates": found} if output_dict else (grid, found)
 
     def vitrim_left(
-        self, x: Any, blocks: Collection[int] = (), final: int | None = None, output_fmt: str = "NLC", **more: Any
+        self, x: Any, blocks: Collection[int] = (), final: int | None = None
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """Tokens (B, M, C) that leave the block `final`, by default the last, normed, and those that leave `blocks`.
 
         With `final` no later block runs. They are found by timm's own `forward_intermediates`, whose tokens are in no
         grid yet.
         """
-        assert output_fmt in ("NCHW", "NLC"), "Output format must be one of NCHW or NLC."
         early = final is not None and final < len(self.blocks) - 1
         final = len(self.blocks) - 1 if final is None else final
         wanted = sorted({*blocks, final})
         found = super().forward_intermediates(
-            x, indices=wanted, stop_early=early, output_fmt="NLC", intermediates_only=True, **more
+            x, indices=wanted, stop_early=early, output_fmt="NLC", intermediates_only=True
         )
         between = dict(zip(wanted, found, strict=True))
         norm = final_norm_of(self)

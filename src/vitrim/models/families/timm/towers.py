@@ -16,6 +16,7 @@ from ...reduction.exchange import Reduced
 from ...reduction.forward_pass import finish, known_trace
 from ...reduction.policy import Policy
 from ..timm_eva import TimmEva
+from .model import check_whole_patches
 from .reduced_towers import averages, final_norm_of, grid_of, mean_of, projector_of, side_of
 from .weights import converted
 
@@ -145,18 +146,14 @@ class _TimmTower(TimmEva):
         height, width = (size, size) if isinstance(size, int) else size
         embed, projector = self.tower(model).patch_embed, projector_of(self.tower(model))
         rows, columns = grid_of(self.tower(model), (height, width))
-        shown, patch = f"{height} x {width} px", embed.patch_size
-        if not rows * columns:
-            raise UnsupportedModelError(f"images of {shown} are smaller than one patch of {max(patch)} px")
         pads = getattr(embed, "dynamic_img_pad", False)
-        if (rows * patch[0], columns * patch[1]) != (height, width) and not pads:
-            raise UnsupportedModelError(f"images of {shown} are no whole number of {max(patch)} px patches")
+        check_whole_patches((height, width), (rows, columns), embed.patch_size, pads)
         # DeepSeek's pads what is left over.
         side = 1 if projector is None or hasattr(projector, "downsample_ratio") else side_of(projector)
         if rows % side or columns % side:
             raise UnsupportedModelError(
-                f"images of {shown} have {rows} x {columns} patches, of which the projector takes {side} x {side} at "
-                "a time; give a multiple of both"
+                f"images of {height} x {width} px have {rows} x {columns} patches, of which the projector takes "
+                f"{side} x {side} at a time; give a multiple of both"
             )
         if hasattr(embed, "set_input_size"):
             embed.set_input_size(img_size=(height, width))
