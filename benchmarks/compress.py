@@ -95,7 +95,6 @@ def main(
             compress(
                 folder, data, learns if epochs else {}, str(place), macs=budget, using=PARTS[kind], num_images=images,
                 num_test_images=test_images, trials=trials, batch_size=batch_size, dtype=dtype, device=device,
-                overwrite=True,
             )  # fmt: skip
     if out is not None:
         write(places, open_model(folder).eval(), batch_size, dtype, device, out)

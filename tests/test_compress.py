@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -160,7 +161,10 @@ def test_times_are_judged_only_where_they_were_asked_for(
     assert verified.holds is (holds is not False)
     (row,) = verified.table().rows
     assert row["holds"] == {None: "not judged: a time of this machine", True: "yes", False: "NO"}[holds]
-    assert Finding(said, None, "no images were given").verdict == "not measured: no images were given"
+    missed = Finding(said, None, "no images were given")
+    assert missed.verdict == "not measured: no images were given"
+    title = Verified(half.certificate, (missed,)).table().title
+    assert title.endswith("holds here" if asked is None else "holds here as far as it was measured")
 
 
 def test_verify_without_images_or_the_given_model_measures_what_it_can(folder: Path) -> None:
@@ -311,7 +315,7 @@ def test_names_that_do_not_exist_are_refused() -> None:
         (IMAGES[:1], "one image is too few"),
         (IMAGES[:40], "40 images are too few"),
         (IMAGES[:1].expand(80, -1, -1, -1), "all the same"),
-        (torch.randn(80, 3, 32, 32), r"size \(3, 32, 32\)"),
+        (torch.randn(80, 3, 32, 32), r"size \(3, 32, 32\).* resize them, or make the model for their size"),
         (torch.full((80, 3, 64, 64), float("nan")), "not finite"),
         (TensorDataset(torch.zeros(80)), "needed"),
         (7, "not a int"),
@@ -392,3 +396,14 @@ def test_a_model_with_one_answer_for_all_images_is_warned_about() -> None:
     nn.init.zeros_(constant.head.weight)
     compressed(constant, macs=0.9, using="tokens", say=lines.append)
     assert any("same top class for all images" in line for line in lines)
+
+
+def test_a_model_that_cannot_be_saved_is_named_before_the_search() -> None:
+    lines: list[str] = []
+    built = VisionTransformer(patch_size=16, num_classes=5, weight_init="", **TINY).eval()
+    found = compressed(built, macs=0.9, using="tokens", say=lines.append)
+    assert lines[0].startswith("what is found can be used but not saved: ")
+    assert lines[0] in found.certificate.notes
+    with pytest.raises(VitrimError) as refused:
+        found.save("nowhere")
+    assert str(refused.value) in lines[0]

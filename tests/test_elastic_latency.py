@@ -9,7 +9,7 @@ from clocks import Clock
 from test_elastic_extract import supernet
 from vitrim.elastic import SuperNet
 from vitrim.elastic.extract import choose
-from vitrim.elastic.latency import ROUNDS, milliseconds
+from vitrim.elastic.latency import ROUNDS, milliseconds, parse
 from vitrim.errors import VitrimError
 
 
@@ -43,6 +43,8 @@ def test_all_of_the_time_is_the_full_network(net):
     assert choose(net.model, net.chain, latency=1, clock=never) == 0
     assert vitrim.cost(net.extract(latency=1e6)).macs == net.chain.macs
     assert vitrim.cost(net.extract(latency="1000000 ms")).macs == net.chain.macs
+    assert parse("0.5 s") == parse(500) == (500, False)
+    assert parse("1ms") == (1, False)
 
 
 @pytest.mark.parametrize("wrong", [1, 2, 3, 5, 8, 13])

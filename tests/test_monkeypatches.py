@@ -12,7 +12,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import vitrim
-from hf_models import MORE
+from hf_models import BACKBONES, MORE
 from relative_models import BEIT
 from toy_family import ToyViT
 from vitrim.errors import VitrimError
@@ -130,6 +130,22 @@ def test_a_patched_pooling_of_a_class_is_refused(monkeypatch: pytest.MonkeyPatch
             vitrim.attach(model, "ToMe() @ KeepRate(0.6)")
     with vitrim.attach(model, "ToMe() @ KeepRate(0.6)"):
         assert model(x).isfinite().all()
+        monkeypatch.setattr(VisionTransformer, "pool", lambda self, x, pool_type=None: 2 * own(self, x, pool_type))
+        with pytest.raises(VitrimError, match="the pool of the class of this VisionTransformer was replaced"):
+            model(x)
+
+
+@pytest.mark.parametrize("name", ["siglip", "beit", "dinov2_backbone"])
+def test_a_patched_class_of_a_part_is_refused(name: str, patch: Any) -> None:
+    model, x = _ready({**MORE, **BACKBONES}[name])
+    adapter = adapter_of(model)
+    parts = (part for part in adapter.parts(model) if "forward" not in adapter.reduced_class(part).vitrim_free)
+    own = type(next(parts))
+    with vitrim.attach(model, "ToMe() @ KeepRate(0.6, at=(0,))"):
+        model(x)
+        patch(own)
+        with pytest.raises(VitrimError, match=rf"the forward of the class of this {own.__name__} was replaced"):
+            model(x)
 
 
 @pytest.mark.parametrize("name", ["sdpa", "of_ours"])

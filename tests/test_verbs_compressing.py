@@ -283,7 +283,7 @@ def test_random_weights_are_warned_about(capsys: pytest.CaptureFixture[str]) -> 
         ("--out new", "exactly one budget"),
         ("--macs 0.5 --params 0.5 --out new", "exactly one budget"),
         ("--macs -1 --out new", "positive number"),
-        ("--latency 12s --out new", "such as 0.5ms"),
+        ("--latency 12h --out new", "such as 0.5ms"),
         ("--macs 0.5 --using depth --out new", "'tokens', 'width'"),
         ("--macs 0.5 --out file", "there is a file of this name"),
         ("--macs 0.5 --data.root nowhere --out new", "nowhere is not a folder"),

@@ -83,7 +83,10 @@ def gather(
         raise DataError(f"{what}: there are none; give some, from an iterator that is not used up")
     if any(images.shape[1:] != size for images, _ in batches):
         found = next(tuple(images.shape[1:]) for images, _ in batches if images.shape[1:] != size)
-        raise DataError(f"{what} are of size {found}, but the model takes {size}; transform them as the model needs")
+        raise DataError(
+            f"{what} are of size {found}, but the model takes {size}; resize them, or make the model for their size "
+            "(timm: img_size= or model.set_input_size)"
+        )
     labels = None
     if classes is not None:
         if any(target is None for _, target in batches):

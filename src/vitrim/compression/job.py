@@ -64,6 +64,11 @@ class Job:
         if absolute:
             check_asks(request.goal, full / NANO, ERROR)
         self.asked = request.goal.limit(full) * (NANO if absolute else 1)
+        self.description: str | None = None
+        try:
+            self.description = describe(self.original).to_json()
+        except VitrimError as error:
+            self._note(f"what is found can be used but not saved: {error}")
 
     def run(self, max_drop: float | None = None, *, labelled: bool = False) -> Compressed:
         """Search, measure, and certify; `labelled`: whether the images that nothing has seen have classes."""
@@ -85,7 +90,7 @@ class Job:
             asked=str(self.request.goal), lines=lines, weights=hash_of(model), original=hash_of(self.original),
             reduction=None if best.reduction is None else str(best.reduction),
             settings=self.settings, environment=environment(),
-            source={**self.source, "description": self._description()},
+            source={**self.source, "description": self.description},
             tried=[self._row(tried, search) for tried in _by_images(search.tried)], notes=self.notes,
         )  # fmt: skip
         return Compressed(model, certificate)
@@ -230,12 +235,6 @@ class Job:
             "price": candidate.price / search.limit, "typical": tried.typical, "divergence": tried.closeness.mean,
             "agreement": tried.closeness.agreement, "images": tried.images,
         }  # fmt: skip
-
-    def _description(self) -> str | None:
-        try:
-            return describe(self.original).to_json()
-        except VitrimError:  # Made in a way that cannot be described; only `verify` uses it.
-            return None
 
     def _note(self, text: str) -> None:
         self.notes.append(text)

@@ -107,7 +107,10 @@ class Verified:
             "judged, since another machine, or a busy one, has others.",
             *self.notes,
         ]
-        title = f"Verified: {self.certificate.asked}, {'holds' if self.holds else 'DOES NOT HOLD'} here"
+        found = "holds here" if self.holds else "DOES NOT HOLD here"
+        if self.holds and any(finding.here is None and finding.line.asked is not None for finding in self.findings):
+            found = "holds here as far as it was measured"
+        title = f"Verified: {self.certificate.asked}, {found}"
         return Table(title, _COLUMNS, rows, notes=notes, environment=environment())
 
 
@@ -166,13 +169,14 @@ def verify(
         say(f"comparing with the given model on {len(images)} images")
         with heartbeat("comparing with the given model", say):
             found |= {line.key: line for line in _compared(model.to(place), original.to(place), images, place)}
-    whole, reasons = original if original is not None else described(certificate), {}
+    reasons: dict[str, str] = {}
     if settings.get("compile"):
         try:
             check_compiler(place)
         except VitrimError as error:
-            whole, reasons = None, dict.fromkeys(TIMES, f"compiled there, but {error}")
-    if whole is not None:
+            reasons = dict.fromkeys(TIMES, f"compiled there, but {error}")
+    whole = described(certificate) if original is None and not reasons else original
+    if whole is not None and not reasons:
         say("measuring the time in fresh rounds")
         with heartbeat("measuring the time", say):
             found |= {line.key: line for line in _timed(whole, model, settings, place)}

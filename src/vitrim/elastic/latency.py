@@ -28,13 +28,13 @@ ROUNDS, CALLS, SECONDS = 9, 20, 0.02
 
 
 def parse(latency: float | str) -> tuple[float, bool]:
-    """A latency budget, and whether it is a fraction of the full network's time: a number up to 1 is, "0.5ms" is not.
+    """A latency budget, and whether it is a fraction of the full network's time: 0.5 is, "0.5ms" and "0.5s" are not.
 
     Raises:
         VitrimError: it is not positive, or text in another form.
     """
-    text = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+) ?ms", latency.strip()) if isinstance(latency, str) else None
-    most: object = float(text[1]) if text else latency
+    text = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+) ?(m?)s", latency.strip()) if isinstance(latency, str) else None
+    most: object = float(text[1]) * (1 if text[2] else 1000) if text else latency
     if not is_positive(most):
         raise VitrimError(
             "latency is a fraction in (0, 1], milliseconds above 1, or text with a unit such as 0.5ms, not "

@@ -6,17 +6,15 @@ rotary two more (`rows_of_table`, `rotate`), where they are relative one (`posit
 
 from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...errors import VitrimError
-from .exchange import OWN_FORWARD, Reduced, intercepted, is_new, is_replaced
+from .exchange import OWN_FORWARD, Reduced, intercepted, is_new
 
 
 class BlockSteps(Reduced):
     """The steps; a family overrides those that its blocks have."""
 
-    vitrim_foreign: ClassVar[type[nn.Module]]
-    """The class of the block without a reduction."""
     vitrim_index: int
     vitrim_attention: str
     """Name of the attention layer within the block; "" where the family names no branches."""
@@ -27,10 +25,6 @@ class BlockSteps(Reduced):
     """
     mask_argument: ClassVar[str] = ""
     """Name of the only argument that is an attention mask; "" where any argument besides the table may be one."""
-
-    def __init_subclass__(cls, **options: Any) -> None:
-        super().__init_subclass__(**options)
-        cls.vitrim_foreign = next(one for one in cls.__mro__ if not issubclass(one, Reduced))
 
     def norm_tokens(self, x_BTC: Tensor) -> Tensor:
         """The norm before attention."""
@@ -104,14 +98,6 @@ class BlockSteps(Reduced):
                 "needs no sizes, such as TopK() or ToMe(prop_attn=false)"
             )
         return by != ""
-
-    def check_forward(self) -> None:
-        """Raise `VitrimError` where the forward of the block's own class was replaced after attach."""
-        if is_replaced(self, self.vitrim_foreign.forward):
-            raise VitrimError(
-                f"the forward of the class of block {self.vitrim_index} was replaced, which a block that cuts does not "
-                "run; undo that patch, or put hooks on the blocks"
-            )
 
     def attention_is_intercepted(self) -> str:
         """What others did to the attention layer that acts on its calls alone; "" without such.

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from functools import wraps
 from inspect import isfunction
 from types import MethodType
-from typing import Any, Concatenate, NoReturn, ParamSpec, TypeVar
+from typing import Any, ClassVar, Concatenate, NoReturn, ParamSpec, TypeVar
 
 from torch import nn
 from torch.nn.modules import module as torch_module
@@ -20,8 +20,9 @@ Result = TypeVar("Result")
 Module = TypeVar("Module", bound=nn.Module)
 OWN_FORWARD = "a forward of its own"
 _REPLACES = "vitrim_replaces"
-"""Attribute of a block and its attention: the forward of its class when the reduction was attached, None where that was
-not the library's own."""
+"""Attribute of each module whose class was exchanged, and of the attention of blocks: by name, the methods of its own
+class, when the reduction was attached, whose work is done in another way. None in place of a method that was not the
+library's own then."""
 Method = tuple[nn.Module, str, object, object]
 """Module, name of a method set on it, its value before, and ours."""
 
@@ -30,8 +31,23 @@ class Reduced(nn.Module):
     """Base of the classes that replace foreign ones while a reduction is attached."""
 
     vitrim_policy: Policy
+    vitrim_foreign: ClassVar[type[nn.Module]]
+    """The class of the module without a reduction."""
     vitrim_free: tuple[str, ...] = ()
     """Overridden methods that may also be set on the instance by others, since the reduction acts without them."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        cls.vitrim_foreign = next(one for one in cls.__mro__ if not issubclass(one, Reduced))
+
+    def check_own(self, method: str, where: str) -> None:
+        """Raise `VitrimError` where a method of the module's own class was replaced after attach."""
+        kept = vars(self).get(_REPLACES, {})
+        if method in kept and kept[method] is not getattr(self.vitrim_foreign, method):
+            raise VitrimError(
+                f"the {method} of the class of {where} was replaced, which a reduction does not run; undo that patch, "
+                "or put hooks on the module"
+            )
 
     def __prepare_scriptable__(self) -> NoReturn:
         """What `torch.jit.script` calls first."""
@@ -52,6 +68,8 @@ def while_attached(
     @wraps(method)
     def run(self: Module, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
         if isinstance(self, Reduced):
+            if "vitrim_index" not in vars(self):  # A block runs its own forward wherever it does not cut.
+                self.check_own(method.__name__, f"this {self.vitrim_foreign.__name__}")
             return method(self, *args, **kwargs)
         return getattr(type(self), method.__name__)(self, *args, **kwargs)
 
@@ -87,15 +105,16 @@ class Exchange:
                         f"the {method} of the class {type(module).__name__} was replaced, which a reduction would not "
                         f"run; undo that patch before attach{hooks}"
                     )
-        for index, (module, _, reduced) in enumerate(exchange.classes):
+        for index, (module, own, reduced) in enumerate(exchange.classes):
             module.__class__ = reduced
             vars(module)["vitrim_policy"] = policy
+            vars(module)[_REPLACES] = {name: getattr(own, name) for name in _computed_otherwise(own, reduced)}
             if index < len(blocks):
                 vars(module)["vitrim_index"] = index
                 vars(module)["vitrim_attention"] = next(iter(adapter.branches_of(model)), "")
-                vars(module)[_REPLACES] = exchange.classes[index][1].forward
                 for attention in _done_in_parts(module):
-                    vars(attention)[_REPLACES] = None if replaced(type(attention)) else type(attention).forward
+                    forward = None if replaced(type(attention)) else type(attention).forward
+                    vars(attention)[_REPLACES] = {"forward": forward}
         for module, name, _, ours in exchange.methods:
             vars(module)[name] = ours
         return exchange
@@ -181,17 +200,12 @@ def intercepted(module: nn.Module) -> str:
         return "a hook"
     if module._forward_hooks and any(acts(hook) for hook in module._forward_hooks.values()):
         return "a hook"
-    if vars(module).get(_REPLACES, type(module).forward) is not type(module).forward:
+    if vars(module).get(_REPLACES, {}).get("forward", type(module).forward) is not type(module).forward:
         return OWN_FORWARD
     own: Any = vars(module).get("forward")
     if own is not None and getattr(own, "__func__", None) is not type(module).forward:
         return OWN_FORWARD
     return ""
-
-
-def is_replaced(block: nn.Module, original: object) -> bool:
-    """Whether the forward that the block's own class has now is not that which it had when it was attached."""
-    return vars(block).get(_REPLACES, original) is not original
 
 
 def is_new(attention: nn.Module) -> bool:

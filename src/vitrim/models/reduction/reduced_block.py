@@ -47,7 +47,7 @@ class ReducedBlock(BlockSteps):
             _refuse_mask(masks)
         if not changes:
             return leave(policy, index, self._unchanged(x, trace, _masked(masks), args, kwargs), trace)
-        self.check_forward()
+        self.check_own("forward", f"block {index}")
         table = kwargs.get(name) if self.rotary_argument else None
         relative = self.position_bias(kwargs.get(name)) if self.bias_argument and self.attends else None
         x, trace = self._cut_before(x, trace, table, relative)
