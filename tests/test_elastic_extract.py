@@ -267,7 +267,7 @@ BUDGETS = [
     *(({"macs": most}, "macs is a fraction in") for most in (0, -1, float("nan"), "0.5", True)),
     *(
         ({"latency": most}, "latency is a fraction in")
-        for most in (0, "0ms", "0.5", "0.5s", "1.2.3ms", ".ms", float("nan"), float("inf"), True, [0.5])
+        for most in (0, "0ms", "0.5", "0s", "1.2.3ms", ".ms", float("nan"), float("inf"), True, [0.5])
     ),
 ]
 

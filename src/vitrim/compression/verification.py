@@ -107,10 +107,9 @@ class Verified:
             "judged, since another machine, or a busy one, has others.",
             *self.notes,
         ]
-        found = "holds here" if self.holds else "DOES NOT HOLD here"
-        if self.holds and any(finding.here is None and finding.line.asked is not None for finding in self.findings):
-            found = "holds here as far as it was measured"
-        title = f"Verified: {self.certificate.asked}, {found}"
+        whole = all(finding.here is not None or finding.line.asked is None for finding in self.findings)
+        found = "holds here" if whole else "holds here as far as it was measured"
+        title = f"Verified: {self.certificate.asked}, {found if self.holds else 'DOES NOT HOLD here'}"
         return Table(title, _COLUMNS, rows, notes=notes, environment=environment())
 
 
@@ -175,8 +174,7 @@ def verify(
             check_compiler(place)
         except VitrimError as error:
             reasons = dict.fromkeys(TIMES, f"compiled there, but {error}")
-    whole = described(certificate) if original is None and not reasons else original
-    if whole is not None and not reasons:
+    if not reasons and (whole := described(certificate) if original is None else original) is not None:
         say("measuring the time in fresh rounds")
         with heartbeat("measuring the time", say):
             found |= {line.key: line for line in _timed(whole, model, settings, place)}
