@@ -88,7 +88,7 @@ def compare(whole: torch.nn.Module, batch_size: int, number: int, rounds: int, d
         handle = attach(network, reducer, shape, cls_only=cls_only)
         bench.measure_cut(table, reducer)
         with torch.inference_mode():
-            calls = {"dense": lambda: bench.model(bench.images), "own": lambda net=network: net(bench.images)}
+            calls = {"dense": lambda: bench.model(*bench.inputs), "own": lambda net=network: net(*bench.inputs)}
             times = bench.times(calls, rounds)
         predicted = table.predict(handle.plan(), widths, reducer) / table.dense
         measured = times["own"] / times["dense"]

@@ -127,7 +127,8 @@ class Clock:
             tried.append((spent, candidate))
             if CLOSE <= spent <= 1:
                 break
-            limit *= AIM / spent
+            # What takes too long must get cheaper than it is; the limit may lie between two schedules.
+            limit = AIM / spent * (min(limit, candidate.price) if spent > 1 else limit)
             other = self._solved(candidate, limit)
             if other is None or any(self.search.key(other) == self.search.key(one) for _, one in tried):
                 break

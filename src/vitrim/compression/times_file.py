@@ -18,7 +18,7 @@ from ..models import find_adapter, widths_of
 from ..output import replacing
 from .block_times import BlockTimes
 
-SCHEMA = 2
+SCHEMA = 3
 
 
 def cache_folder() -> Path:
