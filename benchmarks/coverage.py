@@ -39,6 +39,7 @@ from vitrim.options import Range
 
 Times = list[tuple[float, float, float]]
 """Of each session: ratio and both times, see `sessions`."""
+REPEATED = "second measurement"
 COLUMNS = (
     Column("how", "how"), Column("statement", "statement"), Column("images", "images or sessions", "d"),
     Column("number", "n", "d"), Column("contained", "in the interval", ".1%"),
@@ -106,21 +107,30 @@ def measured_again(model: str, method: str, batch_size: int, threads: int) -> Ti
 def repeated(
     images: Images, times: Callable[[], list[tuple[float, float, float]]], other: Executor, seed: int
 ) -> Values:
-    """Of each statement: whether its interval contains the second value, and whether verify says that it holds."""
+    """Of each statement: whether its interval contains the second value, and whether verify says that it holds.
+
+    None where verify does not judge, as of times that nobody asked for.
+    """
     order = np.random.default_rng(seed).permutation(len(images))
     half = len(images) // 2
     first, second = images.lines(order[:half]), images.lines(order[half : 2 * half])
     first |= {line.key: line for line in time_lines(times())}
     second |= {line.key: line for line in time_lines(other.submit(times).result())}
     return {
-        key: [second[key].value in line.interval, bool(Finding(line, second[key]).holds), line.number]
+        key: [second[key].value in line.interval, Finding(line, second[key]).holds, line.number]
         for key, line in first.items()
     }
 
 
+def share(found: list[bool | None]) -> float | None:
+    """How often it was true; None where it was not judged."""
+    judged = [one for one in found if one is not None]
+    return float(np.mean(judged)) if judged else None
+
+
 def bar(rows: list[Values], which: str) -> str:
     """Whether every statement reaches 19 of 20 repetitions, in words."""
-    least = min((row[which] for row in rows), default=1.0)
+    least = min((row[which] for row in rows if row[which] is not None), default=1.0)
     return f"{'met' if least >= 0.95 else 'not met'} (least {least:.1%})"
 
 
@@ -168,10 +178,10 @@ def main(
             for seed in range(repetitions)
         ]
     for key in every[0] if every else ():
-        contained, holds = (float(np.mean([one[key][which] for one in every])) for which in (0, 1))
-        rows.append({"how": "second measurement", "statement": key, "images": every[0][key][2], "number": repetitions,
+        contained, holds = (share([one[key][which] for one in every]) for which in (0, 1))
+        rows.append({"how": REPEATED, "statement": key, "images": every[0][key][2], "number": repetitions,
                      "contained": contained, "holds": holds})  # fmt: skip
-    repeats = [row for row in rows if row["holds"] is not None]
+    repeats = [row for row in rows if row["how"] == REPEATED]
     notes = [
         f"{method} against the model itself, {len(images):,} test images of {name}; times of batches of {batch_size} "
         f"with {threads} thread{'s' if threads > 1 else ''}.",
