@@ -2,7 +2,9 @@
 
 import copy
 import json
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,8 +16,11 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import vitrim
 from elastic_models import images, small
+from eva_models import EVA
+from eva_models import MORE as EVA_MORE
 from vitrim import Certificate, Compressed, ToMe, TopK
 from vitrim.compression import search, timing, verification, verify
+from vitrim.compression.budget import fixed_part
 from vitrim.compression.candidates import power, stages
 from vitrim.compression.certificate import Line
 from vitrim.compression.goal import Goal, check_using
@@ -23,7 +28,9 @@ from vitrim.compression.images import Pictures, divide, gather
 from vitrim.compression.job import Job
 from vitrim.compression.request import Request, check_model
 from vitrim.compression.verification import Finding, Verified
+from vitrim.elastic.chain import start_chain
 from vitrim.errors import CheckpointError, DataError, UnknownNameError, UnsupportedModelError, VitrimError
+from vitrim.models import narrow
 from vitrim.show.report import write_report
 
 TINY = {"img_size": 64, "depth": 3, "embed_dim": 24, "num_heads": 2}
@@ -241,6 +248,18 @@ def test_parameters_are_saved_by_width_alone() -> None:
     assert found.certificate["params"].value <= 0.8 * vitrim.cost(model()).params
     assert found.certificate.met
     assert found.certificate.reduction is None
+
+
+@pytest.mark.parametrize("kind", ["macs", "params"])
+@pytest.mark.parametrize("make", [small, EVA["dinov3"], EVA_MORE["eva02"]])
+def test_what_no_candidate_saves_is_what_the_model_costs_without_its_blocks(
+    make: Callable[[], nn.Module], kind: Any
+) -> None:
+    """Pairs of rotary models and layers as a whole have costs of their own."""
+    model = make()
+    fixed = fixed_part(SimpleNamespace(original=model, supernet=None), None, Goal(kind, 0.5, 0.5, True))
+    narrow(model, dict.fromkeys(start_chain(model).units, 0))
+    assert fixed == getattr(vitrim.cost(model), kind)
 
 
 def test_an_impossible_wish_gives_the_nearest_model_and_says_so() -> None:

@@ -21,7 +21,7 @@ from vitrim.elastic.growth import grow
 from vitrim.elastic.sampler import narrowed
 from vitrim.errors import DataError, ScoreError, UnknownNameError, UnsupportedModelError, VitrimError
 from vitrim.models import RemovedBranch, narrow
-from vitrim.models.widths.compensation import Compensation, Moments
+from vitrim.models.widths.compensation import Compensation, Moments, cholesky
 
 
 def quiet(_: str) -> None:
@@ -210,6 +210,27 @@ def test_a_compensation_is_the_ridge_regression_of_the_lost_inputs_on_the_kept_o
             error = ((centred @ full.T - centred[:, kept] @ expected.T) ** 2).sum()
             unexplained = compensation.unexplained(last.weight[:, order])[len(kept)].item()
             assert unexplained == pytest.approx(error, rel=1e-3)
+
+
+@pytest.mark.parametrize("constant", [0.7, 1e-12, 0.0])
+def test_layers_whose_inputs_never_change_have_a_factor(constant):
+    """All that their spread holds is rounding, which may be negative."""
+    x = torch.full((1000, 8), constant)
+    spread = (x.T @ x / 1000).double() - torch.full((8, 8), constant, dtype=torch.float64) ** 2
+    for rounding in (0.0, -1e-9, 1e-9):
+        factor = cholesky(spread + rounding, 1e-3)
+        assert factor.isfinite().all()
+        assert (factor.diagonal() > 0).all()
+
+
+def test_a_network_with_an_mlp_that_always_gives_the_same_is_stratified():
+    model = small()
+    fc1 = model.blocks[1].mlp.fc1
+    with torch.no_grad():
+        fc1.weight.zero_()
+        fc1.bias.fill_(0.7)
+    net = stratify(model, [images(16)], num_images=16, rounds=1, say=lambda _: None)
+    assert net.extract(macs=0.6)(images(2)).isfinite().all()
 
 
 @pytest.mark.parametrize("name", ["blocks.1.attn", "blocks.1.mlp"])

@@ -6,6 +6,7 @@ from torch.utils import benchmark
 
 import vitrim
 from clocks import Clock
+from hf_models import HF
 from test_elastic_extract import supernet
 from vitrim.elastic import SuperNet
 from vitrim.elastic.extract import choose
@@ -86,3 +87,7 @@ def test_times_are_taken_in_turns(net, monkeypatch):
     net.model.eval()
     assert torch.allclose(times, torch.tensor([[20.0, 10.0]], dtype=times.dtype).expand(ROUNDS, 2), rtol=1e-4)
     assert order[-2 * ROUNDS :] == [0, 1] * ROUNDS
+
+
+def test_models_that_take_more_than_images_are_timed():
+    assert milliseconds(HF["hf_siglip2"]().eval()).isfinite().all()

@@ -15,6 +15,7 @@ import vitrim
 from references import reduced_vit
 from vitrim.errors import CheckpointError, ScoreError, UnsupportedModelError, VitrimError
 from vitrim.models import attached_instead
+from vitrim.tokens import Reduction
 from zoo import SMALL, build, images
 
 CUT = vitrim.KeepRate(0.6, at=(0, 2))
@@ -390,6 +391,17 @@ def test_misuse_is_told_in_words() -> None:
             model.blocks[1](torch.zeros(1, 16, 24))
         with pytest.raises(VitrimError, match="attention mask cannot be combined"):
             model(x, attn_mask=torch.zeros(26, 26))
+
+
+def test_a_phase_next_to_a_whole_reduction_is_refused() -> None:
+    model, whole = build("timm-vit", "vit"), Reduction.parse("TopK() @ KeepRate(0.5, at=(1,))")
+    with pytest.raises(VitrimError, match="a Reduction holds its own"):
+        vitrim.attach(model, whole, phase="train")
+    for given in (str(whole), whole.reducer):
+        schedule = None if isinstance(given, str) else whole.schedule
+        with vitrim.attach(model, given, schedule, phase="train") as handle:
+            assert handle.reduction is not None
+            assert handle.reduction.phase == "train"
 
 
 class WithOwnHead(VisionTransformer):

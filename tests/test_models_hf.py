@@ -85,9 +85,10 @@ def test_cost_agrees_with_the_flop_counter(name: str) -> None:
             handle.remove()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", [*HF, "beit", "clip", "deit_distilled", "dinov2", "dinov3", "ijepa_bare"])
-def test_a_saved_model_comes_back_whole(name: str, tmp_path: Path) -> None:
-    model, x = redrawn(ALL[name]()), images(2)
+def test_a_saved_model_comes_back_whole(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    model, x = redrawn(ALL[name]()).to(dtype), images(2).to(dtype)
     vitrim.attach(model, CUT)
     vitrim.save(model, tmp_path / "model")
     back = load(tmp_path / "model")

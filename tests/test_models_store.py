@@ -10,9 +10,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import vitrim
+from eva_models import EVA
+from eva_models import MORE as EVA_MORE
+from relative_models import BEIT, RELPOS
 from vitrim.errors import CheckpointError, OutputError, UnknownNameError, VitrimError
 from vitrim.models import BlockWidths, open_model, set_widths, widths_of
 from vitrim.models.files import store as store_module
+from vitrim.models.files.checkpoints import read_tensors
 from vitrim.models.files.description import SCHEMA
 
 SIZES = {"img_size": 32, "depth": 3, "embed_dim": 32, "num_heads": 2, "num_classes": 5}
@@ -266,3 +270,33 @@ def test_images_of_too_many_patches_are_refused_before_memory_is_taken(tmp_path)
             VitrimError, match=r"16000 x 16000 px give 1,000,000 patches .* choose a smaller image size"
         ):
             open_model(spec, image_size=16000)
+
+
+TABLES = {**EVA, "eva02": EVA_MORE["eva02"], **BEIT, **RELPOS}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", TABLES)
+def test_half_precision_comes_back_with_its_tables(name, dtype, tmp_path):
+    model, images = TABLES[name]().eval().to(dtype), torch.randn(2, 3, 40, 40).to(dtype)
+    vitrim.save(model, tmp_path)
+    loaded = vitrim.load(tmp_path)
+    assert [value.dtype for value in loaded.buffers()] == [value.dtype for value in model.buffers()]
+    with torch.no_grad():
+        assert torch.equal(loaded(images), model(images))
+
+
+def test_a_table_that_a_description_names_in_vain_is_refused(tmp_path):
+    vitrim.save(tiny(), tmp_path)
+    for tables, words in (
+        ({"rope": "float16"}, "names a table rope that it does not have"),
+        ({"rope": "int8"}, "must be"),
+    ):
+        altered = json.loads((tmp_path / "vitrim.json").read_text()) | {"tables": tables}
+        save_file(
+            read_tensors(tmp_path / "model.safetensors"),
+            tmp_path / "model.safetensors",
+            {"vitrim": json.dumps(altered)},
+        )
+        with pytest.raises(CheckpointError, match=words):
+            vitrim.load(tmp_path)

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ from torch import nn
 from vitrim import attach, attached, load, save
 from vitrim.data.seeding import seed_everything
 from vitrim.data.specs import AugmentSpec
-from vitrim.errors import CheckpointError
+from vitrim.errors import CheckpointError, RecipeError
 from vitrim.measure.accelerator import fast_precision
 from vitrim.models.adapter import Adapter
 from vitrim.models.families.timm.model import TimmModel
+from vitrim.tokens import CURRICULA, Curriculum
 from vitrim.train import loop
 from vitrim.train.checkpoint import RunFolder
 from vitrim.train.learner import make_mixup, prepare_student
@@ -194,6 +196,34 @@ def test_pruning_from_the_fifth_epoch_on(tmp_path: Path):
     assert [line["tokens"] for line in lines] == [[65, 65]] * 4 + [[55, 22]] * 2
     assert result["best_epoch"] >= 4
     assert result["tokens"] == [55, 22]
+
+
+@pytest.fixture
+def loosening(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CURRICULA, "_entries", dict(CURRICULA))
+
+    @dataclass(frozen=True)
+    class Loosen(Curriculum):
+        """Half of the schedule from the second epoch on."""
+
+        def strength(self, epoch: float, history: object = ()) -> float:
+            return 1.0 if epoch < 1 else 0.5
+
+
+@pytest.mark.usefixtures("loosening")
+@pytest.mark.parametrize(("curriculum", "kept"), [("Loosen()", {1, 2}), ("Adaptive('entropy', threshold=0.9)", {2})])
+def test_the_kept_epoch_has_the_strength_of_the_last_one(curriculum: str, kept: set[int], tmp_path: Path):
+    """Not the largest strength: a curriculum may fall, or follow the run."""
+    options = recipe(reduction=f"TopK() @ KeepRate(0.5, at=[0]) @ {curriculum}", epochs=3)
+    result = train(options, tmp_path / "run")
+    last = RunFolder(tmp_path / "run").metrics[-1]
+    assert result["best_epoch"] in kept
+    assert result["tokens"] == last["tokens"]
+
+
+def test_a_reduction_in_training_alone_is_refused_where_the_network_is_frozen():
+    with pytest.raises(RecipeError, match="does not act; set phase to both"):
+        recipe(reduction="TopK() @ KeepRate(0.5, at=[0])", phase="train", optim={"freeze": True}).check()
 
 
 def test_training_only_reduction_leaves_a_plain_network(tmp_path: Path):

@@ -165,7 +165,7 @@ class Workbench:
         table.cuts[kind] = max(0.0, surplus) / max(1, sum(cut.num_in for cut in plan.cuts))
 
     def times(self, calls: Mapping[Any, Callable[[], Any]], rounds: int = ROUNDS) -> dict[Any, float]:
-        """Median milliseconds of each call over interleaved rounds."""
+        """Lower quartile of the milliseconds of each call over interleaved rounds."""
         clock = torch.utils.benchmark.timer
         found: dict[Any, list[float]] = {name: [] for name in calls}
         order = list(calls)

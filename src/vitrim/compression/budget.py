@@ -41,9 +41,8 @@ def fixed_part(networks: Networks, price: Price, goal: Goal) -> float:
     if isinstance(price, LatencyPrice):
         return NANO * price.table.empty
     chain = start_chain(networks.original) if networks.supernet is None else networks.supernet.chain
-    if goal.kind == "params":
-        return chain.params - sum(unit.width * unit.params for unit in chain.units.values())
-    return chain.macs - sum(unit.width * unit.macs for unit in chain.units.values())
+    place = 1 if goal.kind == "params" else 0
+    return (chain.macs, chain.params)[place] - sum(unit.saved(unit.width, 0)[place] for unit in chain.units.values())
 
 
 def largest_saving(goal: Goal) -> float:

@@ -111,10 +111,11 @@ def milliseconds(*models: nn.Module, batch_size: int = 1) -> Tensor:
     timers: list[Timer] = []
     for model in models:
         parameter = next(model.parameters())
-        size = find_adapter(model).geometry(model).input_size
+        adapter = find_adapter(model)
+        size = adapter.geometry(model).input_size
         images = torch.randn(batch_size, *size, device=parameter.device, dtype=parameter.dtype)
         # torch's clock waits for the accelerator; timeit switches garbage collection off.
-        timers.append(Timer(partial(model, images), timer=benchmark.timer))
+        timers.append(Timer(partial(model, *adapter.inputs(model, images)), timer=benchmark.timer))
     with evaluating(*models):
         first = [min(timer.repeat(2, 1)) for timer in timers]
         calls = max(1, min(CALLS, round(SECONDS / max(first))))

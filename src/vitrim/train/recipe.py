@@ -88,6 +88,11 @@ class Recipe:
             self._check_elastic(self.elastic)
         elif self.distill is None and self.teacher is not None:
             raise RecipeError("a teacher needs terms to teach by; set distill, or leave teacher out")
+        if self.optim.freeze and self.reduction is not None and self.phase == "train":
+            raise RecipeError(
+                "optim.freeze runs the network as in evaluation, where a reduction of phase train does not act; set "
+                "phase to both, or leave freeze out"
+            )
         if not self.labels and (self.distill is None or self.elastic is not None):
             raise RecipeError("without labels a network learns by terms of distill alone; set distill and teacher")
         if self.cache is not None:

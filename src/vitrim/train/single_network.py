@@ -104,11 +104,19 @@ class SingleNetwork:
     def rank(self, figures: Mapping[str, Any]) -> tuple[float, ...]:
         """What makes an epoch better: accuracy on held-out images, and at equal accuracy a lower loss.
 
-        Before them counts the strength of the reduction: an epoch in which it has not grown to its end belongs to
-        another network.
+        Before them counts how near the strength of the reduction is to that of the last epoch: an epoch with another
+        strength belongs to another network. Where the curriculum follows the run, the last strength is not known
+        before, and the last epoch is the best.
         """
-        strength = figures.get("strength", 0.0) if self.recipe.phase != "train" else 0.0
-        return strength, figures["val_accuracy"] if self.classifies else 0.0, -figures["val_loss"]
+        handle = attached(self.student)
+        reduction = None if handle is None or self.recipe.phase == "train" else handle.reduction
+        if reduction is not None and reduction.curriculum.reads:
+            return (figures["epoch"],)
+        lacks = 0.0
+        if reduction is not None:
+            last = reduction.curriculum.strength(self.recipe.epochs - 1 + reduction.curriculum.per_step)
+            lacks = abs(figures["strength"] - last)
+        return -lacks, figures["val_accuracy"] if self.classifies else 0.0, -figures["val_loss"]
 
     def keep(self, folder: RunFolder, classes: Sequence[str]) -> None:
         """Write the network of this epoch in place of the one that was the best before.

@@ -18,12 +18,14 @@ from ..input_format import CROP_MODES, INTERPOLATIONS
 from ..widths.block_widths import BlockWidths
 from .checked_values import Misfit, integer, mapping, number, numbers, one_of, optional, plain, shown, word
 
-SCHEMA = 3
+SCHEMA = 4
 _LONGEST = 16 << 20  # Characters of the whole description.
 _LARGEST = 1 << 16
 _MAX_IMAGE = 8192
 _NAMES_FILES = re.compile(r"(.*_)?(path|dir|file|url|fn|cfg|filter)|pretrained.*|device|dtype|features_only|scriptable")
 """Arguments of an architecture that name files, code or places; no description holds them."""
+FORMATS = ("float16", "bfloat16", "float64")
+"""Number formats of tables that are not float32."""
 _COUNTS = (
     "depth", "embed_dim", "hidden_size", "img_size", "in_chans", "intermediate_size", "num_attention_heads",
     "num_heads", "num_hidden_layers", "patch_size", "position_size",
@@ -46,7 +48,8 @@ class Record:
     """What builds a saved model again, its weights aside.
 
     family: the name of its adapter; None in folders that do not say it. args, images: see `adapter.Description`.
-    widths: of its blocks, where they differ from the architecture's own. extra: whatever was saved with it.
+    widths: of its blocks, where they differ from the architecture's own. tables: number formats of the buffers that are
+    no part of the state dict, where they are not float32. extra: whatever was saved with it.
     """
 
     architecture: str
@@ -56,6 +59,7 @@ class Record:
     family: str | None = None
     widths: tuple[BlockWidths, ...] | None = None
     reduction: Cut | None = None
+    tables: Mapping[str, str] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     extra: Mapping[str, Any] = field(default_factory=dict)
 
@@ -87,6 +91,7 @@ class Record:
             "data": dict(self.images),  # They belong to the weights and not to the architecture.
             "widths": None if widths is None else [_of_block(block) for block in widths],
             "reduction": None if cut is None else vars(cut),
+            "tables": dict(self.tables),
             "versions": dict(self.versions),
             "extra": dict(self.extra),
         }
@@ -150,6 +155,7 @@ def _record(record: Mapping[str, Any], source: str | Path) -> Record:
         family=optional(word)("family", record.get("family")),
         widths=optional(_widths)("widths", record.get("widths")),
         reduction=optional(_cut)("reduction", record.get("reduction")),
+        tables=_tables(mapping("tables", record.get("tables") or {})),
         versions={str(key): str(value) for key, value in mapping("versions", record.get("versions") or {}).items()},
         extra=_extra(mapping("extra", record.get("extra") or {})),
     )
@@ -214,6 +220,10 @@ def _cut(where: str, value: Any) -> Cut:
     if not isinstance(value["cls_only"], bool):
         raise Misfit(f"{where}.cls_only is {shown(value['cls_only'])}; it must be true or false")
     return Cut(text, phase, number(f"{where}.strength", value["strength"], 0, 1), value["cls_only"])
+
+
+def _tables(values: Mapping[str, Any]) -> dict[str, str]:
+    return {word("a name in tables", name): one_of(f"tables.{name}", values[name], FORMATS) for name in values}
 
 
 def _extra(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,8 @@ from dataclasses import replace
 from importlib.metadata import version
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ...errors import CheckpointError, VitrimError
 from ...text import short_name
@@ -52,6 +53,7 @@ def _described(model: nn.Module) -> Record:
         images=found.images,
         num_classes=adapter.classifier(model).classes,
         family=adapter.name,
+        tables=_formats(model),
         versions={name: version(name) for name in ("vitrim", "timm", "torch")},
     )
     record = replace(record, widths=_uneven_widths(model, record))
@@ -79,6 +81,33 @@ def rebuild(record: Record, args: Mapping[str, Any] | None = None) -> nn.Module:
     if record.widths is not None:
         set_widths(model, record.widths)
     return model
+
+
+def cast_tables(model: nn.Module, formats: Mapping[str, str]) -> None:
+    """Give buffers that are no part of the state dict these number formats; `load_state_dict` leaves them as they are.
+
+    Raises:
+        CheckpointError: the model has no such buffer.
+    """
+    known = dict(_tables(model))
+    for name, kind in formats.items():
+        if name not in known:
+            raise CheckpointError(
+                f"the description of the model names a table {short_name(name)} that it does not have"
+            )
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, known[name].to(getattr(torch, kind)))
+
+
+def _formats(model: nn.Module) -> dict[str, str]:
+    """Number formats of tables that are not float32, as which they are built."""
+    formats = {name: str(table.dtype).removeprefix("torch.") for name, table in _tables(model)}
+    return {name: kind for name, kind in formats.items() if kind != "float32"}
+
+
+def _tables(model: nn.Module) -> list[tuple[str, Tensor]]:
+    kept = model.state_dict().keys()
+    return [(name, value) for name, value in model.named_buffers() if name not in kept and value.is_floating_point()]
 
 
 def _uneven_widths(model: nn.Module, record: Record) -> tuple[BlockWidths, ...] | None:

@@ -23,7 +23,7 @@ from ..shapes_only import shapes_only
 from ..widths.rotary_pairs import check_kept_pairs
 from .checkpoints import opened, read_header, read_tensors
 from .description import Record, parse
-from .rebuild import check_plain, describe, rebuild
+from .rebuild import cast_tables, check_plain, describe, rebuild
 from .weights import check_not_hugging_face, check_tensors, check_values, misfits, shape_misfits
 
 Size = int | Sequence[int]
@@ -121,6 +121,7 @@ def load(folder: str | Path, *, image_size: Size | None = None, img_size: Size |
         )
     check_values(model.state_dict(), state, path)
     model.load_state_dict(state, assign=True)
+    cast_tables(model, record.tables)
     check_kept_pairs(model, path)
     family = adapter_of(model)
     if record.classes is not None and len(record.classes) == family.classifier(model).classes:

@@ -16,7 +16,7 @@ def attach(
     schedule: Schedule | None = None,
     *,
     curriculum: Curriculum | None = None,
-    phase: Phase = "both",
+    phase: Phase | None = None,
     cls_only: bool = False,
     restorable: bool = False,
 ) -> Handle:
@@ -29,7 +29,7 @@ def attach(
             (`"TopK() @ KeepRate(0.7)"`); None reduces nothing (for `cls_only` without a reduction).
         schedule: how many tokens stay, and where.
         curriculum: how the schedule grows over training; moved by `handle.set_epoch` or `vitrim.set_epoch`.
-        phase: reduce in "train", "eval" or "both" modes of the model.
+        phase: reduce in "train", "eval" or "both" modes of the model; "both" by default.
         cls_only: let the last block compute only prefix tokens. Logits stay the same; features of patch tokens
             are no longer returned. Only for heads that read only CLS.
         restorable: keep the values of dropped tokens, for `handle.restore`.
@@ -46,15 +46,17 @@ def attach(
         raise VitrimError(not_a_model("attach(handle, ...)"))
     if attached(model) is not None:
         raise VitrimError("a reduction is attached to this model already; call handle.remove() first")
+    if isinstance(reducer, Reduction) and phase is not None:
+        raise VitrimError("phase goes with a reducer or a text; a Reduction holds its own: Reduction(..., phase=...)")
     if isinstance(reducer, str):
-        reducer = Reduction.parse(reducer, phase)
+        reducer = Reduction.parse(reducer, phase or "both")
     if reducer is not None and not isinstance(reducer, Reducer | Reduction):
         what = f"write {reducer.__name__}() with brackets" if isinstance(reducer, type) else f"not {reducer!r}"
         raise VitrimError(f"attach takes a reducer such as vitrim.TopK(), a Reduction or its text; {what}")
     if isinstance(reducer, Reducer):
         if schedule is None:
             raise VitrimError("a reducer needs a schedule, for example vitrim.KeepRate(0.7)")
-        reducer = Reduction(reducer, schedule, curriculum or Constant(), phase)
+        reducer = Reduction(reducer, schedule, curriculum or Constant(), phase or "both")
     elif schedule is not None or curriculum is not None:
         raise VitrimError("schedule and curriculum go with a reducer; a Reduction holds its own")
     handle = Handle(model, reducer, cls_only)

@@ -16,6 +16,8 @@ from ...text import outline
 from ...tokens.precision import exact
 
 TINY = torch.finfo(torch.float64).tiny
+LEAST = 1e-30
+"""Added to variances, which may all be 0; its root is not 0 in float32, in which factors are kept."""
 
 
 @dataclass(frozen=True)
@@ -164,12 +166,15 @@ def tail_sums(x: Tensor) -> Tensor:
 def cholesky(spread: Tensor, ridge: float) -> Tensor:
     """Cholesky factor (n, n) of a spread plus `ridge` times its mean variance on the diagonal.
 
-    A ridge below the rounding of the sums, which are made of products in float32, grows tenfold until there is one.
+    Where that is below the rounding of the sums, which are made of products in float32, it grows tenfold until there is
+    one. Rounding is all there is where the inputs never change.
     """
-    size = spread.diagonal().mean().clamp_min(0) if len(spread) else spread.new_zeros(())
+    eye = torch.eye(len(spread), dtype=spread.dtype, device=spread.device)
+    largest = spread.abs().amax() if len(spread) else spread.new_zeros(())
+    variance = spread.diagonal().mean() if len(spread) else largest
+    added = torch.maximum(ridge * variance, torch.finfo(spread.dtype).eps * largest) + LEAST
     while True:
-        ridged = spread + torch.eye(len(spread), dtype=spread.dtype, device=spread.device) * (ridge * size + TINY**0.5)
-        factor, fault = torch.linalg.cholesky_ex(ridged)
-        if not fault or not size.isfinite():
+        factor, fault = torch.linalg.cholesky_ex(spread + added * eye)
+        if not fault or not largest.isfinite():
             return factor
-        ridge *= 10
+        added = 10 * added
