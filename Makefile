@@ -28,7 +28,7 @@ lint: $(STAMP)
 	$(BIN)/pyright
 
 docs: $(STAMP)
-	$(BIN)/python -m vitrim.show.listing docs/list.md
+	$(BIN)/python -m vitrim.showing.listing docs/list.md
 	$(BIN)/python -m vitrim.models.census docs/models.md
 
 clean:

@@ -12,7 +12,7 @@ import shutil
 from pathlib import Path
 
 from vitrim.measure.table import Table
-from vitrim.show.runs import make_table
+from vitrim.showing.runs import make_table
 from vitrim.text import with_written
 
 ROOT = Path(__file__).parents[1]

@@ -15,7 +15,7 @@ from pathlib import Path
 from select import select
 from typing import Any
 
-from vitrim.show import app
+from vitrim.showing import app
 
 CHROMIUM = next(
     (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), ""

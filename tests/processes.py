@@ -19,7 +19,7 @@ from tempfile import mkdtemp
 
 MODULES = [
     "accelerate", "pytest", "sklearn.datasets", "timm", "torch.distributed", "torchvision",
-    "vitrim.cli", "vitrim.elastic", "vitrim.show.progress", "vitrim.study.run_study", "vitrim.train.loop",
+    "vitrim.cli", "vitrim.elastic", "vitrim.showing.progress", "vitrim.study.run_study", "vitrim.train.loop",
 ]  # fmt: skip
 multiprocessing.set_forkserver_preload(MODULES)
 SECONDS = 300

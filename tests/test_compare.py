@@ -11,7 +11,7 @@ from vitrim.data.specs import DataSpec
 from vitrim.data.splits import plain_stream
 from vitrim.errors import DataError, DivergedError, UncountableError, VitrimError
 from vitrim.measure.accuracy import evaluate
-from vitrim.measure.speed import bench_methods
+from vitrim.measure.speed import bench
 from vitrim.models import attach, build_model, save, variant
 from vitrim.study import compare as compare_module
 from vitrim.study.compare import CLS_ONLY_NOTE, compare
@@ -79,7 +79,7 @@ def test_without_a_method_each_model_is_compared_as_it_is(tmp_path: Path):
     assert table.rows[1]["macs_ratio"] > 1.1
     assert CLS_ONLY_NOTE in table.notes
     assert CLS_ONLY_NOTE not in compare(folders[:1], DIGITS, device="cpu").notes
-    timed = bench_methods(folders, batch_sizes=(2,), rounds=1, warmup=0, device="cpu").measured
+    timed = bench(folders, batch_sizes=(2,), rounds=1, warmup=0, device="cpu").measured
     assert [row.name for row in timed] == [f"{folders[0]}: dense", f"{folders[1]}: own"]
     assert timed[1].reference == timed[0].name, "with one method per model, the first row is the reference"
     assert timed[1].macs_ratio == pytest.approx(table.rows[1]["macs_ratio"])

@@ -31,7 +31,7 @@ from vitrim.compression.verification import Finding, Verified
 from vitrim.elastic.chain import start_chain
 from vitrim.errors import CheckpointError, DataError, UnknownNameError, UnsupportedModelError, VitrimError
 from vitrim.models import narrow
-from vitrim.show.report import write_report
+from vitrim.showing.report import write_report
 
 TINY = {"img_size": 64, "depth": 3, "embed_dim": 24, "num_heads": 2}
 IMAGES = images(96, dtype=torch.float32)

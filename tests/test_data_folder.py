@@ -19,7 +19,7 @@ from vitrim.data.splits import plain_stream
 from vitrim.errors import DataError
 from vitrim.measure.accuracy import evaluate
 from vitrim.models import build_model, save
-from vitrim.show.files import find_images
+from vitrim.showing.files import find_images
 from vitrim.study.compare import compare
 from vitrim.train.loop import train
 from vitrim.train.recipe import Recipe

@@ -17,7 +17,7 @@ from vitrim.data.specs import AugmentSpec, DataSpec
 from vitrim.data.splits import make_splits, plain_stream
 from vitrim.errors import UnknownNameError
 from vitrim.models.input_format import InputFormat
-from vitrim.show.view import View
+from vitrim.showing.view import View
 from vitrim.study import compare
 
 SIZES = {"patch_size": 8, "depth": 2, "embed_dim": 24, "num_heads": 2, "num_classes": 2}

@@ -28,11 +28,11 @@ from vitrim.data import digits
 from vitrim.data.specs import DataSpec
 from vitrim.elastic import latency, measured_chain, supernet
 from vitrim.elastic.chain import Chain
-from vitrim.export import FORMATS
+from vitrim.exporting import FORMATS
 from vitrim.measure import speed
 from vitrim.models import compiling, open_model, small_vits
-from vitrim.show import report
-from vitrim.show.runs import points
+from vitrim.showing import report
+from vitrim.showing.runs import points
 from vitrim.train.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]

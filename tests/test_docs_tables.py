@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from vitrim.measure.table import Table
-from vitrim.show.listing import METHODS, listing, methods_table, with_methods_table
+from vitrim.showing.listing import METHODS, listing, methods_table, with_methods_table
 from vitrim.tables import Table as Methods
 from vitrim.text import with_written
 from vitrim.tokens import SCORES, score

@@ -17,11 +17,11 @@ import vitrim
 from calling import call
 from relative_models import BEIT
 from vitrim.errors import CheckpointError, DataError, OutputError, UnknownNameError, UnsupportedModelError, VitrimError
-from vitrim.export import FORMATS, Format, compare, export, formats, run
-from vitrim.export.formats import quantise
-from vitrim.export.program import described, make_program, prepared
+from vitrim.exporting import FORMATS, Format, compare, formats, run
+from vitrim.exporting.formats import quantise
+from vitrim.exporting.program import described, make_program, prepared
 from vitrim.measure.served import ServedFile, open_file
-from vitrim.measure.speed import bench, bench_methods
+from vitrim.measure.speed import bench
 from zoo import ZOO, build, images, redrawn
 
 CUT = "ToMe() @ KeepRate(0.6, at=(0,))"
@@ -70,7 +70,7 @@ def test_programs_of_families_agree_with_the_model(adapter: str, blocks: str) ->
 
 def test_attention_under_a_learnt_bias_becomes_onnx(tmp_path: Path) -> None:
     model = redrawn(BEIT["beit"]())
-    found = export(model, images(3, 40, dtype=torch.float32), tmp_path / "beit.onnx", method=CUT)
+    found = vitrim.export(model, images(3, 40, dtype=torch.float32), tmp_path / "beit.onnx", method=CUT)
     assert found.agreement.largest <= found.agreement.allowed
 
 
@@ -80,7 +80,7 @@ def test_what_onnx_cannot_hold_is_one_line(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(torch.onnx, "export", fails)
     with pytest.raises(UnsupportedModelError, match=r"^this model cannot be written as ONNX: no such operator; use"):
-        export(small(), images(2, 24), tmp_path / "model.onnx")
+        vitrim.export(small(), images(2, 24), tmp_path / "model.onnx")
     assert not [*tmp_path.iterdir()]
 
 
@@ -100,7 +100,7 @@ def test_a_rotary_model_becomes_onnx_without_branches_and_with_its_tables_as_con
     model = build("timm-eva", "dinov3")
     model.blocks = model.blocks[:1]
     vitrim.models.set_widths(model, [vitrim.models.BlockWidths(12, 40, 5)])
-    found = export(model, images(4), tmp_path / "model.onnx", method="TopK(norm) @ KeepRate(0.6, at=(0,))")
+    found = vitrim.export(model, images(4), tmp_path / "model.onnx", method="TopK(norm) @ KeepRate(0.6, at=(0,))")
     assert found.agreement.largest <= found.agreement.allowed
     kinds = Counter(node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node)
     assert kinds["MatMul"] > 0
@@ -152,7 +152,7 @@ def test_an_onnx_file_says_what_it_is_and_is_timed_next_to_the_model(
     assert "on 40 images in batches of 1 and 32: same top class for" in found.text(quantised=True)
     with pytest.raises(VitrimError, match="differs from the model"):
         compare(model, quantised, digits)
-    table = bench_methods([*files, str(saved)], ["own"], batch_sizes=(1, 3), rounds=1, warmup=0)
+    table = bench([*files, str(saved)], ["own"], batch_sizes=(1, 3), rounds=1, warmup=0)
     assert {row.reference for row in table.measured} == {files[0]}, "one reference where there are files"
     assert {row.macs for row in table.measured} == {about["macs"]}
     with pytest.raises(VitrimError, match="takes images of 1 x 8 x 8, not of 1 x 9 x 9"):
@@ -165,7 +165,7 @@ def test_an_onnx_file_says_what_it_is_and_is_timed_next_to_the_model(
 
 def test_a_program_is_saved_with_its_description_for_a_batch_of_any_size(tmp_path: Path) -> None:
     model, file = small(), tmp_path / "m.pt2"
-    found = export(model, images(3, 24), file, format="torch", classes=["a", "b", "c"])
+    found = vitrim.export(model, images(3, 24), file, format="torch", classes=["a", "b", "c"])
     assert found.text().startswith(f"written to {file}")
     opened = open_file(str(file))
     assert opened.about["classes"] == ["a", "b", "c"]
@@ -187,10 +187,10 @@ def test_a_file_of_a_fixed_batch_size_is_timed_at_that_size_only(tmp_path: Path)
     whole = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=9)
     file = str(tmp_path / "foreign.onnx")
     onnx.save(whole, file)
-    table = bench_methods(file, batch_sizes=(2,), rounds=1, warmup=0)
+    table = bench(file, batch_sizes=(2,), rounds=1, warmup=0)
     assert table.row(file, 2).macs is None
     with pytest.raises(VitrimError, match=r"takes batches of 2 only, not of 3; use --batch_size 2"):
-        bench_methods(file, batch_sizes=(2, 3))
+        bench(file, batch_sizes=(2, 3))
     (tmp_path / "broken.onnx").write_bytes(b"no model")
     (tmp_path / "broken.pt2").write_bytes(b"no archive")
     for name in ("broken.onnx", "broken.pt2"):
@@ -207,7 +207,7 @@ def test_a_file_that_computes_something_else_is_not_kept(
 ) -> None:
     monkeypatch.setattr(run, "open_file", as_if_written(change))
     with pytest.raises(VitrimError, match=r"differs from the model by|gives \(4, 2\) where the model gives"):
-        export(small(), images(4, 24), tmp_path / "new" / "m.pt2", format="torch")
+        vitrim.export(small(), images(4, 24), tmp_path / "new" / "m.pt2", format="torch")
     assert not (tmp_path / "new").exists()
 
 
@@ -221,7 +221,7 @@ def test_a_file_made_in_the_meantime_is_kept(tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr(run, "open_file", meanwhile)
     with pytest.raises(OutputError, match="exists"):
-        export(small(), images(4, 24), file, format="torch")
+        vitrim.export(small(), images(4, 24), file, format="torch")
     assert [path.read_text() for path in tmp_path.iterdir()] == ["of somebody else"]
 
 
@@ -281,34 +281,34 @@ def test_weights_beyond_the_limit_of_a_file_lie_next_to_it(
 ) -> None:
     monkeypatch.setattr(formats, "ONE_FILE", 0)
     model, x = small(embed_dim=48), images(4, 24)
-    found = export(model, x, tmp_path / "m.onnx", int8=int8)
+    found = vitrim.export(model, x, tmp_path / "m.onnx", int8=int8)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m.onnx", "m.onnx.data"]
     assert f"written to {tmp_path}/m.onnx and {tmp_path}/m.onnx.data (" in found.text()
     served = open_file(str(tmp_path / "m.onnx"))
     assert compare(model, served, x, exact=not int8).largest == pytest.approx(found.agreement.largest, abs=1e-5)
     (tmp_path / "m.onnx").unlink()
     with pytest.raises(OutputError, match=r"m\.onnx\.data exists"):  # Nothing is overwritten.
-        export(model, x, tmp_path / "m.onnx", int8=int8)
+        vitrim.export(model, x, tmp_path / "m.onnx", int8=int8)
 
 
 def test_bad_words_are_one_line_each(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = small(), images(2, 24)
     with pytest.raises(UnknownNameError, match="did you mean onnx"):
-        export(model, x, tmp_path / "m.onnx", format="onxx")  # type: ignore[arg-type]
+        vitrim.export(model, x, tmp_path / "m.onnx", format="onxx")  # type: ignore[arg-type]
     with pytest.raises(OutputError, match=r"should end in \.pt2"):
-        export(model, x, tmp_path / "m.onnx", format="torch")
+        vitrim.export(model, x, tmp_path / "m.onnx", format="torch")
     with pytest.raises(VitrimError, match="int8 is for --format onnx"):
-        export(model, x, tmp_path / "m.pt2", format="torch", int8=True)
+        vitrim.export(model, x, tmp_path / "m.pt2", format="torch", int8=True)
     (tmp_path / "m.onnx.data").touch()
     with pytest.raises(OutputError, match=r"m\.onnx\.data exists"):
-        export(model, x, tmp_path / "m.onnx")
+        vitrim.export(model, x, tmp_path / "m.onnx")
     with pytest.raises(OutputError, match="cannot"):
-        export(model, x, tmp_path / "m.onnx.data" / "m.pt2", format="torch")
+        vitrim.export(model, x, tmp_path / "m.onnx.data" / "m.pt2", format="torch")
     with pytest.raises(DataError, match="two images are needed"):
         compare(model, model, x[:1])
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(VitrimError, match=r"pip install 'vitrim\[export\]'"):
-        export(model, x, tmp_path / "other.onnx")
+        vitrim.export(model, x, tmp_path / "other.onnx")
 
 
 def test_bad_images_are_one_line(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -334,7 +334,7 @@ def test_aotinductor_gets_the_program_and_the_description(tmp_path: Path, monkey
     monkeypatch.setattr(run, "make_program", lambda model: "the program")
     monkeypatch.setattr(run, "open_file", as_if_written())
     monkeypatch.setattr("torch._inductor.cpp_builder.get_cpp_compiler", lambda: "g++")
-    export(small(), images(3, 24), tmp_path / "m.pt2", format="aoti")
+    vitrim.export(small(), images(3, 24), tmp_path / "m.pt2", format="aoti")
     assert given["program"] == "the program"
     assert json.loads(given["about"])["input"]["size"] == [3, 24, 24]
     assert (tmp_path / "m.pt2").read_text() == "compiled"
@@ -348,7 +348,7 @@ def test_a_missing_compiler_is_one_line(tmp_path: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr("torch._inductor.cpp_builder.get_cpp_compiler", missing)
     with pytest.raises(VitrimError, match=r"no compiler here; install g\+\+"):
-        export(small(), images(2, 24), tmp_path / "m.pt2", format="aoti")
+        vitrim.export(small(), images(2, 24), tmp_path / "m.pt2", format="aoti")
 
 
 def test_weights_of_another_type_are_exported_in_float32_and_the_model_stays(
@@ -357,7 +357,7 @@ def test_weights_of_another_type_are_exported_in_float32_and_the_model_stays(
     model = small().bfloat16()
     exact = small().bfloat16().float()
     monkeypatch.setattr(run, "open_file", lambda path: ServedFile(path, "a stand-in", exact, (None, 3, 24, 24), {}))
-    export(model, images(3, 24), tmp_path / "m.pt2", format="torch")
+    vitrim.export(model, images(3, 24), tmp_path / "m.pt2", format="torch")
     assert next(model.parameters()).dtype == torch.bfloat16
 
 
@@ -391,5 +391,5 @@ def test_what_no_file_can_be_compared_on_is_refused_before_one_is_made(
     monkeypatch.setattr(run, "make_program", lambda model: pytest.fail("the work had begun"))
     model = small()
     with pytest.raises(VitrimError, match=fault):
-        export(model, spoil(model, images(4, 24)), tmp_path / "m.pt2", format="torch")
+        vitrim.export(model, spoil(model, images(4, 24)), tmp_path / "m.pt2", format="torch")
     assert not [*tmp_path.iterdir()]

@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from fuzzing import altered_bytes, altered_text, altered_value, fuzz, odd_value
-from vitrim.show import report as report_module
-from vitrim.show.report import write_report
+from vitrim.showing import report as report_module
+from vitrim.showing.report import write_report
 
 TABLE = {
     "title": "methods",

@@ -29,10 +29,10 @@ RANK = {
     "elastic": 7,
     "distill": 7,
     "train": 8,
-    "export": 9,
+    "exporting": 9,
     "compression": 10,
     "study": 11,
-    "show": 12,
+    "showing": 12,
     "demo": 13,
     "verb_options": 4,
     "verb_help": 5,
@@ -97,7 +97,7 @@ def test_tokens_know_torch_alone() -> None:
 
 
 def test_report_imports_no_torch() -> None:
-    for path in (PACKAGE / "show").glob("report*.py"):
+    for path in (PACKAGE / "showing").glob("report*.py"):
         for line, name in imported(path):
             assert name.split(".")[0] not in ("torch", "timm", "torchvision"), f"{path}:{line} imports {name}"
 

@@ -18,7 +18,6 @@ from vitrim.compression.fidelity import Fidelity
 from vitrim.compression.images import Pictures
 from vitrim.elastic import stratify
 from vitrim.errors import UnsupportedModelError, VitrimError
-from vitrim.export import export
 from vitrim.models import find_adapter, load
 from vitrim.models.families.hf.layout import layout_of
 from vitrim.tokens import Reducer
@@ -282,6 +281,6 @@ def test_a_reduced_backbone_is_exported(tmp_path: Path) -> None:
     model, x = redrawn(BACKBONES["dinov2_backbone"]()), images(3)
     with vitrim.attach(model, "TopK(norm) @ KeepRate(0.6, at=(0, 1))"), torch.no_grad():
         expected = model(x).feature_maps[-1]
-        export(model, images(8), tmp_path / "backbone.pt2", format="torch")
+        vitrim.export(model, images(8), tmp_path / "backbone.pt2", format="torch")
     program = torch.export.load(tmp_path / "backbone.pt2")
     torch.testing.assert_close(program.module()(x), expected)

@@ -120,7 +120,7 @@ def test_sums_are_kept_on_the_cpu_where_a_device_has_no_float64() -> None:
 
 
 def test_nothing_that_stratifies_or_shows_makes_float64_but_by_exact() -> None:
-    files = [path for room in ("elastic", "models", "show") for path in (PACKAGE / room).rglob("*.py")]
+    files = [path for room in ("elastic", "models", "showing") for path in (PACKAGE / room).rglob("*.py")]
     for path in files:
         for number, line in enumerate(path.read_text().splitlines(), 1):
             assert not re.search(r"\.double\(\)|\.to\([^)]*float64", line), f"{path}:{number} {line.strip()}"

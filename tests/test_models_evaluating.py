@@ -19,7 +19,6 @@ from vitrim.elastic.probing import frozen
 from vitrim.measure.accelerator import make_accelerator
 from vitrim.measure.accuracy import attention_entropy, evaluate, mean_loss
 from vitrim.models.evaluating import evaluating
-from vitrim.show.pictures import show
 
 
 class Failing(Exception):
@@ -54,7 +53,7 @@ def mean(model: nn.Module, _: Path) -> object:
 def draw(model: nn.Module, folder: Path) -> object:
     Image.new("L", (8, 8)).save(folder / "a.png")
     with vitrim.attach(model, "TopK() @ KeepRate(0.5, at=(1,))"):
-        return show(model, folder / "a.png", folder / "out")
+        return vitrim.show(model, folder / "a.png", folder / "out")
 
 
 def freeze(model: nn.Module, _: Path) -> object:

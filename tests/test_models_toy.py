@@ -14,7 +14,6 @@ from vitrim.errors import UnknownNameError, VitrimError
 from vitrim.measure.cost import cost
 from vitrim.models import adapter_of, build_model, find_adapter, load, num_classes, open_model, save
 from vitrim.models.input_format import InputFormat
-from vitrim.show.pictures import show
 from vitrim.train.loop import train
 from vitrim.train.recipe import Recipe
 from vitrim.train.specs import ModelSpec
@@ -146,7 +145,7 @@ def test_the_weights_of_a_file_and_another_number_of_classes(tmp_path: Path) -> 
 def test_pictures_of_it(tmp_path: Path) -> None:
     model = toy()
     with vitrim.attach(model, KEPT):
-        written = show(model, images(2), tmp_path / "pictures", scores=True)
+        written = vitrim.show(model, images(2), tmp_path / "pictures", scores=True)
     assert len(list(tmp_path.rglob("*.png"))) >= 2
     assert written is not None
 

@@ -15,7 +15,7 @@ from sqlalchemy import make_url
 import vitrim
 from vitrim import cli
 from vitrim.errors import VitrimError
-from vitrim.export.run import check_place
+from vitrim.exporting.run import check_place
 from vitrim.measure.served import open_file
 from vitrim.study.database_url import file_url, parse_url
 from vitrim.verbs.delivery import say

@@ -1,6 +1,7 @@
 """What users get: names that are loaded when they are used, and their types."""
 
 import ast
+import pkgutil
 import subprocess
 import sys
 import zipfile
@@ -46,6 +47,29 @@ def test_importing_the_package_loads_no_torch() -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_no_module_hides_a_name_of_the_package() -> None:
+    """Importing vitrim.x puts the module into `vitrim`, in place of a function of that name."""
+    assert not {module.name for module in pkgutil.iter_modules(vitrim.__path__)} & {*vitrim.__all__}
+
+
+VERBS = ("bench", "compress", "export", "show", "stratify", "verify")
+ROOMS = "vitrim.cli, vitrim.compression, vitrim.elastic, vitrim.exporting, vitrim.measure.speed, vitrim.showing.pictures"
+
+
+@pytest.mark.parametrize("first", ["", f"import vitrim.verbs.exporting, vitrim.verbs.showing, {ROOMS}"])
+def test_verbs_are_functions_whatever_is_imported_first(first: str) -> None:
+    code = f"""if 1:
+    {first}
+    import vitrim
+    before = [getattr(vitrim, name) for name in {VERBS}]
+    assert all(one.__doc__ and one.__module__.startswith("vitrim.") for one in before)
+    import vitrim.verbs.exporting, vitrim.verbs.showing, {ROOMS}
+    assert before == [getattr(vitrim, name) for name in {VERBS}]
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_wheel_holds_the_types_and_the_templates(tmp_path: Path) -> None:
     pytest.importorskip("setuptools.build_meta")
     copytree(ROOT / "src", tmp_path / "src", ignore=lambda *_: ["__pycache__", "vitrim.egg-info"])
@@ -58,4 +82,4 @@ def test_the_wheel_holds_the_types_and_the_templates(tmp_path: Path) -> None:
     held = zipfile.ZipFile(wheel).namelist()
     assert "vitrim/py.typed" in held
     assert "vitrim/tokens/scores.py" in held
-    assert any(name.startswith("vitrim/show/templates/") for name in held)
+    assert any(name.startswith("vitrim/showing/templates/") for name in held)

@@ -602,11 +602,6 @@ def test_what_is_no_model_is_refused_in_one_line_by_every_call(kind: str, tmp_pa
             call()
 
 
-def test_bench_asks_for_names_of_the_models() -> None:
-    with pytest.raises(VitrimError, match="bench takes models by name"):
-        bench(build("timm-vit", "vit"))
-
-
 @pytest.mark.parametrize("wrap", [nn.DataParallel, lambda model: torch.compile(model, backend="eager")])
 def test_saving_and_converting_a_wrapper_name_the_model_inside(wrap, tmp_path) -> None:
     model = wrap(build("timm-vit", "vit"))

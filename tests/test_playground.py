@@ -16,9 +16,9 @@ from browser import CHROMIUM, Browser, served
 from calling import call
 from vitrim.errors import DataError, ScheduleError, ScoreError, UnknownNameError, UnsupportedModelError, VitrimError
 from vitrim.models.files.classes import class_labels
-from vitrim.show import app, choices, playground
-from vitrim.show.choices import Choice
-from vitrim.show.playground import Subject, figures, sight
+from vitrim.showing import app, choices, playground
+from vitrim.showing.choices import Choice
+from vitrim.showing.playground import Subject, figures, sight
 from vitrim.tokens import Assignment, Reducer, Schedule
 
 TINY = {"img_size": 64, "patch_size": 8, "depth": 8, "embed_dim": 24, "num_heads": 3}

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from clocks import Clock
 from vitrim.cli import main
-from vitrim.show import progress
+from vitrim.showing import progress
 from vitrim.train.loop import train
 from vitrim.train.recipe import Recipe
 from vitrim.train.state import Report

@@ -21,14 +21,13 @@ import vitrim
 from vitrim import cli
 from vitrim.errors import DataError, ScheduleError, ScoreError, VitrimError
 from vitrim.models.input_format import InputFormat
-from vitrim.show.draw import draw_scores, draw_tokens, make_canvas
-from vitrim.show.figures import format_figure
-from vitrim.show.files import picture_paths, spread_evenly
-from vitrim.show.pictures import show
-from vitrim.show.plots import cost_accuracy_plot, curves_plot, frontier
-from vitrim.show.report import write_report
-from vitrim.show.runs import average_seeds
-from vitrim.show.view import View
+from vitrim.showing.draw import draw_scores, draw_tokens, make_canvas
+from vitrim.showing.figures import format_figure
+from vitrim.showing.files import picture_paths, spread_evenly
+from vitrim.showing.plots import cost_accuracy_plot, curves_plot, frontier
+from vitrim.showing.report import write_report
+from vitrim.showing.runs import average_seeds
+from vitrim.showing.view import View
 
 pytestmark = pytest.mark.usefixtures("few_test_digits")
 
@@ -157,7 +156,7 @@ def test_folder_gives_one_picture_per_readable_image(model, folder, tmp_path):
     model.train()
     before = model.eval()(torch.ones(1, 3, 64, 64))
     model.train()
-    done = show(model, folder, tmp_path / "out")
+    done = vitrim.show(model, folder, tmp_path / "out")
     names = {path.name for path in done.paths}
     assert names == {"deep-china-photo.png", "deep-flower-photo.png", "grey.png"}
     assert names == {path.name for path in (tmp_path / "out").iterdir()}
@@ -229,7 +228,7 @@ def test_any_model_any_grid(kind, method, tmp_path):
     if kind == "digits":
         images = (torch.tensor(load_digits().images[:2]).float() / 16)[:, None]
     handle = vitrim.attach(model, method)
-    done = show(model, images, tmp_path, blocks=[2])
+    done = vitrim.show(model, images, tmp_path, blocks=[2])
     assert [path.name for path in done] == ["image-000.png", "image-001.png"]
     rows, columns = {"digits": (8, 8), "wide": (2, 12)}.get(kind, (4, 4))
     assert handle.states[0].origin.shape[1] == rows * columns
@@ -241,8 +240,8 @@ def test_any_model_any_grid(kind, method, tmp_path):
 
 def test_montage_is_one_file_with_a_row_per_image(model, folder, tmp_path):
     vitrim.attach(model, "TopK(fuse=sum) @ KeepRate(0.5)")
-    (path,) = show(model, folder, tmp_path / "all.png", montage=True)
-    (heat,) = show(model, folder, tmp_path, montage=True, scores=True)
+    (path,) = vitrim.show(model, folder, tmp_path / "all.png", montage=True)
+    (heat,) = vitrim.show(model, folder, tmp_path, montage=True, scores=True)
     assert (path.name, heat.name) == ("all.png", "montage.png")
     with Image.open(path) as picture, Image.open(heat) as tall:
         assert 3 * 192 < picture.height < 4 * 192 + 160
@@ -253,16 +252,16 @@ def test_nothing_is_overwritten_unasked(model, folder, tmp_path):
     vitrim.attach(model, "TopK() @ KeepRate(0.5)")
     (tmp_path / "grey.png").write_text("mine")
     with pytest.raises(VitrimError, match=r"grey\.png exists.*--overwrite"):
-        show(model, folder, tmp_path)
+        vitrim.show(model, folder, tmp_path)
     assert (tmp_path / "grey.png").read_text() == "mine"
     assert not (tmp_path / "deep-china-photo.png").exists()
-    assert len(show(model, folder, tmp_path, overwrite=True).paths) == 3
+    assert len(vitrim.show(model, folder, tmp_path, overwrite=True).paths) == 3
 
 
 def test_bad_input_is_one_clear_line(model, folder, tmp_path):
     out = tmp_path / "out"
     with pytest.raises(VitrimError, match="no reduction is attached"):
-        show(model, folder, out)
+        vitrim.show(model, folder, out)
     vitrim.attach(model, "ToMe() @ ConstantR(2)")
     (tmp_path / "empty").mkdir()
     (tmp_path / "bad").mkdir()
@@ -285,7 +284,7 @@ def test_bad_input_is_one_clear_line(model, folder, tmp_path):
     ]
     for options, error, message in cases:
         with pytest.raises(error, match=message) as caught:
-            show(model, **{"images": folder, "out": out, **options})
+            vitrim.show(model, **{"images": folder, "out": out, **options})
         assert "\n" not in str(caught.value)
     assert not out.exists()
 
@@ -293,7 +292,7 @@ def test_bad_input_is_one_clear_line(model, folder, tmp_path):
 def test_a_reduction_of_training_alone_cuts_nothing_to_show(model, folder, tmp_path):
     vitrim.attach(model, vitrim.TopK(), vitrim.KeepRate(0.5), phase="train")
     with pytest.raises(ScheduleError, match="cuts nothing in evaluation"):
-        show(model, folder, tmp_path)
+        vitrim.show(model, folder, tmp_path)
 
 
 def test_limit_spreads_over_the_folder_and_names_never_collide():
@@ -342,11 +341,9 @@ def test_plots_are_drawn_where_there_is_something_to_draw(tmp_path):
 
 
 def test_report_and_plots_load_neither_torch_nor_pyplot():
-    code = (
-        "import sys, vitrim.show.report; print([m for m in ('torch', 'timm', 'matplotlib.pyplot') if m in sys.modules])"
-    )
+    code = "import sys; import vitrim.showing.report; print({*sys.modules} & {'torch', 'timm', 'matplotlib.pyplot'})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    assert done.stdout.strip() == "set()"
 
 
 # Reports
@@ -443,7 +440,7 @@ def test_report_of_a_study_holds_every_run(tmp_path):
 
 def test_curves_of_many_runs_are_compared_by_row(tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr("vitrim.show.report.curves_plot", lambda metrics, file: seen.append(metrics) or False)
+    monkeypatch.setattr("vitrim.showing.report.curves_plot", lambda metrics, file: seen.append(metrics) or False)
     for row in range(7):
         for seed in range(3):
             write_run(tmp_path / f"row{row}-s{seed}", metrics=metrics_of(4 + seed))
@@ -456,7 +453,7 @@ def test_curves_of_many_runs_are_compared_by_row(tmp_path, monkeypatch):
 
 
 def test_curves_that_cannot_be_told_apart_are_left_out_with_a_word(tmp_path, monkeypatch):
-    monkeypatch.setattr("vitrim.show.report.curves_plot", lambda metrics, file: False)
+    monkeypatch.setattr("vitrim.showing.report.curves_plot", lambda metrics, file: False)
     for row in range(33):
         write_run(tmp_path / f"row{row}-s0", metrics=metrics_of(2))
     assert "The curves of 33 runs are too many for one plot" in Page(write_report(tmp_path)).text
@@ -557,5 +554,5 @@ def test_a_name_of_a_picture_is_no_folder(tmp_path):
 
 def test_images_that_are_left_out_are_counted(model, tmp_path):
     vitrim.attach(model, "TopK() @ KeepRate(0.5)")
-    drawn = show(model, torch.rand(3, *InputFormat.of(model).size), tmp_path / "pictures", limit=2)
+    drawn = vitrim.show(model, torch.rand(3, *InputFormat.of(model).size), tmp_path / "pictures", limit=2)
     assert (len(drawn.paths), drawn.left_out) == (2, 1)

@@ -15,10 +15,9 @@ import vitrim
 from vitrim import cli
 from vitrim.errors import DataError, RecipeError, VitrimError
 from vitrim.measure.table import Column, Table
-from vitrim.show import progress
-from vitrim.show.files import picture_paths
-from vitrim.show.pictures import show
-from vitrim.show.report import write_report
+from vitrim.showing import progress
+from vitrim.showing.files import picture_paths
+from vitrim.showing.report import write_report
 from vitrim.study.study import Study
 from vitrim.study.study_check import check_study
 from vitrim.text import message, printable
@@ -50,7 +49,7 @@ def photos(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("montage", [False, True])
 def test_images_with_odd_names_are_all_drawn(montage: bool, model: Any, photos: Path, tmp_path: Path):
     with vitrim.attach(model, "TopK() @ KeepRate(0.5)"):
-        done = show(model, photos, tmp_path / "out", montage=montage)
+        done = vitrim.show(model, photos, tmp_path / "out", montage=montage)
     assert len(done.paths) == (1 if montage else len(ODD))
     assert len({*done.paths}) == len(done.paths)
     assert all(path.is_file() and path.name.isprintable() and len(os.fsencode(path.name)) < 143 for path in done.paths)
@@ -78,7 +77,7 @@ def test_pictures_of_names_that_become_equal_are_kept_apart():
 def test_a_picture_that_appears_during_the_drawing_is_not_overwritten(
     model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    from vitrim.show import pictures
+    from vitrim.showing import pictures
 
     real = pictures.sheet
 
@@ -88,7 +87,7 @@ def test_a_picture_that_appears_during_the_drawing_is_not_overwritten(
 
     monkeypatch.setattr(pictures, "sheet", late)
     with vitrim.attach(model, "TopK() @ KeepRate(0.5)"), pytest.raises(VitrimError, match="exists"):
-        show(model, torch.zeros(1, 1, 8, 8), tmp_path)
+        vitrim.show(model, torch.zeros(1, 1, 8, 8), tmp_path)
     assert (tmp_path / "image-000.png").read_text() == "mine"
 
 

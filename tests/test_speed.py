@@ -18,7 +18,7 @@ from clocks import Clock
 from vitrim.errors import UnknownNameError, VitrimError
 from vitrim.measure.bench_table import BenchRow, BenchTable, Quartiles, ratios
 from vitrim.measure.environment import environment
-from vitrim.measure.speed import bench, bench_methods
+from vitrim.measure.speed import bench
 from vitrim.models import open_model, variant
 from vitrim.train.loop import train
 from vitrim.train.recipe import Recipe
@@ -116,7 +116,7 @@ def test_models_are_left_as_they_are():
 def test_methods_count_what_the_model_executes():
     model = tiny()
     methods = ("dense", "dense+cls_only", "TopK() @ KeepRate(0.5)", "ToMe() @ ConstantR(3)")
-    table = bench_methods(model, methods, batch_sizes=(2,), rounds=2, warmup=0, device="cpu")
+    table = bench(model, methods, batch_sizes=(2,), rounds=2, warmup=0, device="cpu")
     dense = vitrim.cost(model).macs
     assert table.row("dense", 2).macs == dense
     for method in methods[1:]:
@@ -143,8 +143,21 @@ def test_a_reduced_model_can_be_measured_as_it_is_or_dense():
     assert "ToMe" in str(vitrim.attached(variant(model, "ToMe() @ ConstantR(2)")).reduction)
 
 
+def test_models_may_be_given_in_every_form():
+    model, options = tiny(), {"batch_sizes": (2,), "rounds": 1, "warmup": 0, "device": "cpu"}
+    names = lambda table: [row.name for row in table.measured]  # noqa: E731
+    assert names(vitrim.bench(model, **options)) == ["dense"]
+    assert names(vitrim.bench(model, "TopK() @ KeepRate(0.5)", **options)) == ["TopK() @ KeepRate(0.5)"]
+    assert names(vitrim.bench({"mine": model}, **options)) == ["mine"]
+    table = vitrim.bench({"a": model, "b": tiny(depth=1)}, ["dense", "ToMe() @ ConstantR(3)"], **options)
+    assert names(table) == ["a: dense", "a: ToMe() @ ConstantR(3)", "b: dense", "b: ToMe() @ ConstantR(3)"]
+    assert [row.reference for row in table.measured] == ["a: dense"] * 2 + ["b: dense"] * 2
+    with pytest.raises(VitrimError, match="None is not a model"):
+        vitrim.bench(None)  # type: ignore[arg-type]
+
+
 def test_several_models_each_have_their_own_reference():
-    table = bench_methods(
+    table = bench(
         ["vitrim_digits_vit", "vitrim_cifar_vit"],
         ("dense", "TopK() @ PowerLaw()"),
         batch_sizes=(2,),
@@ -258,13 +271,13 @@ def test_mistakes_are_told_in_one_line(options, message):
 
 def test_wrong_names_of_models_and_methods():
     with pytest.raises(UnknownNameError, match="deit_small_patch16_224"):
-        bench_methods("deit_smal_patch16_224", rounds=1)
+        bench("deit_smal_patch16_224", rounds=1)
     with pytest.raises(VitrimError, match="TopK"):
-        bench_methods(tiny(), ("dense", "TopKk() @ KeepRate(0.5)"), rounds=1)
+        bench(tiny(), ("dense", "TopKk() @ KeepRate(0.5)"), rounds=1)
     with pytest.raises(VitrimError, match="named twice"):
-        bench_methods(tiny(), ("dense", "dense"), rounds=1)
+        bench(tiny(), ("dense", "dense"), rounds=1)
     with pytest.raises(VitrimError, match="at least one"):
-        bench_methods([], ("dense",))
+        bench([], ("dense",))
 
 
 @pytest.mark.parametrize("rate", [0.5, 0.7])
@@ -319,7 +332,7 @@ def test_saved_models_and_names_share_one_table(tmp_path: Path):
     run = tmp_path / "run"
     model = open_model("vitrim_digits_vit")
     vitrim.save(model, run / "model")
-    table = bench_methods(
+    table = bench(
         [str(run), f"vitrim_digits_vit@{run / 'model'}", "vitrim_digits_vit"], batch_sizes=(2,), rounds=1, warmup=0,
         device="cpu",
     )  # fmt: skip

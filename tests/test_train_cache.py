@@ -28,7 +28,7 @@ from vitrim.data.data_sets import open_both
 from vitrim.data.splits import make_splits
 from vitrim.distill import Teacher
 from vitrim.distill.cache_writer import LOCK
-from vitrim.show.progress import live
+from vitrim.showing.progress import live
 from vitrim.study.run_study import run_study
 from vitrim.study.study import Study
 from vitrim.train import single_network

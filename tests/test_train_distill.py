@@ -34,8 +34,8 @@ from vitrim.measure.accuracy import mean_loss
 from vitrim.models import attach, attached, build_model
 from vitrim.models.files.classes import classes_of
 from vitrim.models.input_format import InputFormat
-from vitrim.show.listing import listing
-from vitrim.show.progress import live
+from vitrim.showing.listing import listing
+from vitrim.showing.progress import live
 from vitrim.train.checkpoint import RunFolder
 from vitrim.train.learner import cross_entropy, prepare_learner, prepare_student, prepare_teacher
 from vitrim.train.loop import train

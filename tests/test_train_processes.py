@@ -45,7 +45,7 @@ LAUNCHERS = {
 STOPPER = """
 import os, signal
 from contextlib import contextmanager
-from vitrim.show import progress
+from vitrim.showing import progress
 
 def report(event, figures):
     if event == "step" and (figures["epoch"], figures["step"], os.environ["RANK"]) == (1, 2, "0"):

@@ -19,7 +19,7 @@ from vitrim.compression.certificate import Line
 from vitrim.compression.files import SUFFIX, certificate_of, hash_file, outputs_of
 from vitrim.compression.verification import Finding
 from vitrim.errors import CheckpointError
-from vitrim.export import FORMATS
+from vitrim.exporting import FORMATS
 from vitrim.measure.served import ServedFile, open_file
 
 DIGITS = ("--data.name", "digits", "--data.workers", 0)

@@ -40,37 +40,47 @@ __all__ = [
     "TopK",
     "attach",
     "attached",
+    "bench",
     "build_model",
     "compile",
     "compress",
     "convert",
     "cost",
+    "export",
     "lightning_callback",
     "load",
     "save",
     "set_epoch",
+    "show",
     "stratify",
     "transformers_callback",
+    "verify",
 ]
 
 _HOMES = {
     "vitrim.models": ("Handle", "attach", "attached", "build_model", "compile", "convert", "load", "save", "set_epoch"),
-    "vitrim.compression": ("Certificate", "Compressed", "compress"),
+    "vitrim.compression": ("Certificate", "Compressed", "compress", "verify"),
     "vitrim.elastic": ("SuperNet", "stratify"),
     "vitrim.train.callbacks": ("lightning_callback", "transformers_callback"),
+    "vitrim.exporting": ("export",),
     "vitrim.measure.cost": ("Cost", "cost"),
+    "vitrim.measure.speed": ("bench",),
+    "vitrim.showing.pictures": ("show",),
     "vitrim.tokens": ("Reduction", "TokenState"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 _TABLES = {"vitrim.tokens": ("REDUCERS", "SCHEDULES", "CURRICULA"), "vitrim.distill": ("TERMS", "WEIGHTS")}
 
 if TYPE_CHECKING:
-    from .compression import Certificate, Compressed, compress
+    from .compression import Certificate, Compressed, compress, verify
     from .distill import Cls, ClsStages, DistToken, Labels, Logits, Merged, Tokens
     from .distill.objective import Linear
     from .elastic import SuperNet, stratify
+    from .exporting import export
     from .measure.cost import Cost, cost
+    from .measure.speed import bench
     from .models import Handle, attach, attached, build_model, compile, convert, load, save, set_epoch
+    from .showing.pictures import show
     from .tokens import (
         Adaptive,
         Budget,

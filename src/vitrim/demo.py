@@ -33,10 +33,10 @@ from .measure.table import Table
 from .models import DENSE, attach, find_adapter, load, open_model, variant
 from .models.files.classes import kept_classes
 from .output import check_folder, is_free
-from .show.pictures import show
-from .show.plots import cost_accuracy_plot
-from .show.progress import live
-from .show.report import write_report
+from .showing.pictures import show
+from .showing.plots import cost_accuracy_plot
+from .showing.progress import live
+from .showing.report import write_report
 from .train.checkpoint import write_atomic
 from .train.loop import train
 from .train.recipe import Recipe

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..elastic.chain import hash_of
 from ..errors import CheckpointError, VitrimError
-from ..export.run import open_as
+from ..exporting.run import open_as
 from ..heartbeat import heartbeat
 from ..measure.cost import cost
 from ..measure.environment import environment

@@ -3,7 +3,7 @@
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TypedDict, Unpack
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,30 +16,16 @@ from ..models.wrapped import check_is_model
 from .bench_table import BenchRow, BenchTable, ratios
 from .environment import environment
 from .rounds import Trial, interleave
-from .served import is_file, open_file
+from .served import ServedFile, is_file, open_file
 from .timed import Size, size_for, timed
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _CALLS_AT_BATCH_1 = 10  # A single image is over too soon for one call per round, and p95 wants many.
 
 
-class BenchOptions(TypedDict, total=False):
-    """Options of `bench`, which explains them."""
-
-    batch_sizes: Sequence[int]
-    input_size: Size | int | None
-    dtype: str
-    device: str | torch.device | None
-    compile: bool
-    graphs: bool
-    threads: int | None
-    rounds: int
-    warmup: int
-    seed: int
-
-
 def bench(
-    models: Mapping[str, nn.Module],
+    models: Mapping[str, nn.Module | str] | str | nn.Module | Sequence[str | nn.Module],
+    methods: str | Sequence[str] | None = None,
     *,
     batch_sizes: Sequence[int] = (32,),
     input_size: Size | int | None = None,
@@ -56,7 +42,12 @@ def bench(
     """Time forward passes of several models in interleaved rounds. The models given are left as they are.
 
     Args:
-        models: by name, reduced already where they are to be (`vitrim.attach`), or files (`open_file`).
+        models: one or several modules, or anything that `open_model` takes: run folders, folders of saved models, timm
+            names (random weights: speed does not depend on them); or files (.onnx, .pt2), which run as they are. A
+            mapping also names the rows, {"mine": model}.
+        methods: "dense", "dense+cls_only", "own" (what is attached already), or reductions such as
+            "TopK() @ KeepRate(0.7)", each on its own copy of every model. Reductions run with the last block on prefix
+            tokens alone where the head reads nothing else. By default each model runs as it is.
         batch_sizes: images per forward pass, each measured on its own.
         input_size: (channels, height, width), or the side in pixels; by default each model's own.
         dtype: "float32", "bfloat16" or "float16", of weights and images.
@@ -66,18 +57,20 @@ def bench(
         threads: of torch on the CPU; by default as they are.
         rounds: timed rounds. warmup: rounds before them, not counted.
         seed: of the images and of the order within rounds.
-        references: the model each one is compared with; by default the first of all.
+        references: the row each one is compared with, by names of rows; by default, of several methods, the first one
+            of the same model, and else the first row of all.
 
     Raises:
-        VitrimError: nothing to measure, a number below 1, a model whose input size is not known, or a file that does
-            not take such images.
+        VitrimError: an unknown model or method, nothing to measure, a number below 1, a model whose input size is not
+            known, or a file that does not take such images.
     """
-    _check(models, batch_sizes, dtype, rounds, threads)
-    references = dict.fromkeys(models, next(iter(models))) | dict(references or {})
+    _check(batch_sizes, dtype, rounds, threads)
+    given, own = _rows(models, methods, input_size if isinstance(input_size, int) else None, threads)
+    references = dict.fromkeys(given, next(iter(given))) | own | dict(references or {})
     for reference in references.values():
-        if reference not in models:
-            raise UnknownNameError("model", reference, models)
-    entries = {name: timed(model) for name, model in models.items()}
+        if reference not in given:
+            raise UnknownNameError("model", reference, given)
+    entries = {name: timed(model) for name, model in given.items()}
     files = {name: entry.runtime for name, entry in entries.items() if entry.runtime is not None}
     device = torch.device(device or ("cuda" if torch.cuda.is_available() and not files else "cpu"))
     if files and (dtype != "float32" or device.type != "cpu"):
@@ -128,42 +121,45 @@ def bench(
         return BenchTable.of(rows, environment(), settings)
 
 
-def bench_methods(
-    model: str | nn.Module | Sequence[str | nn.Module],
-    methods: Sequence[str] | None = None,
-    **options: Unpack[BenchOptions],
-) -> BenchTable:
-    """Compare methods on one or several models; each method gets its own copy of the model.
-
-    Args:
-        model: modules, or anything that `open_model` takes: run folders, folders of saved models, timm names (random
-            weights: speed does not depend on them); or files (.onnx, .pt2), which run as they are.
-        methods: "dense", "dense+cls_only", "own" (what is attached already), or reductions such as
-            "TopK() @ KeepRate(0.7)". Reductions run with the last block on prefix tokens alone where the head reads
-            nothing else. By default each model runs as it is: "own" where a reduction is attached, else "dense".
-        options: of `bench`; models named by text are opened at `input_size`, if it is one number.
-
-    Of several methods, the first is the reference of its model; of one, or where there are files, the first row of all
-    is the reference of all others.
-    """
-    given = [model] if isinstance(model, (str, nn.Module)) else list(model)
+def _rows(
+    models: Mapping[str, nn.Module | str] | str | nn.Module | Sequence[str | nn.Module],
+    methods: str | Sequence[str] | None,
+    side: int | None,
+    threads: int | None,
+) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """What each row runs, by its name, and the first method of the same model where there are several, see `bench`."""
+    methods = [methods] if isinstance(methods, str) else methods
+    named = isinstance(models, Mapping)
+    given = list(models.items()) if named else [(_name_of(model), model) for model in _several(models)]
     if not given or (methods is not None and not methods):
-        raise VitrimError("nothing to measure; name at least one model and one method")
-    models: dict[str, nn.Module] = {}
+        raise VitrimError("nothing to measure; give at least one model and one method")
+    rows: dict[str, nn.Module] = {}
     references: dict[str, str] = {}
-    side = options.get("input_size")
-    for one in given:
-        if isinstance(one, str) and is_file(one):
-            _enter(models, one, open_file(one, options.get("threads")))
+    for name, model in given:
+        if isinstance(model, str):
+            model = open_file(model, threads) if is_file(model) else open_model(model, side)
+        check_is_model(model)
+        if isinstance(model, ServedFile) or (named and methods is None):
+            _enter(rows, name, model)
             continue
-        opened = open_model(one, side if isinstance(side, int) else None) if isinstance(one, str) else one
-        prefix = f"{one if isinstance(one, str) else type(one).__name__}: " if len(given) > 1 else ""
-        own = list(methods or [own_method(opened)])
+        prefix = f"{name}: " if len(given) > 1 else ""
+        own = list(methods or [own_method(model)])
         for method in own:
-            _enter(models, prefix + method, variant(opened, method))
+            _enter(rows, prefix + method, variant(model, method))
             references[prefix + method] = prefix + own[0]
-    several = methods is not None and len(methods) > 1 and len(references) == len(models)
-    return bench(models, references=references if several else {}, **options)
+    several = methods is not None and len(methods) > 1 and len(references) == len(rows)
+    return rows, references if several else {}
+
+
+def _several(models: Any) -> list[Any]:
+    """One model, or each of several."""
+    return list(models) if isinstance(models, list | tuple) else [models]
+
+
+def _name_of(model: object) -> str:
+    if isinstance(model, ServedFile):
+        return model.path
+    return model if isinstance(model, str) else type(model).__name__
 
 
 def _enter(models: dict[str, nn.Module], name: str, model: nn.Module) -> None:
@@ -195,19 +191,9 @@ def _threads(number: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _check(
-    models: Mapping[str, nn.Module],
-    batch_sizes: Sequence[int],
-    dtype: str,
-    rounds: int,
-    threads: int | None,
-) -> None:
-    if not isinstance(models, Mapping):
-        raise VitrimError('bench takes models by name: {"mine": model}')
-    for model in models.values():
-        check_is_model(model)
-    if not models or not batch_sizes:
-        raise VitrimError("nothing to measure; give at least one model and one batch size")
+def _check(batch_sizes: Sequence[int], dtype: str, rounds: int, threads: int | None) -> None:
+    if not batch_sizes:
+        raise VitrimError("nothing to measure; give at least one batch size")
     for what, number in (
         ("rounds", rounds),
         ("threads", 1 if threads is None else threads),

@@ -30,7 +30,7 @@ def evaluate(
     """
     check_table(out)
     check_used("eval", data, TRAINING_ONLY, "the test images")
-    from ..show.progress import live
+    from ..showing.progress import live
     from ..study.compare import compare
 
     images = images_of(model, data)
@@ -73,11 +73,11 @@ def bench(
     """
     check_table(out)
     from ..measure.served import is_file
-    from ..measure.speed import bench_methods
+    from ..measure.speed import bench as run
 
     if method and all(map(is_file, model)):
         raise VitrimError("files run as they are, so that --method would have no effect; leave it out")
-    table = bench_methods(
+    table = run(
         model, method, batch_sizes=tuple(batch_size), dtype=dtype, compile=compile, graphs=graphs, threads=threads,
         rounds=rounds, input_size=image_size, device=None if device == "auto" else device,
     )  # fmt: skip

@@ -164,7 +164,7 @@ def _learnt(
     job: "Job", learning: "Finetuning", classes: dict[str, Any], max_drop: float | None, labelled: bool
 ) -> "Compressed":
     """The answer after it has learnt from the given model; an interrupted call goes on where it was."""
-    from ..show.progress import live
+    from ..showing.progress import live
 
     found = learning.found(job.original, str(job.request.goal), job.source)
     if found is None:

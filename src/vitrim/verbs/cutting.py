@@ -109,7 +109,7 @@ def _recipe_for(
 def _train(recipe: Recipe, out: str, device: Device) -> None:
     import torch
 
-    from ..show.progress import live
+    from ..showing.progress import live
     from ..train.loop import train
 
     if device == "cpu" and torch.cuda.is_available():

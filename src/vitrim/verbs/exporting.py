@@ -44,8 +44,8 @@ def export(
         num_images: images to compare on, the first alone and the others in batches of 32; by default 16, with int8 256.
     """
     from ..compression.files import KEY
-    from ..export.run import check_place
-    from ..export.run import export as write
+    from ..exporting.run import check_place
+    from ..exporting.run import export as write
     from ..models import has_weights, open_model
     from ..models.files.classes import classes_of
 

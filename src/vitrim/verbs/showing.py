@@ -54,7 +54,7 @@ def show(
     assert out is not None
     from ..measure.accelerator import make_accelerator
     from ..models import attached, has_weights, open_model, variant
-    from ..show.pictures import show as draw
+    from ..showing.pictures import show as draw
 
     network = variant(open_model(model, image_size), method)
     if attached(network) is None:
@@ -74,7 +74,7 @@ def show(
 def _serve(model: str, given: dict[str, object], port: int, image_size: int | None, device: str) -> None:
     if wrong := [f"--{name}" for name, value in given.items() if value]:
         raise VitrimError(f"{wrong[0]} has no effect with --app, where images and methods are chosen on the page")
-    from ..show.app import serve
+    from ..showing.app import serve
 
     serve(model, port=port, image_size=image_size, device=device)
 
@@ -86,7 +86,7 @@ def report(folder: list[str], out: str | None = None) -> None:
         folder: run, study or demo folders.
         out: file to write; report.html in the folder by default.
     """
-    from ..show.report import write_report
+    from ..showing.report import write_report
 
     say(write_report(folder if len(folder) > 1 else folder[0], out))
 
@@ -114,6 +114,6 @@ def list_names(
     Args:
         kind: which table.
     """
-    from ..show.listing import listing
+    from ..showing.listing import listing
 
     print(listing(kind))

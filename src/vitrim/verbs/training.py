@@ -17,7 +17,7 @@ def train(recipe: Recipe, out: str) -> None:
         recipe: options of the run; --config reads them from a file.
         out: run folder to create or to continue.
     """
-    from ..show.progress import live
+    from ..showing.progress import live
     from ..train.loop import train as run
 
     first = int(os.environ.get("RANK", 0)) == 0  # Of processes that a launcher started, one prints.
@@ -50,9 +50,9 @@ def study(
             variable VITRIM_DATABASE is used, which other users of the machine cannot read.
         workers: processes to start here; without --database they share the runs by a file in the folder of the study.
     """
-    from ..show.progress import live
-    from ..show.report import write_report
-    from ..show.study_pictures import draw_study
+    from ..showing.progress import live
+    from ..showing.report import write_report
+    from ..showing.study_pictures import draw_study
     from ..study.local_workers import local_workers
     from ..study.run_study import run_study
     from ..study.study import Study

@@ -82,7 +82,7 @@ def render(studies: Sequence[tuple[Run, Sequence[Run]]]) -> str:
 @cache
 def _template() -> Template:
     return Environment(
-        loader=PackageLoader("vitrim.show"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        loader=PackageLoader("vitrim.showing"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     ).get_template("report.html.j2")  # fmt: skip
 
