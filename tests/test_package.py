@@ -53,7 +53,9 @@ def test_no_module_hides_a_name_of_the_package() -> None:
 
 
 VERBS = ("bench", "compress", "export", "show", "stratify", "verify")
-ROOMS = "vitrim.cli, vitrim.compression, vitrim.elastic, vitrim.exporting, vitrim.measure.speed, vitrim.showing.pictures"
+ROOMS = (
+    "vitrim.cli, vitrim.compression, vitrim.elastic, vitrim.exporting, vitrim.measure.speed, vitrim.showing.pictures"
+)
 
 
 @pytest.mark.parametrize("first", ["", f"import vitrim.verbs.exporting, vitrim.verbs.showing, {ROOMS}"])
