@@ -3,7 +3,7 @@
     vitrim train --config recipes/system5/finetune-vits14.yaml --out runs/vits14
     python benchmarks/tokens.py runs/vits14 --root data/imagenette160 --out results/tokens-vits14-cpu
 
-Every reducer, score and fuse under one shape of schedule, then several shapes for the reducers in common use.
+Several shapes of schedule for the reducers in common use, then every other reducer, score and fuse under one shape.
 All rows see the same test images, and a budget is solved exactly, so rows of one budget cost the same. A benchmark that
 was stopped goes on where it was when the same command is given again.
 """
@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from finished import Finished, Values
-from vitrim import Budget, ToMe, TopK, arguments, attach, cost
+from vitrim import Budget, Cluster, ToMe, TopK, arguments, attach, cost
 from vitrim.compression.candidates import first_shapes, power, reducers
 from vitrim.compression.fidelity import Fidelity
 from vitrim.compression.images import read
@@ -34,7 +34,7 @@ from vitrim.tokens import Reducer, Schedule
 BUDGETS = (0.9, 0.75, 0.5, 0.35, 0.25)
 SHAPE = power(1.4)
 """The shape of schedule under which reducers and scores are compared."""
-IN_USE = (TopK(), TopK(fuse="sum"), ToMe())
+IN_USE = (TopK(), TopK(fuse="sum"), ToMe(), Cluster(), Cluster(prop_attn=False))
 """The reducers for which shapes are compared."""
 COLUMNS = (
     Column("reducer", "reducer"), Column("shape", "shape"), Column("budget", "MACs / full", ".2f"),
@@ -46,14 +46,14 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def cases(has_cls: bool, depth: int) -> Iterator[tuple[Reducer, Schedule]]:
-    """All reducers under one shape, blind choice as the control; then other shapes for those in use."""
-    for reducer in [*reducers(has_cls), TopK("random")]:
-        yield reducer, SHAPE
+def cases(has_cls: bool, depth: int, in_use: bool) -> Iterator[tuple[Reducer, Schedule]]:
+    """Reducers in common use under all shapes; then, unless they are asked for alone, all others under one shape."""
     for reducer in IN_USE:
         for shape in first_shapes(depth):
-            if shape != SHAPE:
-                yield reducer, shape
+            yield reducer, shape
+    for reducer in [] if in_use else [*reducers(has_cls), TopK("random")]:  # Blind choice is the control.
+        if reducer not in IN_USE:
+            yield reducer, SHAPE
 
 
 def measure(
@@ -79,6 +79,7 @@ def main(
     test_images: int = 1000,
     threads: int | None = 2,
     device: str = "cpu",
+    in_use: bool = False,
     out: str = "results/tokens-vits14-cpu",
 ) -> None:
     """Measure, print, and write OUT.md, OUT.csv and OUT.json.
@@ -90,6 +91,7 @@ def main(
         test_images: images of the test split, drawn once.
         threads: CPU threads.
         device: where to run.
+        in_use: compare the reducers in common use alone, not all with every score.
         out: stem of the files to write.
     """
     torch.set_num_threads(threads or torch.get_num_threads())
@@ -103,7 +105,7 @@ def main(
         {"model": model, "root": root, "size": image_size, "images": len(fidelity), "device": device},
     )
     rows = []
-    for reducer, shape in cases(geometry.num_prefix > 0, geometry.depth):
+    for reducer, shape in cases(geometry.num_prefix > 0, geometry.depth, in_use):
         for budget in BUDGETS:
             key = {"reducer": render(reducer), "shape": render(shape), "budget": budget}
             values = finished.measured(partial(measure, network, fidelity, reducer, shape, budget, full), **key)

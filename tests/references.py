@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vitrim.models import RemovedBranch, adapter_of
-from vitrim.tokens import Evidence, Plan, Reducer, ToMe, TopK
+from vitrim.tokens import Cluster, Evidence, Plan, Reducer, ToMe, TopK
 from vitrim.tokens.scores import SCORES
 
 
@@ -175,6 +175,11 @@ def _tome(reducer: ToMe, tokens: Tokens, view: View, keep: int) -> None:
     groups = {i: [i] for i in range(num_tokens)}
     for _, even, partner in edges[: num_tokens - keep]:
         groups[partner] += groups.pop(even)
+    _merge(tokens, groups)
+
+
+def _merge(tokens: Tokens, groups: dict[int, list[int]]) -> None:
+    """Every group becomes its mean, in the order of the tokens that stay."""
     patches, members, places = [], [], []
     for _, group in sorted(groups.items()):
         weight = [len(tokens.members[i]) for i in group]
@@ -184,7 +189,28 @@ def _tome(reducer: ToMe, tokens: Tokens, view: View, keep: int) -> None:
     tokens.patches, tokens.members, tokens.places = patches, members, places
 
 
-REDUCER_REFERENCES: dict[str, Callable[..., None]] = {"TopK": _top_k, "ToMe": _tome}
+def _cluster(reducer: Cluster, tokens: Tokens, view: View, keep: int) -> None:
+    score = SCORE_REFERENCES[reducer.score](view)
+    hidden = [view.hidden[i] for i in view.patches]
+    number = len(hidden)
+
+    def cosine(i: int, j: int) -> float:
+        return (hidden[i] @ hidden[j]).item() / _length(hidden[i]) / _length(hidden[j])
+
+    ranked = sorted(range(number), key=lambda i: (-score[i], i))
+    worth = {}
+    for place, i in enumerate(ranked):
+        alike = max((cosine(i, j) for j in ranked[:place]), default=-1.0)
+        worth[i] = score[i] * (1 - alike) ** 4
+    kept = sorted(sorted(worth, key=lambda i: (-worth[i], i))[:keep])
+    groups = {i: [i] for i in kept}
+    for i in range(number):
+        if i not in kept:
+            groups[max(kept, key=lambda k: (cosine(i, k), -k))].append(i)
+    _merge(tokens, groups)
+
+
+REDUCER_REFERENCES: dict[str, Callable[..., None]] = {"TopK": _top_k, "ToMe": _tome, "Cluster": _cluster}
 
 
 def _attention(

@@ -168,7 +168,7 @@ def test_stages_lie_inside_of_every_depth() -> None:
         at = shapes[min(shape, len(shapes) - 1)].blocks(depth)
         assert all(0 <= block < depth for block in at)
         assert list(at) == sorted({*at})
-    assert [str(one) for one in first_shapes(12)][-1] == "KeepRate(rate=0.02, at=(2, 6))"
+    assert [str(one) for one in first_shapes(12)][-1] == "KeepRate(rate=0.02, at=(0, 4))"
 
 
 def test_the_better_of_two_candidates_is_first_and_the_pure_ones_stay() -> None:

@@ -22,6 +22,7 @@ from zoo import MODELS, ZOO, build, images, predicted
 VARIANTS: dict[str, list[Reducer]] = {
     "TopK": [vitrim.TopK(), vitrim.TopK(fuse="sum"), vitrim.TopK("norm", fuse="mean")],
     "ToMe": [vitrim.ToMe(), vitrim.ToMe(prop_attn=False)],
+    "Cluster": [vitrim.Cluster(), vitrim.Cluster("norm", prop_attn=False)],
 }
 SCHEDULE_OF: dict[str, Schedule] = {
     "PowerLaw": vitrim.PowerLaw(0.6, 1.5),
@@ -46,7 +47,7 @@ class Case:
     def suited(self, model: nn.Module) -> Reducer:
         """The reducer, with a score that a model without CLS can supply."""
         if self.reducer.needs == "cls_row" and not find_adapter(model).geometry(model).has_cls:
-            if not isinstance(self.reducer, vitrim.TopK):
+            if not hasattr(self.reducer, "score"):
                 pytest.skip("the reducer needs a CLS token")
             return replace(self.reducer, score="mean_attention")
         return self.reducer
@@ -81,7 +82,7 @@ RETURNED_IN = ("toy", "vit", "deit_distilled", "dinov2_registers", "siglip", "ga
 # Every reducer and schedule on one model of each family; models that differ from it in norms, heads or positions meet
 # fewer of them.
 FIRST = {next(iter(ZOO[adapter])) for adapter in ZOO}
-FURTHER = (vitrim.TopK(fuse="sum"), vitrim.TopK("norm", fuse="mean"), vitrim.ToMe())
+FURTHER = (vitrim.TopK(fuse="sum"), vitrim.TopK("norm", fuse="mean"), vitrim.ToMe(), vitrim.Cluster())
 SOME_SCHEDULES = ("KeepRate", "Counts")
 # Models of transformers share all but their layers and heads with each other, and their blocks with timm's.
 IN_TRANSFORMERS = (vitrim.TopK(), vitrim.TopK(fuse="sum"), vitrim.ToMe())
@@ -313,7 +314,7 @@ EXPORTED = [
 
 
 # Fusing that returns in one, merging among rotated positions in the other.
-AS_ONNX = [("vit", Case(vitrim.TopK(fuse="sum"), 2)), ("dinov3", Case(vitrim.ToMe()))]
+AS_ONNX = [("vit", Case(vitrim.TopK(fuse="sum"), 2)), ("dinov3", Case(vitrim.ToMe())), ("vit", Case(vitrim.Cluster()))]
 
 
 @pytest.mark.parametrize(("name", "case"), EXPORTED, ids=str)

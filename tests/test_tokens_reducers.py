@@ -183,3 +183,22 @@ def test_state_after_several_cuts() -> None:
     assert state.size.tolist() == [[2.0, 1.0]]
     spread = checked_spread(state, torch.tensor([[[5.0], [7.0]]]), state.origin >= 0)
     assert spread.flatten().tolist() == [7.0, 0.0, 5.0, 5.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_of_tokens_that_are_alike_a_cluster_keeps_the_most_important_one(dtype: torch.dtype) -> None:
+    directions = torch.eye(12)[:4]
+    kind = torch.tensor([0, 1, 0, 2, 1, 0, 3, 2])
+    length = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0])
+    hidden = torch.cat([torch.ones(1, 12), directions[kind] * length[:, None]])[None].to(dtype)
+    found = vitrim.Cluster("norm").assign(Evidence(1, 0, False, 1.0, hidden), keep=4)
+    assert found.kept_BK.tolist() == [[4, 5, 6, 7]], "the longest of every direction"
+    assert found.target().tolist() == [[1, 0, 1, 3, 0, 1, 2, 3]]
+    assert found.size(torch.ones(1, 8)).tolist() == [[2, 3, 1, 2]]
+
+
+def test_tokens_that_are_all_the_same_are_clustered_by_index() -> None:
+    same = torch.ones(2, 6, 12)
+    found = vitrim.Cluster("norm").assign(Evidence(1, 0, False, 1.0, same), keep=3)
+    assert found.kept_BK.tolist() == [[0, 1, 2]] * 2
+    assert found.target().tolist() == [[0, 1, 2, 0, 0]] * 2

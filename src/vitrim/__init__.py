@@ -15,6 +15,7 @@ __all__ = [
     "Certificate",
     "Cls",
     "ClsStages",
+    "Cluster",
     "Compressed",
     "Constant",
     "ConstantR",
@@ -84,6 +85,7 @@ if TYPE_CHECKING:
     from .tokens import (
         Adaptive,
         Budget,
+        Cluster,
         Constant,
         ConstantR,
         CosineWarmup,

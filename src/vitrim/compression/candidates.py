@@ -54,9 +54,9 @@ class Candidate:
 def reducers(has_cls: bool) -> list[Reducer]:
     """Every registered reducer that needs no training, with each score, each fuse and each other named choice.
 
-    A reducer's option takes part if it is called `score`, or takes one of several names (a `Literal`); all others keep
-    their defaults. A reducer that cannot be made without arguments is left out, and so are scores that see nothing of
-    the image.
+    An option takes part if it is called `score`, takes one of several names (a `Literal`), or is in `Reducer.to_try`;
+    all others keep their defaults. A reducer that cannot be made without arguments is left out, and so are scores that
+    see nothing of the image.
     """
     found: list[Reducer] = []
     for kind in REDUCERS.values():
@@ -72,11 +72,13 @@ def reducers(has_cls: bool) -> list[Reducer]:
 
 
 def named_options(kind: type[Reducer]) -> dict[str, Sequence[Any]]:
-    """The options of a reducer that take one of several names, each with these; `score` takes every score."""
+    """The options of a reducer that a search tries, each with its values; `score` takes every score."""
     hints = get_type_hints(kind)
     values: dict[str, Sequence[Any]] = {}
     for option in dataclasses.fields(kind):
-        if option.name == "score":
+        if option.name in kind.to_try:
+            values[option.name] = kind.to_try[option.name]
+        elif option.name == "score":
             values["score"] = list(SCORES)
         elif named := _names(hints[option.name]):
             values[option.name] = named
@@ -97,8 +99,8 @@ def _names(hint: Any) -> list[Any]:
 
 
 def stages(depth: int) -> list[Schedule]:
-    """Cuts at a few places: at three as in EViT, at two, and at one early block; all equally strong."""
-    parts = ((1 / 4, 1 / 2, 3 / 4), (1 / 6, 1 / 2), (1 / 4,), (1 / 3, 2 / 3))
+    """Cuts at a few places: at three as in EViT, at two, the first and a third, and others; all equally strong."""
+    parts = ((1 / 4, 1 / 2, 3 / 4), (0, 1 / 3), (1 / 6, 1 / 2), (1 / 4,), (1 / 3, 2 / 3))
     places = dict.fromkeys(tuple(sorted({int(part * depth) for part in each})) for each in parts)
     return [KeepRate(LEAST_RATE, at=at) for at in places]
 

@@ -124,4 +124,4 @@ def _scoring(shape: BlockShape, tokens: int, needs: Needs) -> int:
 
 def _deciding(shape: BlockShape, reducer: Reducer, cut: Cut) -> Macs:
     fused = (cut.num_in - cut.keep) * shape.width if reducer.extra_tokens else 0
-    return Macs(0, reducer.macs(cut.num_in, shape.head_dim) + fused)
+    return Macs(0, reducer.macs(cut.num_in, shape.head_dim, shape.width) + fused)

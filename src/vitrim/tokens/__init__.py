@@ -3,6 +3,7 @@
 from ..notation import render
 from .assignment import Assignment, TokenState, take
 from .budget_schedule import Budget
+from .cluster import Cluster
 from .curricula import Adaptive, Constant, CosineWarmup, Delayed, Polynomial
 from .curriculum import CURRICULA, Curriculum, Figure
 from .plan import SCHEDULES, Cut, Plan, Schedule, make_plan
@@ -19,6 +20,7 @@ __all__ = [
     "Adaptive",
     "Assignment",
     "Budget",
+    "Cluster",
     "Constant",
     "ConstantR",
     "CosineWarmup",

@@ -3,8 +3,9 @@
 To add a reducer, subclass `Reducer`: say what it needs, and turn an `Evidence` into an `Assignment`.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -25,10 +26,12 @@ class Reducer:
 
     extra_tokens: ClassVar[int] = 0
     """Tokens that a cut appends to the kept ones."""
-    prop_attn: ClassVar[bool] = False
-    """Whether log(size) is added to the attention logits after a cut."""
     merges: ClassVar[bool] = False
     """Whether removed tokens are averaged into kept ones."""
+
+    to_try: ClassVar[Mapping[str, Sequence[Any]]] = {}
+    """Values of options that a search tries, by the name of the option. It tries every score and every named choice of
+    the options that are not here; other options keep their defaults."""
 
     def __init_subclass__(cls) -> None:
         REDUCERS.enter(cls.__name__, cls)
@@ -40,6 +43,11 @@ class Reducer:
     def needs(self) -> Needs:
         """The evidence that `assign` uses: "nothing", "key", "cls_row", "attention" or "hidden"."""
         raise NotImplementedError
+
+    @property
+    def prop_attn(self) -> bool:
+        """Whether log(size) is added to the attention logits after a cut."""
+        return False
 
     @property
     def drops_queries(self) -> bool:
@@ -64,8 +72,14 @@ class Reducer:
         """Whether a cut at this block uses evidence of this block; False if it uses only that of earlier ones."""
         return True
 
-    def macs(self, num_tokens: int, head_dim: int) -> int:
-        """Multiply-accumulates per image of `assign`, without those that compute the evidence."""
+    def macs(self, num_tokens: int, head_dim: int, width: int) -> int:
+        """Multiply-accumulates per image of `assign`, without those that compute the evidence.
+
+        Args:
+            num_tokens: N, the patch tokens that enter the cut.
+            head_dim: dims of the keys.
+            width: channels of the tokens.
+        """
         return 0
 
     def assign(self, evidence: Evidence, keep: int) -> Assignment:
@@ -185,6 +199,7 @@ class ToMe(Reducer):
     """
 
     merges = True
+    to_try = {"prop_attn": (True, False)}  # noqa: RUF012  (never changed)
     prop_attn: bool = True  # pyright: ignore[reportIncompatibleVariableOverride]
 
     @property
@@ -194,7 +209,7 @@ class ToMe(Reducer):
     def fewest(self, num_tokens: int) -> int:
         return num_tokens - num_tokens // 2
 
-    def macs(self, num_tokens: int, head_dim: int) -> int:
+    def macs(self, num_tokens: int, head_dim: int, width: int) -> int:
         return (num_tokens - num_tokens // 2) * (num_tokens // 2) * head_dim
 
     def assign(self, evidence: Evidence, keep: int) -> Assignment:
