@@ -35,7 +35,7 @@ class Cluster(Reducer):
     merges = True
     to_try = {"score": ("cls_attention", "norm"), "prop_attn": (True, False)}  # noqa: RUF012  (never changed)
     score: str = "cls_attention"
-    prop_attn: bool = True  # pyright: ignore[reportIncompatibleVariableOverride]
+    prop_attn: bool = True  # pyright: ignore[reportIncompatibleMethodOverride]
 
     def __post_init__(self) -> None:
         super().__post_init__()

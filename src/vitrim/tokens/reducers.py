@@ -200,7 +200,7 @@ class ToMe(Reducer):
 
     merges = True
     to_try = {"prop_attn": (True, False)}  # noqa: RUF012  (never changed)
-    prop_attn: bool = True  # pyright: ignore[reportIncompatibleVariableOverride]
+    prop_attn: bool = True  # pyright: ignore[reportIncompatibleMethodOverride]
 
     @property
     def needs(self) -> Needs:
