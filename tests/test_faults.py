@@ -3,6 +3,7 @@
 import gc
 import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -372,7 +373,7 @@ def test_a_refused_reduction_leaves_the_model_alone() -> None:
         ((vitrim.TopK("norm"), vitrim.ConstantR(9)), VitrimError, "use r of at most 8"),
         ((vitrim.TopK("norm"),), VitrimError, "needs a schedule"),
         ((vitrim.TopK, CUT), VitrimError, r"takes a reducer such as .*; write TopK\(\) with brackets"),
-        ((vitrim.TopK("norm"), vitrim.KeepRate), VitrimError, "schedule is a Schedule, not <class"),
+        ((vitrim.TopK("norm"), vitrim.KeepRate), VitrimError, r"a schedule such as .*; write KeepRate\(...\)"),
         ((0.7, CUT), VitrimError, "takes a reducer such as .*; not 0.7"),
         ((None, CUT), VitrimError, "go with a reducer"),
     ]
@@ -402,6 +403,19 @@ def test_a_phase_next_to_a_whole_reduction_is_refused() -> None:
         with vitrim.attach(model, given, schedule, phase="train") as handle:
             assert handle.reduction is not None
             assert handle.reduction.phase == "train"
+
+
+@pytest.mark.parametrize(
+    ("schedule", "curriculum", "words"),
+    [
+        (0.7, None, "schedule must be a schedule such as vitrim.KeepRate"),
+        (vitrim.KeepRate, None, r"write KeepRate\(...\)"),
+        (CUT, 3, "curriculum must be a curriculum such as vitrim.Delayed"),
+    ],
+)
+def test_numbers_and_classes_in_place_of_methods_are_refused(schedule: Any, curriculum: Any, words: str) -> None:
+    with pytest.raises(VitrimError, match=words):
+        vitrim.attach(build("timm-vit", "vit"), vitrim.TopK(), schedule, curriculum=curriculum)
 
 
 class WithOwnHead(VisionTransformer):

@@ -67,7 +67,9 @@ class View:
                 "and at full strength"
             )
         if scores and all(states[block].score is None for block in shown):
-            raise ScoreError("these cuts were not decided on scores (ToMe compares keys); leave the heat maps out")
+            raise ScoreError(
+                "these cuts were not decided on scores (ToMe and Cluster compare tokens); leave the heat maps out"
+            )
         grid = adapter_of(self.model).grid(self.model, batch.shape[-2:])
         before = [TokenState.start(len(batch), num_patches, torch.device("cpu")), *states]
         last = len(states) if plan.reinstate is None else plan.reinstate

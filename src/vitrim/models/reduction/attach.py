@@ -1,8 +1,11 @@
 """Put a reduction into a model, and move its curriculum."""
 
+from typing import Any
+
 from torch import nn
 
 from ...errors import VitrimError
+from ...text import short
 from ...tokens import Constant, Curriculum, Reducer, Reduction, Schedule
 from ...tokens.curriculum import History
 from ...tokens.reduction import Phase
@@ -56,6 +59,8 @@ def attach(
     if isinstance(reducer, Reducer):
         if schedule is None:
             raise VitrimError("a reducer needs a schedule, for example vitrim.KeepRate(0.7)")
+        _check_kind("schedule", schedule, Schedule, "KeepRate(0.7)")
+        _check_kind("curriculum", curriculum, Curriculum | None, "Delayed(5)")
         reducer = Reduction(reducer, schedule, curriculum or Constant(), phase or "both")
     elif schedule is not None or curriculum is not None:
         raise VitrimError("schedule and curriculum go with a reducer; a Reduction holds its own")
@@ -63,6 +68,12 @@ def attach(
     handle.restorable = restorable
     handle.install()
     return handle
+
+
+def _check_kind(name: str, given: object, kind: Any, example: str) -> None:
+    if not isinstance(given, kind):
+        shown = f"write {given.__name__}(...)" if isinstance(given, type) else f"not {short(given)}"
+        raise VitrimError(f"{name} must be a {name} such as vitrim.{example}; {shown}")
 
 
 def set_epoch(*models: nn.Module | Handle, epoch: float, history: History = ()) -> float:
