@@ -1,6 +1,7 @@
 """`vitrim compress` and `vitrim verify` as commands: what they refuse, list, warn about and write."""
 
 import re
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -203,18 +204,48 @@ def test_verify_leaves_out_the_images_that_the_search_used(
     spec = DataSpec(root=str(folder), workers=0)
     stream = training_stream(network, spec)
     searched = read(stream, 20, 0).images
-    found, notes = pictures(network, str(out), used, spec, None)
+    found, _, notes = pictures(network, str(out), used, spec, None)
     assert len(found) == 30
     assert not any((image == one).all() for image in found.images for one in searched)
     assert notes == ("The images that the search used are left out: 20 of 50.",)
     (folder / "0" / "0.png").unlink()
-    found, notes = pictures(network, str(out), used, spec, None)
+    found, _, notes = pictures(network, str(out), used, spec, None)
     assert (len(found), notes) == (49, (NOT_KNOWN,))
-    _, notes = pictures(network, str(out), used, DataSpec(workers=0), 30)
+    _, _, notes = pictures(network, str(out), used, DataSpec(workers=0), 30)
     assert "any of them that are among the images here are not left out" in notes[0]
     code, said, _ = call(capsys, "verify", out, "--data.workers", 0, "--num_images", 12)
     assert code in (0, 1)
     assert "which of them the search used is not known" in " ".join(said.split())
+
+
+def test_a_test_split_that_cannot_be_opened_is_no_missing_one(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "photos"
+    photos(root / "train")
+    words = ("compress", model, "--data.root", root, "--macs", 0.6, *FEW)
+    code, said, err = call(capsys, *words, "--out", tmp_path / "without")
+    assert (code, err) == (0, "")
+    assert "has no folder test or val or validation; folders there: train: training images stand in" in said
+    assert f"Measured on 20 images that are no test images: {root}/train." in " ".join(said.split())
+    photos(root / "val")
+    code, said, _ = call(capsys, *words, "--num_test_images", 17, "--out", tmp_path / "with")
+    assert (code, "stand in" in said) == (0, False)
+    record = {"place": f"{root}/val", "split": "test", "number": 17}
+    assert Certificate.read(tmp_path / "with").source["measured"] == record
+    _, said, _ = call(capsys, "verify", tmp_path / "with")
+    assert f"Measured on 40 test images: {root}/val." in " ".join(said.split())
+    (root / "val" / "3").mkdir()
+    file = tmp_path / "model.onnx"
+    for verb in (words, ("verify", tmp_path / "with", "--data.root", root), ("export", model, "--data.root", root)):
+        code, _, err = call(capsys, *verb, *([] if verb[0] == "verify" else ["--out", file]))
+        assert (code, "3 holds no images that can be read" in err) == (2, True)
+    _, said, _ = call(capsys, "verify", tmp_path / "with")
+    assert "The images of the certificate cannot be read here: class folder" in " ".join(said.split())
+    (root / "val" / "3").rmdir()
+    shutil.rmtree(root / "train")
+    code, _, err = call(capsys, *words, "--data.test_split", "val", "--out", tmp_path / "again")
+    assert (code, "has no folder train" in err) == (2, True)
 
 
 def test_nothing_is_read_before_options_are_checked_and_little_for_a_dry_run(

@@ -71,6 +71,10 @@ class DataError(VitrimError):
     """Images that are missing, unreadable or of the wrong kind."""
 
 
+class NoSplitError(DataError):
+    """A data set that has no split of that name."""
+
+
 class RecipeError(VitrimError):
     """A recipe that contradicts itself or the run folder it points to."""
 

@@ -6,7 +6,7 @@ from collections import Counter
 from functools import cache
 from pathlib import Path
 
-from ..errors import DataError
+from ..errors import DataError, NoSplitError
 from ..text import message
 from .decode import suffixes
 from .digits import BUILT_IN, CLASSES
@@ -27,7 +27,7 @@ def open_images(spec: DataSpec, train: bool) -> Images:
     spec.check()
     if spec.name in BUILT_IN:
         _check_built_in(spec)
-        return Images(BUILT_IN[spec.name](train), CLASSES)
+        return Images(BUILT_IN[spec.name](train), CLASSES, place=f"{spec.name}, {'train' if train else 'test'}")
     images = _open_folder(spec, train) if _is_folder(spec) else open_by_reader(spec, train)
     for note in images.notes:
         _report_once(note)
@@ -49,7 +49,7 @@ def open_unlabelled(root: str | Path) -> Images:
     """
     if not os.path.isdir(root):
         raise DataError(f"{root} is not a folder")
-    return Images([(path, 0) for path in all_images(root)])
+    return Images([(path, 0) for path in all_images(root)], place=str(root))
 
 
 def all_images(root: str | Path) -> list[str]:
@@ -118,7 +118,7 @@ def _split_of(spec: DataSpec, train: bool) -> Path:
     found = next((root / name for name in wanted if os.path.isdir(root / name)), None)
     if found is None:
         have = ", ".join(sorted(p.name for p in root.iterdir() if p.is_dir())[:20]) or "none"
-        raise DataError(f"{root} has no folder {' or '.join(wanted)}; folders there: {have}")
+        raise NoSplitError(f"{root} has no folder {' or '.join(wanted)}; folders there: {have}")
     return found
 
 
@@ -126,5 +126,5 @@ def _open_folder(spec: DataSpec, train: bool) -> Images:
     reference: list[str] = []
     if not train and os.path.isdir(Path(spec.root or "") / spec.train_split):
         reference = [folder.name for folder in class_folders(_split_of(spec, True))]
-    source = FolderImages(_split_of(spec, train), reference)
-    return Images(source, source.classes, notes=source.notes)
+    source = FolderImages(folder := _split_of(spec, train), reference)
+    return Images(source, source.classes, notes=source.notes, place=str(folder))

@@ -19,10 +19,14 @@ class Images:
         classes: names of the classes, if they are known.
         mode: Pillow mode of the decoded images, "RGB" or "L".
         notes: lines on what belongs to the data set and is not read.
+        place: where they are, as the user named it: a folder, or a data set and its split.
     """
 
-    def __init__(self, source: Any, classes: Sequence[str] = (), mode: str = "RGB", notes: Sequence[str] = ()) -> None:
+    def __init__(
+        self, source: Any, classes: Sequence[str] = (), mode: str = "RGB", notes: Sequence[str] = (), place: str = ""
+    ) -> None:
         self.source, self.classes, self.mode, self.notes = source, list(classes), mode, list(notes)
+        self.place = place
 
     def __len__(self) -> int:
         return len(self.source)

@@ -9,7 +9,7 @@ from PIL import Image
 from timm.data import create_dataset
 from torch.utils.data import IterableDataset
 
-from ..errors import DataError, UnknownNameError
+from ..errors import DataError, NoSplitError, UnknownNameError
 from .decode import decode, read_image
 from .digits import BUILT_IN
 from .images import Images
@@ -59,7 +59,8 @@ def open_by_reader(spec: DataSpec, train: bool) -> Images:
     """The training or test images of a data set whose name begins with that of a reader.
 
     Raises:
-        DataError: no folder, no such data set or split, or a package is missing.
+        NoSplitError: the data set has no such split.
+        DataError: no folder, no such data set, or a package is missing.
         UnknownNameError: no reader has this name.
     """
     kind, slash, _ = spec.name.partition("/")
@@ -77,15 +78,18 @@ def open_by_reader(spec: DataSpec, train: bool) -> Images:
         raise DataError(f"{spec.name} needs the package {error.name}; pip install {_PACKAGES[kind]}") from None
     except Exception as error:  # Readers fail in many ways; in all of them there is nothing to read.
         reason = " ".join(str(error).split()) or type(error).__name__
+        if "unknown split" in reason.lower():  # As hfds and tfds say it.
+            raise NoSplitError(f"data set {spec.name!r} has no split {split}: {reason}") from None
         hint = "" if spec.download or kind == "wds" else "; --data.download fetches it where the reader can"
         raise DataError(f"cannot open data set {spec.name!r} in {spec.root}: {reason}{hint}") from None
+    place = f"{spec.name}, {split}"
     if isinstance(source, IterableDataset):
-        return _gather(spec.name, source)
+        return _gather(spec.name, source, place)
     source = through_one_door(source)
     classes = getattr(source, "classes", None) or getattr(getattr(source, "reader", None), "class_to_idx", None)
     if not classes:
         raise DataError(f"data set {spec.name!r} does not name its classes")
-    return Images(source, list(classes))
+    return Images(source, list(classes), place=place)
 
 
 def through_one_door(source: Any) -> Any:
@@ -95,9 +99,9 @@ def through_one_door(source: Any) -> Any:
     return source
 
 
-def _gather(name: str, stream: Any) -> Images:
+def _gather(name: str, stream: Any, place: str) -> Images:
     gathered = _Gathered(stream)
     promised = getattr(getattr(stream, "reader", None), "num_samples", None)
     lost = promised - len(gathered) if isinstance(promised, int) else 0
     notes = [f"{name}: {lost} of {promised} images could not be read by timm and are left out"] if lost > 0 else []
-    return Images(gathered, gathered.classes, notes=notes)
+    return Images(gathered, gathered.classes, notes=notes, place=place)

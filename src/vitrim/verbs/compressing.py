@@ -14,6 +14,7 @@ from .images import (
     check_dense,
     images_of,
     knows_classes,
+    measured_on,
     test_stream,
     training_stream,
 )
@@ -131,6 +132,7 @@ def compress(
         "batch_size": batch_size, "dtype": dtype, "compile": compile, "max_drop": max_drop,
     }  # fmt: skip
     source = {"model": model, "data": asdict(spec), "options": options}
+    source["measured"] = measured_on(test or train, len(parts.unseen), test=test is not None)
     if test is None:
         source["searched"] = searched(train, len(parts.fit) + len(parts.judge) + most - len(pictures))
     job = Job(network, request, parts, next(network.parameters()).device, say, source)

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..data.specs import DataSpec
-from ..errors import DataError, VitrimError
+from ..errors import DataError, NoSplitError, VitrimError
 from ..options import from_dict
+from .delivery import say
 
 if TYPE_CHECKING:
     from torch import nn
@@ -87,17 +88,28 @@ def training_stream(network: "nn.Module", spec: DataSpec) -> "Stream":
 
 
 def test_stream(network: "nn.Module", spec: DataSpec) -> "Stream | None":
-    """The test images; None where there is no test split and none is asked for."""
+    """The test images; None, with a line that says so, where there is no test split and none is asked for.
+
+    Raises:
+        DataError: there is a test split that cannot be opened.
+    """
     from ..data.splits import plain_stream
 
     if _is_flat(spec):
+        say(f"{spec.root} has no folder {spec.train_split}: all images below it are taken, without classes")
         return None
     try:
         return plain_stream(network, spec)
-    except DataError:
+    except NoSplitError as error:
         if spec.test_split is not None:
             raise
+        say(f"{error}: training images stand in for test images, without classes")
         return None
+
+
+def measured_on(stream: "Stream", number: int, *, test: bool) -> dict[str, Any]:
+    """The record of the images that something was measured on, as in the `source` of a certificate."""
+    return {"place": stream.images.place, "split": "test" if test else "train", "number": number}
 
 
 def knows_classes(network: "nn.Module", model: str, stream: "Stream") -> bool:
@@ -133,8 +145,10 @@ def check_dense(network: "nn.Module", model: str, verb: str) -> None:
 
 
 def _is_flat(spec: DataSpec) -> bool:
-    """Whether it is a folder that has no training split."""
-    return spec.name == "folder" and spec.root is not None and not (Path(spec.root) / spec.train_split).is_dir()
+    """Whether it is a folder that has no training split, of which no test split is asked for."""
+    if spec.name != "folder" or spec.root is None or spec.test_split is not None:
+        return False
+    return not (Path(spec.root) / spec.train_split).is_dir()
 
 
 def _flat(network: "nn.Module", spec: DataSpec) -> "Stream":

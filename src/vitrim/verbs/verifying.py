@@ -11,6 +11,7 @@ from .images import (
     images_of,
     known_images,
     knows_classes,
+    measured_on,
     names_images,
     override_data,
     recorded_images,
@@ -46,6 +47,7 @@ def verify(
         device: where to measure; auto takes the kind of device of the certificate where it is here.
         out: file to write the table to (.md, .csv, .json or .html).
     """
+    from ..compression.certificate import images_note
     from ..compression.searched import Searched
     from ..measure.served import is_file, open_file
     from .delivery import check_table, deliver
@@ -70,10 +72,12 @@ def verify(
     if given is not None and spec is not None:
         name = folder if served is None else original or certificate.source["model"]
         try:
-            pictures, notes = _pictures(given, name, Searched.of(certificate), spec, num_images)
-        except DataError:
+            pictures, measured, notes = _pictures(given, name, Searched.of(certificate), spec, num_images)
+            notes = (images_note(measured), *notes)
+        except DataError as error:
             if data:
-                raise  # The images of the certificate may be on another machine.
+                raise
+            notes = (f"The images of the certificate cannot be read here: {error}",)  # They may be elsewhere.
     found = _measured(folder, served, certificate, pictures, given, device, notes)
     deliver(found.table(), out)
     if not found.holds:
@@ -115,8 +119,9 @@ def _certify(
         )
     spec = known_images(original, data) or images_of([original], data)
     given = open_model(original, spec.image_size)
-    pictures, _ = _pictures(given, original, None, spec, most)
-    found = certify_file(served, pictures, given, source={"model": original, "data": asdict(spec)})
+    pictures, measured, _ = _pictures(given, original, None, spec, most)
+    source = {"model": original, "data": asdict(spec), "measured": measured}
+    found = certify_file(served, pictures, given, source=source)
     print(found.table().text())
     if out is None:
         say(f"to keep it, add --out {served.path}{SUFFIX}, where vitrim verify looks for it")
@@ -127,8 +132,11 @@ def _certify(
 
 def _pictures(
     network: "nn.Module", folder: str, used: "Searched | None", spec: DataSpec, most: int | None
-) -> tuple["Pictures", Sequence[str]]:
-    """Images to compare on, without those that a search used as far as these are known; and what to say about it."""
+) -> tuple["Pictures", dict[str, Any], Sequence[str]]:
+    """Images to compare on, without those that a search used as far as these are known.
+
+    With the record of where they are, and with what to say about them.
+    """
     from ..compression.images import read
     from ..compression.request import MOST_IMAGES
     from ..compression.run import MOST_UNSEEN
@@ -138,10 +146,12 @@ def _pictures(
     if test is not None:
         labelled = knows_classes(network, folder, test)
         notes = () if used is None else (used.elsewhere,)
-        return read(test, most or MOST_UNSEEN, spec.workers, labelled=labelled), notes
+        found = read(test, most or MOST_UNSEEN, spec.workers, labelled=labelled)
+        return found, measured_on(test, len(found), test=True), notes
     train = training_stream(network, spec)
     start, note = (0, NOT_KNOWN) if used is None else used.among(train)
-    return read(train, most or MOST_IMAGES, spec.workers, labelled=False, start=start), (note,)
+    found = read(train, most or MOST_IMAGES, spec.workers, labelled=False, start=start)
+    return found, measured_on(train, len(found), test=False), (note,)
 
 
 def _original(given: str | None, certificate: "Certificate", size: int | None) -> "nn.Module | None":
