@@ -5,9 +5,11 @@ import math
 import numpy as np
 import pytest
 
+from vitrim.compression.measured_lines import time_lines
+from vitrim.compression.remarks import time_notes
 from vitrim.compression.timing import milliseconds, time_ratio
 from vitrim.measure import intervals
-from vitrim.measure.intervals import Interval, of_difference, of_drop, of_mean, of_sessions, of_share
+from vitrim.measure.intervals import Interval, of_difference, of_drop, of_mean, of_share, of_times
 
 DICE = np.random.default_rng(0)
 
@@ -67,16 +69,34 @@ def test_of_one_seed_the_interval_of_differences_is_that_of_bonett_and_price() -
     )
 
 
-def test_intervals_of_sessions_contain_another_measurement() -> None:
+@pytest.mark.parametrize("spread", [0.04, 0.3, 1.0], ids=["idle", "busy", "loaded"])
+def test_intervals_of_times_contain_another_measurement(spread: float) -> None:
+    def measured() -> Interval:
+        return of_times(DICE.lognormal(math.log(0.5), spread, 5).tolist())
+
+    assert 0.92 <= sum(measured().value in measured() for _ in range(1000)) / 1000 <= 0.98
+
+
+def test_intervals_of_times_of_an_idle_machine_are_those_of_their_plain_values() -> None:
     def mean_of_another() -> bool:
-        return float(DICE.normal(0.5, 0.02, 5).mean()) in of_sessions(DICE.normal(0.5, 0.02, 5).tolist())
+        return float(DICE.normal(0.5, 0.02, 5).mean()) in of_times(DICE.normal(0.5, 0.02, 5).tolist())
 
     assert 0.92 <= sum(mean_of_another() for _ in range(400)) / 400 <= 0.98
 
 
-def test_no_time_is_below_zero() -> None:
-    times = [(0.1, 2.0, 0.2), (3.0, 2.0, 6.0)]
-    assert time_ratio(times).low == milliseconds(times)[0].low == 0.0
+def test_the_interval_of_times_that_vary_much_is_wide_and_above_zero() -> None:
+    times = [(0.1, 2.0, 0.2), (3.0, 2.0, 6.0), (12.0, 2.0, 24.0)]
+    for found in (time_ratio(times), milliseconds(times)[0]):
+        assert 0 < found.low < found.value < found.high
+    assert time_ratio(times).value == pytest.approx(3.6 ** (1 / 3))
+
+
+def test_times_that_say_little_are_named() -> None:
+    assert time_notes(time_lines([(0.5, 2.0, 1.0), (0.55, 2.0, 1.1), (0.52, 2.0, 1.04)])) == []
+    busy, slower = time_notes(time_lines([(0.5, 2.0, 1.0), (3.0, 2.0, 6.0), (2.0, 2.0, 4.0)]))
+    assert "was the machine busy?" in busy
+    assert "slower than the given model: 1.44 times" in slower
+    assert len(time_notes(time_lines([(0.5, 2.0, 1.0)]))) == 1
 
 
 def test_an_interval_is_never_empty_where_all_images_agree() -> None:
@@ -90,7 +110,7 @@ def test_values_that_say_nothing_about_their_spread() -> None:
     assert of_mean([3.0]) == Interval(3.0, -math.inf, math.inf)
     assert of_mean([2.0, 2.0, 2.0]) == Interval(2.0, 2.0, 2.0)
     assert of_mean([1.0, math.inf]).high == math.inf
-    assert of_sessions([0.5]).low == -math.inf
+    assert of_times([0.5]) == Interval(pytest.approx(0.5), 0.0, math.inf)
     assert of_mean([1.0, 2.0, 3.0]) == of_mean([1.0, 2.0, 3.0]), "the same at every call"
     assert Interval(1, 0, 2).overlaps(Interval(3, 2, 4))
     assert not Interval(1, 0, 2).overlaps(Interval(3, 2.1, 4))

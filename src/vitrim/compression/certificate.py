@@ -12,8 +12,8 @@ from ..measure.columns import columns
 from ..measure.intervals import Interval
 from ..measure.speed import DTYPES
 from ..measure.table import Table
-from ..text import short_name
 from .forms import FORMS
+from .remarks import images_note, time_notes
 
 FILE, TRIED = "certificate.json", "tried.json"
 SCHEMA = 1
@@ -108,7 +108,9 @@ class Certificate:
 
     def table(self) -> Table:
         """All statements as a table."""
-        notes = [*self.notes, *([f"Tokens: {self.reduction}."] if self.reduction else []), *self._images]
+        notes = [*self.notes, *([f"Tokens: {self.reduction}."] if self.reduction else []), *time_notes(self.lines)]
+        measured: Any = self.source.get("measured")
+        notes += [images_note(measured)] if isinstance(measured, dict) else []
         notes.append(
             "Brackets are 95 % intervals over n images or sessions; met: even the bad end is within what was asked. "
             "Divergence and agreement with the given model are on images that the search has not seen, times on rounds "
@@ -119,12 +121,6 @@ class Certificate:
         missed = ", ".join(FORMS[line.key].words for line in self.lines if line.met is False)
         title = f"Certificate: {self.asked}" + (f", NOT MET: {missed}" if missed else ", met") * asked
         return Table(title, COLUMNS, [row_of(line) for line in self.lines], notes=notes, environment=self.environment)
-
-    @property
-    def _images(self) -> list[str]:
-        """A note on the images that it was measured on, where these are known."""
-        found: Any = self.source.get("measured")
-        return [images_note(found)] if isinstance(found, dict) else []
 
     def tried_table(self) -> Table:
         """Every candidate of the search as a table, those that have seen most images first."""
@@ -213,12 +209,6 @@ def row_of(line: Line) -> dict[str, Any]:
         "key": line.key, "statement": form.words, "found": found, "given": given, "asked": asked, "met": met,
         "n": line.number,
     }  # fmt: skip
-
-
-def images_note(measured: Mapping[str, Any]) -> str:
-    """A sentence on the images that something was measured on, from their record."""
-    kind = {"test": "test images", "train": "images that are no test images"}.get(str(measured.get("split")), "images")
-    return short_name(f"Measured on {measured.get('number')} {kind}: {measured.get('place')}.", 400)
 
 
 def written(value: float, form: str) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..measure.intervals import Interval, of_sessions
+from ..measure.intervals import Interval, of_times
 from ..measure.speed import bench
 
 SESSIONS, ROUNDS = 5, 6
@@ -41,16 +41,9 @@ def sessions(
 
 def time_ratio(found: list[tuple[float, float, float]]) -> Interval:
     """The ratio of times, with the interval of another measurement."""
-    return _positive(of_sessions([ratio for ratio, _, _ in found]))
+    return of_times([ratio for ratio, _, _ in found])
 
 
 def milliseconds(found: list[tuple[float, float, float]]) -> tuple[Interval, float]:
     """Time of one batch of the cheaper model with its interval, and that of the given one."""
-    return _positive(of_sessions([cheaper for _, _, cheaper in found])), float(
-        np.mean([given for _, given, _ in found])
-    )
-
-
-def _positive(found: Interval) -> Interval:
-    """Without the part of the interval in which no time lies."""
-    return Interval(found.value, max(0.0, found.low), found.high)
+    return of_times([cheaper for _, _, cheaper in found]), of_times([given for _, given, _ in found]).value

@@ -27,6 +27,7 @@ from .fidelity import Fidelity
 from .forms import FORMS
 from .images import Pictures
 from .measured_lines import compared_lines, time_lines
+from .remarks import time_notes
 from .request import device_named
 from .timing import sessions
 
@@ -105,6 +106,7 @@ class Verified:
             "A statement holds if what is counted is the same, if what was asked is met at the bad end of the interval "
             "here, and otherwise if the intervals overlap or it is better here. Times that nobody asked for are not "
             "judged, since another machine, or a busy one, has others.",
+            *time_notes([finding.here for finding in self.findings if finding.here is not None]),
             *self.notes,
         ]
         whole = all(finding.here is not None or finding.line.asked is None for finding in self.findings)
@@ -233,8 +235,7 @@ def described(certificate: Certificate) -> nn.Module | None:
 
 def _counted(model: nn.Module, certificate: Certificate) -> list[Line]:
     found = cost(model)
-    values = {"macs": found.macs, "params": found.params}
-    return [Line(key, values[key], asked=certificate[key].asked) for key in COUNTED if key in certificate]
+    return [Line(key, getattr(found, key), asked=certificate[key].asked) for key in COUNTED if key in certificate]
 
 
 def _compared(model: nn.Module, original: nn.Module, images: Pictures, device: torch.device) -> list[Line]:
@@ -243,8 +244,7 @@ def _compared(model: nn.Module, original: nn.Module, images: Pictures, device: t
 
 
 def _timed(original: nn.Module, model: nn.Module, settings: Mapping[str, Any], device: torch.device) -> list[Line]:
-    times = sessions(
+    return time_lines(sessions(
         original, model, batch_size=int(settings.get("batch_size", 32)), device=device,
         dtype=str(settings.get("dtype", "float32")), compile=bool(settings.get("compile", False)),
-    )  # fmt: skip
-    return time_lines(times)
+    ))  # fmt: skip

@@ -3,7 +3,8 @@
 Means of skewed values: studentised bootstrap (Efron & Tibshirani 1993, 12.5). The percentile bootstrap is too narrow
 for a divergence, which is near 0 for most images and large for a few. Shares: Wilson's interval, which is not empty
 where all images agree. Differences of paired shares: Bonett & Price (2012), and its form for shares that are means over
-several seeds. Ratios of times: Student's t over sessions, for another measurement of as many sessions.
+several seeds. Times and ratios of times: Student's t over the logarithms of sessions, for another measurement of as
+many sessions.
 """
 
 import math
@@ -78,11 +79,15 @@ def of_difference(differences: np.ndarray) -> Interval:
     return Interval(float(differences.mean()), max(-1.0, mean - reach), min(1.0, mean + reach))
 
 
-def of_sessions(values: Sequence[float]) -> Interval:
-    """Where another measurement of as many sessions will find their mean: Student's t, with the error of both means."""
-    number = len(values)
-    mean = float(np.mean(values))
+def of_times(sessions: Sequence[float]) -> Interval:
+    """Where another measurement of as many sessions will find their geometric mean: Student's t on logarithms.
+
+    With the error of both means. Times are skewed: whatever else runs on the machine only adds to them.
+    """
+    number, logs = len(sessions), np.log(sessions)
+    mean = float(logs.mean())
     if number < 2:
-        return Interval(mean, -math.inf, math.inf)
-    reach = float(stats.t.ppf((1 + LEVEL) / 2, number - 1)) * float(np.std(values, ddof=1)) * math.sqrt(2 / number)
-    return Interval(mean, mean - reach, mean + reach)
+        return Interval(math.exp(mean), 0.0, math.inf)
+    reach = float(stats.t.ppf((1 + LEVEL) / 2, number - 1)) * float(logs.std(ddof=1)) * math.sqrt(2 / number)
+    # No float is as large as what two sessions may leave possible.
+    return Interval(math.exp(mean), math.exp(mean - reach), math.exp(min(mean + reach, 700.0)))
