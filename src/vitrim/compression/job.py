@@ -29,6 +29,7 @@ from .images import Parts
 from .measured_lines import accuracy_lines, fidelity_lines, time_lines
 from .networks import Networks
 from .progress import Progress
+from .remarks import change_note
 from .request import Request, check_asks
 from .search import Search, Tried, fit_units, planned_work
 from .timing import sessions
@@ -91,7 +92,8 @@ class Job:
             reduction=None if best.reduction is None else str(best.reduction),
             settings=self.settings, environment=environment(),
             source={**self.source, "description": self.description},
-            tried=[self._row(tried, search) for tried in _by_images(search.tried)], notes=self.notes,
+            tried=[self._row(tried, search) for tried in _by_images(search.tried)],
+            notes=[*self.notes, *([] if best.index or best.reduction else [change_note(networks.full.cls_only)])],
         )  # fmt: skip
         return Compressed(model, certificate)
 
