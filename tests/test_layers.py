@@ -22,6 +22,7 @@ RANK = {
     "yaml_text": 2,
     "heartbeat": 2,
     "options": 3,
+    "places": 4,
     "tokens": 3,
     "models": 4,
     "data": 5,

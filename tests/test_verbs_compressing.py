@@ -248,6 +248,46 @@ def test_a_test_split_that_cannot_be_opened_is_no_missing_one(
     assert (code, "has no folder train" in err) == (2, True)
 
 
+def test_relative_folders_of_images_are_those_of_where_a_command_ran(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for place in ("here", "there"):
+        for split in ("train", "val"):
+            photos(tmp_path / place / "photos" / split, 40 if place == "here" else 24)
+    monkeypatch.chdir(tmp_path / "here")
+    small = ("--epochs", 1, "--batch_size", 10, "--data.workers", 0, "--data.image_size", 8)
+    network = ("--model.name", model, "--model.reset_head", "--data.root", "photos")
+    assert call(capsys, "train", *network, *small, "--out", "run")[0] == 0
+    assert call(capsys, "compress", "run", "--macs", 0.6, *FEW, "--out", "cheaper")[0] == 0
+    assert "photos" in Path("run/recipe.yaml").read_text()
+    assert str(tmp_path) not in Path("cheaper/certificate.json").read_text()
+    monkeypatch.chdir(tmp_path / "there")
+    for folder in ("../here/run", "../here/cheaper"):
+        found = known_images(folder, {})
+        assert found is not None
+        assert found.root == str(tmp_path / "here" / "photos")
+        assert known_images(folder, {"root": "photos"}).root == "photos"  # pyright: ignore
+    _, said, _ = call(capsys, "verify", "../here/cheaper")
+    assert "Measured on 40 test images: /" in " ".join(said.split())
+    (tmp_path / "here" / "photos").rename(tmp_path / "gone")
+    for folder in ("../here/run", "../here/cheaper"):
+        code, _, err = call(capsys, "eval", folder)
+        assert code == 2
+        assert err.endswith(
+            f"the images of {folder} are not here: photos, which was {tmp_path}/here/photos when it was made; give "
+            "--data.root FOLDER\n"
+        )
+
+
+def test_a_certificate_says_what_was_done_where_only_the_last_block_does_less(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(search, "reducers", lambda has_cls: [])
+    code, said, _ = call(capsys, "compress", model, "--macs", 0.95, *QUICK, "--out", tmp_path / "cheaper")
+    assert code == 0
+    assert "Change: the last block computes only CLS; no token is dropped" in " ".join(said.split())
+
+
 def test_nothing_is_read_before_options_are_checked_and_little_for_a_dry_run(
     model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

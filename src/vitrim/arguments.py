@@ -15,7 +15,8 @@ from types import NoneType
 from typing import Any, get_args, get_origin
 
 from .errors import RecipeError, VitrimError
-from .options import describe, from_dict, kinds_of, merge, plain, read_yaml, typed, typed_values
+from .options import describe, from_dict, kinds_of, merge, plain, typed, typed_values
+from .places import read_recipe
 from .text import short
 from .verb_help import UsageError, make_parser
 from .verb_options import POSITIONAL, Option, options_of, part_of
@@ -95,7 +96,7 @@ def _from_files(function: Callable[..., None], options: Sequence[Option], files:
     data: dict[str, Any] = {}
     known = [option.name for option in options if option.name not in POSITIONAL]
     for file in files:
-        found = read_yaml(file)
+        found = read_recipe(file)
         for name in found:
             if name not in known and not any(one.startswith(f"{name}.") for one in known):
                 raise UsageError(f"{file}: " + _unknown("option", f"--{name}", [f"--{one}" for one in known]))

@@ -1,5 +1,6 @@
 """What `vitrim.compress` returns, and how it is written to a folder."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,8 @@ from typing import Any
 from torch import nn
 
 from ..models.files.store import save_with
+from ..places import FILE as FOLDER
+from ..places import here
 from .certificate import FILE, TRIED, Certificate
 
 
@@ -31,6 +34,10 @@ class Compressed:
         certificate = self.certificate.in_folder(folder)
 
         def write(staged: Path) -> None:
+            data: Any = certificate.source.get("data")
+            relative = isinstance(data, dict) and not os.path.isabs(data.get("root") or os.sep)
+            # The certificate itself names no place, so that it can be published.
+            (staged / FOLDER).write_bytes(here().encode(errors="surrogateescape") if relative else b"")
             (staged / FILE).write_text(certificate.to_json() + "\n", encoding="utf-8")
             certificate.tried_table().write(staged / TRIED)
 

@@ -6,7 +6,8 @@ from typing import Any
 
 from ..errors import RecipeError, VitrimError
 from ..measure.table import Table
-from ..options import merge, read_yaml
+from ..options import merge
+from ..places import read_recipe
 from .in_training import InTraining
 from .space import Space
 from .subject import ROUNDS
@@ -49,7 +50,7 @@ def sweep_recipe(
     """
     check_values(vary)
     plan.check()
-    options = merge(read_yaml(file), {"data": dict(data)} if data else {})
+    options = merge(read_recipe(file), {"data": dict(data)} if data else {})
     options |= {} if method is None else {"reduction": method}
     name = Path(file).stem
     subject = InTraining(name, options, Path(runs), batch_size)

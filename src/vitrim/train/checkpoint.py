@@ -1,8 +1,8 @@
 """The folder a run leaves behind: complete, resumable, never overwritten silently.
 
-`recipe.yaml`, `command.txt`, `environment.json`, `metrics.jsonl` (one line per epoch), `checkpoint/state.pt`,
-`model/` (the chosen weights, for `vitrim.load`) and `result.json` once the run is finished; of a super-network also
-`draws.jsonl`. `.vitrim-lock` is an empty file.
+`recipe.yaml`, `folder.txt` (where its relative paths begin), `command.txt`, `environment.json`, `metrics.jsonl` (one
+line per epoch), `checkpoint/state.pt`, `model/` (the chosen weights, for `vitrim.load`) and `result.json` once the run
+is finished; of a super-network also `draws.jsonl`. `.vitrim-lock` is an empty file.
 """
 
 import json
@@ -18,7 +18,10 @@ from filelock import FileLock, Timeout
 
 from ..errors import BusyError, CheckpointError, RecipeError
 from ..models.files.store import WEIGHTS
+from ..options import read_yaml
 from ..output import LOCK, is_free, remove_leftovers, replacing, write_errors
+from ..places import FILE as FOLDER
+from ..places import here, where_made
 from ..text import shortened
 from .recipe import Recipe
 
@@ -58,7 +61,7 @@ class RunFolder:
             if place.resolve() == self.path.resolve() or os.path.exists(RunFolder(place)._recipe_path):
                 raise RecipeError(f"cache.folder is {place}, the folder of a run; choose another for the cache")
         if os.path.exists(self._recipe_path):
-            if changed := Recipe.read(self._recipe_path).differences(recipe):
+            if changed := self._differences(recipe):
                 more = f" and {len(changed) - 4} more" if len(changed) > 4 else ""
                 raise RecipeError(
                     f"{self.path} holds a run of another recipe ({'; '.join(changed[:4])}{more}); "
@@ -68,6 +71,15 @@ class RunFolder:
             raise RecipeError(f"{self.path} is a file; choose a folder with --out")
         elif os.path.exists(self.path) and not is_free(self.path):
             raise RecipeError(f"{self.path} is not empty and holds no run; choose another folder with --out")
+
+    def _differences(self, recipe: Recipe) -> list[str]:
+        """In what the recipe of this folder differs, wherever the command is repeated."""
+        base = where_made(self.path)
+        if base is None:
+            return Recipe.read(self._recipe_path).differences(recipe)
+        if not base.is_dir():  # The run was moved with its images, which are compared when it goes on.
+            return Recipe.from_dict(read_yaml(self._recipe_path)).differences(recipe)
+        return Recipe.read(self._recipe_path).differences(recipe.located(Path.cwd()))
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -90,8 +102,11 @@ class RunFolder:
     def start(self, recipe: Recipe, command: str, environment: Mapping[str, Any]) -> None:
         """Write what the run is, the recipe first, so that a folder with anything in it is known as a run."""
         remove_leftovers(self.path)
+        if (base := where_made(self.path)) is not None and not base.is_dir():
+            (self.path / FOLDER).unlink()
         for path, content in (
             (self._recipe_path, recipe.to_yaml()),
+            (self.path / FOLDER, here()),
             (self.path / "command.txt", command + "\n"),
             (self.path / "environment.json", json.dumps(environment, indent=2)),
         ):

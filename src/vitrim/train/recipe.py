@@ -6,14 +6,13 @@ from typing import Annotated, Any, Literal
 
 from ..data.specs import AugmentSpec, DataSpec
 from ..errors import RecipeError, UnknownNameError, VitrimError
-from ..options import Range, check_options, flatten, from_dict, plain, read_yaml
+from ..options import Range, check_options, flatten, from_dict, plain
+from ..places import PLACES, located, read_recipe
 from ..yaml_text import dump_yaml, parse_yaml
 from .specs import CacheSpec, ElasticSpec, ModelSpec, OptimSpec
 
 WITHOUT_EFFECT = ("data.workers", "data.download", "cache.folder", "shard_teacher", "checkpointing", "track")
 """Options that change how a run is carried out, but none of its numbers."""
-PLACES = ("data.root", "model.name", "model.checkpoint", "teacher.name", "teacher.checkpoint")
-"""Options that may name a file or folder."""
 NOTATION = ("reduction", "distill")
 """Options that may be written in several ways: with other spaces, with or without an option that has its default."""
 
@@ -179,8 +178,12 @@ class Recipe:
 
     @classmethod
     def read(cls, path: str | Path) -> "Recipe":
-        """A recipe from a YAML file."""
-        return cls.from_dict(read_yaml(path))
+        """A recipe from a YAML file; that of a run names its files and folders so that it is right anywhere."""
+        return cls.from_dict(read_recipe(path))
+
+    def located(self, base: Path) -> "Recipe":
+        """The same with what it names relative to this place as absolute paths."""
+        return self.from_dict(located(self.to_dict(), base))
 
     def differences(self, other: "Recipe") -> list[str]:
         """Options by which two recipes describe different runs, as `name: this -> other`.

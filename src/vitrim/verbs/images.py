@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ..data.specs import DataSpec
 from ..errors import DataError, NoSplitError, VitrimError
 from ..options import from_dict
+from ..places import RECIPE, where_made
 from .delivery import say
 
 if TYPE_CHECKING:
@@ -41,6 +42,8 @@ def images_of(models: Sequence[str], given: Mapping[str, Any]) -> DataSpec:
 def known_images(model: str, given: Mapping[str, Any]) -> DataSpec | None:
     """As `images_of` for one model; None where no images are given and it comes with none."""
     own = own_images(model)
+    if own is not None and not names_images(given):
+        _check_there(model, own)
     if own is None and not names_images(given):
         return None
     return override_data(DataSpec() if own is None else replace(own, image_size=None), given)
@@ -52,14 +55,32 @@ def names_images(given: Mapping[str, Any]) -> bool:
 
 
 def own_images(model: str) -> DataSpec | None:
-    """The images that a folder names: those of its run, or of its certificate; None without any."""
-    if os.path.isfile(Path(model) / "recipe.yaml"):
+    """The images that a folder names: those of its run, or of its certificate; None without any.
+
+    A relative path in it begins where the command ran that wrote the folder.
+    """
+    if os.path.isfile(Path(model) / RECIPE):
         from ..train.recipe import Recipe
 
-        return Recipe.read(Path(model) / "recipe.yaml").data
+        return Recipe.read(Path(model) / RECIPE).data
     from ..compression.certificate import FILE, Certificate
 
-    return recorded_images(Certificate.read(model)) if os.path.isfile(Path(model) / FILE) else None
+    found = recorded_images(Certificate.read(model)) if os.path.isfile(Path(model) / FILE) else None
+    base = where_made(model)
+    if found is None or found.root is None or base is None:
+        return found
+    return replace(found, root=os.path.normpath(base / found.root))
+
+
+def _check_there(model: str, spec: DataSpec) -> None:
+    """Raise `DataError` where a folder of images was relative to another place, and is not there."""
+    base = where_made(model)
+    if base is None or spec.root is None or spec.download or os.path.isdir(spec.root):
+        return
+    raise DataError(
+        f"the images of {model} are not here: {os.path.relpath(spec.root, base)}, which was {spec.root} when it was "
+        "made; give --data.root FOLDER"
+    )
 
 
 def recorded_images(certificate: "Certificate") -> DataSpec | None:

@@ -2,10 +2,12 @@
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..data.specs import DataSpec
 from ..errors import DataError, VitrimError
+from ..places import where_made
 from .delivery import TRAINING_ONLY, Count, Device, TestImages, check_used, say
 from .images import (
     images_of,
@@ -14,6 +16,7 @@ from .images import (
     measured_on,
     names_images,
     override_data,
+    own_images,
     recorded_images,
     test_stream,
     training_stream,
@@ -47,7 +50,7 @@ def verify(
         device: where to measure; auto takes the kind of device of the certificate where it is here.
         out: file to write the table to (.md, .csv, .json or .html).
     """
-    from ..compression.certificate import images_note
+    from ..compression.remarks import images_note
     from ..compression.searched import Searched
     from ..measure.served import is_file, open_file
     from .delivery import check_table, deliver
@@ -62,12 +65,12 @@ def verify(
         assert served is not None
         _certify(served, original, data, num_images, out)
         return
-    recorded = recorded_images(certificate)
+    recorded = own_images(folder) if served is None else recorded_images(certificate)
     if recorded is None and data and not names_images(data):
         raise DataError(f"the certificate in {folder} names no images; add --data.root FOLDER")
     spec = override_data(recorded or DataSpec(), data) if recorded or data else None
     size = None if recorded is None else recorded.image_size
-    given = _original(original, certificate, size)
+    given = _original(original, certificate, size, None if served is not None else where_made(folder))
     pictures, notes = None, ()
     if given is not None and spec is not None:
         name = folder if served is None else original or certificate.source["model"]
@@ -154,13 +157,20 @@ def _pictures(
     return found, measured_on(train, len(found), test=False), (note,)
 
 
-def _original(given: str | None, certificate: "Certificate", size: int | None) -> "nn.Module | None":
-    """The model that was compressed, at its image size; None where it is not here any more and none was named."""
+def _original(
+    given: str | None, certificate: "Certificate", size: int | None, base: Path | None = None
+) -> "nn.Module | None":
+    """The model that was compressed, at its image size; None where it is not here any more and none was named.
+
+    A relative path in the certificate begins at `base`.
+    """
     from ..compression.verification import is_original
     from ..models import open_model
     from ..models.files.build import split_spec
 
     recorded: Any = certificate.source.get("model")
+    if isinstance(recorded, str) and base is not None and os.path.exists(base / recorded):
+        recorded = str(base / recorded)
     # A model that only a file names is opened from this machine alone: a file never starts a download.
     if given is None and not (isinstance(recorded, str) and os.path.exists(split_spec(recorded)[1] or recorded)):
         return None
