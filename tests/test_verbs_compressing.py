@@ -288,6 +288,20 @@ def test_a_certificate_says_what_was_done_where_only_the_last_block_does_less(
     assert "Change: the last block computes only CLS; no token is dropped" in " ".join(said.split())
 
 
+@pytest.mark.parametrize("using", [(), ("--using", "tokens")], ids=["both", "tokens"])
+def test_a_budget_out_of_reach_is_named_by_a_dry_run_and_ends_the_command_with_1(
+    using: tuple[str, ...], model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("compress", model, "--macs", 0.001, *QUICK[:-4], *DRY[2:-1], *using)
+    for more in (("--dry_run",), ("--out", tmp_path / "cheaper")):
+        code, said, _ = call(capsys, *words, *more)
+        assert "at most 0.001 of the MACs cannot be reached; the least is " in said
+        assert code == (0 if more[0] == "--dry_run" else 1)
+    assert not Certificate.read(tmp_path / "cheaper").met
+    code, said, _ = call(capsys, *words, "--macs", 0.6, "--dry_run")
+    assert (code, "cannot be reached" in said) == (0, False)
+
+
 def test_nothing_is_read_before_options_are_checked_and_little_for_a_dry_run(
     model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,8 +12,10 @@ from ..models import adapter_of, find_adapter
 from ..models.evaluating import evaluating
 from ..notation import render
 from .candidates import first_shapes, reducers
-from .images import Sizes
-from .job import STRATIFY_UNITS
+from .fidelity import Fidelity
+from .images import Parts, Pictures, Sizes
+from .job import STRATIFY_UNITS, Job
+from .networks import Networks
 from .progress import duration
 from .request import Request
 from .sampler_space import SHARES
@@ -78,6 +80,26 @@ def dry_run(model: nn.Module, request: Request, parts: Sizes, images: Tensor, le
     rows += [{"what": "images to learn from afterwards", "number": lessons, "values": "-"}] if lessons else []
     notes = [f"About {duration(seconds)} here, at the speed of one forward pass."]
     return Outlook(Table(f"Dry run: {request.goal}", _COLUMNS, rows, notes=notes), seconds)
+
+
+def out_of_reach(model: nn.Module, request: Request, images: Pictures) -> list[str]:
+    """What a search would say before it begins, such as that no candidate meets the budget; nothing of times.
+
+    Args:
+        model, request: see `dry_run`.
+        images: some, to order widths by.
+    """
+    if request.goal.kind == "latency":  # Times of blocks take minutes.
+        return []
+    job = Job(model, request, Parts(images, images, images), next(model.parameters()).device, lambda line: None)
+    fidelity, before = Fidelity(job.original, images, job.device), len(job.notes)
+    if "tokens" in request.using:
+        job.search(Networks(job.original, None, []), fidelity)
+        if len(job.notes) == before:
+            return job.notes
+        del job.notes[before:]
+    job.search(Networks(job.original, job.supernet(), []), fidelity)
+    return job.notes
 
 
 def _seconds_per_image(model: nn.Module, images: Tensor) -> float:

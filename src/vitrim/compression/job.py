@@ -76,7 +76,7 @@ class Job:
         fidelity = Fidelity(self.original, self.parts.judge, self.device)
         if fidelity.one_class:
             self._note("the given model has the same top class for all images, so agreement with it says little")
-        networks = Networks(self.original, self._supernet(), self.parts.fit.batches())
+        networks = Networks(self.original, self.supernet(), self.parts.fit.batches())
         search, answers = self._searched(networks, fidelity)
         networks.drop_others({tried.candidate.index for tried in answers.values()})
         best = answers.pop("best").candidate
@@ -166,7 +166,8 @@ class Job:
         )
         return Search(networks, fidelity, least, self.price, tokens=tokens, progress=self.progress)
 
-    def _supernet(self) -> SuperNet | None:
+    def supernet(self) -> SuperNet | None:
+        """The widths that may be cut; None where none is."""
         if "width" not in self.request.using:
             return None
         images = len(self.parts.fit)

@@ -54,6 +54,8 @@ def compress(
 ) -> None:
     """Make a model cheaper within one budget, without training, and certify what that costs.
 
+    The exit code is 1 where what was asked is not met; the model and its certificate are written all the same.
+
     Args:
         model: a timm name with weights (NAME@FILE), a folder written by vitrim or transformers, hf:NAME, or a run
             folder.
@@ -78,6 +80,7 @@ def compress(
         device: where to search and to measure.
     """
     from ..compression.dry_run import dry_run as list_plan
+    from ..compression.dry_run import out_of_reach
     from ..compression.finetune import Finetuning
     from ..compression.goal import Goal, check_using
     from ..compression.images import divide, read
@@ -123,6 +126,8 @@ def compress(
         some = read(train, min(TRIED_ON, most), spec.workers, labelled=False)
         lessons = further.epochs * (spec.limit or len(train))
         print(list_plan(network, request, planned, some.images, lessons).table.text())
+        for line in out_of_reach(network, request, some):
+            say(line)
         return
     unseen = None if test is None else read(test, planned.unseen, spec.workers, labelled=labelled)
     pictures = read(train, most, spec.workers, labelled=False)
@@ -144,6 +149,8 @@ def compress(
     found.save(out, overwrite=overwrite, **kept_classes(model))
     print(found.certificate.in_folder(out).table().text())
     say(f"written to {out}")
+    if not found.certificate.met:
+        raise SystemExit(1)
 
 
 def _planned(train: "Stream", most: int, width: bool, unseen: int | None) -> "Sizes":
