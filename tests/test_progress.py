@@ -14,6 +14,7 @@ from rich.console import Console
 from clocks import Clock
 from vitrim.cli import main
 from vitrim.showing import progress
+from vitrim.showing.figures import format_figure
 from vitrim.train.loop import train
 from vitrim.train.recipe import Recipe
 from vitrim.train.state import Report
@@ -68,6 +69,14 @@ def test_the_first_line_says_how_much_work_there_is_and_where():
     ]
 
 
+def test_one_of_a_kind_is_singular_and_epochs_count_from_1_for_people():
+    with progress.live(console := Console(file=StringIO(), width=200)) as report:
+        report("start", START | {"images": 1, "held_out": 0, "epochs": 1, "steps": 1})
+    assert lines_of(console)[0].startswith("1 image 1 epoch of 1 step ")
+    assert format_figure("best_epoch", 0) == "1"
+    assert format_figure("epoch", 0) == "0"
+
+
 def test_without_a_terminal_a_line_a_minute_takes_the_place_of_the_bar():
     clock = Clock()
     with progress.live(console := Console(file=StringIO(), width=200), clock=clock.read) as report:
@@ -76,7 +85,7 @@ def test_without_a_terminal_a_line_a_minute_takes_the_place_of_the_bar():
             clock.sleep(1)
             report("step", STEP | {"epoch": 0, "step": step})
     lines = lines_of(console)[1:]
-    assert lines[0] == "epoch 1/2 step 60/900 loss 1.500 acc 25.0% 9 images/s"
+    assert lines[0] == "epoch 1/2 step 60/900 loss 1.500 acc 25.0% 9.0 images/s"
     assert len(lines) == 15
 
 

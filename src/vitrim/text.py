@@ -75,6 +75,15 @@ def short_name(text: object, most: int = 80) -> str:
     return shortened(printable(text), most)
 
 
+def counted(number: int, what: str) -> str:
+    """A number of things.
+
+    >>> counted(1, "image"), counted(1200, "image")
+    ('1 image', '1200 images')
+    """
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
 def reason_of(error: Exception) -> str:
     """The first line of an exception from outside, for a message of ours; its class where it says nothing."""
     return short_name((str(error).strip() or type(error).__name__).splitlines()[0], 200)

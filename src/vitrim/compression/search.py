@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from ..models import attach
 from ..notation import render
+from ..text import counted
 from ..tokens import Plan, Reducer, Schedule
 from .candidates import Candidate, can_cut, first_shapes, reducers
 from .fidelity import Closeness, Fidelity, joined
@@ -147,16 +148,16 @@ class Search:
             if len(present) <= LAST:
                 break
             present = self._judged(
-                present, max(8, len(self.fidelity) // part), f"round {number}, {len(present)} candidates"
+                present, max(8, len(self.fidelity) // part), f"round {number}, {counted(len(present), 'candidate')}"
             )
             if number == len(ROUNDS):
                 present = self._sampled(present, trials, present[0].images)
             present = self._best(present, max(LAST, len(present) // stay) if number < len(ROUNDS) else LAST)
-        return self._judged(present, len(self.fidelity), f"last round, {len(present)} candidates")
+        return self._judged(present, len(self.fidelity), f"last round, {counted(len(present), 'candidate')}")
 
     def _judged(self, group: list[Tried], images: int, what: str) -> list[Tried]:
         """These candidates, best first, after each has seen so many images."""
-        self.progress.line(f"{what}, {min(images, len(self.fidelity))} images")
+        self.progress.line(f"{what}, {counted(min(images, len(self.fidelity)), 'image')}")
         # Candidates of one width follow each other, so that a network is fitted when it is needed first.
         for tried in sorted(group, key=lambda one: one.candidate.index):
             self._see(tried, images, what)

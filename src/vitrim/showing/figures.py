@@ -47,6 +47,7 @@ def format_figure(name: str, value: Any) -> str:
     if name == "seconds" or name.endswith("_seconds"):
         return _duration(value)
     if isinstance(value, int):
+        value += name == "best_epoch"  # Files count epochs from 0, people from 1.
         return f"{value:,}".replace(",", "\u202f") if abs(value) >= 10_000 else str(value)
     return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 

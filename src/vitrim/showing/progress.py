@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ..text import printable
+from ..text import counted, printable
 from ..train.state import Report
 
 _PERIOD = 1800.0
@@ -110,11 +110,11 @@ def _cache(label: str, figures: Mapping[str, Any]) -> str:
 
 
 def _start(label: str, figures: Mapping[str, Any]) -> str:
-    images = f"{figures['images']} images" + (f", {figures['held_out']} held out" if figures["held_out"] else "")
+    images = counted(figures["images"], "image") + (f", {figures['held_out']} held out" if figures["held_out"] else "")
     where = (
         figures["device"] if figures["processes"] == 1 else f"{figures['processes']} processes on {figures['device']}"
     )
-    epochs = f"{figures['epochs']} epochs of {figures['steps']} steps"
+    epochs = f"{counted(figures['epochs'], 'epoch')} of {counted(figures['steps'], 'step')}"
     if figures["epoch"] or figures["step"]:
         epochs += f", continued at epoch {figures['epoch'] + 1}, step {figures['step'] + 1}"
     return f"{label} {images}  {epochs}  {where}  {figures['folder']}".strip()
@@ -128,7 +128,7 @@ def _now(figures: Mapping[str, Any]) -> str:
     text = f"loss {figures['loss']:.3f}{_terms(figures)}"
     if figures["accuracy"] is not None:
         text += f"  acc {figures['accuracy']:.1%}"
-    text += f"  {figures['images_per_second']:.0f} images/s"
+    text += f"  {_speed(figures)}"
     return text if figures["tokens"] is None else f"{text}  {figures['tokens']} tokens"
 
 
@@ -141,8 +141,13 @@ def _line(label: str, figures: Mapping[str, Any]) -> str:
         parts.append(f"held-out loss {figures['val_loss']:.4f}")
     if figures.get("strength") is not None:
         parts.append(f"tokens {figures['tokens'][0]} to {figures['tokens'][-1]}")
-    parts.append(f"{figures['images_per_second']:.0f} images/s")
+    parts.append(_speed(figures))
     return "  ".join(parts)
+
+
+def _speed(figures: Mapping[str, Any]) -> str:
+    speed = figures["images_per_second"]
+    return f"{speed:.{1 if speed < 10 else 0}f} images/s"
 
 
 def _terms(figures: Mapping[str, Any]) -> str:

@@ -1,9 +1,16 @@
 """Signals that ask a run to stop, and the exceptions by which it ends early."""
 
+import os
 import signal
 import threading
+import time
+from contextlib import suppress
 from types import FrameType
 from typing import Self
+
+SAID = "stopping after this step; press Ctrl-C again to leave without saving\n"
+SAME_PRESS = 0.5
+"""Seconds within which a launcher may pass one Ctrl-C on that the terminal has sent as well."""
 
 
 class Stopped(SystemExit):
@@ -28,9 +35,10 @@ class StopSignals:
 
     A signal that no one has acted on by the end of the context raises `Stopped` there, also after `RunAbandoned`, so
     that a caller with more to do stops too. Other exceptions have precedence, since they end the caller as well.
+    The first signal is acknowledged by a line at once; a second Ctrl-C raises `KeyboardInterrupt` where it arrives.
     """
 
-    number = 0
+    number, _last = 0, 0.0
 
     def __enter__(self) -> Self:
         # Python lets only the main thread handle signals; elsewhere the caller must do it.
@@ -46,4 +54,11 @@ class StopSignals:
             raise Stopped(self.number, "the end of the run" if kind is None else "this point of the run") from None
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.number = number
+        now = time.monotonic()
+        if self.number and number == signal.SIGINT and now - self._last > SAME_PRESS:
+            raise KeyboardInterrupt
+        one = int(os.environ.get("RANK", 0)) == 0  # Of processes that a launcher started.
+        if one and not self.number:
+            with suppress(OSError):
+                os.write(2, SAID.encode())  # What the signal interrupts may be in the middle of printing.
+        self.number, self._last = number, now
