@@ -12,7 +12,7 @@ import yaml
 from calling import call
 from vitrim import cli, save
 from vitrim.arguments import parse_words
-from vitrim.errors import DataError, VitrimError
+from vitrim.errors import DataError, RecipeError, VitrimError
 from vitrim.models import build_model
 from vitrim.train.recipe import Recipe
 from vitrim.train.stopping import Stopped
@@ -197,7 +197,20 @@ def test_unknown_option_in_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[
     (tmp_path / "r.yaml").write_text("optim: {lrr: 1}\n")
     code, _, err = call(capsys, "train", "--config", str(tmp_path / "r.yaml"), "--out", "x")
     assert code == 2
-    assert err.startswith("vitrim train: unknown option in optim 'lrr'; did you mean lr?")
+    assert err.startswith(f"vitrim train: {tmp_path}/r.yaml: unknown option in optim 'lrr'; did you mean lr?")
+
+
+def test_a_wrong_value_in_a_file_names_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    file = tmp_path / "recipe.yaml"
+    for text, said in (
+        ("epochs: three", "epochs is 'three'; it must be a whole number"),
+        ("data: {rot: x}", "unknown option in data 'rot'; did you mean root or crop_pct?"),
+    ):
+        file.write_text(text)
+        code, _, err = call(capsys, "train", "--config", str(file), "--out", str(tmp_path / "run"))
+        assert (code, err) == (2, f"vitrim train: {file}: {said}\n")
+        with pytest.raises(RecipeError, match=r"recipe\.yaml: "):
+            Recipe.read(file)
 
 
 def test_a_name_that_a_file_gives_twice_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -21,10 +21,11 @@ from safetensors.torch import load_file
 from limits import no_file_above
 from vitrim.errors import CheckpointError, OutputError, RecipeError, VitrimError
 from vitrim.output import MARK, is_leftover
-from vitrim.train import checkpoint, loop, prepared, single_network
+from vitrim.train import checkpoint, loop, prepared, single_network, stopping
 from vitrim.train.checkpoint import RunFolder
 from vitrim.train.loop import train
 from vitrim.train.recipe import Recipe
+from vitrim.train.specs import ModelSpec
 from vitrim.train.state import Report
 from vitrim.train.stopping import RunAbandoned, Stopped, StopSignals
 
@@ -346,6 +347,13 @@ def test_a_run_goes_on_anywhere_with_the_images_that_it_began_with(tmp_path: Pat
     assert Recipe.read(tmp_path / "run" / "recipe.yaml").data.root == str(tmp_path / "elsewhere" / "images")
 
 
+def test_the_message_about_another_recipe_says_what_is_in_a_mapping():
+    plain, deep = Recipe(model=ModelSpec(args={})), Recipe(model=ModelSpec(args={"depth": 2}))
+    assert plain.differences(deep) == ["model.args.depth: None -> 2"]
+    assert deep.differences(plain) == ["model.args.depth: 2 -> None"]
+    assert plain.differences(Recipe(model=ModelSpec(args={}))) == []
+
+
 def test_spaces_in_the_notation_make_no_other_run():
     one = recipe(reduction="TopK() @ KeepRate(0.5, at=[1])", distill="Labels(0.5) + Logits(0.5)")
     other = recipe(reduction="TopK()@KeepRate(0.5,at=[1])", distill="Labels(0.5)+Logits(0.5)")
@@ -398,6 +406,24 @@ def test_a_signal_after_the_last_step_is_reported_once_the_run_is_complete(event
         train(options, tmp_path / "run", report=signalled)
     assert stopped.value.code == 128 + number
     assert train(options, tmp_path / "run") == RunFolder(tmp_path / "run").result
+
+
+def test_a_signal_is_acknowledged_at_once_and_a_second_ctrl_c_leaves(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    def press(*numbers: int) -> None:
+        with StopSignals():
+            for number in numbers:
+                os.kill(os.getpid(), number)
+
+    said = "stopping after this step; press Ctrl-C again to leave without saving\n"
+    with pytest.raises(Stopped):
+        press(signal.SIGINT, signal.SIGINT, signal.SIGTERM)  # The same press twice: a launcher passes it on.
+    assert capfd.readouterr().err == said
+    monkeypatch.setattr(stopping, "SAME_PRESS", -1.0)
+    with pytest.raises(KeyboardInterrupt):
+        press(signal.SIGTERM, signal.SIGINT)
+    assert capfd.readouterr().err == said
 
 
 def test_a_signal_is_not_lost_where_the_run_is_left_to_another_process(tmp_path: Path):

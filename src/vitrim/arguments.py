@@ -100,7 +100,10 @@ def _from_files(function: Callable[..., None], options: Sequence[Option], files:
         for name in found:
             if name not in known and not any(one.startswith(f"{name}.") for one in known):
                 raise UsageError(f"{file}: " + _unknown("option", f"--{name}", [f"--{one}" for one in known]))
-        _arguments(function, found, partly=True)
+        try:
+            _arguments(function, found, partly=True)
+        except VitrimError as error:
+            raise RecipeError(f"{file}: {error}") from None
         data = merge(data, found)
     return data
 

@@ -179,7 +179,11 @@ class Recipe:
     @classmethod
     def read(cls, path: str | Path) -> "Recipe":
         """A recipe from a YAML file; that of a run names its files and folders so that it is right anywhere."""
-        return cls.from_dict(read_recipe(path))
+        data = read_recipe(path)
+        try:
+            return cls.from_dict(data)
+        except VitrimError as error:
+            raise RecipeError(f"{path}: {error}") from None
 
     def located(self, base: Path) -> "Recipe":
         """The same with what it names relative to this place as absolute paths."""
@@ -191,7 +195,9 @@ class Recipe:
         Options without effect on the result (`WITHOUT_EFFECT`) may differ, and a place may be written in two ways.
         """
         mine, theirs = (flatten(parse_yaml(recipe.to_yaml(), "the recipe")) for recipe in (self, other))
-        names = [name for name in {**mine, **theirs} if name not in WITHOUT_EFFECT]
+        # An empty mapping is an option of its own only where the other recipe has no entries in it.
+        filled = {name.rpartition(".")[0] for name in (*mine, *theirs)}
+        names = [name for name in {**mine, **theirs} if name not in WITHOUT_EFFECT and name not in filled]
         changed = [name for name in names if not _same(name, mine.get(name), theirs.get(name))]
         return [f"{name}: {mine.get(name)!r} -> {theirs.get(name)!r}" for name in changed]
 
