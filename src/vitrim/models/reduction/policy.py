@@ -36,6 +36,7 @@ class Policy:
 
     def __init__(self, model: nn.Module, adapter: Adapter, reduction: Reduction | None, cls_only: bool) -> None:
         self.reduction, self.cls_only = reduction, cls_only
+        self.owner = type(model).__name__
         self.strength = 1.0 if reduction is None else reduction.curriculum.strength(0.0)
         learns = reduction is not None and reduction.reducer.training_only
         self.gradients = GradientMemory() if learns else None
