@@ -6,6 +6,7 @@ import io
 import math
 import pickle
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -623,3 +624,21 @@ def test_an_epoch_that_is_no_number_moves_nothing(epoch) -> None:
         with pytest.raises(VitrimError, match="strength is between 0 and 1, not '1'"):
             handle.set_strength("1")  # pyright: ignore[reportArgumentType]
         assert handle.strength == 1
+
+
+@pytest.mark.parametrize("name", ["timm", "transformers"])
+@pytest.mark.parametrize("phase", ["train", "eval"])
+def test_the_mode_of_the_model_decides_and_not_that_of_a_frozen_block(name: str, phase: str) -> None:
+    whole: Any = build("timm-vit", "vit") if name == "timm" else MORE["dinov2"]()
+    x = images(2) if name == "timm" else torch.randn(2, 3, 40, 40)
+    handle = vitrim.attach(whole, "TopK(norm) @ KeepRate(0.5, at=(0, 1))", phase=phase)
+    whole.train()
+    if name == "timm":
+        whole.blocks[0].eval()
+    else:
+        whole.dinov2.eval()
+    whole(x)
+    assert [int((state.origin >= 0).sum(1)[0]) for state in handle.states] == [
+        count - handle.geometry.num_prefix for count in handle.token_counts
+    ]
+    assert (handle.token_counts[0] < handle.geometry.num_patches) == (phase == "train")

@@ -61,7 +61,7 @@ class _ReducedTower(ReducedTower):
         return out if whole else out.to_tuple()
 
     def _dense(self, patches: Tensor, mask: Tensor | None, spatial_shapes: Any, kwargs: dict[str, Any]) -> Any:
-        with Call(self.vitrim_policy, patches.shape[1]):
+        with Call(self.vitrim_policy, self.training, patches.shape[1]):
             out = super(Reduced, self).forward(patches, mask, spatial_shapes, **kwargs)
             finish(self.vitrim_policy, out.last_hidden_state)
             return out
@@ -70,7 +70,7 @@ class _ReducedTower(ReducedTower):
         """Images of one number of patches, without padding, and of one shape where it is given."""
         side = pair(self.config.patch_size)
         size = None if shape is None else (shape[0] * side[0], shape[1] * side[1])
-        with Call(self.vitrim_policy, patches.shape[1], size):
+        with Call(self.vitrim_policy, self.training, patches.shape[1], size):
             out = super(Reduced, self).forward(patches, None, spatial_shapes, **kwargs)
             finish(self.vitrim_policy, out.last_hidden_state)
             return out

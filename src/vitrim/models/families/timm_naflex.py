@@ -80,7 +80,7 @@ class ReducedNaFlexVit(ReducedTimmModel, NaFlexVit):
         parts: list[Tensor] = []
         for length, rows in by_length(lengths).items():
             group = Group(rows, length, patches, patch_coord[list(rows), :length])
-            with Call(self.vitrim_policy, self._entering(length)):
+            with Call(self.vitrim_policy, self.training, self._entering(length)):
                 part: Any = NaFlexVit.forward_features(self, group.part(patches), group.coordinates)
                 parts.append(finish(self.vitrim_policy, part["patches"]))
             groups.append(replace(group, tokens=parts[-1]))
@@ -118,7 +118,8 @@ class ReducedNaFlexVit(ReducedTimmModel, NaFlexVit):
 
     def _cuts(self, *lengths: int) -> bool:
         """Whether anything is left out of images of so many patches."""
-        plans = [self.vitrim_policy.plan(self._entering(length), self.training) for length in set(lengths)]
+        mode = Call.mode(self.vitrim_policy, self.training)
+        plans = [self.vitrim_policy.plan(self._entering(length), mode) for length in set(lengths)]
         return any(plan.cuts or plan.prefix_only for plan in plans)
 
     def _entering(self, num_patches: int) -> int:

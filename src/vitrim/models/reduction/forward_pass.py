@@ -28,9 +28,10 @@ _thread = _Thread()
 
 
 class Call:
-    """One call of a reduced model, open while it runs: `with Call(policy, expected): ...`.
+    """One call of a reduced model, open while it runs: `with Call(policy, training, expected): ...`.
 
     policy: of the model that is called.
+    training: mode of the outermost part that is called: the model, whose parts may be in another mode (frozen blocks).
     expected: patch tokens that its images give; None: not known.
     image_size: (height, width) of its images; None: not known.
     restorable: whether the values of dropped tokens are kept, so that they can be restored.
@@ -41,11 +42,13 @@ class Call:
     def __init__(
         self,
         policy: Policy,
+        training: bool,
         expected: int | None = None,
         image_size: tuple[int, int] | None = None,
         restorable: bool = False,
     ) -> None:
         self.policy, self.expected, self.image_size = policy, expected, image_size
+        self.training = Call.mode(policy, training)
         self.restorable = restorable or policy.restorable
         self.trace: Trace | None = None
         self.started = 0
@@ -80,6 +83,12 @@ class Call:
         """The innermost call of this model that the thread is in."""
         return None if recomputing() else _innermost(_thread.inside, policy)
 
+    @staticmethod
+    def mode(policy: Policy, training: bool) -> bool:
+        """The mode of the model, as its open call knows it; without one, that of the part that asks."""
+        call = _innermost(_thread.inside, policy)
+        return training if call is None else call.training
+
 
 def _innermost(call: Call | None, policy: Policy) -> Call | None:
     """Of a call and those around it, the innermost one of this model."""
@@ -89,8 +98,12 @@ def _innermost(call: Call | None, policy: Policy) -> Call | None:
 
 
 def arrive(policy: Policy, block: int, x_BTC: Tensor, training: bool) -> Trace:
-    """The trace of these tokens on their way into `block`; at the first block a new one."""
+    """The trace of these tokens on their way into `block`; at the first block a new one.
+
+    `training`: mode of the block, which counts only where no call of the model is open.
+    """
     call, again, known = Call.of(policy), recomputing(), trace_of(x_BTC)
+    training = Call.mode(policy, training)
     if block == 0:
         if again and known is not None and known.block < 0:
             return known
@@ -221,7 +234,7 @@ def _continued(policy: Policy, call: Call | None, block: int, x_BTC: Tensor, tra
     if policy.idle(training):
         num_prefix, depth = policy.geometry.num_prefix, policy.geometry.depth
         plan = Plan(int(x_BTC.shape[1]) - num_prefix, num_prefix, depth, ())
-        return Trace(plan, None, x_BTC.shape[0], x_BTC.device, block - 1)
+        return Trace(plan, None, x_BTC.shape[0], x_BTC.device, training, block - 1)
     raise VitrimError(
         f"it is not known from which forward pass the tokens at block {block} come; run the model from its first "
         "block, and let nothing make new tensors inside a checkpointed part, or between blocks that you call one by "

@@ -152,8 +152,8 @@ class Policy:
         reducer = self.reduction.reducer if self.reduction else None
         positions = g.rotary or g.relative
         return Trace(
-            plan, reducer, x_BTC.shape[0], x_BTC.device, positions=positions, restorable=self.restorable,
-            gradients=gradients,
+            plan, reducer, x_BTC.shape[0], x_BTC.device, training=training, positions=positions,
+            restorable=self.restorable, gradients=gradients,
         )  # fmt: skip
 
     def show(self, trace: Trace | PaddedTrace) -> None:

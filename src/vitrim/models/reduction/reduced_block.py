@@ -191,7 +191,7 @@ class ReducedBlock(BlockSteps):
         return Evidence(
             num_prefix=trace.plan.num_prefix,
             block=self.vitrim_index,
-            training=self.training,
+            training=trace.training,
             scale=self.head_scale,
             hidden_BTC=x,
             cls_query_BH1D=cls_query,

@@ -27,7 +27,7 @@ class ReducedModel(Reduced):
     def open_call(self, images: Any, *, restorable: bool = False) -> Call:
         """A call of this model on these images, to run inside: `with self.open_call(images): ...`."""
         size = tuple(images.shape[-2:]) if getattr(images, "ndim", 0) == 4 else None
-        return Call(self.vitrim_policy, self.expected_patches(images), size, restorable)
+        return Call(self.vitrim_policy, self.training, self.expected_patches(images), size, restorable)
 
     @while_attached
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -20,6 +20,7 @@ _TRACE = "vitrim_trace"
 class Trace:
     """What has been done to the tokens of one forward pass so far. Immutable: each block makes the next one.
 
+    training: mode of the model.
     block: the last block that the tokens have left, -1 before the first.
     size_BN: input tokens behind each patch token, None while every token is one input token.
     positions: whether blocks use the places of tokens (rotary or relative positions), so that these are followed.
@@ -38,6 +39,7 @@ class Trace:
     reducer: Reducer | None
     num_images: int
     device: torch.device
+    training: bool = False
     block: int = -1
     assignments: tuple[tuple[int, Assignment], ...] = ()
     size_BN: Tensor | None = None

@@ -32,7 +32,7 @@ class ReducedBackbone(ReducedTransformer):
 
     def open_call(self, images: Any, *, restorable: bool = False) -> BackboneCall:
         plain = super().open_call(images)
-        return BackboneCall(plain.policy, plain.expected, plain.image_size, restorable=True)
+        return BackboneCall(plain.policy, self.training, plain.expected, plain.image_size, restorable=True)
 
     @while_attached
     @unmasked_in_export

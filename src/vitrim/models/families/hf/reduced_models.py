@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ....errors import VitrimError
 from ...reduction.exchange import while_attached
-from ...reduction.forward_pass import finish
+from ...reduction.forward_pass import Call, finish
 from ...reduction.reduced_model import ReducedModel
 from .export import unmasked_in_export
 from .heads import logits_of
@@ -48,7 +48,8 @@ class ReducedTransformer(ReducedModel):
 
     def cuts(self, *num_patches: int) -> bool:
         """Whether anything is left out of images of so many patches."""
-        plans = [self.vitrim_policy.plan(number, self.training) for number in set(num_patches)]
+        mode = Call.mode(self.vitrim_policy, self.training)
+        plans = [self.vitrim_policy.plan(number, mode) for number in set(num_patches)]
         return any(plan.cuts or plan.prefix_only for plan in plans)
 
 

@@ -160,7 +160,7 @@ class ReducedClassifier(ReducedTower):
             with self.open_call(x):
                 return super(ReducedModel, self).forward(x)
         plain = self.open_call(x)
-        with TowerCall(plain.policy, plain.expected, plain.image_size):
+        with TowerCall(plain.policy, self.training, plain.expected, plain.image_size):
             return super(ReducedModel, self).forward(x)
 
     @while_attached
