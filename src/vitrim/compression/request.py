@@ -13,6 +13,7 @@ from ..measure.speed import DTYPES
 from ..models import attached, find_adapter
 from ..models.compiling import check_compiler
 from ..models.files.weights import check_tensors
+from ..models.own_code import check_no_own_methods
 from .goal import Goal, Part
 
 MOST_IMAGES = 1024
@@ -55,6 +56,7 @@ def check_model(model: nn.Module, goal: Goal) -> tuple[int, int, int]:
     if attached(model) is not None:
         raise VitrimError("token reduction is attached to this model; compress after handle.remove()")
     adapter = find_adapter(model)
+    check_no_own_methods(model)
     check_tensors(model)
     if goal.kind != "latency":
         spent = cost(model)

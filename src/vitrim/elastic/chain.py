@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError, UnknownNameError, VitrimError
 from ..measure.cost import cost
+from ..models.own_code import check_no_own_methods
 from ..models.widths.elastic_values import ElasticValues
 from ..models.widths.sublayers import Kind, elastic, sublayers
 from .probing import check_counts
@@ -180,6 +181,7 @@ def start_chain(model: nn.Module, *, groups: Mapping[Kind, int] = GROUPS, width_
             tokens, width = full.token_counts[0], layer.full_width
             step = -(-width // (groups[layer.kind] * width_multiple)) * width_multiple
             units[part.name] = unit_cost_of(layer, tokens, step, sum(each.numel() for each in norm.parameters()))
+    check_no_own_methods(model)
     return Chain(units, full.macs, full.macs_linear_only, full.params)
 
 

@@ -1,11 +1,15 @@
-"""Whether the code of a class is that of its library: a monkeypatch on the class, and classes derived from it."""
+"""Whether code is that of its library: a monkeypatch on a class or an instance, and classes derived from one."""
 
+from functools import partial
 from inspect import isfunction
 from itertools import takewhile
+from typing import Any
 
 from torch import nn
 
+from ..errors import UnsupportedModelError
 from .adapter import Adapter
+from .wrapped import written
 
 
 def replaced(cls: type[nn.Module], name: str = "forward") -> bool:
@@ -20,6 +24,66 @@ def replaced(cls: type[nn.Module], name: str = "forward") -> bool:
             return True
         code = getattr(code, "__wrapped__", None)
     return False
+
+
+def set_on(module: nn.Module, name: str) -> bool:
+    """Whether the method `name` of this module is hidden by other code, set on the instance.
+
+    What runs the method itself does not count: the method bound again, a compiled form of it, and what accelerate puts
+    around it (hooks, mixed precision).
+    """
+    own, held = vars(module), vars(module).get(name)
+    if held is None:
+        return False
+    if name == "forward" and _package(_code_of(held).get("__name__", "")) == "accelerate":
+        held = next((own[kept] for kept in ("_old_forward", "_original_forward") if kept in own), held)
+    return not _runs(held, getattr(type(module), name), module)
+
+
+def own_methods(module: nn.Module) -> list[str]:
+    """The methods of its class that are hidden by other code, set on this very module; see `set_on`.
+
+    Those that all modules have count only if they compute: a `to` that warns changes nothing.
+    """
+    names = [name for name, value in vars(module).items() if callable(value)]
+    return [
+        name
+        for name in names
+        if isfunction(getattr(type(module), name, None))
+        and (name == "forward" or not hasattr(_common(module), name))
+        and set_on(module, name)
+    ]
+
+
+def check_no_own_methods(model: nn.Module) -> None:
+    """Raise `UnsupportedModelError` where other code was set on a module, which no copy or file of the model has."""
+    for name, module in model.named_modules():
+        if names := own_methods(module):
+            raise UnsupportedModelError(
+                f"{name or f'this {type(module).__name__}'} has a {names[0]} of its own, set on the instance, which a "
+                f"copy or a file of the model would lose; `del {written(name)}.{names[0]}`, or write a "
+                "module of your own that holds the model"
+            )
+
+
+def _runs(held: Any, method: Any, module: nn.Module) -> bool:
+    """Whether what was set on a module is this method of its class."""
+    held = getattr(held, "_torchdynamo_orig_callable", held)
+    if isinstance(held, partial):
+        return held.func is method and held.args == (module,) and not held.keywords
+    return getattr(held, "__func__", None) is method and held.__self__ is module
+
+
+def _code_of(held: Any) -> dict[str, Any]:
+    """The globals of the code of something that can be called."""
+    inner = held.func if isinstance(held, partial) else held
+    return getattr(getattr(inner, "__func__", inner), "__globals__", {})
+
+
+def _common(module: nn.Module) -> type[nn.Module]:
+    """The class that all models of a library share."""
+    bases = [cls for cls in type(module).__mro__ if cls.__module__ == "transformers.modeling_utils"]
+    return bases[0] if bases else nn.Module
 
 
 def own_class(model: nn.Module, base: type[nn.Module], adapter: Adapter) -> str:

@@ -32,6 +32,10 @@ def find_inside(model: nn.Module, suits: Callable[[nn.Module], bool]) -> tuple[s
     """The first module inside `model` that suits, and how to write it, such as "model.backbone"; None without one."""
     for name, module in model.named_modules():
         if name and suits(module):
-            path = "".join(f"[{part}]" if part.isdecimal() else f".{part}" for part in name.split("."))
-            return f"model{path}", module
+            return written(name), module
     return None
+
+
+def written(name: str) -> str:
+    """How to write the module of this name in Python: "blocks.0.mlp" is `model.blocks[0].mlp`."""
+    return "model" + "".join(f"[{part}]" if part.isdecimal() else f".{part}" for part in name.split(".") if part)

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...errors import CheckpointError, VitrimError
+from ...errors import CheckpointError, UnsupportedModelError, VitrimError
 from ...text import short_name
 from ..adapter import ADAPTERS, OTHERS
 from ..architectures import build_architecture
 from ..finding import adapter_of
+from ..own_code import check_no_own_methods
 from ..reduction.attached import attached
 from ..shapes_only import shapes_only
 from ..widths.block_widths import BlockWidths, set_widths, widths_of
@@ -45,6 +46,7 @@ def describe(model: nn.Module) -> Record:
 def _described(model: nn.Module) -> Record:
     handle, adapter = attached(model), adapter_of(model)
     found = adapter.describe(model)
+    _check_methods(model)
     check_plain(found.args)
     check_args(found.args)
     record = Record(
@@ -64,6 +66,13 @@ def _described(model: nn.Module) -> Record:
     reduction = None if handle.reduction is None else replace(handle.reduction, schedule=handle.schedule)
     text, phase = (None, None) if reduction is None else (str(reduction), reduction.phase)
     return replace(record, reduction=Cut(text, phase, handle.strength, handle.cls_only))
+
+
+def _check_methods(model: nn.Module) -> None:
+    try:
+        check_no_own_methods(model)
+    except UnsupportedModelError as error:
+        raise CheckpointError(error) from None
 
 
 def rebuild(record: Record, args: Mapping[str, Any] | None = None) -> nn.Module:
