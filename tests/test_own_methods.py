@@ -12,7 +12,7 @@ from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_mod
 
 import vitrim
 from hf_models import BACKBONES, HF, MORE
-from vitrim.errors import CheckpointError, UnsupportedModelError
+from vitrim.errors import CheckpointError, UnsupportedModelError, VitrimError
 from vitrim.models.own_code import own_methods
 from zoo import build, images
 
@@ -73,3 +73,35 @@ def test_what_libraries_set_on_models_is_no_method_of_others(tmp_path: Any) -> N
 def test_no_model_of_transformers_comes_with_methods_of_its_own(name: str) -> None:
     model = {**HF, **MORE, **BACKBONES}[name]()
     assert not any(own_methods(module) for module in model.modules())
+
+
+@pytest.mark.parametrize("name", ["pool", "forward_head"])
+@pytest.mark.parametrize("on", ["instance", "class"])
+def test_a_head_of_others_is_refused_where_it_would_count_merged_tokens_once(
+    name: str, on: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, x = build("timm-vit", "gap").eval(), images(2)
+    own = getattr(type(model), name)
+
+    def other(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return own(self, *args, **kwargs)
+
+    def patch() -> None:
+        if on == "class":
+            monkeypatch.setattr(type(model), name, other)
+        else:
+            monkeypatch.setattr(model, name, types.MethodType(other, model), raising=False)
+
+    handle = vitrim.attach(model, TOME)
+    expected = model(x)
+    with monkeypatch.context() as inside:
+        home = handle.model if on == "instance" else type(model).vitrim_foreign
+        inside.setattr(home, name, types.MethodType(other, model) if on == "instance" else other, raising=False)
+        with pytest.raises(VitrimError, match=rf"{name} of (its own|the class)"):
+            model(x)
+    vars(model).pop(name, None)
+    assert torch.equal(model(x), expected)
+    handle.remove()
+    patch()
+    with pytest.raises(UnsupportedModelError, match=rf"{name} of (its own|the class)"):
+        vitrim.attach(model, TOME)

@@ -44,6 +44,7 @@ class ReducedNaFlexVit(ReducedTimmModel, NaFlexVit):
     """`NaFlexVit` with a reduction attached."""
 
     vitrim_free = ("forward", "forward_features")
+    vitrim_heads = ("forward_head", "_pool")
     embeds: Any
 
     def expected_patches(self, images: Any) -> int | None:

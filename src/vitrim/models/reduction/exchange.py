@@ -12,7 +12,7 @@ from torch.nn.modules import module as torch_module
 
 from ...errors import UnsupportedModelError, VitrimError
 from ..adapter import Adapter
-from ..own_code import replaced
+from ..own_code import replaced, set_on
 from .policy import Policy
 
 Arguments = ParamSpec("Arguments")
@@ -35,19 +35,27 @@ class Reduced(nn.Module):
     """The class of the module without a reduction."""
     vitrim_free: tuple[str, ...] = ()
     """Overridden methods that may also be set on the instance by others, since the reduction acts without them."""
+    vitrim_heads: tuple[str, ...] = ()
+    """Methods on which the weighing of merged tokens relies, so that they must be the library's own."""
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         cls.vitrim_foreign = next(one for one in cls.__mro__ if not issubclass(one, Reduced))
 
     def check_own(self, method: str, where: str) -> None:
-        """Raise `VitrimError` where a method of the module's own class was replaced after attach."""
+        """Raise `VitrimError` where a method was replaced after attach: this one, or one that is called no more."""
         kept = vars(self).get(_REPLACES, {})
-        if method in kept and kept[method] is not getattr(self.vitrim_foreign, method):
-            raise VitrimError(
-                f"the {method} of the class of {where} was replaced, which a reduction does not run; undo that patch, "
-                "or put hooks on the module"
-            )
+        for name in (method,) if "vitrim_index" in vars(self) else kept:
+            if name in kept and kept[name] is not getattr(self.vitrim_foreign, name):
+                raise VitrimError(
+                    f"the {name} of the class of {where} was replaced, which a reduction does not run; undo that "
+                    "patch, or put hooks on the module"
+                )
+            if name != "forward" and name in vars(self) and self.vitrim_policy.fuses and set_on(self, name):
+                raise VitrimError(
+                    f"{where} has a {name} of its own, set on the instance, which would count a token that stands "
+                    "for several patches once; `del` it, or put hooks on the module"
+                )
 
     def __prepare_scriptable__(self) -> NoReturn:
         """What `torch.jit.script` calls first."""
@@ -97,8 +105,8 @@ class Exchange:
             exchange.classes.append((module, type(module), reduced))
             at = len(exchange.classes) - 1
             name = "the model" if module is model else f"block {at}" if at < len(blocks) else type(module).__name__
-            exchange.methods += _bound_again(module, reduced, name)
-            for method in _computed_otherwise(type(module), reduced):
+            exchange.methods += _bound_again(module, reduced, name, policy)
+            for method in _computed_otherwise(type(module), reduced, policy):
                 if replaced(type(module), method):
                     hooks = ", or put hooks on the blocks" if at < len(blocks) else ""
                     raise UnsupportedModelError(
@@ -108,7 +116,7 @@ class Exchange:
         for index, (module, own, reduced) in enumerate(exchange.classes):
             module.__class__ = reduced
             vars(module)["vitrim_policy"] = policy
-            vars(module)[_REPLACES] = {name: getattr(own, name) for name in _computed_otherwise(own, reduced)}
+            vars(module)[_REPLACES] = {name: getattr(own, name) for name in _computed_otherwise(own, reduced, policy)}
             if index < len(blocks):
                 vars(module)["vitrim_index"] = index
                 vars(module)["vitrim_attention"] = next(iter(adapter.branches_of(model)), "")
@@ -139,26 +147,29 @@ class Exchange:
                 vars(module)[name] = before
 
 
-def _bound_again(module: nn.Module, reduced: type[nn.Module], where: str) -> list[Method]:
+def _bound_again(module: nn.Module, reduced: type[nn.Module], where: str, policy: Policy) -> list[Method]:
     """Methods set on an instance, bound to the reduced class in place of the foreign one.
 
     accelerate's hooks keep the original in `_old_forward`, and leave `forward` on the instance when they are removed.
     """
     changes: list[Method] = []
-    for name in _overridden(type(module), reduced):
+    needed = _computed_otherwise(type(module), reduced, policy)
+    for name in dict.fromkeys((*_overridden(type(module), reduced), *needed)):
         held = vars(module).get(name)
         if held is None:
             continue
         original, ours = getattr(type(module), name), MethodType(getattr(reduced, name), module)
+        if original is getattr(reduced, name) and not set_on(module, name):
+            continue  # Bound to the instance, and not overridden.
         kept = vars(module).get("_old_forward") if name == "forward" else None
         if getattr(held, "__func__", None) is original:
             changes.append((module, name, held, ours))
         elif getattr(kept, "__func__", None) is original:
             changes.append((module, "_old_forward", kept, ours))
-        elif name in _computed_otherwise(type(module), reduced):
+        elif name in needed:
+            later = "attach first and set it afterwards, or `del` it" if name == "forward" else "`del` it, or use hooks"
             raise UnsupportedModelError(
-                f"{where} has a {name} of its own, set on the instance, which the reduction would not reach; attach "
-                f"first and set it afterwards, or `del` it"
+                f"{where} has a {name} of its own, set on the instance, which the reduction would not reach; {later}"
             )
     return changes
 
@@ -169,10 +180,12 @@ def _overridden(original: type[nn.Module], reduced: type[nn.Module]) -> list[str
     return [name for name in names if name == "forward" or (hasattr(original, name) and not hasattr(nn.Module, name))]
 
 
-def _computed_otherwise(original: type[nn.Module], reduced: type[nn.Module]) -> list[str]:
-    """The methods of a foreign class whose work its reduced class may do in another way."""
+def _computed_otherwise(original: type[nn.Module], reduced: type[nn.Module], policy: Policy) -> list[str]:
+    """The methods of a foreign class whose work its reduced class may do in another way, or which it relies on."""
     free = getattr(reduced, "vitrim_free", ())
-    return [name for name in _overridden(original, reduced) if name not in free and isfunction(getattr(original, name))]
+    heads = getattr(reduced, "vitrim_heads", ()) if policy.fuses else ()
+    names = dict.fromkeys((*(name for name in _overridden(original, reduced) if name not in free), *heads))
+    return [name for name in names if isfunction(getattr(original, name, None))]
 
 
 def _done_in_parts(block: nn.Module) -> list[nn.Module]:

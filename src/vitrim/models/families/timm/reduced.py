@@ -88,6 +88,7 @@ class ReducedTimmModel(ReducedModel):
     """What changes outside the blocks: pooling weighs tokens by size, maps are spread over the whole grid."""
 
     vitrim_free = ("forward", "forward_features")
+    vitrim_heads = ("forward_head",)
     attn_pool: Any
     blocks: Any
     norm: Any
