@@ -91,6 +91,10 @@ class Notation:
             return _BOOLEANS.get(node.id, node.id)
         if isinstance(node, ast.Call):
             return self._build(node, text)
+        if isinstance(node, ast.Dict):
+            keys = [_source(key) for key in node.keys if key is not None]
+            if twice := next((key for key in keys if keys.count(key) > 1), None):
+                self._refuse(text, f"{short(twice, 40)[1:-1]} is given twice", node)
         try:
             value: object = ast.literal_eval(node)
         except (ValueError, TypeError, OverflowError):

@@ -168,6 +168,8 @@ def start_chain(model: nn.Module, *, groups: Mapping[Kind, int] = GROUPS, width_
         groups: into how many groups the width of each kind of sub-layer is cut.
         width_multiple: every width except the full one is a multiple of it, which keeps matrix products fast.
     """
+    if not isinstance(groups, Mapping):
+        raise VitrimError(f"groups is a number for each kind of sub-layer, such as {dict(GROUPS)}, not {groups!r}")
     for kind in groups:
         if kind not in GROUPS:
             raise UnknownNameError("kind of sub-layer", kind, GROUPS)

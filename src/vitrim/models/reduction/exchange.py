@@ -42,6 +42,14 @@ class Reduced(nn.Module):
         super().__init_subclass__(**options)
         cls.vitrim_foreign = next(one for one in cls.__mro__ if not issubclass(one, Reduced))
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Refused: a model gets its reduction by `attach`, which exchanges its class."""
+        foreign = self.vitrim_foreign
+        raise VitrimError(
+            f"type(model) is the class of a reduced {foreign.__name__}, which makes no new models; make one by "
+            f"{foreign.__module__.partition('.')[0]}'s own {foreign.__name__}, or copy this one: copy.deepcopy(model)"
+        )
+
     def check_own(self, method: str, where: str) -> None:
         """Raise `VitrimError` where a method was replaced after attach: this one, or one that is called no more."""
         kept = vars(self).get(_REPLACES, {})

@@ -185,8 +185,10 @@ class Handle:
         return {"strength": self.strength, "gradients": gradients}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Continue from what `state_dict` returned."""
-        self.set_strength(float(state_dict["strength"]))
+        """Continue from what `state_dict` returned; `VitrimError` for anything else."""
+        if "strength" not in (state_dict or ()):
+            raise VitrimError("load_state_dict takes what state_dict() of a handle returned")
+        self.set_strength(state_dict["strength"])
         if self.gradients is not None and state_dict.get("gradients") is not None:
             self.gradients.load_state_dict(state_dict["gradients"])
 
@@ -199,9 +201,8 @@ class Handle:
         if attached(self.model) is not None:
             raise VitrimError("a reduction is attached to this model already; call handle.remove() first")
         if (owner := self.adapter.dense_owner(self.model)) is not None:
-            raise UnsupportedModelError(
-                f"{needs_all_tokens(owner)}; attach to a copy of the encoder: copy.deepcopy(model)"
-            )
+            advice = "attach to a copy of the encoder: copy.deepcopy(model)"
+            raise UnsupportedModelError(f"{needs_all_tokens(owner)}; {advice}")
         self._exchange = Exchange.of(self.model, self.adapter, self.policy)
         vars(self.model)["vitrim_handle"] = self
 
