@@ -9,6 +9,7 @@ may each make those of one kind. In the end all are timed in the same interleave
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -92,10 +93,12 @@ def main(
     places = {(budget, kind): Path(models) / f"{kind}-{budget:g}" for budget in budgets for kind in kinds}
     for (budget, kind), place in places.items():
         if not (place / "certificate.json").is_file():
-            compress(
-                folder, data, learns if epochs else {}, str(place), macs=budget, using=PARTS[kind], num_images=images,
-                num_test_images=test_images, trials=trials, batch_size=batch_size, dtype=dtype, device=device,
-            )  # fmt: skip
+            with suppress(SystemExit):  # A budget that is not met: its row is written too.
+                compress(
+                    folder, data, learns if epochs else {}, str(place), macs=budget, using=PARTS[kind],
+                    num_images=images, num_test_images=test_images, trials=trials, batch_size=batch_size, dtype=dtype,
+                    device=device,
+                )  # fmt: skip
     if out is not None:
         write(places, open_model(folder).eval(), batch_size, dtype, device, out)
 
