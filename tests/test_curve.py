@@ -244,7 +244,7 @@ def test_a_row_without_super_network_of_its_own(seeds: Seeds):
         ({"lines": {"a": {"row": "full", "ordering": "wpca"}}}, "unknown ordering 'wpca'; did you mean wpac"),
         ({"lines": {"a": {"row": "family", "compensate": "regression"}}}, "only a curve that orders compensates"),
         ({"lines": {"a": {"row": "family", "even": True}}}, "only a curve that orders compensates, refits or cuts"),
-        ({"lines": {"a": {"row": "full"}}}, "row 'full' is no super-network; give the row the option elastic"),
+        ({"lines": {"a": {"row": "full"}}}, "row 'full' is not a super-network; give the row the option elastic"),
         ({"lines": {"a": {"row": "family"}}, "budgets": [1, 0.2]}, "saves 75.0% of the MACs at most, .* budget 0.2"),
         ({"lines": {"a": {"row": "pruned", "ordering": "wpac"}}}, "row 'pruned' reduces tokens"),
         ({"lines": {"a": {"row": "headless", "ordering": "wpac"}}}, "row 'headless' learns no classes"),

@@ -103,7 +103,7 @@ def test_a_folder_inside_a_class_folder_belongs_to_the_class(tmp_path: Path):
 
 
 def test_a_folder_without_classes_is_read_as_one_with_classes(tmp_path: Path, caplog: pytest.LogCaptureFixture):
-    """By every verb that takes one: hidden files, such as those of macOS, are no images, and the rest is counted."""
+    """By every verb that takes one: hidden files, such as those of macOS, are not images, and the rest is counted."""
     for name in ("1.png", "sub/2.png", ".hidden/3.png"):
         draw(tmp_path / name)
     for name in ("._1.png", "photo.heic", "notes.txt"):

@@ -176,7 +176,7 @@ def test_top_logits_lose_no_probability(batch):
         assert got == pytest.approx(expected, rel=1e-9)
         seen.append(got)
     assert seen == sorted(seen)  # The finer, the more is told apart.
-    assert seen[-1] == pytest.approx(full, rel=1e-12)  # One class left over is no coarsening.
+    assert seen[-1] == pytest.approx(full, rel=1e-12)  # One class left over is not a coarsening.
 
 
 def test_gradient_of_top_logits_is_finite_and_right():

@@ -1,4 +1,4 @@
-"""The benchmark of predicted times runs; what it finds depends on the machine and is no test."""
+"""The benchmark of predicted times runs; what it finds depends on the machine and is not a test."""
 
 import random
 import sys

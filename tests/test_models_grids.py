@@ -157,7 +157,7 @@ def test_maps_and_grids_hold_every_patch_at_its_place(name: str, norm: bool) -> 
 
 @torch.no_grad()
 def test_real_projectors_take_their_own_blocks_of_patches() -> None:
-    """2 x 2 patches of an image that is no square, for Qwen3; each token of the projector reads four of the grid."""
+    """2 x 2 patches of an image that is not a square, for Qwen3; each token of the projector reads four of the grid."""
     model = redrawn(MODELS["qwen3_enc"]()).double()
     model.merger = type(model.merger)(16, 2, 10).double()
     redrawn(model.merger)
@@ -192,7 +192,7 @@ def test_other_sizes_are_taken_for_good_or_refused() -> None:
     assert handle.plan().num_patches == 50
     assert adapter.input_format(model).size == (3, 80, 40)
     for size, message in [
-        ((44, 40), "images of 44 x 40 px are no whole number of 8 px patches"),
+        ((44, 40), "images of 44 x 40 px cannot be divided into patches of 8 px"),
         (48, "images of 48 x 48 px have 6 x 6 patches, of which the projector takes 5 x 5 at a time"),
         (4, "images of 4 x 4 px are smaller than one patch of 8 px"),
     ]:

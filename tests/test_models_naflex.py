@@ -198,7 +198,7 @@ def test_a_saved_model_comes_back_with_its_size_and_its_positions(name: str, tmp
     assert torch.equal(other(batch), model(batch))
     assert vitrim.attached(other).geometry == handle.geometry
     assert adapter.input_format(other).size == (3, 32, 48)
-    with pytest.raises(UnsupportedModelError, match="images of 20 x 40 px are no whole number of 8 px patches"):
+    with pytest.raises(UnsupportedModelError, match="images of 20 x 40 px cannot be divided into patches of 8 px"):
         adapter.resize(other, (20, 40))
     with pytest.raises(UnsupportedModelError, match="images of 4 x 4 px are smaller than one patch of 8 px"):
         adapter.resize(other, 4)

@@ -131,7 +131,7 @@ def test_a_denormal_alpha_is_refused(name: str) -> None:
         ({"pretrained": True}, "model.args holds pretrained; set model.pretrained instead"),
         ({1: 2}, "model.args has an entry named 1; names must be text"),
         ({"a": {None: 2}}, "model.args.a has an entry named None; names must be text"),
-        ({"checkpoint_path": "/etc/passwd"}, "model.args holds checkpoint_path, which is no size of the network; set"),
+        ({"checkpoint_path": "/etc/passwd"}, "model.args holds checkpoint_path, which is not a size of the network"),
         ({"depth": 10**8}, "model.args.depth is 100000000; it must be at most 1,000"),
         ({"img_size": [224, 10**5]}, "model.args.img_size is 100000; it must be at most 8,192"),
         ({"embed_dim": 10**30}, "model.args.embed_dim is 1000000000000000000000000000000; it must be at most 65,536"),

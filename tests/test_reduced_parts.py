@@ -1,4 +1,4 @@
-"""Parts of reduced models: a tower or a block inside one is no model without a reduction."""
+"""Parts of reduced models: a tower or a block inside one is not a model without a reduction."""
 
 import copy
 from collections.abc import Callable

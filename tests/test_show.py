@@ -41,7 +41,7 @@ def model():
 
 @pytest.fixture
 def folder(tmp_path):
-    """Photographs in nested folders, one of them cut off in the middle, and a file that is no image."""
+    """Photographs in nested folders, one of them cut off in the middle, and a file that is not an image."""
     root = tmp_path / "images"
     for name in ("china", "flower"):
         (root / "deep" / name).mkdir(parents=True)
@@ -500,7 +500,7 @@ def test_report_replaces_reports_only(tmp_path):
     (tmp_path / "run" / "result.json").write_text('{"accuracy": 0.25}')
     assert "25.00 %" in Page(write_report(tmp_path / "run")).text
     path.write_text("<html>mine</html>")
-    with pytest.raises(VitrimError, match="is no report of vitrim"):
+    with pytest.raises(VitrimError, match="is not a report of vitrim"):
         write_report(tmp_path / "run")
     assert path.read_text() == "<html>mine</html>"
     with pytest.raises(DataError, match="nowhere is not a folder"):

@@ -35,7 +35,7 @@ def model() -> torch.nn.Module:
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """Images with odd names, and one odd name that is no image."""
+    """Images with odd names, and one odd name that is not an image."""
     folder = tmp_path / "photos"
     folder.mkdir()
     for name in ODD.values():
@@ -137,7 +137,7 @@ def test_a_report_shows_odd_names_and_reads_no_pipe(tmp_path: Path):
     assert "50.00 %" in page
     assert "\x1b" not in page
     os.mkfifo(tmp_path / "pipe.html")
-    with pytest.raises(VitrimError, match="is no report of vitrim"):
+    with pytest.raises(VitrimError, match="is not a report of vitrim"):
         write_report(os.fsdecode(folder), tmp_path / "pipe.html")
 
 

@@ -119,7 +119,7 @@ def test_a_study_of_another_sweep_is_neither_used_nor_changed(run: str, tmp_path
     ):
         with pytest.raises(RecipeError, match=f"'mine' in the database is a sweep {says}; choose another --name"):
             sweep([run], data, method, values, plan, place)
-    with pytest.raises(RecipeError, match="study 'other' that is no sweep of vitrim; choose another --name"):
+    with pytest.raises(RecipeError, match="study 'other' that is not a sweep of vitrim; choose another --name"):
         sweep([run], DATA, METHOD, vary, place=Place(url(tmp_path), "other"))
     for name in ("mine", "other"):
         assert len(optuna.load_study(study_name=name, storage=url(tmp_path)).trials) == 1

@@ -197,7 +197,7 @@ def test_a_divergence_of_rounding_holds() -> None:
 
 def test_a_damaged_certificate_in_a_file_is_one_line() -> None:
     served = ServedFile("a.onnx", "ONNX Runtime", lambda x: x, (None, 1, 8, 8), {"certificate": {"schema": 1}})
-    with pytest.raises(CheckpointError, match=r"the certificate in a\.onnx is no certificate of vitrim"):
+    with pytest.raises(CheckpointError, match=r"the certificate in a\.onnx is not a vitrim certificate"):
         certificate_of(served)
 
 

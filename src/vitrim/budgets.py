@@ -16,7 +16,7 @@ def is_positive(value: object) -> TypeGuard[float]:
 
 
 def check_budget(what: str, most: object, error: type[VitrimError] = VitrimError) -> None:
-    """Raise `error` for a budget that is no positive finite number, or a count that no model has.
+    """Raise `error` for a budget that is not a positive finite number, or a count that no model has.
 
     >>> check_budget("macs", 70)
     Traceback (most recent call last):

@@ -55,7 +55,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     except ValueError as error:
         if isinstance(error, RecipeError):
             raise
-        raise RecipeError(f"{str(path)!r} is no name of a file") from None
+        raise RecipeError(f"{str(path)!r} cannot be the name of a file") from None
     if not isinstance(data, dict):
         raise RecipeError(f"{path} does not hold options but {type(data).__name__}")
     return data

@@ -29,7 +29,7 @@ def check_variables(variables: Mapping[str, str] = os.environ) -> None:
     """Check the variables that set numbers of threads and processes.
 
     Raises:
-        VitrimError: one of them is no number, or out of range, or one that several processes need is missing.
+        VitrimError: one of them is not a number, or out of range, or one that several processes need is missing.
     """
     for name in _THREADS:
         parts = variables.get(name, "").split(",") if name == "OMP_NUM_THREADS" else [variables.get(name, "")]

@@ -140,7 +140,7 @@ class Certificate:
         """Read what `to_json` wrote.
 
         Raises:
-            CheckpointError: it is no certificate, or one of a newer version.
+            CheckpointError: it is not a certificate, or one of a newer version.
         """
         try:
             raw = json.loads(text)
@@ -154,17 +154,17 @@ class Certificate:
                 raise CheckpointError(f"{source} has a line {unknown[0]!r}, which is not known here; update vitrim")
             for name in ("weights", "original", "asked"):
                 if not isinstance(own[name], str):
-                    raise TypeError(f"{name} is no text")
+                    raise TypeError(f"{name} is not text")
             for line in lines:
                 numbers = [value for name, value in vars(line).items() if name != "key" and value is not None]
                 if not all(type(value) in (int, float) for value in numbers):
-                    raise TypeError(f"{line.key} is no number")
+                    raise TypeError(f"{line.key} is not a number")
             _check_settings(own["settings"])
             return cls(lines=lines, **own)
         except CheckpointError:
             raise
         except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
-            raise CheckpointError(f"{source} is no certificate of vitrim, or a damaged one ({error!r})") from None
+            raise CheckpointError(f"{source} is not a vitrim certificate, or a damaged one ({error!r})") from None
 
     @classmethod
     def read(cls, folder: str | Path) -> "Certificate":

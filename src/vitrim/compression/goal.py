@@ -30,7 +30,7 @@ class Goal:
         """The one budget among these.
 
         Raises:
-            VitrimError: none or several, or one that is no positive number.
+            VitrimError: none or several, or one that is not a positive number.
         """
         given = {"macs": macs, "params": params, "latency": latency}
         found = [(kind, asked) for kind, asked in given.items() if asked is not None]

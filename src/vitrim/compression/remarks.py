@@ -14,7 +14,7 @@ WIDEST = 1.5
 
 def images_note(measured: Mapping[str, Any]) -> str:
     """On the images that something was measured on, from their record."""
-    kind = {"test": "test images", "train": "images that are no test images"}.get(str(measured.get("split")), "images")
+    kind = {"test": "test images", "train": "images that are not test images"}.get(str(measured.get("split")), "images")
     return short_name(f"Measured on {measured.get('number')} {kind}: {measured.get('place')}.", 400)
 
 

@@ -64,7 +64,7 @@ def compress(
         VitrimError: not exactly one budget, one that the model meets as it is, an impossible option, or a model in
             which nothing can be reduced.
         UnsupportedModelError: no adapter knows the model.
-        DataError: too few images, of another size than the model takes, or with labels that are no classes of it.
+        DataError: too few images, of another size than the model takes, or with labels that are not classes of it.
     """
     goal = Goal.of(macs, params, latency)
     request = Request(goal, check_using(using, goal), batch_size, dtype, compile, num_images, trials)

@@ -60,7 +60,7 @@ def images_of(batch: Batch) -> Tensor:
     """The images of a batch, with or without labels.
 
     Raises:
-        DataError: this is no batch, it is empty, or its images are whole numbers.
+        DataError: this is not a batch, it is empty, or its images are whole numbers.
     """
     images = batch[0] if isinstance(batch, tuple | list) and batch else batch
     if not isinstance(images, Tensor) or images.ndim != 4:
@@ -150,7 +150,7 @@ def _in_words(found: Any) -> str:
 
 
 def _class_of(target: Any) -> int | None:
-    """The class that a label names; None where it is no whole number."""
+    """The class that a label names; None where it is not a whole number."""
     with suppress(TypeError):
         return operator.index(target)
     return None

@@ -51,7 +51,7 @@ def read_image(path: str | os.PathLike[str], mode: str) -> Image.Image:
     """The image in a file, upright and in this mode ("RGB" or "L").
 
     Raises:
-        DataError: the file is missing, is no regular file, or cannot be decoded. The message names it.
+        DataError: the file is missing, is not a regular file, or cannot be decoded. The message names it.
     """
     try:
         kind = os.stat(path).st_mode

@@ -90,7 +90,7 @@ def natural_key(name: str) -> tuple[list[str | int], str]:
 def _files_below(
     folder: Path | str, left_out: Counter[str], above: frozenset[tuple[int, int]] = frozenset()
 ) -> Iterator[os.DirEntry[str]]:
-    """All entries below a folder that are no folders; links are followed, but not back to a folder above."""
+    """All entries below a folder that are not folders; links are followed, but not back to a folder above."""
     status = os.stat(folder)
     identity = status.st_dev, status.st_ino
     if identity in above:

@@ -150,7 +150,7 @@ def _checked(data: Mapping[str, Any]) -> dict[str, Any]:
 def _name(value: Any) -> str:
     """The name of an output, which is that of a file too."""
     if not isinstance(value, str) or not value.isprintable() or {"/", "\\"} & {*value}:
-        raise Misfit("a name is none of a file")
+        raise Misfit("a name cannot be the name of a file")
     return value
 
 

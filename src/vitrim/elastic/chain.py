@@ -149,7 +149,7 @@ class Chain:
         except CheckpointError:
             raise
         except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
-            raise CheckpointError(f"this is no chain of sub-networks: {error!r}") from None
+            raise CheckpointError(f"this is not a chain of sub-networks: {error!r}") from None
 
     def _full(self) -> "Chain":
         units = {name: replace(unit.without_rule(), step=1) for name, unit in self.units.items()}

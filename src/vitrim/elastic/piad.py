@@ -189,10 +189,10 @@ class Stratifier:
         """Continue from where `state_dict` was called.
 
         Raises:
-            CheckpointError: it belongs to another configuration or model, or it is no such state.
+            CheckpointError: it belongs to another configuration or model, or it is not such a state.
         """
         if not {"epoch", "chain", "config"} <= state.keys():
-            raise CheckpointError("this is no state of a Stratifier; give what its state_dict returned")
+            raise CheckpointError("this is not a state of a Stratifier; give what its state_dict returned")
         mine = asdict(self.config)
         changed = [name for name, value in state["config"].items() if mine.get(name) != value]
         if changed:

@@ -42,7 +42,7 @@ def objective_of(model: nn.Module, labels: bool) -> Callable[[Tensor, Any], Tens
 
 
 def check_counts(**counts: Any) -> None:
-    """Raise `VitrimError` for the first of these numbers that is no positive integer."""
+    """Raise `VitrimError` for the first of these numbers that is not a positive integer."""
     for name, value in counts.items():
         if type(value) is not int or value < 1:
             raise VitrimError(f"{name} is a positive integer, not {value!r}")

@@ -164,7 +164,7 @@ def collect(
     Costs a forward pass and a backward pass without weight gradients; `covariance` adds the second moments.
 
     Raises:
-        DataError: no images, or labels that are no classes.
+        DataError: no images, or labels that are not classes.
         VitrimError: no sub-layer is left, a sum is not finite, or gradients are switched off here.
     """
     if torch.is_inference_mode_enabled():

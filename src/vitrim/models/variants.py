@@ -16,7 +16,7 @@ from .reduction.attached import attached
 from .reduction.handle import Handle
 
 OWN, DENSE, DENSE_CLS_ONLY = "own", "dense", "dense+cls_only"
-"""Methods that are no reduction: what is attached already; the plain model; that with a last block for CLS only."""
+"""Methods that are not reductions: what is attached already; the plain model; that with a last block for CLS only."""
 
 
 def reads_prefix_only(model: nn.Module) -> bool:

@@ -55,7 +55,7 @@ def write_report(folder: str | Path | Sequence[str | Path], out: str | Path | No
     if path.is_dir():
         path = path / "report.html"
     if path.exists() and not _is_report(path):
-        raise VitrimError(f"{path} exists and is no report of vitrim; choose another file with --out")
+        raise VitrimError(f"{path} exists and is not a report of vitrim; choose another file with --out")
     check_folder(path.parent)
     # Names and texts may hold anything; the page must be valid UTF-8 without control characters.
     page = printable(render([read_folder(one) for one in folders]), keep="\n\t\u202f")

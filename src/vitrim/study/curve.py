@@ -91,7 +91,7 @@ class Curve:
             recipes: of all rows of the study.
 
         Raises:
-            UnknownNameError: a line names a row or an ordering that does not exist, or a published line is no line.
+            UnknownNameError: a line names a row or an ordering that does not exist, or a published line is not a line.
             RecipeError: a row cannot be cut, or a line compensates without means.
         """
         for name, line in self.lines.items():
@@ -105,7 +105,7 @@ class Curve:
             own = recipes[line.row].elastic
             if line.ordering is None and own is None:
                 raise RecipeError(
-                    f"curve {name!r}: row {line.row!r} is no super-network; give the row the option elastic, or the "
+                    f"curve {name!r}: row {line.row!r} is not a super-network; give the row the option elastic, or the "
                     "curve an ordering"
                 )
             if line.ordering is None and own is not None and min(self.budgets) < 1 - own.max_saving - 1e-9:

@@ -66,7 +66,7 @@ def run_study(
 
     Raises:
         RecipeError: the study was edited under runs that exist already, or the folder holds something else.
-        BusyError: another process, which is no worker of this study, is writing to one of the runs.
+        BusyError: another process, which is not a worker of this study, is writing to one of the runs.
         VitrimError: the database cannot be used.
         Stopped: SIGTERM arrived; the same call continues.
     """

@@ -43,7 +43,7 @@ class SweepSpec:
             rows: of the study, those that are tested.
 
         Raises:
-            RecipeError: no method, or values that are no numbers.
+            RecipeError: no method, or values that are not numbers.
             ScheduleError: see `check_sweep`.
             UnknownNameError: a published figure of a row, a setting or a kind that the table does not have.
         """

@@ -73,7 +73,7 @@ def fill_template(method: str, setting: Setting, check: bool = False) -> str:
     Args:
         method: the text; doubled braces stand for single ones.
         setting: the value of every name in it.
-        check: raise `VitrimError` where the result is no reduction.
+        check: raise `VitrimError` where the result is not a reduction.
     """
     text = "".join(literal + ("" if name is None else _text(setting[name])) for literal, name in _parts(method))
     if check:

@@ -43,7 +43,7 @@ def check_settings(name: str, known: Any, settings: Mapping[str, Any]) -> None:
     """Raise `RecipeError` where a study of this name was not made by a sweep with the same settings."""
     advice = "choose another --name, or another --out or --database"
     if not isinstance(known, dict):
-        raise RecipeError(f"the database has a study {name!r} that is no sweep of vitrim; {advice}")
+        raise RecipeError(f"the database has a study {name!r} that is not a sweep of vitrim; {advice}")
     changed = [key for key in {**known, **settings} if known.get(key) != settings.get(key)]
     if changed:
         raise RecipeError(f"{name!r} in the database is a sweep with another {', '.join(changed)}; {advice}")

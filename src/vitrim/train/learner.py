@@ -82,7 +82,7 @@ def prepare_student(recipe: Recipe, classes: Sequence[str]) -> nn.Module:
     A reduction that was saved with the network, and that the recipe does not replace, acts in full from the start.
 
     Raises:
-        RecipeError: labels of the images are no classes of the network, or its classifier was trained on other classes.
+        RecipeError: labels of the images are not classes of the network, or its classifier was trained on others.
         UnsupportedModelError: no adapter knows such networks.
     """
     keeps = "" if learns_labels(recipe) else ", or labels to false to keep this one and learn from the teacher alone"

@@ -13,7 +13,7 @@ from .specs import OptimSpec
 def make_optimizer(student: nn.Module, spec: OptimSpec, projections: nn.Module | None = None) -> torch.optim.Optimizer:
     """timm's optimiser over what is not frozen, with its rules for weight decay and layer decay.
 
-    Projections of a distillation are no layers of the student: they learn at the full rate.
+    Projections of a distillation are not layers of the student: they learn at the full rate.
     """
     try:
         optimizer = create_optimizer_v2(

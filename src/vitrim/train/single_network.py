@@ -121,7 +121,7 @@ class SingleNetwork:
     def keep(self, folder: RunFolder, classes: Sequence[str]) -> None:
         """Write the network of this epoch in place of the one that was the best before.
 
-        A reduction that acts in training alone is no part of it.
+        A reduction that acts in training alone is not part of it.
         """
         handle = attached(self.network)
         whole = handle is None or handle.reduction is None or handle.reduction.phase != "train"

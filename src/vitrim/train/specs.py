@@ -52,7 +52,7 @@ class ModelSpec:
                 raise RecipeError(f"{where}.args holds {name}; set {where}.{name} instead")
             if name in _FILES:
                 raise RecipeError(
-                    f"{where}.args holds {name}, which is no size of the network; set {where}.checkpoint for weights"
+                    f"{where}.args holds {name}, which is not a size of the network; set {where}.checkpoint for weights"
                 )
             if not name.isidentifier():
                 raise RecipeError(

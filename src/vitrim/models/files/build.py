@@ -1,6 +1,6 @@
 """One door to models: a timm name, a folder written by `save`, or a file of weights.
 
-A text that no file can have as its name (too long) is no file: `os.path` says so, `Path` raises `OSError`.
+A text that no file can have as its name (too long) is not a file: `os.path` says so, `Path` raises `OSError`.
 """
 
 import difflib

@@ -115,7 +115,7 @@ def parse(text: str, source: str | Path) -> Record:
     except (Misfit, ValueError, RecursionError) as error:
         if isinstance(error, CheckpointError):
             raise
-        reason = short_name(error, 200) if isinstance(error, Misfit) else "it is no JSON"
+        reason = short_name(error, 200) if isinstance(error, Misfit) else "it is not JSON"
         raise CheckpointError(f"the description of the model in {source} is damaged: {reason}; save it again") from None
 
 

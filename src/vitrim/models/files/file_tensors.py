@@ -51,7 +51,7 @@ class Entry:
         """An entry as the file declares it, whose bytes are in its storage.
 
         Raises:
-            ValueError: these are no sizes of a tensor.
+            ValueError: these are not sizes of a tensor.
             BombError: it is larger than its storage, or than `most` bytes, the size of the file.
         """
         numbers = (offset, *shape, *stride)

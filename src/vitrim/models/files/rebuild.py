@@ -93,7 +93,7 @@ def rebuild(record: Record, args: Mapping[str, Any] | None = None) -> nn.Module:
 
 
 def cast_tables(model: nn.Module, formats: Mapping[str, str]) -> None:
-    """Give buffers that are no part of the state dict these number formats; `load_state_dict` leaves them as they are.
+    """Give buffers that are not part of the state dict these number formats; `load_state_dict` leaves them as they are.
 
     Raises:
         CheckpointError: the model has no such buffer.

@@ -93,7 +93,7 @@ def convert_torchvision(state: Mapping[str, Tensor], *, num_heads: int | None = 
     width, channels, patch, _ = stem.shape
     grid = math.isqrt(max(0, out["pos_embed"].shape[1] - 1))
     if not grid or grid * grid + 1 != out["pos_embed"].shape[1]:
-        raise CheckpointError(f"{out['pos_embed'].shape[1]} positions are no square grid and a class token")
+        raise CheckpointError(f"{out['pos_embed'].shape[1]} positions are not a square grid and a class token")
     heads = num_heads or _HEADS.get(width) or width // 64
     if not heads or width % heads:
         raise CheckpointError(f"cannot divide {width} dims into heads of 64; pass num_heads=, the number of them")

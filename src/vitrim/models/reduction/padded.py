@@ -79,7 +79,7 @@ def joined(groups: Sequence[Group], values: Sequence[Tensor], fill: float = 0.0)
 
 
 def valid_of(groups: Sequence[Group], num_prefix: int) -> Tensor:
-    """Which patch tokens of the padded batch are none of the padding, (B, M)."""
+    """Which positions of the padded batch hold a patch token and not padding, (B, M)."""
     ones = [group.tokens.new_ones(group.tokens.shape[:2], dtype=torch.bool)[:, num_prefix:] for group in groups]
     return joined(groups, ones)
 

@@ -4,7 +4,7 @@ Nothing stands between the values and the output projection: values rotate freel
 the last ones. A rotation by place turns fixed pairs of query and key dims by a table, so no other rotation agrees with
 it, and a pair goes as a whole. One width says how much stays of both, by a `PairRule` that the layer carries once its
 pairs are in order; without one, or under a norm of queries and keys, which mixes the dims of a head, all pairs stay.
-At width 0 the whole layer goes. A layer that was cut is no stock layer any more: a class of its family that keeps
+At width 0 the whole layer goes. A layer that was cut is not a stock layer any more: a class of its family that keeps
 `value_dim`, `query_dim` and `kept_pairs` takes its place. The scale of the logits remains that of the full head.
 """
 

@@ -57,7 +57,7 @@ def rule_from(raw: Mapping[str, Any] | None) -> PairRule | None:
     made = PairRule(tuple(tuple(each) for each in raw["order"]), tuple(raw["values"]), tuple(raw["pairs"]))
     numbers = (*made.values, *made.pairs, *(number for each in made.order for number in each))
     if not all(type(number) is int for number in numbers):
-        raise CheckpointError("the rotary pairs of a layer are no whole numbers; stratify again")
+        raise CheckpointError("the rotary pairs of a layer are not whole numbers; stratify again")
     return made
 
 

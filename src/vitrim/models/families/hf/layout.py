@@ -29,7 +29,7 @@ def pair(size: Any) -> tuple[int, int]:
     """Height and width of what transformers writes as one number or as two.
 
     Raises:
-        VitrimError: it is neither, or a side is no whole number of 1 or more.
+        VitrimError: it is neither, or a side is not a whole number of 1 or more.
     """
     sides = tuple(size) if isinstance(size, list | tuple) else (size, size)
     if len(sides) != 2 or any(isinstance(side, bool) or not isinstance(side, int) or side < 1 for side in sides):

@@ -167,4 +167,4 @@ def check_whole_patches(size: tuple[int, int], grid: tuple[int, int], patch: tup
     if not grid[0] * grid[1]:
         raise UnsupportedModelError(f"images of {shown} are smaller than one patch of {max(patch)} px")
     if (grid[0] * patch[0], grid[1] * patch[1]) != size and not pads:
-        raise UnsupportedModelError(f"images of {shown} are no whole number of {max(patch)} px patches")
+        raise UnsupportedModelError(f"images of {shown} cannot be divided into patches of {max(patch)} px")
