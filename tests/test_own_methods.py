@@ -3,12 +3,14 @@
 import copy
 import functools
 import types
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+from accelerate.state import AcceleratorState
 
 import vitrim
 from hf_models import BACKBONES, HF, MORE
@@ -48,6 +50,15 @@ def test_no_file_or_super_network_loses_a_method_of_an_instance(where: str, tmp_
         vitrim.compress(model, x, macs=0.5)
 
 
+@pytest.fixture
+def fresh_accelerator() -> Iterator[None]:
+    """accelerate keeps the number format of a process; other tests have one of their own."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.usefixtures("fresh_accelerator")
 def test_what_libraries_set_on_models_is_no_method_of_others(tmp_path: Any) -> None:
     model, x = build("timm-vit", "vit").eval(), images(2)
     for number, change in enumerate((

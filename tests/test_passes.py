@@ -596,7 +596,7 @@ def test_what_is_no_model_is_refused_in_one_line_by_every_call(kind: str, tmp_pa
         lambda: vitrim.convert(given, "timm"),
         lambda: vitrim.compile(given),
         lambda: vitrim.set_epoch(given, epoch=0),
-        lambda: bench({"mine": given}),
+        *([] if kind == "name" else [lambda: bench({"mine": given})]),  # Which opens names.
     )
     for call in calls:
         with pytest.raises(VitrimError, match=message):

@@ -227,14 +227,14 @@ def test_a_test_split_that_cannot_be_opened_is_no_missing_one(
     code, said, err = call(capsys, *words, "--out", tmp_path / "without")
     assert (code, err) == (0, "")
     assert "has no folder test or val or validation; folders there: train: training images stand in" in said
-    assert f"Measured on 20 images that are not test images: {root}/train." in " ".join(said.split())
+    assert f"Measured on 20 images that are not test images: {root}/train.".replace(" ", "") in "".join(said.split())
     photos(root / "val")
     code, said, _ = call(capsys, *words, "--num_test_images", 17, "--out", tmp_path / "with")
     assert (code, "stand in" in said) == (0, False)
     record = {"place": f"{root}/val", "split": "test", "number": 17}
     assert Certificate.read(tmp_path / "with").source["measured"] == record
     _, said, _ = call(capsys, "verify", tmp_path / "with")
-    assert f"Measured on 40 test images: {root}/val." in " ".join(said.split())
+    assert f"Measured on 40 test images: {root}/val.".replace(" ", "") in "".join(said.split())
     (root / "val" / "3").mkdir()
     file = tmp_path / "model.onnx"
     for verb in (words, ("verify", tmp_path / "with", "--data.root", root), ("export", model, "--data.root", root)):
