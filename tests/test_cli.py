@@ -119,7 +119,7 @@ def test_version(capsys: pytest.CaptureFixture[str]):
             "vitrim train: cache.folder is x, the folder of a run; choose another for the cache",
         ),
         ("train --out x --config optim.yaml", "vitrim train: optim.yaml: optim is 3; it must be a mapping of options"),
-        ("eval vitrim_digits_vit --config data.yaml", "vitrim eval: data.yaml: data is 3; it must be a mapping of options"),
+        ("eval vitrim_digits_vit --config data.yaml", "vitrim eval: data.yaml: data is 3; it must be a mapping"),
         ("train --out x --optim.name adamx", "vitrim train: unknown optimiser 'adamx'; did you mean"),
         ("train --out x --optim.lr 0", "vitrim train: optim.lr is 0; it must be more than 0, at most 1,000,000"),
         ("train --out x --optim.min_lr 1", "vitrim train: optim.min_lr is 1.0; it must be at most optim.lr, 0.001"),
