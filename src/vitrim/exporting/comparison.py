@@ -9,9 +9,8 @@ from ..data.seeding import mix
 from ..errors import DataError, VitrimError
 from ..models import adapter_of, attached
 from ..models.input_format import InputFormat
+from ..tokens.precision import ROUNDING, rounding
 
-TOLERANCE = 1e-4
-"""Largest difference of an output, in parts of the largest output of the model (of 1 if that is smaller)."""
 BATCH = 32
 """Images per batch, after one that is alone."""
 _NOT_FINITE = "the model gives values that are not finite, so that no file can be compared with it"
@@ -55,7 +54,7 @@ class Agreement:
     @property
     def scale(self) -> float:
         """The largest output of the model, at least 1."""
-        return self.allowed / TOLERANCE
+        return self.allowed / ROUNDING
 
 
 @torch.inference_mode()
@@ -103,7 +102,7 @@ def compare(model: nn.Module, served: nn.Module, images: Tensor, *, exact: bool 
         raise VitrimError(_NOT_FINITE)
     if found.shape != expected.shape:
         raise VitrimError(f"the file gives {tuple(found.shape)} where the model gives {tuple(expected.shape)}")
-    allowed = TOLERANCE * max(1.0, float(expected.abs().max()))
+    allowed = rounding(expected)
     differences = (found - expected).abs().flatten(1).amax(1)
     differing = (~(differences <= allowed)).nonzero().flatten().tolist() if exact else []
     undecided = [row for row in differing if _undecided(model, images[row], expected[row], allowed)]

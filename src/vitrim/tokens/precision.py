@@ -7,6 +7,14 @@ from torch import Tensor
 
 from .recording import recording
 
+ROUNDING = 1e-4
+"""Largest difference of outputs that rounding in float32 explains, in parts of the largest one (of 1 if smaller)."""
+
+
+def rounding(expected: Tensor) -> float:
+    """Largest difference from these outputs that rounding in float32 explains."""
+    return ROUNDING * max(1.0, float(expected.abs().max()))
+
 
 def wide(x: Tensor) -> Tensor:
     """The tensor in float32, or in float64 if it is that already."""

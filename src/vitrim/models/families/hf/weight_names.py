@@ -8,11 +8,14 @@ from torch import Tensor
 from ...adapter import State
 from .layout import Layout
 
+Named = Iterator[tuple[str, Tensor, tuple[str, ...]]]
+"""A name in the new model, its value, and the names of the weights of the old one that it is made of."""
 _SAME = (("mlp.fc1", "mlp.fc1"), ("mlp.fc2", "mlp.fc2"))
-_POSITIONS = ("embeddings.position_embeddings", "embeddings.position_embedding.weight")
+POSITIONS = ("embeddings.position_embeddings", "embeddings.position_embedding.weight")
+"""Names in a tower of transformers."""
 
 
-def in_timm_names(layout: Layout, state: State, first: str, own: State) -> Iterator[tuple[str, Tensor]]:
+def in_timm_names(layout: Layout, state: State, first: str, own: State) -> Named:
     """Weights of transformers as timm names and shapes them.
 
     Args:
@@ -23,34 +26,34 @@ def in_timm_names(layout: Layout, state: State, first: str, own: State) -> Itera
     """
     for theirs, ours in _names(layout, state, first, own):
         if theirs in state:
-            value = state[theirs]
-            yield ours, value.reshape(own[ours].shape) if ours in own and value.numel() == own[ours].numel() else value
-    positions = next((state[first + name] for name in _POSITIONS if first + name in state), None)
-    if positions is not None and "pos_embed" in own:
-        positions = positions.reshape(1, -1, positions.shape[-1])
+            yield ours, _shaped(state[theirs], own.get(ours)), (theirs,)
+    at = next((first + name for name in POSITIONS if first + name in state), None)
+    if at is not None and "pos_embed" in own:
+        positions = state[at].reshape(1, -1, state[at].shape[-1])
         extra = positions.shape[1] - own["pos_embed"].shape[1]
-        yield "pos_embed", positions[:, extra:]
-        if extra:  # timm has no position for CLS.
-            yield "cls_token", state[f"{first}embeddings.cls_token"] + positions[:, :1]
+        yield "pos_embed", positions[:, max(0, extra) :], (at,)
+        if extra == 1:  # timm has no position for CLS.
+            yield "cls_token", state[f"{first}embeddings.cls_token"] + positions[:, :1], (at,)
     for block in range(_depth(own)):
         attn = f"{first}{layout.layers}.{block}.{layout.parts[0]}."
         for part in ("weight", "bias"):
-            rows = [state.get(f"{attn}{one}_proj.{part}") for one in "qkv"]
-            there = next((row for row in rows if row is not None), None)
-            if there is not None:
-                whole = [torch.zeros_like(there) if row is None else row for row in rows]
-                yield f"blocks.{block}.attn.qkv.{part}", torch.cat(whole)
-                if part == "bias":
-                    for one, row in zip("qkv", whole, strict=True):
-                        yield f"blocks.{block}.attn.{one}_bias", row
-    if f"{first}head.attention.in_proj_weight" in state:
-        for part in ("weight", "bias"):
-            query, *others = state[f"{first}head.attention.in_proj_{part}"].chunk(3)
-            yield f"attn_pool.q.{part}", query
-            yield f"attn_pool.kv.{part}", torch.cat(others)
+            rows = {one: state.get(f"{attn}{one}_proj.{part}") for one in "qkv"}
+            read = tuple(f"{attn}{one}_proj.{part}" for one in "qkv" if rows[one] is not None)
+            if read:
+                whole = [torch.zeros_like(state[read[0]]) if row is None else row for row in rows.values()]
+                yield f"blocks.{block}.attn.qkv.{part}", torch.cat(whole), read
+            for one, row in rows.items():
+                if row is not None and part == "bias":
+                    yield f"blocks.{block}.attn.{one}_bias", row, (f"{attn}{one}_proj.bias",)
+    for part in ("weight", "bias"):
+        name = f"{first}head.attention.in_proj_{part}"
+        if name in state:
+            query, *others = state[name].chunk(3)
+            yield f"attn_pool.q.{part}", query, (name,)
+            yield f"attn_pool.kv.{part}", torch.cat(others), (name,)
 
 
-def in_transformers_names(layout: Layout, state: State, first: str, own: State) -> Iterator[tuple[str, Tensor]]:
+def in_transformers_names(layout: Layout, state: State, first: str, own: State) -> Named:
     """Weights of timm as transformers names and shapes them; the arguments are those of `in_timm_names`, turned round.
 
     Args:
@@ -60,26 +63,33 @@ def in_transformers_names(layout: Layout, state: State, first: str, own: State) 
         own: weights of the new model, for their shapes.
     """
     for theirs, ours in _names(layout, own, first, state):
-        if ours in state and theirs in own:
-            yield theirs, state[ours].reshape(own[theirs].shape)
-    for name in _POSITIONS:
+        if ours in state:
+            yield theirs, _shaped(state[ours], own.get(theirs)), (ours,)
+    for name in POSITIONS:
         if first + name in own and "pos_embed" in state:
             table, wanted = state["pos_embed"], own[first + name]
-            missing = wanted.numel() // table.shape[-1] - table.shape[1]
+            missing = max(0, wanted.numel() // table.shape[-1] - table.shape[1])
             table = torch.cat([table.new_zeros(1, missing, table.shape[-1]), table], 1)  # timm has none for CLS.
-            yield first + name, table.reshape(wanted.shape)
+            yield first + name, _shaped(table, wanted), ("pos_embed",)
     for block in range(_depth(state)):
         attn = f"{first}{layout.layers}.{block}.{layout.parts[0]}."
         for part in ("weight", "bias"):
-            whole = state.get(f"blocks.{block}.attn.qkv.{part}")
             for at, one in enumerate("qkv"):
-                row = state.get(f"blocks.{block}.attn.{one}_bias") if whole is None else whole.chunk(3)[at]
-                if row is not None:
-                    yield f"{attn}{one}_proj.{part}", row
-    if "attn_pool.q.weight" in state:
-        for part in ("weight", "bias"):
-            query_key_value = torch.cat([state[f"attn_pool.q.{part}"], state[f"attn_pool.kv.{part}"]])
-            yield f"{first}head.attention.in_proj_{part}", query_key_value
+                target, mine = f"{attn}{one}_proj.{part}", f"blocks.{block}.attn."
+                if (whole := f"{mine}qkv.{part}") in state:
+                    yield target, state[whole].chunk(3)[at], (whole,)
+                for alone in (f"{mine}{one}_proj.{part}", f"{mine}{one}_bias" if part == "bias" else ""):
+                    if alone in state:
+                        yield target, state[alone], (alone,)
+    for part in ("weight", "bias"):
+        names = f"attn_pool.q.{part}", f"attn_pool.kv.{part}"
+        if all(name in state for name in names):
+            yield f"{first}head.attention.in_proj_{part}", torch.cat([state[name] for name in names]), names
+
+
+def _shaped(value: Tensor, like: Tensor | None) -> Tensor:
+    """In the shape of another one, where that has as many values."""
+    return value if like is None or value.numel() != like.numel() else value.reshape(like.shape)
 
 
 def _names(layout: Layout, theirs: State, first: str, ours: State) -> Iterator[tuple[str, str]]:
