@@ -11,9 +11,9 @@ ROUNDING = 1e-4
 """Largest difference of outputs that rounding in float32 explains, in parts of the largest one (of 1 if smaller)."""
 
 
-def rounding(expected: Tensor) -> float:
-    """Largest difference from these outputs that rounding in float32 explains."""
-    return ROUNDING * max(1.0, float(expected.abs().max()))
+def rounding(expected: Tensor, dtype: torch.dtype = torch.float32) -> float:
+    """Largest difference from these outputs that rounding explains, in a model whose weights are of this type."""
+    return max(ROUNDING, 4 * torch.finfo(dtype).eps) * max(1.0, float(expected.abs().max()))
 
 
 def wide(x: Tensor) -> Tensor:

@@ -21,8 +21,8 @@ Library = Literal["timm", "transformers"]
 def convert(model: nn.Module, to: Library) -> nn.Module:
     """A new model of the other library that gives the same: ViT, DINOv2 (registers or not), DINOv3, CLIP, SigLIP.
 
-    All weights of the model are in the new one, and both were compared on a batch of noise in float32. Dropout and
-    stochastic depth are off in the new model, until you set them.
+    All weights of the model are in the new one, and both were compared on a batch of noise in float32. What acts in
+    training alone (dropout, stochastic depth, jitter of positions) is not carried over.
 
     Args:
         model: of timm or transformers, without a reduction; it stays as it is. In timm, ViT and CLIP may have a head

@@ -11,8 +11,7 @@ from ....errors import CheckpointError, UnsupportedModelError, VitrimError
 from ...adapter import State
 from .config import set_image_size
 from .layout import Layout, pair
-
-_NAMES = ("embeddings.position_embeddings", "embeddings.position_embedding.weight")
+from .weight_names import POSITIONS
 
 
 def resize(layout: Layout, model: Any, size: tuple[int, int]) -> None:
@@ -96,14 +95,14 @@ def _grid(layout: Layout, model: Any, table: Tensor, trained_at: tuple[int, int]
 
 def _positions(tower: Any) -> tuple[str, Any]:
     parameters = dict(tower.named_parameters())
-    for name in _NAMES:
+    for name in POSITIONS:
         if name in parameters:
             return name, parameters[name]
     raise UnsupportedModelError(f"the image size of this {type(tower).__name__} is fixed")
 
 
 def _in_state(state: State) -> tuple[str, Tensor] | None:
-    return next(((key, value) for key, value in state.items() if key.endswith(_NAMES)), None)
+    return next(((key, value) for key, value in state.items() if key.endswith(POSITIONS)), None)
 
 
 @torch.no_grad()

@@ -93,7 +93,8 @@ def _args(model: Any, name: str, tower: str, state: State) -> dict[str, Any]:
         for name, row in _BIASES.items():
             places = ("qkv.bias", f"{row}_proj.bias", f"{row}_bias")
             args[name] = any(f"blocks.0.attn.{place}" in state for place in places)
-        args["rope_theta"] = getattr(model.rope, "temperature", None)
+        if temperature := getattr(model.rope, "temperature", None):
+            args["rope_theta"] = float(temperature)
     return args
 
 

@@ -42,9 +42,9 @@ def in_timm_names(layout: Layout, state: State, first: str, own: State) -> Named
             if read:
                 whole = [torch.zeros_like(state[read[0]]) if row is None else row for row in rows.values()]
                 yield f"blocks.{block}.attn.qkv.{part}", torch.cat(whole), read
-            for one, row in rows.items():
-                if row is not None and part == "bias":
-                    yield f"blocks.{block}.attn.{one}_bias", row, (f"{attn}{one}_proj.bias",)
+                for one, row in zip("qkv", whole, strict=True):
+                    name = f"{attn}{one}_proj.{part}"
+                    yield f"blocks.{block}.attn.{one}_{part}", row, (name,) if name in read else ()
     for part in ("weight", "bias"):
         name = f"{first}head.attention.in_proj_{part}"
         if name in state:
