@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 import vitrim
 from vitrim.distill import Distiller, Teacher, Wanted, student_grid
 from vitrim.distill.positions import Fused, Origin, group_means
-from vitrim.errors import VitrimError
+from vitrim.errors import DistillError, VitrimError
 from vitrim.models import adapter_of
 from vitrim.models.outputs import Patches
 
@@ -423,6 +423,35 @@ def test_merged_learns_where_tokens_are_merged(text):
     distiller = Distiller(student, teacher(), "Merged()").train()
     handle.set_epoch(3)
     assert float(distiller(torch.randn(2, 3, 64, 64)).terms["merged"]) > 0
+
+
+@pytest.mark.parametrize("reduction", [None, "ToMe() @ ConstantR(2)"])
+@pytest.mark.parametrize("terms", ["Tokens()", "Tokens() + Merged()"])
+def test_a_student_that_drops_patches_itself_is_not_matched_to_a_teacher(reduction, terms):
+    student = vit(patch_drop_rate=0.5)
+    if reduction is not None:
+        vitrim.attach(student, reduction)
+    with pytest.raises(DistillError, match=r"drops patches at its input \(patch_drop_rate\), .*; set it to 0"):
+        Distiller(student, teacher(), terms)
+    assert Distiller(student, teacher(), "Cls()").train()(torch.randn(2, 3, 64, 64)).loss.isfinite()
+
+
+def test_tokens_are_matched_only_where_both_have_all_patches():
+    origin = torch.arange(8).expand(2, -1)
+    with pytest.raises(DistillError, match="the student drops patches at its input"):
+        group_means(torch.randn(2, 16, 4), origin, 8)
+    with pytest.raises(DistillError, match="tokens of 4 patches, and the student reads 8"):
+        group_means(torch.randn(2, 4, 4), origin, 8)
+    teach = Teacher(vit(patch_drop_rate=0.5))  # In eval mode it keeps them all.
+    assert Distiller(vit(), teach, "Tokens()").train()(torch.randn(2, 3, 64, 64)).loss.isfinite()
+    teach.model.patch_drop.train()
+    with pytest.raises(DistillError, match="8 patch tokens of a teacher do not fill its grid"):
+        Distiller(vit(), teach, "Tokens()")(torch.randn(2, 3, 64, 64))
+    transformers = pytest.importorskip("transformers")
+    sizes = {"image_size": 64, "patch_size": 16, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3}
+    masked = transformers.ViTMAEModel(transformers.ViTMAEConfig(**sizes, intermediate_size=48))
+    with pytest.raises(VitrimError, match="takes its patches in random order"):
+        Distiller(vit(), Teacher(masked), "Tokens()")
 
 
 def test_other_mistakes_take_one_line():

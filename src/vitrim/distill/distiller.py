@@ -85,6 +85,8 @@ class Distiller(nn.Module):
             held = {id(parameter) for parameter in self.teacher.parameters()}
             if any(id(parameter) in held for parameter in student.parameters()):
                 raise DistillError("student and teacher share weights; give the teacher its own with copy.deepcopy")
+            if self.of_teacher.per_patch:  # Raises where the places of its tokens are not known.
+                self.teacher.adapter.grid(self.teacher.model, self.teacher.input_size)
         self.register_load_state_dict_post_hook(_expect_no_teacher)
 
     @property

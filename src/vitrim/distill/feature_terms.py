@@ -12,7 +12,7 @@ from ..notation import render
 from ..tokens.precision import wide
 from .losses import LOSSES, distance, mean_where
 from .objective import Batch, Term
-from .positions import Fused, Origin, group_means
+from .positions import Fused, Origin, check_keeps_patches, group_means
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,8 @@ class _Patches(_Vectors):
         return (outputs.Patches(),)
 
     def check(self, student: nn.Module) -> None:
-        """The last block must compute patch tokens."""
+        """The last block must compute patch tokens, and all patches must reach the first one."""
+        check_keeps_patches(student)
         handle = attached(student)
         if handle is not None and handle.cls_only:
             raise DistillError(

@@ -3,13 +3,14 @@
 Shapes: B images, N patches, M patch tokens left, C channels.
 """
 
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..errors import DistillError
-from ..models import attached, trace_of
+from ..errors import DistillError, UnsupportedModelError
+from ..models import adapter_of, attached, trace_of
 from ..models.outputs import Features, Output
 from ..tokens import Assignment, TokenState
 
@@ -61,12 +62,36 @@ def _follow(fused_BN: Tensor, assignment: Assignment) -> Tensor:
     return kept
 
 
+_DROPS = (
+    "the student drops patches at its input (patch_drop_rate), so its tokens cannot be matched to the teacher's; set "
+    "it to 0"
+)
+
+
+def check_keeps_patches(student: nn.Module) -> None:
+    """Raise `DistillError` where the student itself drops patches in training."""
+    adapter = adapter_of(student)
+    with suppress(UnsupportedModelError):  # Its geometry is not known; `group_means` compares what it gives.
+        if adapter.patches_entering(student, training=True) != adapter.patches_entering(student, training=False):
+            raise DistillError(_DROPS)
+
+
 def group_means(target_BNC: Tensor, origin_BN: Tensor, num_slots: int) -> tuple[Tensor, Tensor]:
     """Mean of the targets of each slot's members, (B, M, C), and the number of members, (B, M).
 
     A slot with one member gets exactly the target at its own position; a dropped position belongs to no slot.
+
+    Raises:
+        DistillError: there are more or fewer targets than positions.
     """
-    num_images, _, width = target_BNC.shape
+    num_images, num_targets, width = target_BNC.shape
+    if origin_BN.shape[1] < num_targets:
+        raise DistillError(_DROPS)
+    if origin_BN.shape[1] > num_targets:
+        raise DistillError(
+            f"the teacher gives tokens of {num_targets} patches, and the student reads {origin_BN.shape[1]}, so they "
+            "cannot be matched; give a teacher that keeps all patches"
+        )
     slot_BN = torch.where(origin_BN < 0, num_slots, origin_BN)  # One more slot takes what was dropped.
     total = target_BNC.new_zeros(num_images, num_slots + 1, width)
     total = total.scatter_add(1, slot_BN.unsqueeze(2).expand(-1, -1, width), target_BNC)[:, :num_slots]
