@@ -1,6 +1,5 @@
 """Images: folders that are not what they should be, damaged files, channels and sizes."""
 
-import json
 import math
 import os
 import sys
@@ -258,25 +257,3 @@ def test_too_few_images_to_hold_out(root: Path):
     with pytest.raises(DataError, match="1 training images are too few"):
         train(recipe(root, limit=1), root.parent / "run")
     assert not os.path.exists(root.parent / "run")
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_a_webdataset_stream_is_read_like_any_other(tmp_path: Path):
-    webdataset = pytest.importorskip("webdataset")
-    shapes = {"train": 7, "validation": 3}
-    for split, count in shapes.items():
-        with webdataset.TarWriter(str(tmp_path / f"tiny-{split}-0000.tar")) as tar:
-            for number in range(count):
-                grey = Image.new("RGB", (9, 9), (20 * number, 0, 0))
-                tar.write({"__key__": f"{number:04d}", "png": grey, "cls": number % 3})
-    splits = {
-        split: {
-            "name": split, "num_samples": count, "filenames": [f"tiny-{split}-0000.tar"], "shard_lengths": [count],
-        }
-        for split, count in shapes.items()
-    }  # fmt: skip
-    (tmp_path / "_info.json").write_text(json.dumps({"splits": splits}))
-    train_images, test_images = open_both(DataSpec(name="wds/tiny", root=str(tmp_path)))
-    assert (len(train_images), len(test_images), train_images.classes) == (7, 3, ["0", "1", "2"])
-    pixels, target = train_images.load(5)
-    assert (pixels.getpixel((4, 4)), target) == ((100, 0, 0), 2)

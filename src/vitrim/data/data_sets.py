@@ -12,7 +12,7 @@ from .decode import suffixes
 from .digits import BUILT_IN, CLASSES
 from .folder import FolderImages, class_folders, image_paths, not_read
 from .images import Images
-from .specs import DataSpec
+from .specs import TEST_SPLITS, DataSpec
 from .timm_readers import open_by_reader
 
 log = logging.getLogger(__name__)
@@ -114,7 +114,7 @@ def _split_of(spec: DataSpec, train: bool) -> Path:
     root = Path(spec.root)
     if not os.path.isdir(root):  # Also where no folder can have such a name.
         raise DataError(f"{root} is not a folder")
-    wanted = [spec.train_split] if train else [spec.test_split] if spec.test_split else ["test", "val", "validation"]
+    wanted = [spec.train_split] if train else [spec.test_split] if spec.test_split else TEST_SPLITS
     found = next((root / name for name in wanted if os.path.isdir(root / name)), None)
     if found is None:
         have = ", ".join(sorted(p.name for p in root.iterdir() if p.is_dir())[:20]) or "none"

@@ -11,6 +11,8 @@ _RANDAUGMENT = re.compile(
     r"rand(-(m\d{1,2}|n[1-9]\d?|p(0|0\.\d{1,9}|1|1\.0+)|mstd\d{1,3}(\.\d{1,9})?|mmax[1-9]\d{0,2}|inc[01]"
     r"|t(weights|3aw|3a)))*"
 )
+TEST_SPLITS = ("test", "val", "validation")
+"""Names of the test split, in the order in which they are tried."""
 
 
 @dataclass
@@ -24,7 +26,8 @@ class DataSpec:
         root: folder of the data set, or where to download it to.
         download: fetch the data set if the reader can.
         train_split: name of the training split.
-        test_split: name of the test split; by default test, val or validation, whichever exists.
+        test_split: name of the test split; by default test, val or validation, the first of them that exists and
+            has classes.
         holdout: fraction of the training images that is held out to choose the epoch on; 0 holds none out
             and keeps the last epoch.
         limit: largest number of training images, held-out ones included; the same seed chooses the same ones.

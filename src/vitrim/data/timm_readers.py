@@ -1,5 +1,6 @@
 """Data sets that timm reads: those of torchvision and Hugging Face, WebDataset shards and TFDS."""
 
+import re
 from collections.abc import Iterable
 from functools import partial
 from io import BytesIO
@@ -14,7 +15,7 @@ from .decode import decode, read_image
 from .digits import BUILT_IN
 from .images import Images
 from .quiet import quiet
-from .specs import DataSpec
+from .specs import TEST_SPLITS, DataSpec
 
 _READERS = ("torch/cifar10", "torch/cifar100", "torch/image_folder", "hfds/OWNER/NAME", "wds/NAME", "tfds/NAME")
 _PACKAGES = {
@@ -25,6 +26,10 @@ _PACKAGES = {
     "tfds": "tensorflow-datasets tensorflow",
 }
 """Reader of timm -> what to install for it."""
+_NO_SPLIT = re.compile(
+    r"unknown split|split \S+ not found in info \(dict_keys\(\[[^]]|dataset length is unknown", re.IGNORECASE
+)
+"""How readers say that there is no such split: hfds and tfds, wds where there are others, hfids."""
 
 
 class _Gathered:
@@ -59,7 +64,7 @@ def open_by_reader(spec: DataSpec, train: bool) -> Images:
     """The training or test images of a data set whose name begins with that of a reader.
 
     Raises:
-        NoSplitError: the data set has no such split.
+        NoSplitError: the data set has no such split; where none is named, none whose images have classes.
         DataError: no folder, no such data set, or a package is missing.
         UnknownNameError: no reader has this name.
     """
@@ -69,7 +74,24 @@ def open_by_reader(spec: DataSpec, train: bool) -> Images:
         raise UnknownNameError("data set", spec.name, (*BUILT_IN, "folder", *_READERS))
     if kind in ("torch", "wds") and spec.root is None:
         raise DataError(f"{spec.name} needs data.root, the folder that holds it or to download it to")
-    split = spec.train_split if train else spec.test_split or "validation"
+    if train or spec.test_split is not None:
+        return _open(spec, kind, spec.train_split if train else spec.test_split or "")
+    if kind == "torch":  # Which knows what this means for each of its data sets.
+        return _open(spec, kind, "validation")
+    fault = ""
+    for split in TEST_SPLITS:
+        try:
+            images = _open(spec, kind, split)
+        except NoSplitError as error:
+            fault = fault or str(error)
+        else:
+            if _has_classes(images.source):
+                return images
+            fault = f"data set {spec.name!r} has no classes in its split {split}"
+    raise NoSplitError(f"{fault}; tried {', '.join(TEST_SPLITS)}, and data.test_split names another")
+
+
+def _open(spec: DataSpec, kind: str, split: str) -> Images:
     mode = "RGB" if kind == "tfds" else ""  # Others then leave the conversion of what they decode to `decode`.
     try:
         with quiet("timm.data"):
@@ -78,7 +100,7 @@ def open_by_reader(spec: DataSpec, train: bool) -> Images:
         raise DataError(f"{spec.name} needs the package {error.name}; pip install {_PACKAGES[kind]}") from None
     except Exception as error:  # Readers fail in many ways; in all of them there is nothing to read.
         reason = " ".join(str(error).split()) or type(error).__name__
-        if "unknown split" in reason.lower():  # As hfds and tfds say it.
+        if _NO_SPLIT.search(reason):
             raise NoSplitError(f"data set {spec.name!r} has no split {split}: {reason}") from None
         hint = "" if spec.download or kind == "wds" else "; --data.download fetches it where the reader can"
         raise DataError(f"cannot open data set {spec.name!r} in {spec.root}: {reason}{hint}") from None
@@ -90,6 +112,13 @@ def open_by_reader(spec: DataSpec, train: bool) -> Images:
     if not classes:
         raise DataError(f"data set {spec.name!r} does not name its classes")
     return Images(source, list(classes), place=place)
+
+
+def _has_classes(source: Any) -> bool:
+    """Whether the first image has a class, which the test images of competitions have not."""
+    gathered = isinstance(source, _Gathered)
+    first = next(iter([target for _, target in source.items] if gathered else source.reader.iter_targets()), 0)
+    return first is not None and not (isinstance(first, int) and first < 0)
 
 
 def through_one_door(source: Any) -> Any:
