@@ -120,7 +120,7 @@ def test_json_round_trip_and_what_is_refused():
         Chain.from_json(json.dumps(raw | {"schema": 99}))
     with pytest.raises(CheckpointError, match="stratify again"):
         Chain.from_json(json.dumps(raw | {"schema": 1}))
-    with pytest.raises(CheckpointError, match="no chain"):
+    with pytest.raises(CheckpointError, match="not a chain"):
         Chain.from_json("{}")
     with pytest.raises(CheckpointError, match="nothing narrower"):
         replace(chain, entries=(*chain.entries, chain.entries[-1]))

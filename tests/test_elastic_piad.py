@@ -137,7 +137,7 @@ def test_states_and_chains_of_something_else_are_refused():
     model, other = small(), Stratifier(small(img_size=96), CONFIG)
     with pytest.raises(CheckpointError, match="another model or input size"):
         Stratifier(model, CONFIG, chain=other.chain)
-    with pytest.raises(CheckpointError, match="no state of a Stratifier"):
+    with pytest.raises(CheckpointError, match="not a state of a Stratifier"):
         Stratifier(model, CONFIG).load_state_dict({})
     with pytest.raises(CheckpointError, match="another model or input size"):
         Stratifier(model, CONFIG).load_state_dict(other.state_dict())

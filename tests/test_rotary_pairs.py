@@ -382,7 +382,7 @@ def test_folders_that_name_wrong_pairs_are_refused(tmp_path: Path) -> None:
         chain = copy.deepcopy(raw)
         chain["units"]["blocks.0.attn"]["rule"][key] = value
         (tmp_path / "net" / "chain.json").write_text(json.dumps(chain))
-        with pytest.raises(CheckpointError, match=r"stratify again|no chain of sub-networks|does not cost"):
+        with pytest.raises(CheckpointError, match=r"stratify again|not a chain of sub-networks|does not cost"):
             SuperNet.load(tmp_path / "net")
 
 
