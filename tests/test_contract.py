@@ -157,13 +157,13 @@ def test_law_1_prefix_only_last_block_leaves_logits_alone(adapter: str, name: st
     model, x = build(adapter, name).double(), images(dtype=torch.float64)
     if find_adapter(model).geometry(model).head != "prefix":
         with pytest.raises(VitrimError, match="cls_only needs a head that reads only CLS"):
-            vitrim.attach(model, cls_only=True)
+            vitrim.attach(model, None, cls_only=True)
         return
     reduction = "TopK(cls_attention) @ KeepRate(0.6, at=(0, 2))"
     with vitrim.attach(model, reduction):
         reduced = predicted(model, x)
     dense = predicted(model, x)
-    with vitrim.attach(model, cls_only=True) as handle:
+    with vitrim.attach(model, None, cls_only=True) as handle:
         assert (predicted(model, x) - dense).abs().max() < 1e-12
         assert handle.token_counts[-1] == handle.geometry.num_prefix
     with vitrim.attach(model, reduction, cls_only=True):
@@ -175,7 +175,7 @@ def test_law_1_prefix_only_last_block_without_attention_leaves_logits_alone() ->
     model, x = build("timm-vit", "uneven").double(), images(dtype=torch.float64)
     narrow(model, {"blocks.2.attn": 0})
     dense = predicted(model, x)
-    with vitrim.attach(model, cls_only=True) as handle:
+    with vitrim.attach(model, None, cls_only=True) as handle:
         assert (predicted(model, x) - dense).abs().max() < 1e-12
         assert handle.token_counts[-1] == model.num_prefix_tokens
 

@@ -89,7 +89,11 @@ def test_what_is_cut_is_in_eval_mode():
 
 def test_a_running_subnetwork_says_to_leave_its_context_first(net):
     with net.at(-1) as model:
-        for use in (lambda: net.cut(1), lambda: net.extract(macs=0.7), lambda: vitrim.attach(model, cls_only=True)):
+        for use in (
+            lambda: net.cut(1),
+            lambda: net.extract(macs=0.7),
+            lambda: vitrim.attach(model, None, cls_only=True),
+        ):
             with pytest.raises(VitrimError, match="leave that context first"):
                 use()
     with pytest.raises(VitrimError, match="there is no network 10000"):
@@ -126,6 +130,9 @@ def test_numbers_out_of_range_are_told_before_any_image_is_looked_at():
 
 def test_nothing_to_cut_and_nothing_to_look_at_are_told():
     model = small()
+    for size in ((48, 48, 3), (1, 48, 48), (3, 40, 40)):
+        with pytest.raises(DataError, match=r"are of size .*, but the model takes \(3,"):
+            vitrim.stratify(model, [torch.randn(4, *size)])
     with pytest.raises(DataError, match="a batch holds no images"):
         stratify(model, [images(0), images(4)], say=quiet)
     narrow(model, dict.fromkeys(start_chain(model).units, 0))

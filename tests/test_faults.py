@@ -244,7 +244,7 @@ def test_dropped_places_of_a_map_are_filled_and_prefix_tokens_stay() -> None:
         for spread, prefix in pairs:
             assert not (spread == 0).all(1).any()
             assert prefix.shape == (2, 5, 24)
-    with vitrim.attach(model, cls_only=True), pytest.raises(VitrimError, match="no map of patch tokens"):
+    with vitrim.attach(model, None, cls_only=True), pytest.raises(VitrimError, match="no map of patch tokens"):
         model.forward_intermediates(x)
 
 

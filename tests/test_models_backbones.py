@@ -211,7 +211,7 @@ def test_features_of_a_backbone_are_restored_and_named() -> None:
 def test_what_a_backbone_cannot_do_is_refused_in_one_line() -> None:
     model, x = redrawn(BACKBONES["dinov2_backbone"]()), images(2)
     with pytest.raises(VitrimError, match="cls_only needs a head that reads only CLS"):
-        vitrim.attach(model, cls_only=True)
+        vitrim.attach(model, None, cls_only=True)
     with vitrim.attach(model, CUT):
         with pytest.raises(VitrimError, match="output_attentions=True has no meaning"):
             model(x, output_attentions=True)

@@ -7,7 +7,7 @@ import pytest
 import timm
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrize, prune
 
 import vitrim
 from vitrim.errors import UnsupportedModelError
@@ -70,13 +70,21 @@ def packed(layer: nn.Linear) -> nn.Module:
     return layer
 
 
+def pruned(layer: nn.Linear) -> nn.Module:
+    return prune.l1_unstructured(layer, "weight", 0.5)
+
+
+def spectral(layer: nn.Linear) -> nn.Module:
+    return nn.utils.spectral_norm(layer)
+
+
 def model_with(place: str, change: object) -> nn.Module:
     model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, embed_dim=24, num_heads=3, num_classes=4)
     model.set_submodule(f"blocks.1.{place}", change(model.get_submodule(f"blocks.1.{place}")))
     return model.eval()
 
 
-@pytest.mark.parametrize("change", [wrap, subclass, parametrised, patched, packed])
+@pytest.mark.parametrize("change", [wrap, subclass, parametrised, patched, packed, pruned, spectral])
 @pytest.mark.parametrize("place", ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"])
 def test_foreign_linear_layers_are_refused_before_anything_changes(place: str, change: object) -> None:
     model = model_with(place, change)
@@ -124,3 +132,13 @@ def test_nothing_that_stratifies_or_shows_makes_float64_but_by_exact() -> None:
     for path in files:
         for number, line in enumerate(path.read_text().splitlines(), 1):
             assert not re.search(r"\.double\(\)|\.to\([^)]*float64", line), f"{path}:{number} {line.strip()}"
+
+
+def test_a_model_whose_weights_are_results_of_a_computation_is_not_copied() -> None:
+    model = model_with("mlp.fc1", pruned)
+    for attempt in (lambda: vitrim.models.variant(model, "dense"), lambda: vitrim.bench(model, rounds=2)):
+        with pytest.raises(UnsupportedModelError, match=r"cannot be copied: blocks\.1\.mlp\.fc1\.weight was computed"):
+            attempt()
+    with torch.no_grad():
+        model(x := torch.randn(2, 3, 32, 32))
+    assert torch.equal(vitrim.models.variant(model, "dense")(x), model(x))

@@ -125,7 +125,7 @@ def test_without_pooling_the_tokens_of_a_padded_batch_are_returned() -> None:
 def test_cls_only_in_a_padded_batch() -> None:
     model, batch = _model("naflex_rotary"), padded(_images())
     dense = model(batch)
-    with vitrim.attach(model, cls_only=True):
+    with vitrim.attach(model, None, cls_only=True):
         torch.testing.assert_close(model(batch), dense)
 
 

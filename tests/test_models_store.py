@@ -123,7 +123,7 @@ def test_phase_strength_and_cls_only_come_back(tmp_path):
 
 def test_cls_only_alone_comes_back(tmp_path):
     model = tiny()
-    vitrim.attach(model, cls_only=True)
+    vitrim.attach(model, None, cls_only=True)
     vitrim.save(model, tmp_path)
     handle = vitrim.attached(vitrim.load(tmp_path))
     assert handle.cls_only

@@ -208,7 +208,10 @@ def test_what_cannot_be_restored_is_refused_in_one_line() -> None:
             for ask in (handle.restore, handle.state_of):
                 with pytest.raises(VitrimError, match="give the tensor that the model returned"):
                     ask(changed)
-    with vitrim.attach(model, cls_only=True) as handle, pytest.raises(VitrimError, match="cls_only computes no patch"):
+    with (
+        vitrim.attach(model, None, cls_only=True) as handle,
+        pytest.raises(VitrimError, match="cls_only computes no patch"),
+    ):
         handle.restore(model.forward_features(x))
     model = redrawn(_mae())
     with vitrim.attach(model, "TopK('norm') @ KeepRate(0.6, at=(0, 1))") as handle:

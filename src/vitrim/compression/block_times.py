@@ -5,7 +5,6 @@ at the tokens and the width that they have, and for each cut what choosing token
 candidates; whether they are fast enough is measured in interleaved rounds.
 """
 
-import copy
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from ..errors import UnsupportedModelError
 from ..measure.speed import DTYPES
 from ..models import BlockWidths, attach, even_widths, find_adapter, rotary_blocks, set_widths, widths_of
+from ..models.copying import copied
 from ..models.evaluating import evaluating
 from ..tokens import KeepRate, Plan, Reducer
 
@@ -99,7 +99,7 @@ class Workbench:
     """
 
     def __init__(self, model: nn.Module, batch_size: int, device: torch.device, dtype: str, seed: int = 0) -> None:
-        self.model = copy.deepcopy(model).to(device, DTYPES[dtype]).eval()
+        self.model = copied(model).to(device, DTYPES[dtype]).eval()
         self.adapter = find_adapter(model)
         self.geometry = self.adapter.geometry(model)
         if self.adapter.keeps_attention(model) or self.geometry.relative:
@@ -142,7 +142,7 @@ class Workbench:
         def rows(chosen: Sequence[tuple[int, int]]) -> list[list[float]]:
             return [np.maximum(np.array(found[pair]) - nothing, 0.0).tolist() for pair in chosen]
 
-        empty = copy.deepcopy(self.model)
+        empty = copied(self.model)
         set_widths(empty, even_widths(empty, 0, 0))
         whole = self.times({"dense": lambda: self.model(*self.inputs), "empty": lambda: empty(*self.inputs)})
         return BlockTimes(
@@ -156,7 +156,7 @@ class Workbench:
         if (kind := kind_of(reducer)) in table.cuts:
             return
         # In every block, since what a few cuts cost is less than the noise of a whole forward pass.
-        reduced = copy.deepcopy(self.model)
+        reduced = copied(self.model)
         handle = attach(reduced, reducer, KeepRate(0.95, at=tuple(range(self.geometry.depth))))
         plan = handle.plan()
         times = self.times({"dense": lambda: self.model(*self.inputs), "reduced": lambda: reduced(*self.inputs)})
@@ -181,7 +181,7 @@ class Workbench:
         return {name: float(np.quantile(spent, 0.25)) for name, spent in found.items()}
 
     def _narrowed(self, head_dim: int, hidden: int) -> nn.Module:
-        model = copy.deepcopy(self.model)
+        model = copied(self.model)
         set_widths(model, even_widths(model, head_dim, hidden))
         return self.adapter.blocks(model)[0]
 

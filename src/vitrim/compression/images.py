@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Subset
 
-from ..data.batches import batches_in, images_of
+from ..data.batches import batches_in, check_size, images_of
 from ..data.readable import ReadableBatches
 from ..data.readers import batches_of
 from ..data.seeding import permutation
@@ -81,12 +81,8 @@ def gather(
     batches = _first(batches_in(data, what, most=most), most)
     if not batches:
         raise DataError(f"{what}: there are none; give some, from an iterator that is not used up")
-    if any(images.shape[1:] != size for images, _ in batches):
-        found = next(tuple(images.shape[1:]) for images, _ in batches if images.shape[1:] != size)
-        raise DataError(
-            f"{what} are of size {found}, but the model takes {size}; resize them, or make the model for their size "
-            "(timm: img_size= or model.set_input_size)"
-        )
+    for images, _ in batches:
+        check_size(images, size, what)
     labels = None
     if classes is not None:
         if any(target is None for _, target in batches):

@@ -1,6 +1,5 @@
 """One call of `vitrim.compress` at work: search for the best candidate, measure it, and certify it."""
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -16,6 +15,7 @@ from ..measure.cost import cost
 from ..measure.environment import environment
 from ..measure.intervals import of_mean
 from ..models import attach
+from ..models.copying import copied
 from ..models.files.rebuild import describe
 from ..models.foreign_macs import counting_once
 from .block_times import NANO
@@ -57,7 +57,7 @@ class Job:
         source: Mapping[str, Any] | None = None,
     ) -> None:  # fmt: skip
         self.source = dict(source or {})
-        self.original = copy.deepcopy(model).to(device).eval()
+        self.original = copied(model).to(device).eval()
         self.request, self.parts, self.device, self.notes = request, parts, device, list[str]()
         self.progress = Progress(STRATIFY_UNITS * len(parts.fit), say)
         self.price, full = price_for(self.original, request, device, self.progress.line)
@@ -204,7 +204,7 @@ class Job:
         return found
 
     def _built(self, networks: Networks, candidate: Candidate) -> nn.Module:
-        model = copy.deepcopy(networks.real(candidate.index))
+        model = copied(networks.real(candidate.index))
         attach(model, candidate.reduction, cls_only=networks.full.cls_only)
         return model.eval()
 

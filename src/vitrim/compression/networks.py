@@ -4,7 +4,6 @@ A network exists as a copy without weights, in which schedules are solved and co
 on images, as a real one that was cut out of the super-network and fitted to the given model.
 """
 
-import copy
 import dataclasses
 from collections.abc import Callable
 from contextlib import suppress
@@ -20,6 +19,7 @@ from ..elastic.supernet import SuperNet
 from ..errors import ScheduleError, ScoreError, VitrimError
 from ..models import BlockWidths, find_adapter, narrow, reads_prefix_only, widths_of
 from ..models.adapter import Adapter, Geometry
+from ..models.copying import copied
 from ..models.foreign_macs import empty_copy, num_parameters
 from ..tokens import Budget, Plan, Reducer, Schedule, make_plan
 
@@ -118,7 +118,7 @@ class Networks:
         """Network `index` in eval mode, fitted to the given model; the same object at every call."""
         if index not in self._real:
             if index == 0:
-                self._real[index] = copy.deepcopy(self.original).eval()
+                self._real[index] = copied(self.original).eval()
             else:
                 assert self.supernet is not None
                 network = self.supernet.cut(index)

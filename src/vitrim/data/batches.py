@@ -74,6 +74,15 @@ def images_of(batch: Batch) -> Tensor:
     return images
 
 
+def check_size(images: Tensor, size: tuple[int, ...], what: str = "images") -> None:
+    """Raise `DataError` for images (B, channels, height, width) of another size than (channels, height, width)."""
+    if (found := tuple(images.shape[1:])) != tuple(size):
+        raise DataError(
+            f"{what} are of size {found}, but the model takes {tuple(size)}; resize them, or make the model for their "
+            "size (timm: img_size= or model.set_input_size)"
+        )
+
+
 def check_floats(images: Tensor) -> None:
     """Raise `DataError` for pixels that are whole numbers, which no model takes as they are."""
     if not images.is_floating_point():

@@ -1,6 +1,5 @@
 """Parameters of a student that an objective does not train."""
 
-import copy
 from collections.abc import Collection
 from typing import Any
 
@@ -8,6 +7,7 @@ import torch
 from torch import nn
 
 from ..models import adapter_of
+from ..models.copying import copied
 from ..models.outputs import Wanted
 
 
@@ -25,7 +25,7 @@ def idle_parameters(model: nn.Module, wanted: Wanted, reads: Collection[str]) ->
     memo: dict[int, Any] = {id(buffer): buffer.to("meta") for buffer in model.buffers()}
     for parameter in model.parameters():
         memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
-    empty = copy.deepcopy(model, memo).train()
+    empty = copied(model, memo).train()
     learnt = {name: parameter for name, parameter in empty.named_parameters() if parameter.requires_grad}
     dtype = next(model.parameters()).dtype
     with torch.enable_grad():

@@ -1,6 +1,5 @@
 """From a budget to a network: find the largest network of the chain that fits, and slice it out."""
 
-import copy
 from collections.abc import Mapping
 
 from torch import nn
@@ -9,6 +8,7 @@ from ..budgets import check_budget
 from ..errors import VitrimError
 from ..measure.cost import cost
 from ..models import narrow
+from ..models.copying import copied
 from ..models.widths.compensation import Compensation
 from .chain import Chain
 from .latency import Clock, fastest_enough
@@ -62,7 +62,7 @@ def cut(
     Raises:
         VitrimError: no such network, or the result does not cost what the chain says.
     """
-    small = copy.deepcopy(model)
+    small = copied(model)
     narrow(small, chain.widths(index), compensations)
     found = cost(small)
     if (found.macs, found.params) != (chain.macs_at(index), chain.params_at(index)):

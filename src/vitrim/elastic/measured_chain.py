@@ -69,21 +69,21 @@ def measured_chain(
         # The last measurement orders all cuts that are left, so that blending finds the same ones in both chains.
         chain = grow(chain, curves, 1.0 if last else max_saving * number / len(measured))
     even = grow_evenly(start, 1.0)
-    least = max(even.macs_at(-1), start.macs * (1 - max_saving))
-    sizes = [start.macs - (start.macs - least) * step / BUDGETS for step in range(1, BUDGETS + 1)]
+    smallest = max(even.macs_at(-1), start.macs * (1 - max_saving))
+    sizes = [start.macs - (start.macs - smallest) * step / BUDGETS for step in range(1, BUDGETS + 1)]
 
     def measure(one: Chain) -> Tensor:
         networks = [one.widths(one.largest("macs", size)) for size in sizes]
         return divergences(model, compared, networks, num_images=num_images, compensations=compensations)
 
     by_even = measure(even)
-    best, least = blend(start, chain, even, 1.0, max_saving), 0.0
+    best, best_ratio = blend(start, chain, even, 1.0, max_saving), 0.0
     for part in PARTS:
         blended = blend(start, chain, even, part, max_saving)
         found = measure(blended)
         ratio = log_ratio(found, by_even)
-        if ratio < least and not worse(found, by_even).any():
-            best, least = blended, ratio
+        if ratio < best_ratio and not worse(found, by_even).any():
+            best, best_ratio = blended, ratio
     return best
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..data.batches import Batch, Images, batches_in, images_of
+from ..data.batches import Batch, Images, batches_in, check_size, images_of
 from ..errors import DataError, UnsupportedModelError, VitrimError
 from ..models import as_tensor, num_classes
 from ..models.evaluating import evaluating
@@ -117,11 +117,16 @@ def batches(data: Images, model: nn.Module, num_images: int, labels: bool) -> It
 
 
 def check_pixels(model: nn.Module, images: Tensor) -> None:
-    """Raise `DataError` for values that normalised pixels are far from, such as 255: they would be silently wrong."""
+    """Raise `DataError` for images that are not as the model takes them.
+
+    They are of another size, or hold values that normalised pixels are far from, such as 255, which would be silently
+    wrong.
+    """
     try:
         form = adapter_of(model).input_format(model)
     except UnsupportedModelError:
         return
+    check_size(images, form.size)
     largest = max(max(mean, 1 - mean) / std for mean, std in zip(form.mean, form.std, strict=True))
     if 20 * largest < (found := images.abs().max().item()) < inf:  # What is not finite has a message of its own.
         raise DataError(

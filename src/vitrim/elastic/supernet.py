@@ -3,7 +3,6 @@
 `stratify` makes one without training, from unlabelled images, in minutes; training it further (PIAD) is in `piad.py`.
 """
 
-import copy
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from torch import nn
 from ..data.batches import Images, batches_in, images_of
 from ..errors import CheckpointError, DataError, UnknownNameError, VitrimError
 from ..models import attached
+from ..models.copying import copied
 from ..models.files.store import load, save_with, saved_folder
 from ..models.widths.compensation import Compensation
 from ..models.widths.sublayers import Kind
@@ -201,7 +201,7 @@ def stratify(
         raise VitrimError(f"max_saving must be between 0 and 1, not {max_saving!r}")
     # Before the long pass over the images, since it needs no order and refuses what cannot be cut.
     start_chain(model, groups=groups, width_multiple=width_multiple)
-    model = copy.deepcopy(model)
+    model = copied(model)
     probe_images = min(num_images, max(LEAST_PROBED, num_images // 16))
     # Kept, so that an iterator that can be read only once serves too; there are few of them.
     source = batches_in(data)

@@ -1,6 +1,5 @@
 """One call from a model to a file: exported, written to a place of its own, compared, and only then put in place."""
 
-import copy
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import OutputError, UnknownNameError, VitrimError
 from ..measure.served import ServedFile, check_name, open_file
+from ..models.copying import copied
 from ..output import check_file, replacing_files, write_errors
 from .comparison import Agreement, check_images, compare
 from .formats import FORMATS, quantise
@@ -130,7 +130,7 @@ def _plain(model: nn.Module) -> nn.Module:
     tensors = (*model.parameters(), *model.buffers())
     if all(one.device.type == "cpu" and (not one.is_floating_point() or one.dtype == torch.float32) for one in tensors):
         return model
-    return copy.deepcopy(model).cpu().float()
+    return copied(model).cpu().float()
 
 
 def _put(folder: Path, file: Path) -> None:

@@ -1,7 +1,6 @@
 """What a benchmark times: a module, or a file of another runtime. Both give their size and MACs, and run on images."""
 
 from collections.abc import Callable
-from copy import deepcopy
 from typing import Protocol
 
 import torch
@@ -9,6 +8,7 @@ from torch import Tensor, nn
 
 from ..errors import UncountableError, UnsupportedModelError, VitrimError
 from ..models import adapter_of, find_adapter, without_limit
+from ..models.copying import copied
 from ..models.foreign_macs import counted
 from .cost import cost
 from .served import ServedFile
@@ -85,7 +85,7 @@ class Live:
 
     def prepared(self, device: torch.device, dtype: torch.dtype) -> nn.Module:
         """A copy there."""
-        return deepcopy(self.model).to(device, dtype).eval()
+        return copied(self.model).to(device, dtype).eval()
 
     def compiled(self, model: nn.Module) -> Callable[[Tensor], object]:
         """By torch.compile, without its limit on the number of shapes."""

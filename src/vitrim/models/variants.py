@@ -1,6 +1,5 @@
 """One model under several methods: for a while, or side by side on the same weights."""
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,6 +9,7 @@ from torch import nn
 from ..errors import VitrimError
 from ..notation import render
 from ..tokens import Constant, Reduction
+from .copying import copied
 from .finding import find_adapter
 from .reduction.attach import attach
 from .reduction.attached import attached
@@ -42,7 +42,7 @@ def variant(model: nn.Module, method: str | None) -> nn.Module:
         VitrimError: the method has a curriculum, which only acts in training.
     """
     memo: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    other = copy.deepcopy(model, memo).eval()
+    other = copied(model, memo).eval()
     put_under(other, method)
     return other
 
@@ -54,7 +54,7 @@ def put_under(model: nn.Module, method: str | None) -> None:
     if (before := attached(model)) is not None:
         before.remove()
     if method == DENSE_CLS_ONLY:
-        attach(model, cls_only=True)
+        attach(model, None, cls_only=True)
     elif method != DENSE:
         reduction = Reduction.parse(method or "")
         if reduction.curriculum != Constant():

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from ..errors import RecipeError
+from ..measure.environment import cores
 from ..user_files import import_options
 from ..variables import DATABASE
 from .database_url import file_url
@@ -108,4 +109,4 @@ def _share(index: int, number: int) -> dict[str, str]:
         return {"CUDA_VISIBLE_DEVICES": names[index % devices]}
     if "OMP_NUM_THREADS" in os.environ:
         return {}
-    return {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // number))}
+    return {"OMP_NUM_THREADS": str(max(1, cores() // number))}

@@ -36,11 +36,6 @@ def check_objectives(names: Sequence[str]) -> None:
         raise ScheduleError("objectives without accuracy have one answer, the strongest reduction; add accuracy")
 
 
-def values_of(row: Mapping[str, Any], names: Sequence[str]) -> list[float]:
-    """The figures of a row that are looked for."""
-    return [OBJECTIVES[name].value(row) for name in names]
-
-
 def costs_of(row: Mapping[str, Any], names: Sequence[str]) -> tuple[float, ...]:
     """Those that are to be low."""
     return tuple(OBJECTIVES[name].value(row) for name in names if OBJECTIVES[name].direction == "minimize")

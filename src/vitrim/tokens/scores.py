@@ -74,10 +74,6 @@ class Evidence:
         bias = None if self.bias_BHTT is None else self.bias_BHTT[:, :, :1]
         return self._softmax(self.cls_query_BH1D, self.key, bias).squeeze(2)
 
-    def attention_of_head(self, head: int) -> Tensor:
-        """Attention of every token to every token in one head, (B, T, T); one head at a time keeps memory small."""
-        return self._attention_of(slice(head, head + 1)).squeeze(1)
-
     def mean_over_heads(self, per_head: Callable[[Tensor], Tensor]) -> Tensor:
         """Mean over heads of a function of (B, T, T) attention, which gives (B, N)."""
         num_heads, at_once, total = self.key.shape[1], self._heads_at_once(), None

@@ -42,7 +42,8 @@ class PreparedRun:
             check_compiler(self.device)
         recipe.check_processes(self.accelerator.num_processes)
         seed_everything("weights", recipe.seed)
-        train_images, test_images = open_both(recipe.data)
+        with self.accelerator.local_main_process_first():  # So that one process downloads.
+            train_images, test_images = open_both(recipe.data)
         self.student = prepare_student(recipe, train_images.classes)
         self.splits = make_splits(train_images, test_images, self.student, recipe.data, recipe.augment, recipe.seed)
         batch = recipe.batch_size // optim.accumulate

@@ -15,7 +15,7 @@ from .handle import Handle, not_a_model
 
 def attach(
     model: nn.Module,
-    reducer: Reducer | Reduction | str | None = None,
+    reducer: Reducer | Reduction | str | None,
     schedule: Schedule | None = None,
     *,
     curriculum: Curriculum | None = None,
@@ -29,7 +29,7 @@ def attach(
         model: any model that an adapter supports (`vitrim list adapters`). Attach before compiling, wrapping or
             copying it (`torch.compile`, DDP, FSDP, EMA).
         reducer: which tokens go, with `schedule`; or a whole `Reduction`, or its text
-            (`"TopK() @ KeepRate(0.7)"`); None reduces nothing (for `cls_only` without a reduction).
+            (`"TopK() @ KeepRate(0.7)"`); None reduces nothing, for `cls_only` alone.
         schedule: how many tokens stay, and where.
         curriculum: how the schedule grows over training; moved by `handle.set_epoch` or `vitrim.set_epoch`.
         phase: reduce in "train", "eval" or "both" modes of the model; "both" by default.

@@ -63,15 +63,20 @@ def check_linear(linear: nn.Module, name: str) -> None:
 
     LoRA and other adapters, quantised layers and parametrised ones are meant, and weights that are tensor subclasses.
     """
-    if type(linear) is nn.Linear and type(linear.weight) in (nn.Parameter, Tensor) and "forward" not in vars(linear):
+    sources = linear._parameters.keys() - {"weight", "bias"}  # torch's pruning, weight_norm and spectral_norm of old.
+    plain = type(linear) is nn.Linear and type(linear.weight) in (nn.Parameter, Tensor)
+    if plain and not sources and "forward" not in vars(linear):
         return
     what = type(linear).__name__
-    if type(linear) is nn.Linear:
+    if sources:
+        what = f"linear layer whose weight is computed from {', '.join(sorted(sources))}"
+    elif type(linear) is nn.Linear:
         weight = type(linear.weight).__name__
         what = "linear layer whose forward was replaced" if "forward" in vars(linear) else f"linear layer of {weight}"
     raise UnsupportedModelError(
         f"{name} holds a {what}; only plain linear layers can be narrowed: merge adapters into the weights "
-        "(merge_and_unload() in PEFT), undo patches, and quantise afterwards"
+        "(merge_and_unload() in PEFT), undo patches (prune.remove and remove_weight_norm in torch), and quantise "
+        "afterwards"
     )
 
 

@@ -1,7 +1,5 @@
 """Whether a converted network is the same: all weights of the old one are in it, and both give the same outputs."""
 
-import copy
-
 import torch
 from torch import Tensor, nn
 
@@ -9,6 +7,7 @@ from ....errors import UnsupportedModelError, VitrimError
 from ....text import short_name
 from ....tokens.precision import rounding, without_autocast
 from ...adapter import State
+from ...copying import copied
 from ...evaluating import evaluating
 from ...finding import adapter_of
 from .weight_names import Named
@@ -116,7 +115,7 @@ def _kinds(model: nn.Module) -> set[tuple[torch.dtype, str]]:
 
 def _in_float32(model: nn.Module) -> nn.Module:
     """The model, or a copy of it in float32 on the CPU."""
-    return model if _kinds(model) == {(torch.float32, "cpu")} else copy.deepcopy(model).cpu().float()
+    return model if _kinds(model) == {(torch.float32, "cpu")} else copied(model).cpu().float()
 
 
 def _outputs(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
