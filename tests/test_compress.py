@@ -19,7 +19,7 @@ from elastic_models import images, small
 from eva_models import EVA
 from eva_models import MORE as EVA_MORE
 from vitrim import Certificate, Compressed, ToMe, TopK
-from vitrim.compression import search, timing, verification, verify
+from vitrim.compression import solver, timing, verification, verify
 from vitrim.compression.budget import fixed_part
 from vitrim.compression.candidates import power, stages
 from vitrim.compression.certificate import Line
@@ -41,8 +41,8 @@ IMAGES = images(96, dtype=torch.float32)
 def few() -> Any:
     """Two reducers and two short sessions, which is enough to see that everything works together."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(search, "reducers", lambda has_cls: [TopK(), ToMe()] if has_cls else [ToMe()])
-        patch.setattr(search, "first_shapes", lambda depth: [power(1.4), *stages(depth)[:1]])
+        patch.setattr(solver, "reducers", lambda has_cls: [TopK(), ToMe()] if has_cls else [ToMe()])
+        patch.setattr(solver, "first_shapes", lambda depth: [power(1.4), *stages(depth)[:1]])
         patch.setattr(timing.sessions, "__kwdefaults__", {"number": 2, "rounds": 1})
         yield
 

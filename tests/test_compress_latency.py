@@ -16,11 +16,11 @@ from eva_models import MORE as MORE_EVA
 from hf_models import HF
 from hf_models import MORE as MORE_HF
 from vitrim import ToMe, TopK
-from vitrim.compression import budget, clock, job, search, times_file
+from vitrim.compression import budget, clock, job, solver, times_file
 from vitrim.compression.block_times import NANO, WIDTHS, BlockTimes, Workbench, kind_of
 from vitrim.compression.clock import Clock, LatencyPrice
 from vitrim.compression.networks import EmptyNetwork, Networks
-from vitrim.compression.progress import Progress
+from vitrim.compression.solver import Solver
 from vitrim.errors import UnsupportedModelError, VitrimError
 from vitrim.models import BlockWidths
 from vitrim.models.families.timm_eva import ReducedEvaBlock
@@ -172,7 +172,7 @@ class _Exact(Clock):
     factor = 1.0
 
     def spent(self, candidate: Any) -> float:
-        return self.factor * candidate.price / self.search.limit
+        return self.factor * candidate.price / self.solver.limit
 
 
 @pytest.mark.parametrize("factor", [0.5, 1.0, 1.4])
@@ -181,8 +181,7 @@ def test_candidates_are_corrected_until_the_clock_agrees(factor: float) -> None:
     networks = Networks(network, None, [])
     price = LatencyPrice(table())
     limit = 0.7 * NANO * table().dense
-    fidelity: Any = [0] * 8
-    one = search.Search(networks, fidelity, limit, price, tokens=True, progress=Progress(1, print))
+    one = Solver(networks, limit, price, tokens=True)
     candidate = one.candidate(0, ToMe(), KeepRate(0.02, at=(0, 1)))
     assert candidate is not None
     measured = _Exact(networks, one, 0.7, True, {})
@@ -211,7 +210,7 @@ def test_a_budget_of_time_is_met_by_fresh_measurements(
 
     for module in (clock, job):
         monkeypatch.setattr(module, "sessions", timed)
-    monkeypatch.setattr(search, "reducers", lambda has_cls: [ToMe()])
+    monkeypatch.setattr(solver, "reducers", lambda has_cls: [ToMe()])
     monkeypatch.setattr(budget, "reducers", lambda has_cls: [ToMe()])
     found = vitrim.compress(
         small(torch.float32, **TINY), images(40, dtype=torch.float32), latency=latency, using="tokens", batch_size=2,
@@ -226,7 +225,7 @@ def test_a_budget_of_time_is_met_by_fresh_measurements(
 def test_a_budget_that_no_candidate_meets_on_the_clock_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (clock, job):
         monkeypatch.setattr(module, "sessions", lambda *models, number=2, **_: [(1.4, 8.0, 11.2)] * number)
-    for module in (search, budget):
+    for module in (solver, budget):
         monkeypatch.setattr(module, "reducers", lambda has_cls: [ToMe()])
     found = vitrim.compress(
         small(torch.float32, **TINY), images(40, dtype=torch.float32), latency=0.7, using="tokens", batch_size=2,

@@ -4,6 +4,7 @@ import re
 import threading
 from dataclasses import dataclass, replace
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,9 @@ from vitrim.compression.fidelity import Closeness, Fidelity
 from vitrim.compression.images import Pictures
 from vitrim.compression.networks import EmptyNetwork, Networks, macs_price, params_price
 from vitrim.compression.progress import Progress, duration
-from vitrim.compression.search import Search, Tried
+from vitrim.compression.rounds import METHODS
+from vitrim.compression.search import Search, Tried, best_reducers
+from vitrim.compression.solver import Solver
 from vitrim.heartbeat import heartbeat
 from vitrim.models.foreign_macs import counting_once, empty_copy
 from vitrim.tokens import REDUCERS, Reducer, Schedule, render
@@ -39,7 +42,7 @@ def networks(model: nn.Module) -> Networks:
 def search_for(networks: Networks, fraction: float, *, judged: int = 24) -> Search:
     fidelity = Fidelity(networks.original, Pictures(images(judged, seed=3, dtype=torch.float32)), torch.device("cpu"))
     limit = fraction * cost(networks.original).macs
-    return Search(networks, fidelity, limit, macs_price, tokens=True, progress=Progress(1, lambda line: None))
+    return Search(Solver(networks, limit, macs_price, tokens=True), fidelity, Progress(1, lambda line: None))
 
 
 @pytest.mark.parametrize("fraction", [0.85, 0.7])
@@ -66,13 +69,13 @@ def test_a_solved_schedule_is_the_weakest_of_all_strengths_that_meets_the_budget
 def test_every_candidate_costs_what_it_says_and_never_more_than_the_budget(networks: Networks) -> None:
     search = search_for(networks, 0.7)
     with counting_once():
-        found = search.candidates()
+        found = search.solver.candidates()
     assert {one.kind for one in found} == {"tokens", "width", "joint"}
     assert {one.share for one in found} == {0.0, 0.25, 0.5, 0.75, 1.0}
     for one in (found[0], found[len(found) // 2], found[-1]):
         network = networks.supernet.cut(one.index)  # type: ignore[union-attr]
         with attach(network, one.reduction, cls_only=networks.full.cls_only):
-            assert cost(network).macs == one.price <= search.limit
+            assert cost(network).macs == one.price <= search.solver.limit
 
 
 def test_the_widest_network_within_a_limit_is_found(networks: Networks) -> None:
@@ -92,16 +95,18 @@ def test_the_answer_is_that_of_brute_force_over_all_candidates(networks: Network
     with counting_once():
         # All that the first round has of three reducers; each kept round is at least as large as the final one.
         group = [
-            one for one in search.candidates() if one.reducer is None or render(one.reducer) in ("TopK()", "ToMe()")
+            one
+            for one in search.solver.candidates()
+            if one.reducer is None or render(one.reducer) in ("TopK()", "ToMe()")
         ]
         ranked = search.run(0, group)
     means = {}
     for one in group:
         network = networks.real(one.index)
         with attach(network, one.reduction, cls_only=networks.full.cls_only):
-            means[search.key(one)] = search.fidelity.compare(network).typical
+            means[search.solver.key(one)] = search.fidelity.compare(network).typical
     best = min(means.values())
-    assert ranked[0].typical == pytest.approx(means[search.key(ranked[0].candidate)])
+    assert ranked[0].typical == pytest.approx(means[search.solver.key(ranked[0].candidate)])
     assert ranked[0].typical <= sorted(means.values())[2], "halving lost the best candidates"
     assert ranked[0].typical >= best
     assert {one.candidate.kind for one in ranked} >= {"tokens", "width"}, "pure answers stay to the end"
@@ -111,28 +116,52 @@ def test_the_answer_is_that_of_brute_force_over_all_candidates(networks: Network
 def test_the_sampler_proposes_candidates_within_the_budget(networks: Networks) -> None:
     search = search_for(networks, 0.6)
     with counting_once():
-        group = [one for one in search.candidates() if one.reducer is None or render(one.reducer) == "TopK()"]
+        group = [one for one in search.solver.candidates() if one.reducer is None or render(one.reducer) == "TopK()"]
         search.run(6, group)
     sampled = search.tried[len(group) :]
     assert sampled
-    assert all(one.candidate.price <= search.limit and one.images > 0 for one in sampled)
-    assert len({search.key(one.candidate) for one in search.tried}) == len(search.tried), "none is tried twice"
+    assert all(one.candidate.price <= search.solver.limit and one.images > 0 for one in sampled)
+    assert len({search.solver.key(one.candidate) for one in search.tried}) == len(search.tried), "none is tried twice"
+
+
+def test_reducers_are_compared_first_and_the_best_of_them_tried_in_all_shapes(networks: Networks) -> None:
+    search = search_for(networks, 0.6)
+    with counting_once():
+        ranked = search.run(0)
+        few, all_of_them = search.solver.methods(), search.solver.candidates()
+    assert {one.reducer for one in few} == {*search.solver.reducers}, "every reducer has its chance"
+    tried = {search.solver.key(one.candidate) for one in search.tried}
+    assert {search.solver.key(one) for one in few} < tried < {search.solver.key(one) for one in (*few, *all_of_them)}
+    shapes: dict[Any, set[Any]] = {}
+    for one in search.tried:
+        shapes.setdefault(one.candidate.reducer, set()).add((one.candidate.share, one.candidate.shape))
+    most = max(map(len, shapes.values()))
+    assert sum(len(each) == most for each in shapes.values()) <= METHODS
+    assert ranked[0].candidate.reducer is None or len(shapes[ranked[0].candidate.reducer]) > 2
+
+
+def test_the_best_reducers_are_taken_in_turns_from_each_share_of_the_width() -> None:
+    def tried(share: float, score: str) -> Tried:
+        return Tried(Candidate(1, share, 1.0, TopK(score), KeepRate(0.5)))
+
+    scores = ("norm", "key_norm", "mean_attention", "cls_attention")
+    dense = Tried(Candidate(1, 1.0, 1.0))
+    compared = [tried(0.5, "norm"), dense, *(tried(0.0, score) for score in scores[1:]), tried(0.5, "key_norm")]
+    assert [one.score for one in best_reducers(compared)] == ["norm", "key_norm", "mean_attention", "cls_attention"]
+    assert best_reducers([]) == []
 
 
 def test_a_model_that_meets_the_budget_is_the_only_candidate(networks: Networks) -> None:
-    (one,) = search_for(networks, 1.0).candidates()
+    (one,) = search_for(networks, 1.0).solver.candidates()
     assert (one.kind, one.index, str(one)) == ("none", 0, "all tokens")
 
 
 def test_what_cannot_be_reached_is_known_before_the_search(networks: Networks) -> None:
     search = search_for(networks, 0.001)
     with counting_once():
-        least = search.least()
-        assert least > search.limit
-        nearest = Search(
-            networks, search.fidelity, least, macs_price, tokens=True, progress=Progress(1, lambda line: None)
-        )
-        found = nearest.candidates()
+        least = search.solver.least()
+        assert least > search.solver.limit
+        found = Solver(networks, least, macs_price, tokens=True).candidates()
     assert found
     assert min(one.price for one in found) == least
 
@@ -225,6 +254,9 @@ def test_the_time_that_is_left_follows_the_speed_so_far() -> None:
     now[0] = 30.0
     progress.add(25, "round 1")
     assert lines == ["round 1: 25%, 1 min 30 s left"]
+    with progress.step("fitting", 5):
+        assert lines[-1] == "fitting"
+    assert progress.left() == pytest.approx(70)
     progress.add(200, "round 1")
     assert progress.left() == 0
     assert [duration(5), duration(61)] == ["5 s", "1 min 1 s"]

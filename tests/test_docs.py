@@ -91,8 +91,8 @@ def in_small() -> Iterator[None]:
         patch.setattr(latency, "milliseconds", lambda *models: torch.tensor([[cost(one).macs / 1e6 for one in models]]))
         for module in (compression.job, compression.verification, files):  # Whose intervals would depend on the load.
             patch.setattr(module, "sessions", lambda *models, **options: [(0.5, 2.0, 1.0), (0.6, 2.0, 1.2)])
-        patch.setattr(compression.search, "reducers", lambda has_cls: [TopK() if has_cls else ToMe()])
-        patch.setattr(compression.search, "first_shapes", lambda depth: compression.candidates.stages(depth)[:2])
+        patch.setattr(compression.solver, "reducers", lambda has_cls: [TopK() if has_cls else ToMe()])
+        patch.setattr(compression.solver, "first_shapes", lambda depth: compression.candidates.stages(depth)[:2])
         patch.setattr(compression.job, "stratify", partial(stratify, even=True))
         patch.setattr(compression.run, "MOST_UNSEEN", 60)
         patch.setattr(digits, "_digits", lambda: (pixels[:300], targets[:300]))

@@ -14,7 +14,7 @@ from vitrim.elastic.block_tokens import branch_scale
 from vitrim.elastic.chain import start_chain
 from vitrim.elastic.growth import grow_evenly
 from vitrim.elastic.probing import output_of
-from vitrim.elastic.refit import RIDGES, Fit, best_ridge, refit
+from vitrim.elastic.refit import RIDGES, Fit, Refitting, best_ridge, refit
 from vitrim.errors import DataError, VitrimError
 from vitrim.models import RemovedBranch, narrow
 from vitrim.models.widths.sublayers import sublayers
@@ -94,6 +94,21 @@ def test_the_first_projection_is_a_ridge_regression_on_what_the_cut_network_make
     np.testing.assert_allclose(
         net.blocks[0].mlp.fc2.bias.detach().numpy(), old.bias.detach().numpy() + shift, rtol=1e-5, atol=1e-7
     )
+
+
+def test_several_networks_fitted_to_one_original_are_those_that_are_fitted_alone():
+    model, x = small(), images(20)
+    refitting = Refitting(model, [x[:8], x[8:]], num_images=20)
+    for widths in ({"blocks.1.mlp": 60}, {"blocks.0.attn": 0, "blocks.1.mlp": 40}, {"blocks.1.mlp": 60}):
+        together, alone = copy.deepcopy(model), copy.deepcopy(model)
+        narrow(together, widths)
+        narrow(alone, widths)
+        refitting.fit(together)
+        refit(alone, model, [x[:8], x[8:]], num_images=20)
+        for one, other in zip(together.parameters(), alone.parameters(), strict=True):
+            assert torch.equal(one, other)
+    with pytest.raises(VitrimError, match="these are the same"):
+        refitting.fit(model)
 
 
 def test_a_removed_sublayer_gets_the_constant_that_is_best():

@@ -14,7 +14,7 @@ from torch import nn
 import vitrim
 from calling import call
 from vitrim import Certificate, ToMe, TopK, attach, attached, build_model, load, save
-from vitrim.compression import finetune, job, search, verification
+from vitrim.compression import finetune, job, solver, verification
 from vitrim.compression.candidates import power, stages
 from vitrim.compression.images import read
 from vitrim.compression.searched import NOT_KNOWN, Searched
@@ -34,8 +34,8 @@ def few() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for module in (job, verification):
             patch.setattr(module, "sessions", lambda *models, **options: [(0.5, 2.0, 1.0), (0.6, 2.0, 1.2)])
-        patch.setattr(search, "reducers", lambda has_cls: [TopK(), ToMe()])
-        patch.setattr(search, "first_shapes", lambda depth: [power(1.4), *stages(depth)[:1]])
+        patch.setattr(solver, "reducers", lambda has_cls: [TopK(), ToMe()])
+        patch.setattr(solver, "first_shapes", lambda depth: [power(1.4), *stages(depth)[:1]])
         yield
 
 
@@ -282,7 +282,7 @@ def test_relative_folders_of_images_are_those_of_where_a_command_ran(
 def test_a_certificate_says_what_was_done_where_only_the_last_block_does_less(
     model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(search, "reducers", lambda has_cls: [])
+    monkeypatch.setattr(solver, "reducers", lambda has_cls: [])
     code, said, _ = call(capsys, "compress", model, "--macs", 0.95, *QUICK, "--out", tmp_path / "cheaper")
     assert code == 0
     assert "Change: the last block computes only CLS; no token is dropped" in " ".join(said.split())

@@ -13,7 +13,7 @@ from torch._inductor.exc import InvalidCxxCompiler
 
 from calling import call
 from vitrim import Certificate, TopK, build_model, cost, load, save
-from vitrim.compression import files, job, search, verification
+from vitrim.compression import files, job, solver, verification
 from vitrim.compression.candidates import stages
 from vitrim.compression.certificate import Line
 from vitrim.compression.files import SUFFIX, certificate_of, hash_file, outputs_of
@@ -33,8 +33,8 @@ def timed() -> Iterator[list[dict[str, Any]]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(job, "sessions", lambda *models, **options: TIMES)
         patch.setattr(files, "sessions", lambda *models, **options: asked.append({"models": models} | options) or TIMES)
-        patch.setattr(search, "reducers", lambda has_cls: [TopK()])
-        patch.setattr(search, "first_shapes", lambda depth: stages(depth)[:1])
+        patch.setattr(solver, "reducers", lambda has_cls: [TopK()])
+        patch.setattr(solver, "first_shapes", lambda depth: stages(depth)[:1])
         yield asked
 
 

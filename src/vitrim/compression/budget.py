@@ -43,11 +43,3 @@ def fixed_part(networks: Networks, price: Price, goal: Goal) -> float:
     chain = start_chain(networks.original) if networks.supernet is None else networks.supernet.chain
     place = 1 if goal.kind == "params" else 0
     return (chain.macs, chain.params)[place] - sum(unit.saved(unit.width, 0)[place] for unit in chain.units.values())
-
-
-def largest_saving(goal: Goal) -> float:
-    """The part of the MACs by which a chain of widths has to go down for this goal."""
-    if not goal.fraction:
-        return 0.9
-    most = {"macs": 1 - goal.most, "params": 0.9, "latency": 1 - goal.most / 2}[goal.kind]
-    return min(0.95, max(0.1, most + 0.03))

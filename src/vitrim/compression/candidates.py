@@ -115,6 +115,11 @@ def first_shapes(depth: int) -> list[Schedule]:
     return [*map(power, ALPHAS), *stages(depth)[:2]]
 
 
+def method_shapes(depth: int) -> list[Schedule]:
+    """The shapes in which all reducers are compared: cuts in every block, and at two places."""
+    return [power(ALPHAS[0]), *stages(depth)[1:2]]
+
+
 def can_cut(network: EmptyNetwork, reducer: Reducer, shape: Schedule) -> bool:
     """Whether the blocks at which this shape cuts give the reducer what it reads."""
     try:

@@ -13,7 +13,8 @@ from ..tokens import Plan, Reducer
 from .block_times import NANO, BlockTimes, Workbench, kind_of
 from .candidates import Candidate
 from .networks import EmptyNetwork, Networks
-from .search import Search, Tried
+from .search import Tried
+from .solver import Solver
 from .times_file import circumstances, read_table, write_table
 from .timing import sessions
 
@@ -70,16 +71,16 @@ class Clock:
 
     Args:
         networks: of the search.
-        search: solves candidates.
+        solver: of the search.
         most: the budget, as a fraction of the time of the given model, or in milliseconds.
         fraction: whether `most` is a fraction.
         options: of `timing.sessions`.
     """
 
     def __init__(
-        self, networks: Networks, search: Search, most: float, fraction: bool, options: dict[str, Any]
+        self, networks: Networks, solver: Solver, most: float, fraction: bool, options: dict[str, Any]
     ) -> None:
-        self.networks, self.search, self.most, self.fraction, self.options = networks, search, most, fraction, options
+        self.networks, self.solver, self.most, self.fraction, self.options = networks, solver, most, fraction, options
 
     def spent(self, candidate: Candidate) -> float:
         """The part of the budget that a candidate takes, measured."""
@@ -121,7 +122,7 @@ class Clock:
         Returns:
             The part of the budget that it takes, and the candidate; the fastest where no correction meets the budget.
         """
-        limit, tried = self.search.limit, list[tuple[float, Candidate]]()
+        limit, tried = self.solver.limit, list[tuple[float, Candidate]]()
         for _ in range(CORRECTIONS):
             spent = self.spent(candidate)
             tried.append((spent, candidate))
@@ -130,7 +131,7 @@ class Clock:
             # What takes too long must get cheaper than it is; the limit may lie between two schedules.
             limit = AIM / spent * (min(limit, candidate.price) if spent > 1 else limit)
             other = self._solved(candidate, limit)
-            if other is None or any(self.search.key(other) == self.search.key(one) for _, one in tried):
+            if other is None or any(self.solver.key(other) == self.solver.key(one) for _, one in tried):
                 break
             candidate = other
         fitting = [one for one in tried if one[0] <= 1]
@@ -138,7 +139,7 @@ class Clock:
         return max(fitting, key=lambda one: one[0]) if fitting else min(tried, key=lambda one: one[0])
 
     def _solved(self, candidate: Candidate, limit: float) -> Candidate | None:
-        price = self.search.price
+        price = self.solver.price
         if candidate.reducer is None or candidate.shape is None:
             index = self.networks.narrowest_within(limit, price)
             if index is None:

@@ -14,13 +14,12 @@ from ..notation import render
 from .candidates import first_shapes, reducers
 from .fidelity import Fidelity
 from .images import Parts, Pictures, Sizes
-from .job import STRATIFY_UNITS, Job
+from .job import Job
 from .networks import Networks
 from .progress import duration
 from .request import Request
 from .sampler_space import SHARES
-from .search import fit_units, planned_work
-from .timing import ROUNDS, SESSIONS
+from .work import first_candidates, search_units
 
 LESSON = 3
 """Work of learning from an image, in forward passes of the network that learns."""
@@ -51,13 +50,9 @@ def dry_run(model: nn.Module, request: Request, parts: Sizes, images: Tensor, le
     methods = reducers(geometry.has_cls) if tokens else []
     shapes = first_shapes(geometry.depth) if tokens else []
     widths = [step / SHARES for step in range(0, SHARES + 1, 2)] if width else [0.0]
-    number = len(methods) * len(shapes) * len([share for share in widths if share < 1]) + int(width)
-    narrower = len(widths) - 1
+    number = first_candidates(len(methods), geometry.depth, width)
     left = min(1.0, request.goal.most) if request.goal.fraction else 0.5
-    units = planned_work(number, left, parts.judge) + request.trials * parts.judge / 3 * left
-    units += (STRATIFY_UNITS + narrower * fit_units(1)) * parts.fit + 3 * parts.unseen
-    units += SESSIONS * (ROUNDS + 2) * (1 + left) * request.batch_size
-    units += lessons * (1 + LESSON * left)
+    units = search_units(request, parts, geometry, len(methods)) + lessons * (1 + LESSON * left)
     seconds = units * _seconds_per_image(model, images)
     rows = [
         {"what": "reducers", "number": len(methods), "values": ", ".join(map(render, methods)) or "-"},

@@ -48,6 +48,14 @@ class Goal:
         return self.most * full if self.fraction else self.most
 
     @property
+    def largest_saving(self) -> float:
+        """The part of the MACs by which a chain of widths has to go down for this goal."""
+        if not self.fraction:
+            return 0.9
+        most = {"macs": 1 - self.most, "params": 0.9, "latency": 1 - self.most / 2}[self.kind]
+        return min(0.95, max(0.1, most + 0.03))
+
+    @property
     def unit(self) -> str:
         """What is counted, in words."""
         return {"macs": "MACs", "params": "parameters", "latency": "time"}[self.kind]

@@ -57,6 +57,11 @@ class Parts:
     judge: Pictures
     unseen: Pictures
 
+    @property
+    def sizes(self) -> "Sizes":
+        """How many images each part has."""
+        return Sizes(len(self.fit), len(self.judge), len(self.unseen))
+
 
 def gather(
     data: Any, size: tuple[int, int, int], most: int, what: str = "images", classes: int | None = None

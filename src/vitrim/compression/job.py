@@ -14,13 +14,13 @@ from ..errors import UnsupportedModelError, VitrimError, WidthError
 from ..measure.cost import cost
 from ..measure.environment import environment
 from ..measure.intervals import of_mean
-from ..models import attach
+from ..models import attach, find_adapter
 from ..models.copying import copied
 from ..models.files.rebuild import describe
 from ..models.foreign_macs import counting_once
 from .block_times import NANO
-from .budget import fixed_part, largest_saving, price_for
-from .candidates import Candidate
+from .budget import fixed_part, price_for
+from .candidates import Candidate, reducers
 from .certificate import Certificate, Line
 from .clock import Clock
 from .compressed import Compressed
@@ -31,13 +31,13 @@ from .networks import Networks
 from .progress import Progress
 from .remarks import change_note
 from .request import Request, check_asks
-from .search import Search, Tried, fit_units, planned_work
-from .timing import sessions
+from .search import Search, Tried
+from .solver import Solver
+from .timing import WORK, sessions
+from .work import ordering_units, search_units
 
 ERROR = 0.25
 """By what part of it a predicted time may be too small: a budget above that is surely met by the given model."""
-STRATIFY_UNITS = 10
-"""Work of ordering and of measuring a chain, in images of the given model for each image."""
 
 
 class Job:
@@ -59,12 +59,14 @@ class Job:
         self.source = dict(source or {})
         self.original = copied(model).to(device).eval()
         self.request, self.parts, self.device, self.notes = request, parts, device, list[str]()
-        self.progress = Progress(STRATIFY_UNITS * len(parts.fit), say)
-        self.price, full = price_for(self.original, request, device, self.progress.line)
+        self.price, full = price_for(self.original, request, device, say)
         absolute = request.goal.kind == "latency" and not request.goal.fraction
         if absolute:
             check_asks(request.goal, full / NANO, ERROR)
         self.asked = request.goal.limit(full) * (NANO if absolute else 1)
+        self.geometry = find_adapter(self.original).geometry(self.original)
+        methods = len(reducers(self.geometry.has_cls)) if "tokens" in request.using else 0
+        self.progress = Progress(search_units(request, parts.sizes, self.geometry, methods), say)
         self.description: str | None = None
         try:
             self.description = describe(self.original).to_json()
@@ -74,6 +76,7 @@ class Job:
     def run(self, max_drop: float | None = None, *, labelled: bool = False) -> Compressed:
         """Search, measure, and certify; `labelled`: whether the images that nothing has seen have classes."""
         fidelity = Fidelity(self.original, self.parts.judge, self.device)
+        self.progress.add(len(fidelity), "the given model")
         if fidelity.one_class:
             self._note("the given model has the same top class for all images, so agreement with it says little")
         networks = Networks(self.original, self.supernet(), self.parts.fit.batches())
@@ -101,13 +104,8 @@ class Job:
         """The search, and its answers: the best candidate, and the best ones of one kind."""
         with counting_once():
             search = self.search(networks, fidelity)
-            first = search.candidates()
-            if not first:
+            if not (ranked := search.run(self.request.trials)):
                 raise VitrimError("nothing in this model can be reduced for this budget; allow more with using=")
-            each = sum(map(search.units, first)) / len(first)
-            self.progress.total += planned_work(len(first), each, len(fidelity))
-            self.progress.total += fit_units(len(self.parts.fit)) * len({one.index for one in first} - {0})
-            ranked = search.run(self.request.trials, first)
             if self.request.goal.kind == "latency":
                 return search, self._in_time(networks, search, ranked)
             return search, self._answers(ranked)
@@ -153,9 +151,9 @@ class Job:
     def search(self, networks: Networks, fidelity: Fidelity) -> Search:
         """The search for the budget, or for the nearest one that can be reached."""
         tokens = "tokens" in self.request.using
-        search = Search(networks, fidelity, self.asked, self.price, tokens=tokens, progress=self.progress)
-        if (least := search.least()) <= self.asked:
-            return search
+        solver = Solver(networks, self.asked, self.price, tokens=tokens)
+        if (least := solver.least()) <= self.asked:
+            return Search(solver, fidelity, self.progress)
         given = self.asked / self.request.goal.most if self.request.goal.fraction else None
         unit, digits = (NANO, 2) if self.request.goal.kind == "latency" else (1, 0)
         fixed = fixed_part(networks, self.price, self.request.goal)
@@ -164,7 +162,7 @@ class Job:
             + ("" if given is None else f" ({least / given:.3f} of the given model)")
             + f", of which {fixed / unit:,.{digits}f} lie outside of the blocks (patch embedding, classifier)"
         )
-        return Search(networks, fidelity, least, self.price, tokens=tokens, progress=self.progress)
+        return Search(Solver(networks, least, self.price, tokens=tokens), fidelity, self.progress)
 
     def supernet(self) -> SuperNet | None:
         """The widths that may be cut; None where none is."""
@@ -172,10 +170,11 @@ class Job:
             return None
         images = len(self.parts.fit)
         try:
-            with self.progress.step("ordering the widths and measuring what each costs"):
+            units = ordering_units(self.request.goal, self.geometry.depth, images)
+            with self.progress.step("ordering the widths and measuring what each costs", units):
                 net = stratify(
                     self.original, self.parts.fit.batches(), num_images=images,
-                    max_saving=largest_saving(self.request.goal), say=lambda line: None,
+                    max_saving=self.request.goal.largest_saving, say=lambda line: None,
                 )  # fmt: skip
         except UnsupportedModelError as error:
             if "tokens" not in self.request.using:
@@ -183,7 +182,6 @@ class Job:
             fact = error.fact if isinstance(error, WidthError) else error
             self._note(f"widths stay as they are: {fact}")
             return None
-        self.progress.add(STRATIFY_UNITS * images, "ordering widths")
         return net
 
     def _answers(self, ranked: Sequence[Tried]) -> dict[str, Tried]:
@@ -198,7 +196,7 @@ class Job:
         """The answers as `_answers`, corrected until the clock agrees with the budget."""
         goal = self.request.goal
         with self.progress.step("timing the best candidates, and correcting them"):
-            spent, found = Clock(networks, search, goal.most, goal.fraction, self._timing).answers(ranked)
+            spent, found = Clock(networks, search.solver, goal.most, goal.fraction, self._timing).answers(ranked)
         if spent > 1:
             self._note(f"{goal} was not reached on the clock; the fastest candidate took {spent:.2f} times that")
         return found
@@ -217,7 +215,8 @@ class Job:
             Line("params", spent.params, asked=self.asked if goal == "params" else None, of=given.params),
         ]
         number = len(self.parts.unseen)
-        with self.progress.step(f"measuring the answer on {number} images that the search has not seen"):
+        units, left = number * (2 + len(others)), spent.macs / given.macs
+        with self.progress.step(f"measuring the answer on {number} images that the search has not seen", units):
             fidelity = Fidelity(self.original, self.parts.unseen, self.device)
             best = fidelity.compare(model)
             lines += fidelity_lines(best)
@@ -226,7 +225,8 @@ class Job:
                 lines.append(Line.of_interval(f"over_{kind}", difference, number=number))
         if labelled:
             lines += accuracy_lines(fidelity, best, max_drop)
-        with self.progress.step("measuring the time of the answer in fresh rounds"):
+        units = WORK * (1 + left) * self.request.batch_size
+        with self.progress.step("measuring the time of the answer in fresh rounds", units):
             times = sessions(self.original, model, **self._timing)
         return [*lines, *time_lines(times, self.request.goal)]
 
@@ -235,8 +235,8 @@ class Job:
         width = network.macs(network.plan(None, None), None) / search.full
         return {
             "kind": candidate.kind, "reduction": str(candidate), "share": candidate.share, "width_macs": width,
-            "price": candidate.price / search.limit, "typical": tried.typical, "divergence": tried.closeness.mean,
-            "agreement": tried.closeness.agreement, "images": tried.images,
+            "price": candidate.price / search.solver.limit, "typical": tried.typical,
+            "divergence": tried.closeness.mean, "agreement": tried.closeness.agreement, "images": tried.images,
         }  # fmt: skip
 
     def _note(self, text: str) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..elastic.refit import refit
+from ..elastic.refit import Refitting
 from ..elastic.supernet import SuperNet
 from ..errors import ScheduleError, ScoreError, VitrimError
 from ..models import BlockWidths, find_adapter, narrow, reads_prefix_only, widths_of
@@ -101,6 +101,7 @@ class Networks:
         self.full = EmptyNetwork(0, empty_copy(original))
         self._empty: dict[int, EmptyNetwork] = {0: self.full}
         self._real: dict[int, nn.Module] = {}
+        self._refitting: Refitting | None = None
 
     def __len__(self) -> int:
         return 1 if self.supernet is None else len(self.supernet.chain)
@@ -122,7 +123,9 @@ class Networks:
             else:
                 assert self.supernet is not None
                 network = self.supernet.cut(index)
-                refit(network, self.original, self.fit, num_images=sum(map(len, self.fit)))
+                if self._refitting is None:
+                    self._refitting = Refitting(self.original, self.fit, num_images=sum(map(len, self.fit)))
+                self._refitting.fit(network)
                 self._real[index] = network
         return self._real[index]
 
@@ -131,7 +134,8 @@ class Networks:
         return index in self._real
 
     def drop_others(self, keep: set[int]) -> None:
-        """Free the memory of real networks that are not needed any more."""
+        """Free the memory of real networks that are not needed any more, and of what fits them."""
+        self._refitting = None
         self._real = {index: model for index, model in self._real.items() if index in keep}
 
     def narrowest_within(self, limit: float, price: Price) -> int | None:

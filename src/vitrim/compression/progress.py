@@ -28,11 +28,24 @@ class Progress:
         self._say(text)
 
     @contextmanager
-    def step(self, text: str) -> Iterator[None]:
-        """A line about a step that cannot count its work; while it lasts, lines say from time to time that it does."""
+    def step(self, text: str, units: float = 0.0) -> Iterator[None]:
+        """A line about a step that cannot count its work; while it lasts, lines say from time to time that it does.
+
+        Args:
+            text: the line.
+            units: about how much work it is; counted as done at its end.
+        """
         self.line(text)
-        with heartbeat(text, self._say):
+        start, left = self._clock(), self.left()
+
+        def say(line: str) -> None:
+            rest = left - (self._clock() - start)
+            self._say(f"{line}, about {duration(rest)} left" if rest > 0 else line)
+
+        with heartbeat(text, say):
             yield
+        self.done += units
+        self.total = max(self.total, self.done)
 
     def add(self, units: float, what: str) -> None:
         """Count work as done; a line about it at most every `EVERY` seconds."""

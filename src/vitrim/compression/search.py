@@ -1,34 +1,26 @@
 """Find the candidate that stays closest to the given model: successive halving on images, then optuna's sampler.
 
-Every candidate meets the budget: its schedule is solved for the part of the budget that its width leaves. Many
-candidates are compared on few images, few on all; the sampler varies width and shape continuously around the good ones.
+Every candidate meets the budget. Many are compared on few images, few on all: reducers first, then the best of them at
+several widths and in several shapes; the sampler varies width and shape continuously around the good ones.
 The best candidates without cut widths, and the one without removed tokens, stay to the end, so that the answer can be
 compared with them.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain, zip_longest
 
 from ..models import attach
 from ..notation import render
 from ..text import counted
-from ..tokens import Plan, Reducer, Schedule
-from .candidates import Candidate, can_cut, first_shapes, reducers
+from ..tokens import Reducer
+from .candidates import Candidate
 from .fidelity import Closeness, Fidelity, joined
-from .networks import Networks, Price
 from .progress import Progress
-from .sampler_space import SHARES, Space
-
-ROUNDS = ((8, 4), (3, 4))
-"""(part of the images that a round sees, part of the candidates that stay): one eighth and a quarter, ..."""
-LAST = 6
-"""Candidates that see all images."""
-PURE = 2
-"""Candidates without cut widths that always stay."""
-
-
-Key = tuple[int, Reducer | None, Plan]
-"""Network, reducer and numbers of tokens."""
+from .rounds import LAST, METHODS, PURE, ROUNDS, images_of_round
+from .sampler_space import Space, refined, step_of
+from .solver import Solver
+from .work import fit_units
 
 
 @dataclass
@@ -58,102 +50,47 @@ class Search:
     """One search for one budget.
 
     Args:
-        networks: of every width.
+        solver: of candidates that meet the budget.
         fidelity: compares candidates with the given model.
-        limit: the budget, in units of `price`.
-        price: what the budget counts.
-        tokens: whether tokens may be removed.
         progress: counts the work that is done.
     """
 
-    def __init__(
-        self, networks: Networks, fidelity: Fidelity, limit: float, price: Price, *, tokens: bool, progress: Progress
-    ) -> None:
-        self.networks, self.fidelity, self.limit, self.price, self.progress = networks, fidelity, limit, price, progress
-        self.tokens = tokens
-        self.full = networks.full.macs(networks.full.plan(None, None), None)
-        self.reducers = reducers(networks.full.geometry.has_cls) if tokens else []
-        self.narrowest = networks.narrowest_within(limit, price)
+    def __init__(self, solver: Solver, fidelity: Fidelity, progress: Progress) -> None:
+        self.solver, self.networks, self.fidelity, self.progress = solver, solver.networks, fidelity, progress
+        self.full = self.networks.full.macs(self.networks.full.plan(None, None), None)
         self.tried: list[Tried] = []
-        self._width_of: dict[int, int] = {0: 0}
-
-    def width_at(self, step: int) -> int:
-        """The network that makes `step / SHARES` of the saving that width alone can make within the budget."""
-        if step not in self._width_of:
-            last = len(self.networks) - 1
-            dense, least = self._dense(0), max(self.limit, self._dense(last))
-            found = self.networks.narrowest_within(dense * min(1.0, least / dense) ** (step / SHARES), self.price)
-            self._width_of[step] = last if found is None else found
-        return self._width_of[step]
-
-    def least(self) -> float:
-        """The smallest price that some candidate can have."""
-        if self.narrowest is not None:
-            return self._dense(self.narrowest)
-        network = self.networks.empty(len(self.networks) - 1)
-        prices = [self._dense(network.index)]
-        for reducer in self.reducers:
-            for shape in first_shapes(network.geometry.depth):
-                if can_cut(network, reducer, shape):
-                    prices.append(self.price(network, network.plan(reducer, shape), reducer))
-        return min(prices)
-
-    def _dense(self, index: int) -> float:
-        network = self.networks.empty(index)
-        return self.price(network, network.plan(None, None), None)
-
-    def candidates(self) -> list[Candidate]:
-        """Those of the first round."""
-        if self.narrowest == 0:  # The given model meets the budget.
-            return [self._dense_candidate(0, SHARES)]
-        found: dict[Key, Candidate] = {}
-        steps = range(0, SHARES + 1, 2) if len(self.networks) > 1 else (0,)
-        for step in steps:
-            if step == SHARES and self.narrowest is not None:
-                one = self._dense_candidate(self.narrowest, step)
-                found[self.key(one)] = one
-                continue
-            for reducer in self.reducers:
-                for shape in first_shapes(self.networks.full.geometry.depth):
-                    if (one := self.candidate(step, reducer, shape)) is not None:
-                        found.setdefault(self.key(one), one)
-        return list(found.values())
-
-    def candidate(self, step: int, reducer: Reducer, shape: Schedule) -> Candidate | None:
-        """A candidate with its schedule solved; None where it cannot meet the budget."""
-        index = self.width_at(step)
-        if not can_cut(self.networks.empty(index), reducer, shape):
-            return None
-        solved = self.networks.empty(index).solve(reducer, shape, self.limit, self.price)
-        return None if solved is None else Candidate(index, step / SHARES, solved[1], reducer, solved[0], shape)
-
-    def key(self, candidate: Candidate) -> Key:
-        """Equal for candidates that do the same."""
-        plan = self.networks.empty(candidate.index).plan(candidate.reducer, candidate.schedule)
-        return candidate.index, candidate.reducer, plan
-
-    def _dense_candidate(self, index: int, step: int) -> Candidate:
-        return Candidate(index, step / SHARES, self._dense(index))
 
     def run(self, trials: int, first: Sequence[Candidate] | None = None) -> list[Tried]:
-        """All candidates that have seen all images, best first.
+        """All candidates that have seen all images, best first; none where nothing can be reduced.
 
         Args:
             trials: how many candidates the sampler proposes.
             first: candidates of the first round.
         """
-        present = [Tried(candidate) for candidate in (self.candidates() if first is None else first)]
+        present = self._first_round() if first is None else [Tried(candidate) for candidate in first]
         self.tried = list(present)
         for number, (part, stay) in enumerate(ROUNDS, 1):
             if len(present) <= LAST:
                 break
-            present = self._judged(
-                present, max(8, len(self.fidelity) // part), f"round {number}, {counted(len(present), 'candidate')}"
-            )
+            what = f"round {number}, {counted(len(present), 'candidate')}"
+            present = self._judged(present, images_of_round(len(self.fidelity), part), what)
             if number == len(ROUNDS):
                 present = self._sampled(present, trials, present[0].images)
             present = self._best(present, max(LAST, len(present) // stay) if number < len(ROUNDS) else LAST)
         return self._judged(present, len(self.fidelity), f"last round, {counted(len(present), 'candidate')}")
+
+    def _first_round(self) -> list[Tried]:
+        """A few candidates of every reducer, compared, and all those of the best reducers."""
+        if len(self.solver.reducers) <= METHODS:
+            return [Tried(candidate) for candidate in self.solver.candidates()]
+        methods = [Tried(candidate) for candidate in self.solver.methods()]
+        what = f"comparing {counted(len(self.solver.reducers), 'reducer')}"
+        compared = self._judged(methods, images_of_round(len(self.fidelity), ROUNDS[0][0]), what) if methods else []
+        known = {tried.candidate.reducer for tried in compared}
+        best = [*best_reducers(compared), *(one for one in self.solver.reducers if one not in known)]
+        met = {self.solver.key(tried.candidate) for tried in compared}
+        others = [one for one in self.solver.candidates(best) if self.solver.key(one) not in met]
+        return [*compared, *map(Tried, others)]
 
     def _judged(self, group: list[Tried], images: int, what: str) -> list[Tried]:
         """These candidates, best first, after each has seen so many images."""
@@ -167,10 +104,11 @@ class Search:
         start, stop = tried.images, min(images, len(self.fidelity))
         if start >= stop:
             return
-        fitted = self.networks.is_fitted(tried.candidate.index)
-        network = self.networks.real(tried.candidate.index)
-        if not fitted and tried.candidate.index:  # Network 0 is the given model.
-            self.progress.add(fit_units(sum(map(len, self.networks.fit))), "fitting a narrower network")
+        index = tried.candidate.index
+        if index and not self.networks.is_fitted(index):  # Network 0 is the given model.
+            with self.progress.step("fitting a narrower network", fit_units(sum(map(len, self.networks.fit)))):
+                self.networks.real(index)
+        network = self.networks.real(index)
         with attach(network, tried.candidate.reduction, cls_only=self.networks.full.cls_only):
             tried.parts.append(self.fidelity.compare(network, start, stop))
         self.progress.add((stop - start) * self.units(tried.candidate), what)
@@ -197,20 +135,24 @@ class Search:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=0))
         by_name = {render(one): one for tried in known if (one := tried.candidate.reducer) is not None}
-        steps = SHARES - (self.narrowest is not None) if len(self.networks) > 1 else 0
-        space = Space(sorted(by_name), self.networks.full.geometry.depth, steps)
+        best: dict[int, float] = {}
+        for tried in ranked:
+            best.setdefault(step_of(tried.candidate), tried.typical)
+        # Every other width would have to be fitted, which costs more than all that the sampler tries.
+        steps = {step_of(tried.candidate) for tried in known} | {refined(best)} - {None}
+        space = Space(sorted(by_name), self.networks.full.geometry.depth, sorted(steps))
         for tried in known:
             study.add_trial(space.finished(tried.candidate, tried.typical))
-        met = {self.key(tried.candidate) for tried in self.tried}
+        met = {self.solver.key(tried.candidate) for tried in self.tried}
         found = list(ranked)
         for _ in range(trials):
             trial = study.ask()
             name, step, shape = space.propose(trial)
-            candidate = self.candidate(step, by_name[name], shape)
-            if candidate is None or self.key(candidate) in met:
+            candidate = self.solver.candidate(step, by_name[name], shape)
+            if candidate is None or self.solver.key(candidate) in met:
                 study.tell(trial, state=optuna.trial.TrialState.FAIL)
                 continue
-            met.add(self.key(candidate))
+            met.add(self.solver.key(candidate))
             tried = Tried(candidate)
             self._see(tried, images, "sampled candidates")
             study.tell(trial, tried.typical)
@@ -219,24 +161,15 @@ class Search:
         return sorted(found, key=lambda one: one.typical)
 
 
-def fit_units(images: int) -> float:
-    """Work of fitting one cut network, in images of the given model."""
-    return 6.0 * images
-
-
-def planned_work(number: int, each: float, images: int) -> float:
-    """Work of the rounds, without fitting, in images of the given model; somewhat more than it will be.
+def best_reducers(compared: Sequence[Tried]) -> list[Reducer]:
+    """The reducers of the best candidates at each share of the width, in turns; `METHODS` of them.
 
     Args:
-        number: candidates of the first round.
-        each: work of one image in the mean candidate.
-        images: that the last round sees.
+        compared: some candidates, best first.
     """
-    seen, total = 0, 0.0
-    for part, stay in ROUNDS:
-        if number <= LAST:
-            break
-        now = min(images, max(8, images // part))
-        total += number * (now - seen) * each
-        number, seen = max(LAST, number // stay), now
-    return total + min(number, LAST + PURE + 1) * (images - seen) * each
+    at: dict[float, list[Reducer]] = {}
+    for tried in compared:
+        if tried.candidate.reducer is not None:
+            at.setdefault(tried.candidate.share, []).append(tried.candidate.reducer)
+    in_turns = chain.from_iterable(zip_longest(*(dict.fromkeys(each) for each in at.values())))
+    return [one for one in dict.fromkeys(in_turns) if one is not None][:METHODS]

@@ -13,7 +13,9 @@ from torch import nn
 from ..measure.intervals import Interval, of_times
 from ..measure.speed import bench
 
-SESSIONS, ROUNDS = 5, 6
+SESSIONS, ROUNDS, WARMUP = 5, 6, 1
+WORK = SESSIONS * (ROUNDS + WARMUP)
+"""Batches of either model that are run in all."""
 
 
 def sessions(
@@ -32,7 +34,7 @@ def sessions(
     found: list[tuple[float, float, float]] = []
     options: dict[str, Any] = {"batch_sizes": (batch_size,), "device": device, "dtype": dtype, "compile": compile}
     for session in range(number):
-        table = bench({"given": original, "cheaper": model}, rounds=rounds, seed=session, **options)
+        table = bench({"given": original, "cheaper": model}, rounds=rounds, warmup=WARMUP, seed=session, **options)
         given, cheaper = (np.array(row.seconds) for row in table.measured)
         ms = 1e3 * float(np.median(given)), 1e3 * float(np.median(cheaper))
         found.append((float(np.median(cheaper / given)), *ms))

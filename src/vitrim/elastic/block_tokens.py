@@ -18,6 +18,28 @@ SAME = 1e-3
 """Largest part of a change of the tokens that may be unexplained where a branch counts as added to them."""
 
 
+@dataclass(frozen=True)
+class Goal:
+    """One batch in the full network, which is the same for every network that is cut from it.
+
+    images: (B, channels, height, width). tokens: (B, N, C) before the first block. calls: for each block, a function
+    that runs it with all its other arguments. weights: of the tokens after each block, (B, N).
+    """
+
+    images: Tensor
+    tokens: Tensor
+    calls: list[Call]
+    weights: list[Tensor]
+
+    @classmethod
+    def of(cls, original: nn.Module, blocks: list[nn.Module], images: Tensor) -> "Goal":
+        """Run the full network once, and its gradients back."""
+        objective = objective_of(original, False)
+        with _recorded(blocks) as (tokens, calls), torch.enable_grad():
+            objective(output_of(original, images), None).backward()
+        return cls(images, tokens[0].detach(), calls, [_weights(x) for x in tokens[1:]])
+
+
 @dataclass
 class Tokens:
     """One batch on its way through both networks.
@@ -33,17 +55,12 @@ class Tokens:
     cut_calls: list[Call]
     weights: list[Tensor]
 
-
-def tokens_before_blocks(
-    network: nn.Module, original: nn.Module, ours: list[nn.Module], theirs: list[nn.Module], images: Tensor
-) -> Tokens:
-    """Run both networks once, for what enters their first block and the other arguments of each block."""
-    objective = objective_of(original, False)
-    with _recorded(theirs) as (full, full_calls), torch.enable_grad():
-        objective(output_of(original, images), None).backward()
-    with _recorded(ours) as (cut, cut_calls), torch.no_grad():
-        output_of(network, images)
-    return Tokens(full[0].detach(), cut[0].detach(), full_calls, cut_calls, [_weights(x) for x in full[1:]])
+    @classmethod
+    def before_blocks(cls, network: nn.Module, blocks: list[nn.Module], goal: Goal) -> "Tokens":
+        """Run the cut network once, for what enters its first block and the other arguments of each block."""
+        with _recorded(blocks) as (cut, cut_calls), torch.no_grad():
+            output_of(network, goal.images)
+        return cls(goal.tokens, cut[0].detach(), goal.calls, cut_calls, goal.weights)
 
 
 def _weights(tokens: Tensor) -> Tensor:

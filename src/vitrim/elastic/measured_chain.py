@@ -27,7 +27,7 @@ from .probing import Batch
 BUDGETS = 12
 """At how many sizes, equally far apart, a chain is compared with the even cut."""
 PARTS = (0.0, 0.25, 0.5, 0.75)
-"""Parts of the even cut that are blended in for the comparison."""
+"""Parts of the even cut that are blended in for the comparison, until more of it brings a chain no closer."""
 NOISE = 2.6
 """Standard errors above which a network counts as worse. One of 12 that are no worse gets there in 1 of 20 cases."""
 NOTHING = 1e-9
@@ -84,6 +84,8 @@ def measured_chain(
         ratio = log_ratio(found, by_even)
         if ratio < best_ratio and not worse(found, by_even).any():
             best, best_ratio = blended, ratio
+        elif best_ratio < 0:  # More of the even cut brings it no closer.
+            break
     return best
 
 

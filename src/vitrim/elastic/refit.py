@@ -15,14 +15,14 @@ from torch import Tensor, nn
 
 from ..data.batches import Images
 from ..errors import DataError, VitrimError
-from ..models import attached
+from ..models import Adapter, attached
 from ..models.finding import find_adapter
 from ..models.removed_branch import RemovedBranch
 from ..models.widths.compensation import TINY, Moments, cholesky
 from ..models.widths.slicing import store
 from ..models.widths.sublayers import Elastic, elastic
 from ..tokens.precision import exact, exact_device, wide
-from .block_tokens import Tokens, branch_scale, observe, tokens_before_blocks
+from .block_tokens import Goal, Tokens, branch_scale, observe
 from .probing import all_reduce, batches, frozen
 from .statistics import tensors_in
 from .token_weights import held_out_images
@@ -79,43 +79,76 @@ class Fit:
         return (explained - spent - shift.square().sum() * self.inputs.weight).item()
 
 
+class Refitting:
+    """Fits networks that were cut from one original to it; what the original does is found once for all of them.
+
+    Args:
+        original: the full network, whose tokens after each sub-layer are the goal.
+        data: images in any form that `batches_in` takes; labels are not used.
+        num_images: number of images to use; the tokens that enter the first block are kept for them, and while a
+            network is fitted all tokens of one layer, twice.
+
+    Raises:
+        VitrimError: a token reduction is attached.
+        DataError: the data holds fewer than 16 images.
+    """
+
+    def __init__(self, original: nn.Module, data: Images, *, num_images: int = 1024) -> None:
+        _check_whole(original)
+        self.original, self.blocks = original, list(find_adapter(original).blocks(original))
+        with frozen(original):
+            self.goals = [
+                Goal.of(original, self.blocks, images) for images, _ in batches(data, original, num_images, False)
+            ]
+        if (images := sum(len(goal.images) for goal in self.goals)) < LEAST_IMAGES:
+            raise DataError(f"{images} images are too few to fit and to check on; give {LEAST_IMAGES} or more")
+
+    def fit(self, network: nn.Module) -> None:
+        """Fit the last projection of every sub-layer of a cut network again, in place; see `refit`."""
+        adapter, ours = _cut_from(network, self.original)
+        branches = adapter.branches_of(network)
+        with frozen(network), frozen(self.original):
+            flows = [Tokens.before_blocks(network, ours, goal) for goal in self.goals]
+            with elastic(network), torch.no_grad():
+                for index, (block, reference) in enumerate(zip(ours, self.blocks, strict=True)):
+                    for branch in branches:
+                        _refit_branch(block, reference, branches, branch, flows, index)
+                    for flow in flows:
+                        flow.cut = flow.cut_calls[index](block, flow.cut)
+
+
 def refit(network: nn.Module, original: nn.Module, data: Images, *, num_images: int = 1024) -> None:
     """Fit the last projection of every sub-layer of a cut network again, in place.
 
     Args:
         network: cut from `original`: the same blocks with narrower or removed sub-layers, in any dtype.
-        original: the full network, whose tokens after each sub-layer are the goal.
-        data: images in any form that `batches_in` takes; labels are not used.
-        num_images: number of images to use; all tokens of one layer are kept for them, twice. The cost is about that
-            of six forward passes.
+        original, data, num_images: see `Refitting`, which fits several networks. The cost is about that of six forward
+            passes.
 
     Raises:
         VitrimError: the networks do not belong together, a token reduction is attached, or a fit is not finite.
         DataError: the data holds fewer than 16 images.
     """
-    if attached(network) is not None or attached(original) is not None:
-        raise VitrimError("refit compares all tokens of two networks; call it before tokens are reduced")
+    _cut_from(network, original)
+    Refitting(original, data, num_images=num_images).fit(network)
+
+
+def _cut_from(network: nn.Module, original: nn.Module) -> tuple[Adapter, list[nn.Module]]:
+    """The adapter and the blocks of a cut network; `VitrimError` where it was not cut from this original."""
+    _check_whole(network)
+    _check_whole(original)
     if network is original:
         raise VitrimError("refit needs the network that was cut and the one that it was cut from; these are the same")
     adapter = find_adapter(network)
     ours, theirs = list(adapter.blocks(network)), list(find_adapter(original).blocks(original))
     if type(network) is not type(original) or len(ours) != len(theirs):
         raise VitrimError("the network was not cut from this original: other blocks")
-    with frozen(network), frozen(original):
-        flows = [
-            tokens_before_blocks(network, original, ours, theirs, images)
-            for images, _ in batches(data, network, num_images, False)
-        ]
-        images = sum(len(flow.cut) for flow in flows)
-        if images < LEAST_IMAGES:
-            raise DataError(f"{images} images are too few to fit and to check on; give {LEAST_IMAGES} or more")
-        branches = adapter.branches_of(network)
-        with elastic(network), torch.no_grad():
-            for index, (block, reference) in enumerate(zip(ours, theirs, strict=True)):
-                for branch in branches:
-                    _refit_branch(block, reference, branches, branch, flows, index)
-                for flow in flows:
-                    flow.cut = flow.cut_calls[index](block, flow.cut)
+    return adapter, ours
+
+
+def _check_whole(network: nn.Module) -> None:
+    if attached(network) is not None:
+        raise VitrimError("refit compares all tokens of two networks; call it before tokens are reduced")
 
 
 def _refit_branch(

@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from math import ceil
 from numbers import Real
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -33,6 +34,7 @@ from .wpac import wpac
 
 CHAIN, COMPENSATION = "chain.json", "compensation.safetensors"
 LEAST_PROBED = 32
+SAVING_PER_ROUND = 0.22
 Compensate = Literal["regression", "means", "none"]
 
 
@@ -158,6 +160,20 @@ def _differences(one: Chain, other: Chain) -> list[str]:
     return names + [n for n in ("macs", "macs_linear_only", "params") if getattr(one, n) != getattr(other, n)]
 
 
+def images_probed(num_images: int) -> int:
+    """How many of the images measure what narrower sub-layers do, others in every round: a 16th, 32 or more."""
+    return min(num_images, max(LEAST_PROBED, num_images // 16))
+
+
+def default_rounds(max_saving: float) -> int:
+    """How often sub-layers are measured for a chain that saves so much.
+
+    >>> default_rounds(0.875), default_rounds(0.5)
+    (4, 3)
+    """
+    return ceil(max_saving / SAVING_PER_ROUND)
+
+
 def stratify(
     model: nn.Module,
     data: Images,
@@ -167,7 +183,7 @@ def stratify(
     groups: Mapping[Kind, int] = GROUPS,
     width_multiple: int = 8,
     max_saving: float = 0.875,
-    rounds: int = 4,
+    rounds: int | None = None,
     ordering: str = "elimination",
     even: bool = False,
     say: Callable[[str], None] = print,
@@ -184,7 +200,8 @@ def stratify(
         groups: into how many groups the widths of "attention" and "mlp" are cut.
         width_multiple: every width except the full one is a multiple of it.
         max_saving: fraction of the MACs that the smallest network of the chain saves, in (0, 1).
-        rounds: how often sub-layers are measured at narrower widths, each time in the smallest network so far.
+        rounds: how often sub-layers are measured at narrower widths, each time in the smallest network so far; by
+            default once for each 22 % of the MACs that the smallest network of the chain saves.
         ordering: how units are ordered; see `orderings.ORDERINGS`.
         even: every sub-layer loses the same fraction of its units; nothing is measured.
         say: called with lines for the user.
@@ -196,13 +213,14 @@ def stratify(
     """
     if attached(model) is not None:
         raise VitrimError("token reduction is attached to this model; stratify after handle.remove()")
-    check_counts(num_images=num_images, rounds=rounds)
+    check_counts(num_images=num_images, **({} if rounds is None else {"rounds": rounds}))
     if not isinstance(max_saving, Real) or not 0 < max_saving < 1:
         raise VitrimError(f"max_saving must be between 0 and 1, not {max_saving!r}")
+    rounds = rounds or default_rounds(max_saving)
     # Before the long pass over the images, since it needs no order and refuses what cannot be cut.
     start_chain(model, groups=groups, width_multiple=width_multiple)
     model = copied(model)
-    probe_images = min(num_images, max(LEAST_PROBED, num_images // 16))
+    probe_images = images_probed(num_images)
     # Kept, so that an iterator that can be read only once serves too; there are few of them.
     source = batches_in(data)
     kept = first_batches(source, min(num_images, (rounds + 1) * probe_images))
