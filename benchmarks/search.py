@@ -38,6 +38,7 @@ class Lines:
         self.longest = 0.0
 
     def __call__(self, line: str = "") -> None:
+        """Print a line, if there is one."""
         now = time.perf_counter()
         self.longest, self.last = max(self.longest, now - self.last), now
         if line:

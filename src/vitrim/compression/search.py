@@ -139,7 +139,9 @@ class Search:
         for tried in ranked:
             best.setdefault(step_of(tried.candidate), tried.typical)
         # Every other width would have to be fitted, which costs more than all that the sampler tries.
-        steps = {step_of(tried.candidate) for tried in known} | {refined(best)} - {None}
+        steps = {step_of(tried.candidate) for tried in known}
+        if (between := refined(best)) is not None:
+            steps.add(between)
         space = Space(sorted(by_name), self.networks.full.geometry.depth, sorted(steps))
         for tried in known:
             study.add_trial(space.finished(tried.candidate, tried.typical))
