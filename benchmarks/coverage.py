@@ -26,10 +26,10 @@ from finished import Finished, Values
 from vitrim.arguments import run
 from vitrim.compression.certificate import Line
 from vitrim.compression.fidelity import Closeness, Fidelity
+from vitrim.compression.findings import Finding
 from vitrim.compression.images import Pictures
 from vitrim.compression.measured_lines import accuracy_lines, fidelity_lines, time_lines
 from vitrim.compression.timing import sessions
-from vitrim.compression.verification import Finding
 from vitrim.data.specs import DataSpec
 from vitrim.data.splits import plain_stream
 from vitrim.measure.environment import environment

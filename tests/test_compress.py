@@ -22,12 +22,12 @@ from vitrim import Certificate, Compressed, ToMe, TopK
 from vitrim.compression import solver, timing, verification, verify
 from vitrim.compression.budget import fixed_part
 from vitrim.compression.candidates import power, stages
-from vitrim.compression.certificate import Line
+from vitrim.compression.certificate import Line, row_of
+from vitrim.compression.findings import Finding, Verified
 from vitrim.compression.goal import Goal, check_using
 from vitrim.compression.images import Pictures, divide, gather
 from vitrim.compression.job import Job
 from vitrim.compression.request import Request, check_model
-from vitrim.compression.verification import Finding, Verified
 from vitrim.elastic.chain import start_chain
 from vitrim.errors import CheckpointError, DataError, UnknownNameError, UnsupportedModelError, VitrimError
 from vitrim.models import narrow
@@ -140,9 +140,22 @@ def test_a_report_shows_the_certificate(folder: Path, tmp_path: Path) -> None:
     assert "share of the width" in page
 
 
+def _shown(found: Verified, key: str) -> str | None:
+    (one,) = (finding for finding in found.findings if finding.line.key == key)
+    return None if one.here is None else row_of(one.here)["found"]
+
+
 def test_verify_finds_what_the_certificate_says(folder: Path) -> None:
     val = Pictures(images(40, seed=9, dtype=torch.float32), model()(IMAGES).argmax(1)[:40])
     found = verify(folder, val, model(), say=quiet)
+    # In any form that compress takes, in an order of their own; without classes nothing is said of accuracies.
+    pair = verify(folder, [(val.images, val.classes)], model(), say=quiet)
+    assert _shown(pair, "drop") == _shown(found, "drop")
+    alone = verify(folder, val.images, model(), say=quiet)
+    assert _shown(alone, "agreement") == _shown(found, "agreement")
+    assert _shown(alone, "drop") is None
+    with pytest.raises(DataError, match="but the model takes"):
+        verify(folder, torch.randn(8, 3, 8, 8), model(), say=quiet)
     holds = {finding.line.key: finding.holds for finding in found.findings}
     for key in ("macs", "params", "divergence", "agreement", "accuracy", "drop"):
         assert holds[key] is True, key

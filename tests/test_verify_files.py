@@ -17,7 +17,7 @@ from vitrim.compression import files, job, solver, verification
 from vitrim.compression.candidates import stages
 from vitrim.compression.certificate import Line
 from vitrim.compression.files import SUFFIX, certificate_of, hash_file, outputs_of
-from vitrim.compression.verification import Finding
+from vitrim.compression.findings import Finding
 from vitrim.errors import CheckpointError
 from vitrim.exporting import FORMATS
 from vitrim.measure.served import ServedFile, open_file

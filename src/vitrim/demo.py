@@ -16,11 +16,10 @@ from .compression import Certificate, Compressed
 from .compression.certificate import FILE
 from .compression.fidelity import Fidelity
 from .compression.goal import Goal
-from .compression.images import Pictures, divide, read
+from .compression.images import MOST_UNSEEN, Pictures, divide, read
 from .compression.job import Job
 from .compression.measured_lines import compared_lines
 from .compression.request import Request
-from .compression.run import MOST_UNSEEN
 from .data.specs import AugmentSpec, DataSpec
 from .data.splits import plain_stream
 from .elastic import SuperNet, stratify

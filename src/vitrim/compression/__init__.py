@@ -2,7 +2,8 @@
 
 from .certificate import Certificate, Line
 from .compressed import Compressed
+from .findings import Verified
 from .run import compress
-from .verification import Verified, verify
+from .verification import verify
 
 __all__ = ["Certificate", "Compressed", "Line", "Verified", "compress", "verify"]

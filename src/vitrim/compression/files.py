@@ -26,10 +26,11 @@ from ..measure.served import ServedFile
 from ..output import replacing
 from .certificate import Certificate, Line
 from .fidelity import Fidelity
+from .findings import COUNTED, Verified, findings
 from .images import BATCH, Pictures
 from .measured_lines import compared_lines, time_lines
 from .timing import sessions
-from .verification import COUNTED, Verified, check_original, described, findings
+from .verification import check_original, described
 
 KEY, SUFFIX = "certificate", ".certificate.json"
 BATCH_SIZE = 32

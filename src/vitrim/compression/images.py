@@ -27,6 +27,8 @@ LEAST = 16
 LEAST_FOR_WIDTH = 64
 """Images without which a projection cannot be fitted and checked."""
 BATCH = 32
+MOST_UNSEEN = 5000
+"""How many images are used for a certificate at most."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +66,9 @@ class Parts:
 
 
 def gather(
-    data: Any, size: tuple[int, int, int], most: int, what: str = "images", classes: int | None = None
-) -> Pictures:
+    data: Any, size: tuple[int, int, int], most: int, what: str = "images", classes: int | None = None, *,
+    needed: bool = True,
+) -> Pictures:  # fmt: skip
     """At most so many images from a tensor, a data set, a loader or any iterable of batches.
 
     Of a tensor and of a data set by index they are chosen at random, the same ones at every call; of anything else the
@@ -78,6 +81,7 @@ def gather(
         most: number of images.
         what: what they are called in messages.
         classes: how many the model has; by default labels are left out, whatever they are.
+        needed: whether all images must have a class; otherwise classes are left out where some have none.
 
     Raises:
         DataError: there are none, they are of another size, not finite, or no images at all; or labels that are no
@@ -89,8 +93,9 @@ def gather(
     for images, _ in batches:
         check_size(images, size, what)
     labels = None
-    if classes is not None:
-        if any(target is None for _, target in batches):
+    known = all(target is not None for _, target in batches)
+    if classes is not None and (known or needed):
+        if not known:
             raise DataError(
                 f"{what} has no whole numbers as classes, so no accuracy can be measured; give batches of "
                 "(images, classes)"

@@ -11,13 +11,10 @@ from ..errors import VitrimError
 from ..models import num_classes
 from .compressed import Compressed
 from .goal import Goal, Part, check_using
-from .images import divide, gather
+from .images import MOST_UNSEEN, divide, gather
 from .job import Job
 from .networks import device_of
 from .request import MOST_IMAGES, Request, check_model, device_named
-
-MOST_UNSEEN = 5000
-"""How many images are used for the certificate at most."""
 
 
 def compress(

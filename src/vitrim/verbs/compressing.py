@@ -83,10 +83,9 @@ def compress(
     from ..compression.dry_run import out_of_reach
     from ..compression.finetune import Finetuning
     from ..compression.goal import Goal, check_using
-    from ..compression.images import divide, read
+    from ..compression.images import MOST_UNSEEN, divide, read
     from ..compression.job import Job
     from ..compression.request import Request, check_model
-    from ..compression.run import MOST_UNSEEN
     from ..compression.searched import searched
     from ..measure.accelerator import make_accelerator
     from ..models import check_place, has_weights, open_model

@@ -140,9 +140,8 @@ def _pictures(
 
     With the record of where they are, and with what to say about them.
     """
-    from ..compression.images import read
+    from ..compression.images import MOST_UNSEEN, read
     from ..compression.request import MOST_IMAGES
-    from ..compression.run import MOST_UNSEEN
     from ..compression.searched import NOT_KNOWN
 
     test = test_stream(network, spec)
