@@ -22,6 +22,8 @@ METHODS = {
     "TopK() @ KeepRate(0.5)": "evit-materialised 0.5",
     "TopK(fuse=sum) @ KeepRate(0.5)": "evit-materialised 0.5",
     "ToMe() @ ConstantR(13)": "tome-materialised r=13",
+    "Cluster() @ ConstantR(13)": None,
+    "Cluster() @ KeepRate(0.7, at=(0, 4))": None,
     "TopK() @ PowerLaw(0.6, 2.0)": None,
 }
 """Each reduction with the plain form of the same method, where there is one."""

@@ -4,6 +4,7 @@ Rounds of one session share the memory that the models were copied to, so that s
 Each session copies both models again; the interval is over sessions, for another measurement of as many of them.
 """
 
+import time
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,9 @@ from ..measure.speed import bench
 
 SESSIONS, ROUNDS, WARMUP = 5, 6, 1
 WORK = SESSIONS * (ROUNDS + WARMUP)
-"""Batches of either model that are run in all."""
+"""Batches of either model that are run in all, at most."""
+LONG = 10.0
+"""Seconds of a session after which the others have half as many rounds: the clock is exact where a batch takes long."""
 
 
 def sessions(
@@ -29,15 +32,18 @@ def sessions(
         model: the cheaper one.
         batch_size, device, dtype, compile: see `measure.speed.bench`.
         number: of sessions.
-        rounds: timed rounds of each session.
+        rounds: timed rounds of each session, at most.
     """
     found: list[tuple[float, float, float]] = []
     options: dict[str, Any] = {"batch_sizes": (batch_size,), "device": device, "dtype": dtype, "compile": compile}
     for session in range(number):
+        start = time.perf_counter()
         table = bench({"given": original, "cheaper": model}, rounds=rounds, warmup=WARMUP, seed=session, **options)
         given, cheaper = (np.array(row.seconds) for row in table.measured)
         ms = 1e3 * float(np.median(given)), 1e3 * float(np.median(cheaper))
         found.append((float(np.median(cheaper / given)), *ms))
+        if session == 0 and time.perf_counter() - start > LONG:
+            rounds = max(1, rounds // 2)
     return found
 
 
