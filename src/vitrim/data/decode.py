@@ -5,7 +5,7 @@
 - Grey images of 9 to 16 bits are scaled to 8 bits. Floating-point images must lie in [0, 1].
 - CMYK, YCbCr, HSV, LAB and palette images are converted to the mode of the model, "RGB" or "L".
 - Refused, since their range is unknown: 32-bit integers of a TIFF file or in memory (Pillow's mode "I"), floats outside
-  of [0, 1], and 16-bit images in memory that hold nothing above 255, which are black or meant in 8 bits.
+  of [0, 1], and 16-bit images in memory that hold nothing above 4095, which are dark or meant in 8 or 12 bits.
 
 Only the formats in `FORMATS` are opened, whatever a file is called. Others that Pillow knows start programs (EPS) or
 hold no photographs.
