@@ -1,25 +1,13 @@
-"""Shared by all tests: one thread per process, and a fixed seed before each test."""
+"""Shared by all tests: one thread per process, their order, and the fixtures."""
 
+import gc
 import os
 from collections.abc import Iterator
-from functools import partial
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # Else it starts an interpreter for each core.
 
 import pytest
-import timm
-import torch
-
-import processes  # noqa: F401  (says what the processes of tests have imported)
-from vitrim import save
-from vitrim.data import digits
-from vitrim.distill.losses import LOSSES
-from vitrim.distill.objective import TERMS, WEIGHTS
-from vitrim.models import ADAPTERS
-from vitrim.models.widths.sublayers import ELASTIC
-from vitrim.study import subject
-from vitrim.tokens import CURRICULA, REDUCERS, SCHEDULES, SCORES
 
 LONG = ("test_docs", "test_curve", "test_train_resume", "test_study", "test_study_workers", "test_distill_student")
 """Files whose tests take long. They come first, so that what is left for the end can be shared among processes."""
@@ -29,63 +17,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
 
 
-@pytest.fixture(autouse=True)
-def _compiled_without_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Trace and differentiate compiled code, but do not turn it into C++, which takes most of the time and tests torch.
-
-    A test that names a backend gets it.
-    """
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+def pytest_configure(config: pytest.Config) -> None:
+    """Import the fixtures, but not where tests are only handed out to other processes, which would wait for it."""
+    if hasattr(config, "workerinput") or not config.getoption("numprocesses", None):
+        gc.disable()  # Until all tests are collected: what is imported stays.
+        config.pluginmanager.import_plugin("shared")
 
 
-@pytest.fixture(autouse=True)
-def _timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Time the settings of a sweep in one round, since no test depends on how long anything takes."""
-    monkeypatch.setattr(subject, "ROUNDS", 1)
-
-
-@pytest.fixture(autouse=True)
-def _seeded() -> None:
-    torch.manual_seed(0)
-
-
-@pytest.fixture
-def entries_stay(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Forget what a test enters into the tables of methods."""
-    for table in (SCORES, REDUCERS, SCHEDULES, CURRICULA, TERMS, WEIGHTS, LOSSES, ADAPTERS, ELASTIC):
-        monkeypatch.setattr(table, "_entries", dict(table._entries))
-        monkeypatch.setattr(table, "_homes", dict(table._homes))
-
-
-@pytest.fixture(scope="module")
-def few_test_digits() -> Iterator[None]:
-    """Test on 120 digits and not on 364, which takes longer than to train on as many."""
-
-    class Few(digits.Digits):
-        def __init__(self, train: bool) -> None:
-            super().__init__(train)
-            if not train:
-                self.pixels, self.targets = self.pixels[:120], self.targets[:120]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(digits.BUILT_IN, "digits", Few)
-        yield
-
-
-@pytest.fixture
-def two_forms() -> Iterator[None]:
-    """Let torch compile the same code in two forms, not in eight, before it goes back to eager execution."""
-    torch._dynamo.reset()
-    with torch._dynamo.config.patch(recompile_limit=2):
-        yield
-    torch._dynamo.reset()
-
-
-@pytest.fixture(scope="session")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A saved digits ViT, wider than students are; its head is grown large enough for its opinions to matter."""
-    torch.manual_seed(5)
-    model = timm.create_model("vitrim_digits_vit", depth=3, embed_dim=36, num_heads=3)
-    with torch.no_grad():
-        model.head.weight.normal_(std=0.5)
-    return str(save(model, tmp_path_factory.mktemp("teacher") / "model"))
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """Leave what is imported, a million objects, out of every later search for garbage: a tenth of all the time."""
+    try:
+        return (yield)
+    finally:
+        gc.collect()
+        gc.freeze()
+        gc.enable()

@@ -4,6 +4,7 @@ An interpreter that imports torch and timm takes seconds. Where a test needs ano
 interpreter, it takes one of these. What is imported at start, and how launchers start processes, other tests check.
 """
 
+import gc
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -84,6 +85,7 @@ def together(count: int, code: str, *words: str, **environment: str) -> list[End
 
 
 def _work(code: str, words: tuple[str, ...], environment: dict[str, str], place: str, output: str) -> None:
+    gc.freeze()  # What is imported stays: no search for garbage need look through it.
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(os.path.join(output, name), os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     os.environ.clear()
