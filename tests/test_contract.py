@@ -117,6 +117,8 @@ def refused(model: nn.Module, reducer: Reducer, schedule: Schedule) -> bool:
     adapter = find_adapter(model)
     attention, _ = adapter.branches_of(model)
     gone = [i for i, block in enumerate(adapter.blocks(model)) if isinstance(getattr(block, attention), RemovedBranch)]
+    if not gone:
+        return False
     with vitrim.attach(model, vitrim.TopK("norm"), schedule) as handle:
         hit = any(cut.block in gone for cut in handle.plan().cuts)
     if not hit or reducer.needs in ("nothing", "hidden"):
