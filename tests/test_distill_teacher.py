@@ -2,8 +2,6 @@
 
 import copy
 import math
-import subprocess
-import sys
 from functools import partial
 
 import pytest
@@ -11,6 +9,7 @@ import timm
 import torch
 
 import vitrim
+from processes import start
 from vitrim.distill import Distiller, Teacher, Wanted
 from vitrim.distill.teacher import resample_tokens
 from vitrim.errors import VitrimError
@@ -236,8 +235,8 @@ def test_fingerprint_is_the_same_in_another_process(tmp_path):
     line = (
         "import sys, vitrim; from vitrim.distill import Teacher; print(Teacher(vitrim.load(sys.argv[1])).fingerprint())"
     )
-    told = subprocess.run([sys.executable, "-c", line, tmp_path / "model"], capture_output=True, text=True, check=True)
-    assert told.stdout.strip() == Teacher(model).fingerprint()
+    told = start(line, str(tmp_path / "model")).wait()
+    assert (told.returncode, told.stdout.strip()) == (0, Teacher(model).fingerprint()), told.stderr
 
 
 def test_a_reduced_teacher_is_refused():

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 import vitrim
+from processes import start
 from vitrim import user_files
 from vitrim.cli import main
 from vitrim.distill import TERMS
@@ -267,8 +268,7 @@ for words in (
 def test_every_verb_takes_a_family_that_is_a_file_of_the_user(tmp_path: Path) -> None:
     Image.new("L", (8, 8), 90).save(tmp_path / "one.png")
     family, images = Path(__file__).with_name("toy_family.py"), tmp_path / "one.png"
-    command = [sys.executable, "-c", VERBS, str(family), str(tmp_path), str(images)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = start(VERBS, str(family), str(tmp_path), str(images)).wait()
     assert done.returncode == 0, done.stderr[-2000:]
     assert "toy" in done.stdout
     assert (tmp_path / "small" / "model.safetensors").exists()
