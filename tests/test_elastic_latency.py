@@ -1,14 +1,18 @@
 """Budgets of time: what is chosen is the largest that meets them, whatever one sample says."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
+from torch import nn
 from torch.utils import benchmark
 
 import vitrim
 from clocks import Clock
 from hf_models import HF
 from test_elastic_extract import supernet
-from vitrim.elastic import SuperNet
+from vitrim.elastic import SuperNet, extract
+from vitrim.elastic.chain import Chain
 from vitrim.elastic.extract import choose
 from vitrim.elastic.latency import ROUNDS, milliseconds, parse
 from vitrim.errors import VitrimError
@@ -17,6 +21,21 @@ from vitrim.errors import VitrimError
 @pytest.fixture(scope="module")
 def net() -> SuperNet:
     return supernet()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _cut_once() -> Iterator[None]:
+    """Each sub-network is cut once for all tests, which only count its MACs."""
+    own, known = extract.cut, dict[tuple[int, int], nn.Module]()
+
+    def cut_once(model: nn.Module, chain: Chain, index: int) -> nn.Module:
+        if (key := (id(chain), index)) not in known:
+            known[key] = own(model, chain, index)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(extract, "cut", cut_once)
+        yield
 
 
 def test_latency_is_found_by_bisection(net):
