@@ -206,7 +206,7 @@ def test_distillation_token_learns_from_the_teacher_and_cls_from_labels():
 
 
 def test_eager_and_compiled_agree():
-    student = vit()
+    student = vit(depth=4)
     vitrim.attach(student, "TopK(fuse=sum) @ KeepRate(0.7, at=(1, 3))")
     distiller = Distiller(student, teacher(), "Logits() + ClsStages() + Cls() + Tokens()").eval()
     images = torch.randn(2, 3, 64, 64)
@@ -231,7 +231,7 @@ def test_compiled_training_has_the_losses_of_eager_training(terms: str):
     losses: dict[str, list[float]] = {}
     for name in ("eager", "compiled"):
         torch.manual_seed(0)
-        student = vit()
+        student = vit(depth=4)
         vitrim.attach(student, "TopK(fuse=sum) @ KeepRate(0.7, at=(1, 3))")
         distiller = Distiller(student, teacher(), terms).train()
         if name == "compiled":
@@ -264,7 +264,7 @@ def test_every_strength_of_a_curriculum_is_compiled(terms: str, modes: tuple[boo
     distiller = Distiller(student, None if terms == "Labels()" else teacher(depth=1), terms)
     distiller.compile(backend=backend)
     images, labels = torch.randn(2, 3, 64, 64), torch.tensor([0, 4])
-    numbers = 4 // len(modes)  # torch's own limit is 2 here.
+    numbers = {1: 3, 2: 2}[len(modes)]  # Together more than 2, torch's own limit here.
     for _ in range(2):  # Once compiled, each is there to stay.
         for training in modes:
             distiller.train(training)
@@ -272,7 +272,7 @@ def test_every_strength_of_a_curriculum_is_compiled(terms: str, modes: tuple[boo
                 handle.set_strength((number + 1) / 12)
                 assert handle.token_counts == (16 - number,)
                 _ = distiller(images, labels) if training else student(images)
-        assert len(graphs) == 4
+        assert len(graphs) == numbers * len(modes)
 
 
 def test_half_precision_sums_in_float32():

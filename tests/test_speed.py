@@ -180,7 +180,7 @@ def test_compiled_models_are_measured(monkeypatch):
 
     genuine = torch.compile
     monkeypatch.setattr(torch, "compile", compile_quickly)
-    models = {name: variant(tiny(), name) for name in ("dense", "TopK() @ KeepRate(0.5)")}
+    models = {name: variant(tiny(depth=1), name) for name in ("dense", "TopK() @ KeepRate(0.5, at=0)")}
     table = bench(models, batch_sizes=(2, 3), rounds=1, warmup=1, compile=True, device="cpu")
     assert len(compiled) == 4
     assert all(options == {"dynamic": False} for _, options in compiled)
