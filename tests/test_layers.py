@@ -2,6 +2,7 @@
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -49,8 +50,16 @@ def room_of(path: Path) -> str:
     return path.relative_to(PACKAGE).with_suffix("").parts[0]
 
 
-def imported(path: Path) -> Iterator[tuple[int, str]]:
+ROOMS = {room: [path for path in FILES if room_of(path) == room] for room in dict.fromkeys(map(room_of, FILES))}
+
+
+@cache
+def imported(path: Path) -> list[tuple[int, str]]:
     """Line and absolute name of every module that the file imports, wherever in the file it does so."""
+    return [*_imported(path)]
+
+
+def _imported(path: Path) -> Iterator[tuple[int, str]]:
     package = ["vitrim", *path.relative_to(PACKAGE).parent.parts]
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -61,21 +70,24 @@ def imported(path: Path) -> Iterator[tuple[int, str]]:
             yield from ((node.lineno, ".".join([*base, alias.name])) for alias in node.names)
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_imports_go_downward(path: Path) -> None:
-    room = room_of(path)
+@pytest.mark.parametrize("room", ROOMS)
+def test_imports_go_downward(room: str) -> None:
     if room == "__init__":
         return
-    assert room in RANK, f"{path.name} lies in no room of the design"
-    for line, name in imported(path):
-        parts = name.split(".")
-        if parts[0] != "vitrim" or len(parts) == 1 or parts[1] in (room, "__version__"):
-            continue
-        other = parts[1]
-        if other not in RANK:  # A name of the package itself, which stands above every room.
-            assert RANK[room] >= RANK["demo"], f"{path}:{line} imports {name}; import it from its own room"
-        else:
-            assert RANK[other] < RANK[room], f"{path}:{line}: {room} may not import {name}"
+    assert room in RANK, f"{room} is no room of the design"
+    faults = []
+    for path in ROOMS[room]:
+        for line, name in imported(path):
+            parts = name.split(".")
+            if parts[0] != "vitrim" or len(parts) == 1 or parts[1] in (room, "__version__"):
+                continue
+            other = parts[1]
+            if other not in RANK:  # A name of the package itself, which stands above every room.
+                if RANK[room] < RANK["demo"]:
+                    faults.append(f"{path}:{line} imports {name}; import it from its own room")
+            elif RANK[other] >= RANK[room]:
+                faults.append(f"{path}:{line}: {room} may not import {name}")
+    assert faults == []
 
 
 PARTS = {"widths": 1, "reduction": 1, "families": 2, "files": 3, "variants": 4, "census": 4, "__init__": 5}
@@ -144,16 +156,16 @@ def test_reading_a_foreign_model_is_found(source: str) -> None:
     assert not [*foreign_reads("adapter.blocks(model); self.num_classes; info.classes")]
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_only_the_port_reads_foreign_models(path: Path) -> None:
-    if RANK.get(room_of(path), 0) <= RANK["models"]:
-        return
-    for line, name in foreign_reads(path.read_text()):
-        raise AssertionError(f"{path}:{line} reads {name} of a foreign model; use its adapter")
-    for line, name in imported(path):
-        assert name in NO_MODELS or not name.startswith(DOORS), (
-            f"{path}:{line} imports {name}; models come through room models"
-        )
+@pytest.mark.parametrize("room", [room for room in ROOMS if RANK.get(room, 0) > RANK["models"]])
+def test_only_the_port_reads_foreign_models(room: str) -> None:
+    faults = []
+    for path in ROOMS[room]:
+        for line, name in foreign_reads(path.read_text()):
+            faults.append(f"{path}:{line} reads {name} of a foreign model; use its adapter")
+        for line, name in imported(path):
+            if name.startswith(DOORS) and name not in NO_MODELS:
+                faults.append(f"{path}:{line} imports {name}; models come through room models")
+    assert faults == []
 
 
 LONGEST = 250
@@ -162,8 +174,8 @@ LONGER = {"models/adapter.py": 350}
 """The port, which is read as one protocol."""
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_a_file_has_one_purpose_and_so_few_lines(path: Path) -> None:
-    name = path.relative_to(PACKAGE).as_posix()
-    lines = len(path.read_text().splitlines())
-    assert lines <= LONGER.get(name, LONGEST), f"{name} has {lines} lines; divide it where its purposes part"
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_file_has_one_purpose_and_so_few_lines(room: str) -> None:
+    lines = {path.relative_to(PACKAGE).as_posix(): len(path.read_text().splitlines()) for path in ROOMS[room]}
+    longer = {name: number for name, number in lines.items() if number > LONGER.get(name, LONGEST)}
+    assert longer == {}, "divide these files where their purposes part"
