@@ -1,5 +1,6 @@
 """Fixtures of all tests: one seed before each test, nothing of torch that takes long, and what many files share."""
 
+import logging
 from collections.abc import Iterator
 from functools import partial
 
@@ -16,6 +17,11 @@ from vitrim.models import ADAPTERS
 from vitrim.models.widths.sublayers import ELASTIC
 from vitrim.study import subject
 from vitrim.tokens import CURRICULA, REDUCERS, SCHEDULES, SCORES
+
+for _name, _logger in logging.root.manager.loggerDict.items():
+    # pytest puts its handlers on the root, and three times in each test on all loggers that would not pass records on.
+    if isinstance(_logger, logging.Logger) and _name.partition(".")[0] == "torch":
+        _logger.propagate = True
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +41,9 @@ def _timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
-    torch.manual_seed(0)
+    # `torch.manual_seed` also notes a traceback for each kind of device not in use yet, a millisecond in all.
+    seed = torch.manual_seed if torch.cuda.is_initialized() else torch.default_generator.manual_seed
+    seed(0)
 
 
 @pytest.fixture
