@@ -31,11 +31,13 @@ from .networks import Networks
 from .progress import Progress
 from .remarks import change_note
 from .request import Request, check_asks
-from .search import Search, Tried
+from .search import Search, Tried, best_of_each_kind
 from .solver import Solver
 from .timing import WORK, sessions
 from .work import ordering_units, search_units
 
+FIT_BATCH = 16
+"""Images of a batch where widths are ordered and fitted: gradients of all layers are kept for it."""
 ERROR = 0.25
 """By what part of it a predicted time may be too small: a budget above that is surely met by the given model."""
 
@@ -79,7 +81,7 @@ class Job:
         self.progress.add(len(fidelity), "the given model")
         if fidelity.one_class:
             self._note("the given model has the same top class for all images, so agreement with it says little")
-        networks = Networks(self.original, self.supernet(), self.parts.fit.batches())
+        networks = Networks(self.original, self.supernet(), self.parts.fit.batches(FIT_BATCH))
         search, answers = self._searched(networks, fidelity)
         networks.drop_others({tried.candidate.index for tried in answers.values()})
         best = answers.pop("best").candidate
@@ -108,7 +110,7 @@ class Job:
                 raise VitrimError("nothing in this model can be reduced for this budget; allow more with using=")
             if self.request.goal.kind == "latency":
                 return search, self._in_time(networks, search, ranked)
-            return search, self._answers(ranked)
+            return search, best_of_each_kind(ranked)
 
     def learnt(
         self, found: Compressed, model: nn.Module, epochs: int, max_drop: float | None, *, labelled: bool
@@ -173,7 +175,7 @@ class Job:
             units = ordering_units(self.request.goal, self.geometry.depth, images)
             with self.progress.step("ordering the widths and measuring what each costs", units):
                 net = stratify(
-                    self.original, self.parts.fit.batches(), num_images=images,
+                    self.original, self.parts.fit.batches(FIT_BATCH), num_images=images,
                     max_saving=self.request.goal.largest_saving, say=lambda line: None,
                 )  # fmt: skip
         except UnsupportedModelError as error:
@@ -184,16 +186,8 @@ class Job:
             return None
         return net
 
-    def _answers(self, ranked: Sequence[Tried]) -> dict[str, Tried]:
-        """The best candidate, and the best ones of one kind."""
-        found = {"best": ranked[0]}
-        for tried in ranked:
-            if tried.candidate.kind in ("tokens", "width"):
-                found.setdefault(tried.candidate.kind, tried)
-        return found
-
     def _in_time(self, networks: Networks, search: Search, ranked: Sequence[Tried]) -> dict[str, Tried]:
-        """The answers as `_answers`, corrected until the clock agrees with the budget."""
+        """The answers as `best_of_each_kind`, corrected until the clock agrees with the budget."""
         goal = self.request.goal
         with self.progress.step("timing the best candidates, and correcting them"):
             spent, found = Clock(networks, search.solver, goal.most, goal.fraction, self._timing).answers(ranked)

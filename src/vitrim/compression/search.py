@@ -175,3 +175,12 @@ def best_reducers(compared: Sequence[Tried]) -> list[Reducer]:
             at.setdefault(tried.candidate.share, []).append(tried.candidate.reducer)
     in_turns = chain.from_iterable(zip_longest(*(dict.fromkeys(each) for each in at.values())))
     return [one for one in dict.fromkeys(in_turns) if one is not None][:METHODS]
+
+
+def best_of_each_kind(ranked: Sequence[Tried]) -> dict[str, Tried]:
+    """The best candidate ("best"), and the best ones of tokens alone and of width alone, where there are any."""
+    found = {"best": ranked[0]}
+    for tried in ranked:
+        if tried.candidate.kind in ("tokens", "width"):
+            found.setdefault(tried.candidate.kind, tried)
+    return found
