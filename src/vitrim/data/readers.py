@@ -4,6 +4,7 @@ Ctrl-C, `timeout` and batch systems signal every process of a run, but the run n
 state.
 """
 
+import multiprocessing
 import os
 import signal
 import threading
@@ -35,9 +36,10 @@ def _start_worker(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # At its end Python sends SIGTERM to its children and waits for them, so it must not be ignored altogether.
     # macOS and Windows do not report the sender; there torch's own handler stays, and any SIGTERM ends a worker.
-    if hasattr(signal, "sigwaitinfo"):
+    made_by = multiprocessing.parent_process()  # Of the operating system, a fork server may be the parent.
+    if hasattr(signal, "sigwaitinfo") and made_by is not None:
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+        threading.Thread(target=_end_with, args=(made_by.pid,), daemon=True).start()
 
 
 def _end_with(parent: int) -> None:
