@@ -154,6 +154,9 @@ def test_verify_finds_what_the_certificate_says(folder: Path) -> None:
     alone = verify(folder, val.images, model(), say=quiet)
     assert _shown(alone, "agreement") == _shown(found, "agreement")
     assert _shown(alone, "drop") is None
+    assert all(not finding.why for finding in found.findings if finding.here is not None)
+    with pytest.raises(DataError, match="1 image is too few to compare models on; give 16 or more"):
+        verify(folder, val.images[:1], model(), say=quiet)
     with pytest.raises(DataError, match="but the model takes"):
         verify(folder, torch.randn(8, 3, 8, 8), model(), say=quiet)
     holds = {finding.line.key: finding.holds for finding in found.findings}

@@ -253,7 +253,7 @@ def test_the_time_that_is_left_follows_the_speed_so_far() -> None:
     progress = Progress(100, lines.append, clock=lambda: now[0])
     now[0] = 30.0
     progress.add(25, "round 1")
-    assert lines == ["round 1: 25%, 1 min 30 s left"]
+    assert lines == ["round 1: 25% of all, 1 min 30 s left"]
     with progress.step("fitting", 5):
         assert lines[-1] == "fitting"
     assert progress.left() == pytest.approx(70)

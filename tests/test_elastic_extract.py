@@ -130,8 +130,9 @@ def test_numbers_out_of_range_are_told_before_any_image_is_looked_at():
 
 def test_nothing_to_cut_and_nothing_to_look_at_are_told():
     model = small()
-    for size in ((48, 48, 3), (1, 48, 48), (3, 40, 40)):
-        with pytest.raises(DataError, match=r"are of size .*, but the model takes \(3,"):
+    hints = {(48, 48, 3): "permute", (1, 48, 48): "give 3 channels", (3, 40, 40): "resize them"}
+    for size, hint in hints.items():
+        with pytest.raises(DataError, match=rf"are of size .*, but the model takes \(3, .*{hint}"):
             vitrim.stratify(model, [torch.randn(4, *size)])
     with pytest.raises(DataError, match="a batch holds no images"):
         stratify(model, [images(0), images(4)], say=quiet)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
 import vitrim
-from vitrim.errors import UnsupportedModelError
+from vitrim.errors import CheckpointError, UnsupportedModelError
 from vitrim.models import narrow
 from vitrim.tokens.precision import exact, exact_device
 
@@ -134,11 +134,13 @@ def test_nothing_that_stratifies_or_shows_makes_float64_but_by_exact() -> None:
             assert not re.search(r"\.double\(\)|\.to\([^)]*float64", line), f"{path}:{number} {line.strip()}"
 
 
-def test_a_model_whose_weights_are_results_of_a_computation_is_not_copied() -> None:
+def test_a_model_whose_weights_are_results_of_a_computation_is_neither_copied_nor_saved(tmp_path: Path) -> None:
     model = model_with("mlp.fc1", pruned)
     for attempt in (lambda: vitrim.models.variant(model, "dense"), lambda: vitrim.bench(model, rounds=2)):
         with pytest.raises(UnsupportedModelError, match=r"cannot be copied: blocks\.1\.mlp\.fc1\.weight was computed"):
             attempt()
     with torch.no_grad():
         model(x := torch.randn(2, 3, 32, 32))
+    with pytest.raises(CheckpointError, match=r"^blocks\.1\.mlp\.fc1\.weight is computed from other tensors"):
+        vitrim.save(model, tmp_path / "pruned")
     assert torch.equal(vitrim.models.variant(model, "dense")(x), model(x))

@@ -114,9 +114,13 @@ class Certificate:
         notes.append(
             "Brackets are 95 % intervals over n images or sessions; met: even the bad end is within what was asked. "
             "Divergence and agreement with the given model are on images that the search has not seen, times on rounds "
-            "that were run after the choice was made. Over tokens alone, over width alone: this divergence minus that "
-            "of the best answer of that kind; below 0, this answer is closer."
+            "that were run after the choice was made."
         )
+        if "over_tokens" in self or "over_width" in self:
+            notes.append(
+                "Over tokens alone, over width alone: this divergence minus that of the best answer of that kind for "
+                "the same budget; below 0, this answer is closer."
+            )
         notes += [f"To load it: {'; '.join(self.load)}"] if self.load else []
         asked = any(line.asked is not None for line in self.lines)
         missed = ", ".join(FORMS[line.key].words for line in self.lines if line.met is False)

@@ -30,7 +30,7 @@ from .findings import COUNTED, Verified, findings
 from .images import BATCH, Pictures
 from .measured_lines import compared_lines, time_lines
 from .timing import sessions
-from .verification import check_original, described
+from .verification import check_enough, check_original, described
 
 KEY, SUFFIX = "certificate", ".certificate.json"
 BATCH_SIZE = 32
@@ -90,6 +90,7 @@ def verify_file(
     """
     if original is not None:
         check_original(original, certificate, served.path)
+    check_enough(images)
     found: dict[str, Line] = {}
     reasons: dict[str, str] = dict.fromkeys(COUNTED, "counted when the file was exported")
     if images is not None and original is not None:

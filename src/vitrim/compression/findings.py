@@ -121,4 +121,5 @@ def findings(
         **dict.fromkeys(("over_tokens", "over_width"), "only the search had the other answers"),
         **reasons,
     }
-    return tuple(Finding(line, found.get(line.key), why.get(line.key, "")) for line in certificate.lines)
+    here = ((line, found.get(line.key)) for line in certificate.lines)
+    return tuple(Finding(line, one, "" if one is not None else why.get(line.key, "")) for line, one in here)

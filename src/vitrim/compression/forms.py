@@ -17,10 +17,10 @@ FORMS: dict[str, Form] = {
     "params": Form("parameters", ",.0f"),
     "time": Form("time ratio", ".3f"),
     "ms": Form("ms per batch", ".2f"),
-    "divergence": Form("divergence", ".4f"),
+    "divergence": Form("divergence", ".3g"),
     "agreement": Form("same top class", ".2%", False),
     "drop": Form("accuracy lost", ".2%"),
     "accuracy": Form("accuracy", ".2%", False),
-    "over_tokens": Form("divergence over tokens alone", "+.4f"),
-    "over_width": Form("divergence over width alone", "+.4f"),
+    "over_tokens": Form("divergence over tokens alone", "+.3g"),
+    "over_width": Form("divergence over width alone", "+.3g"),
 }

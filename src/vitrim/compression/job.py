@@ -98,7 +98,9 @@ class Job:
             settings=self.settings, environment=environment(),
             source={**self.source, "description": self.description},
             tried=[self._row(tried, search) for tried in _by_images(search.tried)],
-            notes=[*self.notes, *([] if best.index or best.reduction else [change_note(networks.full.cls_only)])],
+            notes=[*self.notes, change_note(
+                tokens=best.reduction is not None, width=best.index > 0, cls_only=networks.full.cls_only
+            )],
         )  # fmt: skip
         return Compressed(model, certificate)
 
@@ -157,12 +159,12 @@ class Job:
         if (least := solver.least()) <= self.asked:
             return Search(solver, fidelity, self.progress)
         given = self.asked / self.request.goal.most if self.request.goal.fraction else None
-        unit, digits = (NANO, 2) if self.request.goal.kind == "latency" else (1, 0)
+        unit, digits, name = (NANO, 2, " ms") if self.request.goal.kind == "latency" else (1, 0, "")
         fixed = fixed_part(networks, self.price, self.request.goal)
         self._note(
-            f"{self.request.goal} cannot be reached; the least is {least / unit:,.{digits}f}"
+            f"{self.request.goal} cannot be reached; the least is {least / unit:,.{digits}f}{name}"
             + ("" if given is None else f" ({least / given:.3f} of the given model)")
-            + f", of which {fixed / unit:,.{digits}f} lie outside of the blocks (patch embedding, classifier)"
+            + f", of which {fixed / unit:,.{digits}f}{name} lie outside of the blocks (patch embedding, classifier)"
         )
         return Search(Solver(networks, least, self.price, tokens=tokens), fidelity, self.progress)
 

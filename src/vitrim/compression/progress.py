@@ -54,7 +54,7 @@ class Progress:
         now = self._clock()
         if now - self._last >= EVERY:
             self._last = now
-            self._say(f"{what}: {self.done / self.total:.0%}, {duration(self.left())} left")
+            self._say(f"{what}: {self.done / self.total:.0%} of all, {duration(self.left())} left")
 
     def left(self) -> float:
         """Seconds that the rest takes at the speed so far."""

@@ -18,10 +18,12 @@ def images_note(measured: Mapping[str, Any]) -> str:
     return short_name(f"Measured on {measured.get('number')} {kind}: {measured.get('place')}.", 400)
 
 
-def change_note(cls_only: bool) -> str:
-    """On what was done where no reduction of tokens and no width says it."""
-    done = "the last block computes only CLS" if cls_only else "nothing"
-    return f"Change: {done}; no token is dropped and no width is cut."
+def change_note(*, tokens: bool, width: bool, cls_only: bool) -> str:
+    """On what the answer is: which parts of the given model were reduced."""
+    what = "the number of tokens is reduced" if tokens else "no token is dropped"
+    cut = "widths are cut" if width else "no width is cut"
+    last = "; the last block computes only CLS" if cls_only else ""
+    return f"Change: {what}, {cut}{last}."
 
 
 def time_notes(lines: Sequence["Line"]) -> list[str]:

@@ -9,7 +9,7 @@ from torch import nn
 
 from ..data.batches import Images
 from ..elastic.chain import hash_of
-from ..errors import CheckpointError, VitrimError
+from ..errors import CheckpointError, DataError, VitrimError
 from ..heartbeat import heartbeat
 from ..measure.cost import cost
 from ..models import attached, find_adapter, load, num_classes
@@ -22,7 +22,7 @@ from ..text import counted
 from .certificate import Certificate, Line
 from .fidelity import Fidelity
 from .findings import COUNTED, TIMES, Verified, findings
-from .images import MOST_UNSEEN, Pictures, gather
+from .images import LEAST, MOST_UNSEEN, Pictures, gather
 from .measured_lines import compared_lines, time_lines
 from .request import device_named
 from .timing import sessions
@@ -66,12 +66,14 @@ def verify(
     Raises:
         CheckpointError: no certificate, a damaged one, or one of other weights.
         VitrimError: the given model is another one than that of the certificate.
-        DataError: images of another size than the model takes, or with labels that are not classes of it.
+        DataError: fewer than 16 images, images of another size than the model takes, or labels that are not classes of
+            it.
     """
     model, certificate = open_certified(folder)
     if original is not None:
         check_original(original, certificate, folder)
     pictures = images if images is None or isinstance(images, Pictures) else _pictures(images, model)
+    check_enough(pictures)
     settings = dict(certificate.settings)
     place = torch.device(settings.get("device", "cpu")) if device is None else device_named(device)
     if place.type == "cuda" and not torch.cuda.is_available():
@@ -93,6 +95,13 @@ def verify(
         with heartbeat("measuring the time", say):
             found |= {line.key: line for line in _timed(whole, model, settings, place)}
     return Verified(certificate, findings(certificate, found, pictures, original, **reasons), notes)
+
+
+def check_enough(pictures: Pictures | None) -> None:
+    """Raise `DataError` for so few images that any statement would hold on them."""
+    if pictures is not None and len(pictures) < LEAST:
+        few = "1 image is" if len(pictures) == 1 else f"{len(pictures)} images are"
+        raise DataError(f"{few} too few to compare models on; give {LEAST} or more")
 
 
 def _pictures(images: Images, model: nn.Module) -> Pictures:

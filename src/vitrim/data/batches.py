@@ -77,10 +77,11 @@ def images_of(batch: Batch) -> Tensor:
 def check_size(images: Tensor, size: tuple[int, ...], what: str = "images") -> None:
     """Raise `DataError` for images (B, channels, height, width) of another size than (channels, height, width)."""
     if (found := tuple(images.shape[1:])) != tuple(size):
-        raise DataError(
-            f"{what} are of size {found}, but the model takes {tuple(size)}; resize them, or make the model for their "
-            "size (timm: img_size= or model.set_input_size)"
-        )
+        hint = "resize them, or make the model for their size (timm: img_size= or model.set_input_size)"
+        if found[0] != size[0]:
+            last = found[-1] == size[0]
+            hint = "move the channels first: images.permute(0, 3, 1, 2)" if last else f"give {size[0]} channels"
+        raise DataError(f"{what} are of size {found}, but the model takes {tuple(size)}; {hint}")
 
 
 def check_floats(images: Tensor) -> None:

@@ -8,6 +8,10 @@ from torch import Tensor, nn
 from ..errors import UnsupportedModelError
 
 M = TypeVar("M", bound=nn.Module)
+MAKE_PLAIN = (
+    "where torch's pruning, weight_norm or spectral_norm makes it, make it plain first (prune.remove, "
+    "remove_weight_norm, remove_spectral_norm)"
+)
 
 
 def copied(model: M, memo: dict[int, Any] | None = None) -> M:
@@ -26,9 +30,8 @@ def copied(model: M, memo: dict[int, Any] | None = None) -> M:
         if (held := _computed(model)) is None:
             raise
         raise UnsupportedModelError(
-            f"this {type(model).__name__} cannot be copied: {held} was computed with gradients. Where it is a weight "
-            "after torch's pruning, weight_norm or spectral_norm, make it plain first (prune.remove, "
-            "remove_weight_norm, remove_spectral_norm); else run the model once within torch.no_grad()"
+            f"this {type(model).__name__} cannot be copied: {held} was computed with gradients; {MAKE_PLAIN}, or run "
+            "the model once within torch.no_grad()"
         ) from error
 
 
@@ -39,3 +42,14 @@ def _computed(model: nn.Module) -> str | None:
             if isinstance(value, Tensor) and not value.is_leaf:
                 return f"{name}.{key}".lstrip(".")
     return None
+
+
+def computed(model: nn.Module) -> list[str]:
+    """The names of weights and biases of linear layers that are computed from other parameters at every pass."""
+    return [
+        f"{name}.{key}".lstrip(".")
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+        for key in ("weight", "bias")
+        if isinstance(vars(module).get(key), Tensor)
+    ]

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from ..errors import DataError, RecipeError, VitrimError
+from ..heartbeat import heartbeat
 from ..options import Range
 from ..train.recipe import Recipe
 from ..train.specs import ElasticSpec, OptimSpec
@@ -73,7 +74,8 @@ def stratify(
     number = ElasticSpec().images if num_images is None else num_images
     multiple = ElasticSpec().width_multiple if width_multiple is None else width_multiple
     batches = shuffled_batches(stream, spec.workers)
-    supernet = run(network, batches, num_images=number, labels=bool(labels), width_multiple=multiple)
+    with heartbeat("ordering the widths and measuring what each costs", say):
+        supernet = run(network, batches, num_images=number, labels=bool(labels), width_multiple=multiple)
     supernet.save(out, overwrite=overwrite, **kept_classes(model))
     chain = supernet.chain
     say(_summary(len(chain), chain.macs_at(-1) / chain.macs, min(number, batches.seen), out))

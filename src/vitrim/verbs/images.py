@@ -169,7 +169,8 @@ def _is_flat(spec: DataSpec) -> bool:
     """Whether it is a folder that has no training split, of which no test split is asked for."""
     if spec.name != "folder" or spec.root is None or spec.test_split is not None:
         return False
-    return not (Path(spec.root) / spec.train_split).is_dir()
+    root = Path(spec.root)
+    return root.is_dir() and not (root / spec.train_split).is_dir()
 
 
 def _flat(network: "nn.Module", spec: DataSpec) -> "Stream":

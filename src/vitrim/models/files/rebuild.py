@@ -14,6 +14,7 @@ from ...errors import CheckpointError, UnsupportedModelError, VitrimError
 from ...text import short_name
 from ..adapter import ADAPTERS, OTHERS
 from ..architectures import build_architecture
+from ..copying import MAKE_PLAIN, computed
 from ..finding import adapter_of
 from ..own_code import check_no_own_methods
 from ..reduction.attached import attached
@@ -122,6 +123,8 @@ def _tables(model: nn.Module) -> list[tuple[str, Tensor]]:
 def _uneven_widths(model: nn.Module, record: Record) -> tuple[BlockWidths, ...] | None:
     """Widths of the blocks where they differ from the architecture's own; proves that the model can be rebuilt."""
     own = model.state_dict()
+    if names := computed(model):
+        raise CheckpointError(f"{names[0]} is computed from other tensors and not a weight of its own; {MAKE_PLAIN}")
     with shapes_only():
         stock = rebuild(record, {})
         widths = None
