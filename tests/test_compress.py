@@ -281,10 +281,11 @@ def test_what_no_candidate_saves_is_what_the_model_costs_without_its_blocks(
 def test_an_impossible_wish_gives_the_nearest_model_and_says_so() -> None:
     lines: list[str] = []
     found = compressed(model(), macs=0.01, using="tokens", say=lines.append)
+    assert found.certificate.notes[0].startswith("Change: the number of tokens is reduced, no width is cut")
     assert not found.certificate.met
-    assert "cannot be reached" in found.certificate.notes[0]
-    assert "outside of the blocks" in found.certificate.notes[0]
-    assert found.certificate.notes[0] in lines
+    assert "cannot be reached" in found.certificate.notes[1]
+    assert "outside of the blocks" in found.certificate.notes[1]
+    assert found.certificate.notes[1] in lines
     assert found.certificate.table().title.endswith("NOT MET: MACs")
     least = min(row["price"] for row in found.certificate.tried)
     assert least <= 1

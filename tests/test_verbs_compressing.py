@@ -213,7 +213,7 @@ def test_verify_leaves_out_the_images_that_the_search_used(
     assert (len(found), notes) == (49, (NOT_KNOWN,))
     _, _, notes = pictures(network, str(out), used, DataSpec(workers=0), 30)
     assert "any of them that are among the images here are not left out" in notes[0]
-    code, said, _ = call(capsys, "verify", out, "--data.workers", 0, "--num_images", 12)
+    code, said, _ = call(capsys, "verify", out, "--data.workers", 0, "--num_images", 16)
     assert code in (0, 1)
     assert "which of them the search used is not known" in " ".join(said.split())
 

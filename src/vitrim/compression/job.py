@@ -14,7 +14,7 @@ from ..errors import UnsupportedModelError, VitrimError, WidthError
 from ..measure.cost import cost
 from ..measure.environment import environment
 from ..measure.intervals import of_mean
-from ..models import attach, find_adapter
+from ..models import attach, find_adapter, reads_prefix_only
 from ..models.copying import copied
 from ..models.files.rebuild import describe
 from ..models.foreign_macs import counting_once
@@ -98,9 +98,7 @@ class Job:
             settings=self.settings, environment=environment(),
             source={**self.source, "description": self.description},
             tried=[self._row(tried, search) for tried in _by_images(search.tried)],
-            notes=[*self.notes, change_note(
-                tokens=best.reduction is not None, width=best.index > 0, cls_only=networks.full.cls_only
-            )],
+            notes=[self._change(best), *self.notes],
         )  # fmt: skip
         return Compressed(model, certificate)
 
@@ -234,6 +232,10 @@ class Job:
             "price": candidate.price / search.solver.limit, "typical": tried.typical,
             "divergence": tried.closeness.mean, "agreement": tried.closeness.agreement, "images": tried.images,
         }  # fmt: skip
+
+    def _change(self, best: Candidate) -> str:
+        last = reads_prefix_only(self.original)
+        return change_note(tokens=best.reduction is not None, width=best.index > 0, cls_only=last)
 
     def _note(self, text: str) -> None:
         self.notes.append(text)
