@@ -18,7 +18,7 @@ from .job import Job
 from .networks import Networks
 from .progress import duration
 from .request import Request
-from .sampler_space import SHARES
+from .sampler_space import FIRST_STEPS, SHARES
 from .work import first_candidates, search_units
 
 LESSON = 3
@@ -49,7 +49,7 @@ def dry_run(model: nn.Module, request: Request, parts: Sizes, images: Tensor, le
     tokens, width = "tokens" in request.using, "width" in request.using
     methods = reducers(geometry.has_cls) if tokens else []
     shapes = first_shapes(geometry.depth) if tokens else []
-    widths = [step / SHARES for step in range(0 if tokens else SHARES, SHARES + 1, 2)] if width else [0.0]
+    widths = [step / SHARES for step in (FIRST_STEPS if tokens else FIRST_STEPS[-1:])] if width else [0.0]
     number = first_candidates(len(methods), geometry.depth, width)
     left = min(1.0, request.goal.most) if request.goal.fraction else 0.5
     units = search_units(request, parts, geometry, len(methods)) + lessons * (1 + LESSON * left)

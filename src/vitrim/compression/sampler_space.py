@@ -8,7 +8,9 @@ from ..tokens import Schedule
 from .candidates import Candidate, power, stages
 
 SHARES = 8
-"""Into how many steps the share of the width is divided; the first round tries every second one."""
+"""Into how many steps the share of the width is divided."""
+FIRST_STEPS = range(0, SHARES + 1, 2)
+"""Steps that the first round tries, from tokens alone to width alone."""
 METHOD_STEPS = (0, SHARES // 2)
 """Steps at which all reducers are compared, before the best of them are tried at the others too."""
 

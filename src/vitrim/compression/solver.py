@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterable, Sequence
 from ..tokens import Plan, Reducer, Schedule
 from .candidates import Candidate, can_cut, first_shapes, method_shapes, reducers
 from .networks import Networks, Price
-from .sampler_space import METHOD_STEPS, SHARES
+from .sampler_space import FIRST_STEPS, METHOD_STEPS, SHARES
 
 Key = tuple[int, Reducer | None, Plan]
 """Network, reducer and numbers of tokens."""
@@ -30,7 +30,7 @@ class Solver:
     @property
     def steps(self) -> Sequence[int]:
         """Steps of the width that are tried first."""
-        return range(0, SHARES + 1, 2) if len(self.networks) > 1 else (0,)
+        return FIRST_STEPS if len(self.networks) > 1 else (0,)
 
     def width_at(self, step: int) -> int:
         """The network that makes `step / SHARES` of the saving that width alone can make within the budget."""

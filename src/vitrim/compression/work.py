@@ -8,7 +8,7 @@ from .goal import Goal
 from .images import Sizes
 from .request import Request
 from .rounds import LAST, METHODS, PURE, ROUNDS, images_of_round
-from .sampler_space import METHOD_STEPS, SHARES
+from .sampler_space import FIRST_STEPS, METHOD_STEPS
 from .timing import WORK as TIMING
 
 ORDERING, PROBING, CHAINS = 6.5, 0.5 * 3 * 2 * 0.9, 3
@@ -46,13 +46,13 @@ def search_units(request: Request, parts: Sizes, geometry: Geometry, methods: in
         units += request.trials * images_of_round(parts.judge, ROUNDS[-1][0]) * left
     if width:
         units += ordering_units(request.goal, geometry.depth, parts.fit)
-        units += (SHARES // 2 + bool(methods)) * fit_units(parts.fit)
+        units += (len(FIRST_STEPS) - 1 + bool(methods)) * fit_units(parts.fit)
     return units
 
 
 def first_candidates(methods: int, depth: int, width: bool) -> int:
     """How many candidates the first round has at most: a few of every reducer, many of the best, and width alone."""
-    steps, early = (SHARES // 2, len(METHOD_STEPS)) if width else (1, 1)
+    steps, early = (len(FIRST_STEPS) - 1, len(METHOD_STEPS)) if width else (1, 1)
     every = 0 if methods <= METHODS else methods * early * len(method_shapes(depth))
     return every + min(methods, METHODS) * steps * len(first_shapes(depth)) + int(width)
 
